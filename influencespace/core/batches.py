@@ -1,0 +1,95 @@
+"""Which pairs share a batch: at most one pair an image, drawn from a seed, whatever the order on disk.
+
+A contrastive loss takes the other pairs of a batch as negatives; another caption of the same image would be a false
+one. Training batches, the bank's contexts and the target's contexts all follow this one rule.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+
+
+def one_pair_an_image(order: IntArray, images: IntArray, size: int) -> Iterator[IntArray]:
+    """Cut a sequence of pair indices into batches of `size` with distinct images; a repeated image waits for a later batch.
+
+    order (n,) pair indices; images (N,) image of each pair. The last batches can be smaller.
+    """
+    waiting = np.empty(0, np.int64)
+    start = 0
+    while start < len(order) or len(waiting):
+        fresh = order[start : start + size]
+        start += len(fresh)
+        candidates = np.concatenate([waiting, fresh])
+        _, first = np.unique(images[candidates], return_index=True)
+        chosen = np.sort(first)[:size]
+        left = np.ones(len(candidates), bool)
+        left[chosen] = False
+        waiting = candidates[left]
+        if len(chosen) == size or start >= len(order):
+            yield candidates[chosen]
+        else:
+            # too few distinct images among the candidates yet: keep them all and read on
+            waiting = candidates
+
+
+def weighted_order(weights: NDArray[np.float64], generator: np.random.Generator) -> IntArray:
+    """One epoch: each pair appears `weight` times in expectation (whole part surely, the rest by chance), shuffled.
+
+    weights (N,) >= 0 -> (about sum of weights,) pair indices.
+    """
+    whole = np.floor(weights)
+    repeats = (whole + (generator.random(len(weights)) < weights - whole)).astype(np.int64)
+    order = np.repeat(np.arange(len(weights)), repeats)
+    generator.shuffle(order)
+    return order
+
+
+def training_batches(
+    weights: NDArray[np.float64], images: IntArray, size: int, steps: int, seed: int
+) -> Iterator[IntArray]:
+    """`steps` batches of `size` pairs for a weighted set: epoch after epoch, distinct images in a batch.
+
+    Batches smaller than `size` (the end of an epoch) are skipped unless the set has fewer images than that.
+    Raises ValueError when fewer than two images have weight.
+    """
+    available = len(np.unique(images[weights > 0]))
+    if available < 2:
+        raise ValueError(f"{available} image(s) have weight; a contrastive batch needs two or more")
+    size = min(size, available)
+    generator = np.random.default_rng(seed)
+    done = 0
+    while done < steps:
+        for batch in one_pair_an_image(weighted_order(weights, generator), images, size):
+            if len(batch) < size:
+                continue
+            yield batch
+            done += 1
+            if done == steps:
+                return
+
+
+def disjoint_contexts(
+    images: IntArray, size: int, count: int, seed: int, weights: NDArray[np.float64] | None = None
+) -> list[IntArray]:
+    """`count` disjoint contexts of `size` pairs, at most one pair an image in each, drawn by weight.
+
+    Where the pairs do not suffice, the contexts are as large as can be (at least two contexts are made).
+    Raises ValueError when there are fewer than four images with weight.
+    """
+    weights = np.ones(len(images)) if weights is None else weights
+    usable = np.flatnonzero(weights > 0)
+    available = len(np.unique(images[usable]))
+    if available < 4:
+        raise ValueError(f"{available} image(s) have weight; two contexts of two pairs need four or more")
+    generator = np.random.default_rng(seed)
+    # Weighted sampling without replacement: sort by exponential clocks (Efraimidis and Spirakis 2006).
+    clocks = generator.exponential(size=len(images))[usable] / weights[usable]
+    order = usable[np.argsort(clocks, kind="stable")]
+    _, first = np.unique(images[order], return_index=True)
+    order = order[np.sort(first)]  # one pair an image over the whole bank, so that contexts are independent
+    count = max(2, min(count, len(order) // size)) if len(order) >= 2 * size else 2
+    size = min(size, len(order) // count)
+    return [np.sort(order[k * size : (k + 1) * size]) for k in range(count)]

@@ -1,0 +1,81 @@
+"""Measures of a result: recall@k, AUROC, average precision, bootstrap intervals over images."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+FloatArray = NDArray[np.float64]
+
+
+def retrieval_ranks(u: Tensor, t: Tensor, image_of_text: Tensor, block: int = 1024) -> tuple[Tensor, Tensor]:
+    """Rank (0 = first) of the best right answer: image to text (n_images,) and text to image (n_texts,).
+
+    u (n_images, d), t (n_texts, d) unit embeddings; image_of_text (n_texts,) row of u that a text describes.
+    Equal similarities count against the right answer by half, so a constant encoder scores as chance does.
+    """
+    image_ranks = torch.empty(len(u), dtype=torch.float64)
+    image_ranks.fill_(float("inf"))
+    right = (u[image_of_text] * t).sum(-1)  # similarity of each text with its own image
+    best = torch.full((len(u),), -2.0, dtype=u.dtype, device=u.device)
+    best.scatter_reduce_(0, image_of_text, right, reduce="amax")
+    text_ranks = torch.zeros(len(t), dtype=torch.float64, device=u.device)
+    for start in range(0, len(u), block):
+        rows = torch.arange(start, min(start + block, len(u)), device=u.device)
+        S = u[rows] @ t.T
+        S[image_of_text[None, :] == rows[:, None]] = -2.0  # the right answers themselves do not compete
+        threshold = best[rows][:, None]
+        image_ranks[rows.cpu()] = ((S > threshold).sum(1) + 0.5 * (S == threshold).sum(1)).double().cpu()
+        text_ranks += ((S > right).sum(0) + 0.5 * (S == right).sum(0)).double()
+    return image_ranks, text_ranks.cpu()
+
+
+def recall_at(ranks: Tensor, k: int) -> Tensor:
+    """Whether each query has a right answer among its first k: ranks (n,) -> (n,) of 0 and 1, in float64."""
+    return (ranks < k).double()
+
+
+RECALL_LEVELS = (1, 5, 10)
+
+
+def mean_recall_by_image(image_ranks: Tensor, text_ranks: Tensor, image_of_text: Tensor) -> Tensor:
+    """Each image's share of the mean recall, in per cent: (n_images,), whose mean is the mean of Recall@1/5/10 both ways."""
+    image_side = sum(recall_at(image_ranks, k) for k in RECALL_LEVELS) / len(RECALL_LEVELS)
+    text_side = sum(recall_at(text_ranks, k) for k in RECALL_LEVELS) / len(RECALL_LEVELS)
+    assert isinstance(image_side, Tensor) and isinstance(text_side, Tensor)
+    texts_an_image = torch.bincount(image_of_text.cpu(), minlength=len(image_ranks)).double()
+    summed = torch.zeros(len(image_ranks), dtype=torch.float64).index_add_(0, image_of_text.cpu(), text_side)
+    # every text counts once in the mean over texts, whatever the number of captions of its image
+    return 100 * (image_side + summed * len(image_ranks) / texts_an_image.sum()) / 2
+
+
+def bootstrap_interval(values: FloatArray, seed: int = 0, draws: int = 2000, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of the mean of values (n,) over resampled rows."""
+    generator = np.random.default_rng(seed)
+    means = np.empty(draws)
+    for i in range(draws):
+        means[i] = values[generator.integers(0, len(values), len(values))].mean()
+    tail = (1 - level) / 2
+    return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
+
+
+def auroc(scores: FloatArray, positive: NDArray[np.bool_]) -> float:
+    """Probability that a positive scores above a negative, ties by half; nan when one class is empty."""
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    if n_positive == 0 or n_negative == 0:
+        return float("nan")
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    mid_ranks = np.cumsum(counts) - (counts - 1) / 2
+    rank_sum = mid_ranks[inverse][positive].sum()
+    return float((rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+
+
+def average_precision(scores: FloatArray, positive: NDArray[np.bool_]) -> float:
+    """Mean precision at each positive in falling order of score, equal scores taken together; nan without positives."""
+    if not positive.any():
+        return float("nan")
+    values, inverse = np.unique(-scores, return_inverse=True)
+    hits = np.bincount(inverse, weights=positive, minlength=len(values))
+    totals = np.bincount(inverse, minlength=len(values))
+    precision = np.cumsum(hits) / np.cumsum(totals)
+    return float((precision * hits).sum() / hits.sum())

@@ -1,0 +1,31 @@
+"""`python -m influencespace.data.synthetic --out DIR --pool 4000 ... --seed 0`: one option a field of WorldConfig."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from influencespace.data.synthetic import WorldConfig, write_world
+from influencespace.errors import InputError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes a world; returns the exit code (2 for options that cannot be used)."""
+    parser = argparse.ArgumentParser(prog="python -m influencespace.data.synthetic", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    for field in dataclasses.fields(WorldConfig):  # type: ignore[arg-type]
+        option = "--" + field.name.replace("_", "-")
+        parser.add_argument(option, type=type(field.default), default=field.default, metavar=str(field.type))
+    options = vars(parser.parse_args(arguments))
+    try:
+        print(write_world(options.pop("out"), WorldConfig(**options)))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Writes a synthetic world to disk as WebDataset shards, with the planted truth beside them.
+
+    out/world.json                   the config: what is in this folder
+    out/<split>/00000.tar ...        key.jpg, key.txt (first caption), key.json (uid, captions, group)
+    out/truth/<split>.parquet        one row a pair: uid, wrong, kind, original
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+try:
+    from influencespace.data.artifacts import atomic_path
+except ImportError:  # TEMPORARY until artifacts.py lands
+    import contextlib, os
+    @contextlib.contextmanager
+    def atomic_path(path):
+        aside = path.with_name(path.name + ".aside"); yield aside; os.replace(aside, path)
+from influencespace.data.synthetic.pairs import SPLITS, Plan, Split, WorldConfig, plan_image
+from influencespace.errors import InputError
+
+TRUTH_SCHEMA = pa.schema(
+    [
+        pa.field("uid", pa.string(), nullable=False),
+        pa.field("wrong", pa.bool_(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("original", pa.string()),
+    ]
+)
+ROW_GROUP = 50_000  # images whose truth is held in memory at once
+
+
+def write_world(out: Path, config: WorldConfig | None = None) -> Path:
+    """Writes all splits under `out` and returns it; finished files of an interrupted run are kept.
+
+    Memory does not grow with the number of pairs, and the same config gives the same bytes.
+    Raises InputError where `out` holds a world of another config.
+    """
+    config = config or WorldConfig()
+    _claim(out, config)
+    for split in SPLITS:
+        for shard in range(count_shards(config, split)):
+            write_shard(out, config, split, shard)
+        write_truth(out, config, split)
+    return out
+
+
+def count_shards(config: WorldConfig, split: Split) -> int:
+    """Shards of the split."""
+    return -(-config.size(split) // config.shard_size)
+
+
+def write_shard(out: Path, config: WorldConfig, split: Split, shard: int) -> Path:
+    """Writes one shard unless it is there already: shards are independent, so they may be written in parallel."""
+    path = out / split / f"{shard:05d}.tar"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start = shard * config.shard_size
+    with atomic_path(path) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for index in range(start, min(start + config.shard_size, config.size(split))):
+            _add_sample(tar, f"{index:09d}", plan_image(config, split, index))
+    return path
+
+
+def write_truth(out: Path, config: WorldConfig, split: Split) -> Path:
+    """Writes what was planted in a split, unless it is there already; renders nothing."""
+    path = out / "truth" / f"{split}.parquet"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as aside, pq.ParquetWriter(aside, TRUTH_SCHEMA) as writer:
+        for start in range(0, config.size(split), ROW_GROUP):
+            stop = min(start + ROW_GROUP, config.size(split))
+            plans = (plan_image(config, split, index) for index in range(start, stop))
+            rows = [row._asdict() for plan in plans for row in plan.truth]
+            writer.write_table(pa.Table.from_pylist(rows, schema=TRUTH_SCHEMA))
+    return path
+
+
+def _claim(out: Path, config: WorldConfig) -> None:
+    """Marks the folder as this world, so that shards of two worlds never mix."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "world.json"
+    mine = dataclasses.asdict(config)  # type: ignore[call-overload]
+    if not path.exists():
+        with atomic_path(path) as aside:
+            Path(aside).write_text(json.dumps(mine, indent=2) + "\n")
+        return
+    theirs = json.loads(path.read_text())
+    differ = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+    if differ:
+        changes = ", ".join(f"{name}: {theirs.get(name)} there, {mine.get(name)} asked for" for name in differ)
+        raise InputError(f"{out} holds another synthetic world ({changes}): choose another folder or remove it.")
+
+
+def _add_sample(tar: tarfile.TarFile, key: str, plan: Plan) -> None:
+    described = {"uid": plan.uid, "captions": list(plan.captions), "group": plan.group}
+    members = {
+        "jpg": plan.jpeg(),
+        "txt": plan.captions[0].encode(),
+        "json": json.dumps(described).encode(),
+    }
+    for suffix, data in members.items():
+        member = tarfile.TarInfo(f"{key}.{suffix}")  # its time and owner are zero: the same bytes on every run
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))

@@ -1,0 +1,76 @@
+"""The Space: the parameters in which influence is taken, as one flat vector with tangents, pullback and curvature."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp, vmap
+
+from influencespace.core.bank import Tangents
+from influencespace.core.contrastive import gauss_newton_logits, info_nce_terms
+
+Inputs = tuple[Tensor, Tensor]
+
+
+class Space:
+    """Named parameters of a student whose forward maps inputs to unit embeddings (u, t), seen as one vector (p,)."""
+
+    def __init__(self, student: nn.Module, names: Sequence[str] | None = None):
+        """Takes every parameter, or those named; raises ValueError for a name the student does not have."""
+        every = {name: value.detach() for name, value in student.named_parameters()}
+        unknown = sorted(set(names or ()) - set(every))
+        if unknown:
+            raise ValueError(f"the student has no parameter {unknown}; it has {sorted(every)}")
+        self.student = student
+        self.parameters = {name: every[name] for name in (names or every)}
+        self.size = sum(value.numel() for value in self.parameters.values())
+
+    def flatten(self, tree: dict[str, Tensor]) -> Tensor:
+        """Parameters as one vector: shapes (V, *shape) -> (V, p)."""
+        return torch.cat([tree[name].flatten(start_dim=-value.dim()) for name, value in self.parameters.items()], -1)
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """The inverse of `flatten`: (..., p) -> shapes (..., *shape)."""
+        parts = vector.split([value.numel() for value in self.parameters.values()], -1)
+        return {
+            name: part.unflatten(-1, value.shape)
+            for (name, value), part in zip(self.parameters.items(), parts)
+        }
+
+    def _forward(self, parameters: dict[str, Tensor], inputs: Inputs) -> tuple[Tensor, Tensor]:
+        u, t = functional_call(self.student, parameters, inputs)
+        return u, t
+
+    def tangents(self, inputs: Inputs, directions: Tensor) -> Tangents:
+        """Embeddings of n pairs and their derivatives along directions (V, p), by forward mode."""
+
+        def one(direction: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+            return jvp(lambda q: self._forward(q, inputs), (self.parameters,), (self.unflatten(direction),))  # type: ignore[no-any-return]
+
+        (u, t), (du, dt) = vmap(one, out_dims=((None, None), (0, 0)))(directions)
+        return Tangents(u=u, t=t, du=du, dt=dt)
+
+    def pullback(self, inputs: Inputs, cotangent_u: Tensor, cotangent_t: Tensor) -> Tensor:
+        """J^T applied to cotangents of u and t, each (V, n, d) -> (V, p)."""
+        _, pull = vjp(lambda q: self._forward(q, inputs), self.parameters)
+        (tree,) = vmap(pull)((cotangent_u, cotangent_t))
+        return self.flatten(tree)
+
+    def gauss_newton(self, inputs: Inputs, directions: Tensor, scale: float) -> Tensor:
+        """Gauss-Newton matrix of the InfoNCE loss of one context times directions: (V, p) -> (V, p)."""
+        a = self.tangents(inputs, directions)
+        S = scale * a.u @ a.t.T
+        dS = scale * (a.du @ a.t.T + a.u @ a.dt.mT)
+        R = gauss_newton_logits(S, dS)  # (V, n, n)
+        return self.pullback(inputs, scale * R @ a.t, scale * R.mT @ a.u)
+
+    def loss_gradients(self, inputs: Inputs, weights: Tensor, scale: float) -> Tensor:
+        """Gradients of weighted InfoNCE terms of one context: weights (F, n) -> (F, p), the gradient of weights @ terms.
+
+        The whole context serves as negatives for each row of weights, so that rows that sum to 1/n give the gradient
+        of the context's mean loss.
+        """
+        u, t = self._forward(self.parameters, inputs)
+        _, pull = vjp(lambda u, t: weights @ info_nce_terms(scale * u @ t.T), u, t)
+        cotangent_u, cotangent_t = vmap(pull)(torch.eye(weights.shape[0], dtype=u.dtype, device=u.device))
+        return self.pullback(inputs, cotangent_u, cotangent_t)

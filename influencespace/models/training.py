@@ -1,0 +1,96 @@
+"""Training a student's heads over stored embeddings: the Ray-free loop that every distributed run must equal."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass as options
+from torch import Tensor
+
+from influencespace.core.contrastive import info_nce
+from influencespace.models.heads import Heads
+
+
+@options(frozen=True, kw_only=True)
+class StudentConfig:
+    """How a student is trained; the retraining that judges uses the same."""
+
+    dimension: int = Field(256, ge=2)
+    """Width of the heads' output."""
+    steps: int = Field(300, ge=1)
+    """Optimiser steps, annealed to zero by a cosine."""
+    batch_size: int = Field(512, ge=4)
+    """Global batch B, whatever the number of workers: it decides how many negatives a pair meets."""
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled, as AdamW's."""
+    temperature: float = Field(0.05, gt=0)
+    """Frozen; the logits are cosines divided by it."""
+    optimizer: Literal["adamw"] = "adamw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trained student with the trainer's response that enters the curvature."""
+
+    heads: Heads
+    preconditioner: Tensor  # (p,) D = sqrt(v_hat) + eps of AdamW, flat in the order of the parameters
+    sum_of_learning_rates: float
+    losses: list[float]
+
+
+def cosine_factor(step: int, steps: int) -> float:
+    """Learning-rate factor of a step: from 1 down to 0 along half a cosine."""
+    return 0.5 * (1 + float(np.cos(np.pi * step / steps)))
+
+
+def train_heads(
+    images: Callable[[NDArray[np.int64]], Tensor],
+    texts: Callable[[NDArray[np.int64]], Tensor],
+    batches: Iterable[NDArray[np.int64]],
+    heads: Heads,
+    config: StudentConfig,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Trained:
+    """Fit heads by symmetric InfoNCE on the given batches; `images(rows)` and `texts(rows)` give a batch's embeddings.
+
+    Raises FloatingPointError when the loss is not finite, naming the step.
+    """
+    optimizer = torch.optim.AdamW(
+        heads.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, eps=1e-8
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_factor(step, config.steps))
+    losses, rates = [], 0.0
+    for step, rows in enumerate(batches):
+        u, t = heads(images(rows), texts(rows))
+        loss = info_nce(u @ t.T / config.temperature)
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(f"the student's loss is {float(loss)} at step {step}; lower learning_rate")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        rates += schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+        on_step(step, losses[-1])
+    return Trained(
+        heads=heads,
+        preconditioner=adam_preconditioner(optimizer),
+        sum_of_learning_rates=rates,
+        losses=losses,
+    )
+
+
+def adam_preconditioner(optimizer: torch.optim.Optimizer) -> Tensor:
+    """D = sqrt(v_hat) + eps over all parameters, flat (p,), from AdamW's second moments after its last step."""
+    parts = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+            parts.append((corrected.sqrt() + group["eps"]).flatten())
+    return torch.cat(parts).detach()

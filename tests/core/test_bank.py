@@ -1,0 +1,108 @@
+"""The bank form against autograd on the batch loss, in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.func import jvp
+
+from influencespace.core.bank import Tangents, bank_influence, make_context
+from influencespace.core.contrastive import info_nce
+
+SCALE = 7.0
+
+
+def random_tangents(n: int, seed: int, directions: int = 2, d: int = 5) -> Tangents:
+    generator = torch.Generator().manual_seed(seed)
+
+    def unit(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1)
+
+    def free(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return Tangents(u=unit((n, d)), t=unit((n, d)), du=free((directions, n, d)), dt=free((directions, n, d)))
+
+
+def joined(context: Tangents, pair: Tangents) -> Tangents:
+    return Tangents(
+        u=torch.cat([context.u, pair.u]),
+        t=torch.cat([context.t, pair.t]),
+        du=torch.cat([context.du, pair.du], 1),
+        dt=torch.cat([context.dt, pair.dt], 1),
+    )
+
+
+def loss_derivative(a: Tangents, direction: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return jvp(
+        lambda u, t: len(a.u) * info_nce(SCALE * u @ t.T),
+        (a.u, a.t),
+        (a.du[direction], a.dt[direction]),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.integers(2, 8), seed=st.integers(0, 2**31))
+def test_own_plus_negative_is_the_change_of_the_summed_loss(size: int, seed: int) -> None:
+    """own + negative = D_v [B l(C + z) - (B - 1) l(C)] for a context of B - 1 pairs."""
+    context, pairs = random_tangents(size, seed), random_tangents(3, seed + 1)
+    own, negative = bank_influence(pairs, make_context(context, SCALE, batch_size=size + 1))
+    for v in range(2):
+        _, without = loss_derivative(context, v)
+        for z in range(3):
+            _, together = loss_derivative(joined(context, pairs[slice(z, z + 1)]), v)
+            torch.testing.assert_close((own + negative)[v, z], together - without)
+
+
+def test_mean_own_over_a_batch_is_the_loss_derivative() -> None:
+    """Each pair of a batch against the rest of it: the mean of own is D_v L_B."""
+    batch = random_tangents(6, 3)
+    owns = []
+    for z in range(6):
+        rest = torch.tensor([k for k in range(6) if k != z])
+        own, _ = bank_influence(batch[slice(z, z + 1)], make_context(batch[rest], SCALE, batch_size=6))
+        owns.append(own)
+    for v in range(2):
+        _, derivative = loss_derivative(batch, v)
+        torch.testing.assert_close(torch.cat(owns, 1).mean(1)[v], derivative / 6)
+
+
+def test_directions_are_linear() -> None:
+    context, pairs = random_tangents(5, 0), random_tangents(4, 1)
+    summed = Tangents(u=pairs.u, t=pairs.t, du=pairs.du.sum(0, keepdim=True), dt=pairs.dt.sum(0, keepdim=True))
+    summed_context = Tangents(
+        u=context.u, t=context.t, du=context.du.sum(0, keepdim=True), dt=context.dt.sum(0, keepdim=True)
+    )
+    separate = bank_influence(pairs, make_context(context, SCALE, 20))
+    together = bank_influence(summed, make_context(summed_context, SCALE, 20))
+    for one, both in zip(separate, together):
+        torch.testing.assert_close(one.sum(0, keepdim=True), both)
+
+
+def test_a_small_bank_stands_for_a_large_batch() -> None:
+    """Repeating a context k times is the same as weighting its pairs by k, where no anchor meets a copy of itself."""
+    context, pairs = random_tangents(4, 0), random_tangents(3, 1)
+    four_times = context[torch.arange(4).repeat(4)]
+    small, _ = bank_influence(pairs, make_context(context, SCALE, batch_size=17))
+    large, _ = bank_influence(pairs, make_context(four_times, SCALE, batch_size=17))
+    torch.testing.assert_close(small, large)
+
+
+def test_any_partition_of_the_pairs_gives_the_same_scores() -> None:
+    context, pairs = make_context(random_tangents(6, 0), SCALE, 30), random_tangents(11, 1)
+    whole = sum(bank_influence(pairs, context))
+    parts = torch.cat([sum(bank_influence(pairs[slice(i, i + 3)], context)) for i in range(0, 11, 3)], 1)
+    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-12)
+
+
+def test_taylor_is_the_first_order_in_small_probabilities() -> None:
+    """With many negatives an anchor gives z little, and both forms agree."""
+    context, pairs = make_context(random_tangents(40, 0), 0.5, 40_000), random_tangents(5, 1)
+    exact = bank_influence(pairs, context, "exact")[1]
+    taylor = bank_influence(pairs, context, "taylor")[1]
+    torch.testing.assert_close(exact, taylor, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
+
+
+def test_a_context_of_one_pair_is_refused() -> None:
+    with pytest.raises(ValueError, match="two or more"):
+        make_context(random_tangents(1, 0), SCALE, 8)

@@ -1,0 +1,69 @@
+"""Laws of batches and contexts: one pair an image, nothing lost, weights respected."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from influencespace.core import batches
+
+image_lists = st.lists(st.integers(0, 12), min_size=2, max_size=60).map(lambda x: np.array(x, np.int64))
+
+
+@given(images=image_lists, size=st.integers(1, 20))
+def test_batches_cut_an_order_without_loss_and_without_repeated_images(images: np.ndarray, size: int) -> None:
+    order = np.random.default_rng(0).permutation(len(images))
+    cut = list(batches.one_pair_an_image(order, images, size))
+    assert sorted(np.concatenate(cut)) == list(range(len(images)))
+    for batch in cut:
+        assert 0 < len(batch) <= size
+        assert len(set(images[batch])) == len(batch)
+
+
+def test_weights_are_met_on_average_and_their_whole_part_always() -> None:
+    weights = np.array([0.0, 0.25, 1.0, 2.5])
+    counts = np.array(
+        [np.bincount(batches.weighted_order(weights, np.random.default_rng(s)), minlength=4) for s in range(2000)]
+    )
+    assert (counts[:, 0] == 0).all()
+    assert (counts[:, 2] == 1).all()
+    assert set(counts[:, 3]) == {2, 3}
+    np.testing.assert_allclose(counts.mean(0), weights, atol=0.05)
+
+
+@settings(deadline=None)
+@given(images=image_lists, size=st.integers(2, 8), steps=st.integers(1, 9), seed=st.integers(0, 99))
+def test_training_batches_are_full_distinct_and_seeded(images: np.ndarray, size: int, steps: int, seed: int) -> None:
+    weights = np.random.default_rng(seed).uniform(0, 3, len(images))
+    if len(np.unique(images)) < 2:
+        return
+    first = list(batches.training_batches(weights, images, size, steps, seed))
+    again = list(batches.training_batches(weights, images, size, steps, seed))
+    assert len(first) == steps
+    for batch, same in zip(first, again):
+        np.testing.assert_array_equal(batch, same)
+        assert len(batch) == min(size, len(np.unique(images)))
+        assert len(set(images[batch])) == len(batch)
+
+
+@settings(deadline=None)
+@given(images=image_lists, size=st.integers(2, 30), count=st.integers(1, 5))
+def test_contexts_are_disjoint_with_distinct_images_and_skip_weightless_pairs(
+    images: np.ndarray, size: int, count: int
+) -> None:
+    weights = (np.arange(len(images)) % 3 > 0).astype(float)
+    if len(np.unique(images[weights > 0])) < 4:
+        with pytest.raises(ValueError, match="four or more"):
+            batches.disjoint_contexts(images, size, count, 0, weights)
+        return
+    contexts = batches.disjoint_contexts(images, size, count, 0, weights)
+    together = np.concatenate(contexts)
+    assert len(contexts) >= 2
+    assert len(set(images[together])) == len(together)
+    assert (weights[together] > 0).all()
+    assert max(map(len, contexts)) <= size
+
+
+def test_a_set_without_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match="two or more"):
+        next(batches.training_batches(np.zeros(5), np.arange(5), 2, 1, 0))

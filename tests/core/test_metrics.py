@@ -1,0 +1,68 @@
+"""Measures against their definitions."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from influencespace.core import metrics
+
+
+@given(
+    scores=st.lists(st.integers(-3, 3), min_size=4, max_size=40),
+    flags=st.lists(st.booleans(), min_size=40, max_size=40),
+)
+def test_auroc_and_average_precision_are_scikit_learns(scores: list[int], flags: list[bool]) -> None:
+    positive = np.array(flags[: len(scores)])
+    if positive.all() or not positive.any():
+        return
+    values = np.array(scores, np.float64)
+    assert metrics.auroc(values, positive) == pytest.approx(roc_auc_score(positive, values))
+    assert metrics.average_precision(values, positive) == pytest.approx(average_precision_score(positive, values))
+
+
+def test_one_class_has_no_auroc() -> None:
+    assert np.isnan(metrics.auroc(np.ones(3), np.ones(3, bool)))
+    assert np.isnan(metrics.average_precision(np.ones(3), np.zeros(3, bool)))
+
+
+@given(seed=st.integers(0, 1000), block=st.sampled_from([1, 3, 100]))
+def test_ranks_are_those_of_a_sort(seed: int, block: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.nn.functional.normalize(torch.randn(7, 4, generator=generator, dtype=torch.float64), dim=-1)
+    image_of_text = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 5, 6])
+    t = torch.nn.functional.normalize(torch.randn(10, 4, generator=generator, dtype=torch.float64), dim=-1)
+    image_ranks, text_ranks = metrics.retrieval_ranks(u, t, image_of_text, block)
+    S = u @ t.T
+    for j in range(10):
+        assert text_ranks[j] == (S[:, j] > S[image_of_text[j], j]).sum()
+    for i in range(7):
+        own = image_of_text == i
+        assert image_ranks[i] == (S[i][~own] > S[i][own].max()).sum()
+
+
+def test_a_constant_encoder_scores_as_chance_does() -> None:
+    u = torch.ones(10, 2) / 2**0.5
+    image_ranks, text_ranks = metrics.retrieval_ranks(u, u, torch.arange(10))
+    assert (image_ranks == 4.5).all()
+    assert (text_ranks == 4.5).all()
+
+
+def test_shares_by_image_average_to_the_mean_recall() -> None:
+    image_of_text = torch.tensor([0, 0, 0, 1, 2])
+    image_ranks, text_ranks = torch.tensor([0.0, 7, 3]), torch.tensor([0.0, 20, 4, 0, 9])
+    image_side = np.mean([[(r < k) for r in image_ranks] for k in (1, 5, 10)])
+    text_side = np.mean([[(r < k) for r in text_ranks] for k in (1, 5, 10)])
+    shares = metrics.mean_recall_by_image(image_ranks, text_ranks, image_of_text)
+    assert float(shares.mean()) == pytest.approx(100 * (image_side + text_side) / 2)
+
+
+def test_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for i in range(200):
+        low, high = metrics.bootstrap_interval(generator.normal(1.0, 1.0, 60), seed=i, draws=300)
+        covered += low <= 1.0 <= high
+    assert 180 <= covered <= 200
