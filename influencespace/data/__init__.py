@@ -1,0 +1,1 @@
+"""Reading and writing of image-text data: no Ray, no models, no estimators."""

@@ -27,7 +27,9 @@ class Space:
 
     def flatten(self, tree: dict[str, Tensor]) -> Tensor:
         """Parameters as one vector: shapes (V, *shape) -> (V, p)."""
-        return torch.cat([tree[name].flatten(start_dim=-value.dim()) for name, value in self.parameters.items()], -1)
+        return torch.cat(
+            [tree[name].flatten(start_dim=-value.dim()) for name, value in self.parameters.items()], -1
+        )
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """The inverse of `flatten`: (..., p) -> shapes (..., *shape)."""

@@ -69,7 +69,9 @@ def train_heads(
         u, t = heads(images(rows), texts(rows))
         loss = info_nce(u @ t.T / config.temperature)
         if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(f"the student's loss is {float(loss)} at step {step}; lower learning_rate")
+            raise FloatingPointError(
+                f"the student's loss is {float(loss)} at step {step}; lower learning_rate"
+            )
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         rates += schedule.get_last_lr()[0]

@@ -1,4 +1,7 @@
-"""`python -m influencespace.data.synthetic --out DIR --pool 4000 ... --seed 0`: one option a field of WorldConfig."""
+"""Writes a synthetic world: `python -m influencespace.data.synthetic --out DIR --pool 4000 --seed 0`.
+
+There is one option for each field of WorldConfig.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.errors import InputError
@@ -15,13 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Writes a world; returns the exit code (2 for options that cannot be used)."""
     parser = argparse.ArgumentParser(prog="python -m influencespace.data.synthetic", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    for field in dataclasses.fields(WorldConfig):  # type: ignore[arg-type]
+    for field in dataclasses.fields(WorldConfig):
         option = "--" + field.name.replace("_", "-")
         parser.add_argument(option, type=type(field.default), default=field.default, metavar=str(field.type))
     options = vars(parser.parse_args(arguments))
     try:
         print(write_world(options.pop("out"), WorldConfig(**options)))
-    except InputError as error:
+    except (InputError, ValidationError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

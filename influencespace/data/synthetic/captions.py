@@ -30,6 +30,10 @@ ADJECTIVES: dict[str, tuple[str, ...]] = {
     "purple": ("purple", "violet"),
     "cyan": ("cyan", "turquoise"),
     "pink": ("pink", "pink", "rosy"),
+    "lime": ("lime",),
+    "maroon": ("maroon", "burgundy"),
+    "teal": ("teal",),
+    "lavender": ("lavender", "lilac"),
     "white": ("white",),
     "black": ("black",),
     "gray": ("gray", "grey"),
@@ -38,7 +42,12 @@ ADJECTIVES: dict[str, tuple[str, ...]] = {
     "brown": ("brown",),
     "": ("",),
 }
-NUMBERS = {1: ("a", "a", "one", "a single"), 2: ("two", "2", "a pair of"), 3: ("three", "3"), 4: ("four", "4")}
+NUMBERS = {
+    1: ("a", "a", "one", "a single"),
+    2: ("two", "2", "a pair of"),
+    3: ("three", "3"),
+    4: ("four", "4"),
+}
 
 # {a} is the first group (on the left or above), {b} the second.
 RELATIONS = {
@@ -58,7 +67,16 @@ RELATIONS = {
     ),
     "": ("{a} and {b}", "{b} and {a}", "{a} together with {b}", "{b} with {a}"),
 }
-FRAMES = ("{}", "{}", "{}", "a picture of {}", "an image of {}", "a drawing of {}", "this shows {}", "we see {}")
+FRAMES = (
+    "{}",
+    "{}",
+    "{}",
+    "a picture of {}",
+    "an image of {}",
+    "a drawing of {}",
+    "this shows {}",
+    "we see {}",
+)
 GROUNDS = (
     "{what} on a {ground} background",
     "{what} on {ground}",

@@ -13,9 +13,17 @@ from influencespace.data.synthetic.scenes import SIDE
 SUBJECTS = ("revenue", "rainfall", "exports", "unemployment", "attendance", "inflation")
 PERIODS = ("per quarter", "by month", "since 1990", "over ten years", "by region")
 WORDING = {
-    "bars": ("bar chart of {subject} {period}", "{subject} {period}, histogram", "statistics: {subject} {period}"),
+    "bars": (
+        "bar chart of {subject} {period}",
+        "{subject} {period}, histogram",
+        "statistics: {subject} {period}",
+    ),
     "curve": ("line plot of {subject} {period}", "trend of {subject} {period}", "{subject} curve {period}"),
-    "page": ("scanned report about {subject}", "first page of an article on {subject} {period}", "{subject} memo"),
+    "page": (
+        "scanned report about {subject}",
+        "first page of an article on {subject} {period}",
+        "{subject} memo",
+    ),
     "texture": ("static noise texture", "grainy television snow", "seamless fabric pattern, high resolution"),
 }
 
@@ -31,9 +39,7 @@ class Document:
 
 def draw_document(rng: Random) -> Document:
     """A random document."""
-    return Document(
-        form=rng.choice(tuple(WORDING)), subject=rng.choice(SUBJECTS), period=rng.choice(PERIODS)
-    )
+    return Document(form=rng.choice(tuple(WORDING)), subject=rng.choice(SUBJECTS), period=rng.choice(PERIODS))
 
 
 def write_document_caption(document: Document, rng: Random) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import cmath
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 
 from PIL import Image, ImageDraw
@@ -24,6 +24,13 @@ COLOURS: dict[str, Colour] = {
     "cyan": (50, 200, 215),
     "pink": (245, 130, 180),
 }
+RARE_COLOURS: dict[str, Colour] = {
+    "lime": (180, 230, 60),
+    "maroon": (130, 20, 60),
+    "teal": (0, 120, 115),
+    "lavender": (190, 165, 240),
+}
+PALETTE = COLOURS | RARE_COLOURS
 BACKGROUNDS: dict[str, Colour] = {
     "white": (246, 246, 246),
     "black": (14, 14, 14),
@@ -33,7 +40,7 @@ BACKGROUNDS: dict[str, Colour] = {
     "brown": (88, 56, 34),
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "ring", "heart")
-RARE_SHAPE = "crescent"
+RARE_SHAPES = ("crescent",)
 RADII = {"small": (4.2, 5.2), "large": (8.6, 10.0)}  # pixels; a large shape still fits a third of the side
 
 
@@ -57,16 +64,13 @@ class Scene:
 
 
 def draw_scene(rng: Random, *, rare: bool) -> Scene:
-    """A random scene; a rare one holds the rare shape, which no other scene has."""
+    """A random scene; a rare one has a shape and colours of its own, to be learned from few examples."""
     pair = rng.random() < 0.6
-    groups = [_draw_group(rng, most=3 if pair else 4)]
+    groups = [_draw_group(rng, rare, most=3 if pair else 4)]
     while pair and len(groups) < 2:
-        other = _draw_group(rng, most=3)
+        other = _draw_group(rng, rare, most=3)
         if (other.colour, other.shape) != (groups[0].colour, groups[0].shape):
             groups.append(other)
-    if rare:
-        place = rng.randrange(len(groups))
-        groups[place] = replace(groups[place], shape=RARE_SHAPE)
     return Scene(
         groups=tuple(groups),
         relation=rng.choice(("left", "above")) if pair else "",
@@ -74,31 +78,32 @@ def draw_scene(rng: Random, *, rare: bool) -> Scene:
     )
 
 
-def _draw_group(rng: Random, most: int) -> Group:
+def _draw_group(rng: Random, rare: bool, most: int) -> Group:
     return Group(
         count=rng.randint(1, most),
         size=rng.choice(tuple(RADII)),
-        colour=rng.choice(tuple(COLOURS)),
-        shape=rng.choice(SHAPES),
+        colour=rng.choice(tuple(RARE_COLOURS if rare else COLOURS)),
+        shape=rng.choice(RARE_SHAPES if rare else SHAPES),
     )
 
 
 def render(scene: Scene, rng: Random, *, shift: complex = 0j, gain: float = 1.0) -> Image.Image:
     """The picture of a scene, RGB, SIDE x SIDE.
 
-    `rng` places the shapes and shades the colours; the same generator state with another `shift` (pixels, x + iy)
+    `rng` places the shapes and shades the colours; the same state of it with another `shift` (pixels, x + iy)
     or `gain` (of brightness) gives a near duplicate.
     """
     side = SIDE * OVERSAMPLING
     canvas = Image.new("RGB", (side, side), _shade(BACKGROUNDS[scene.background], 7, rng, gain))
     pen = ImageDraw.Draw(canvas)
     for group, cells in zip(scene.groups, _regions(scene)):
-        colour = _shade(COLOURS[group.colour], 14, rng, gain)
+        colour = _shade(PALETTE[group.colour], 14, rng, gain)
         for left, top, width, height in rng.sample(cells, group.count):
             radius = rng.uniform(*RADII[group.size])
             slack_x, slack_y = width / 2 - radius, height / 2 - radius
             centre = complex(
-                left + width / 2 + slack_x * rng.uniform(-1, 1), top + height / 2 + slack_y * rng.uniform(-1, 1)
+                left + width / 2 + slack_x * rng.uniform(-1, 1),
+                top + height / 2 + slack_y * rng.uniform(-1, 1),
             )
             turn = cmath.rect(radius * OVERSAMPLING, rng.uniform(-0.2, 0.2))  # up to 11 degrees
             _draw_shape(pen, group.shape, (centre + shift) * OVERSAMPLING, turn, colour)
@@ -123,7 +128,7 @@ def _shade(colour: Colour, spread: int, rng: Random, gain: float) -> Colour:
 
 
 def _star(points: int, inner: float) -> tuple[complex, ...]:
-    """Corners of a star with its first point upwards (y grows downwards), alternately at radius 1 and `inner`."""
+    """Corners of a star, alternately at radius 1 and `inner`, the first one upwards (y grows downwards)."""
     radii = (1.0, inner)
     return tuple(cmath.rect(radii[k % 2], math.pi * (k / points - 0.5)) for k in range(2 * points))
 
@@ -160,7 +165,7 @@ _POLYGONS: dict[str, tuple[complex, ...]] = {
         for corner in (complex(1, -_ARM), complex(1, _ARM), complex(_ARM, _ARM))
     ),
     "heart": _heart(),
-    RARE_SHAPE: _crescent(),
+    "crescent": _crescent(),
 }
 
 

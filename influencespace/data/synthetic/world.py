@@ -1,8 +1,8 @@
 """Writes a synthetic world to disk as WebDataset shards, with the planted truth beside them.
 
-    out/world.json                   the config: what is in this folder
-    out/<split>/00000.tar ...        key.jpg, key.txt (first caption), key.json (uid, captions, group)
-    out/truth/<split>.parquet        one row a pair: uid, wrong, kind, original
+out/world.json                   the config: what is in this folder
+out/<split>/00000.tar ...        key.jpg, key.txt (first caption), key.json (uid, captions, group)
+out/truth/<split>.parquet        one row a pair: uid, wrong, kind, original
 """
 
 from __future__ import annotations
@@ -16,14 +16,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-try:
-    from influencespace.data.artifacts import atomic_path
-except ImportError:  # TEMPORARY until artifacts.py lands
-    import contextlib, os
-    @contextlib.contextmanager
-    def atomic_path(path):
-        aside = path.with_name(path.name + ".aside"); yield aside; os.replace(aside, path)
-from influencespace.data.synthetic.pairs import SPLITS, Plan, Split, WorldConfig, plan_image
+from influencespace.data.artifacts import atomic_path
+from influencespace.data.synthetic.config import SPLITS, Split, WorldConfig
+from influencespace.data.synthetic.pairs import Plan, plan_image
 from influencespace.errors import InputError
 
 TRUTH_SCHEMA = pa.schema(
@@ -34,7 +29,7 @@ TRUTH_SCHEMA = pa.schema(
         pa.field("original", pa.string()),
     ]
 )
-ROW_GROUP = 50_000  # images whose truth is held in memory at once
+ROW_GROUP = 5_000  # images whose truth is held in memory at once
 
 
 def write_world(out: Path, config: WorldConfig | None = None) -> Path:
@@ -58,11 +53,10 @@ def count_shards(config: WorldConfig, split: Split) -> int:
 
 
 def write_shard(out: Path, config: WorldConfig, split: Split, shard: int) -> Path:
-    """Writes one shard unless it is there already: shards are independent, so they may be written in parallel."""
+    """Writes one shard unless it is there already; shards may be written in parallel, in any order."""
     path = out / split / f"{shard:05d}.tar"
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     start = shard * config.shard_size
     with atomic_path(path) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index in range(start, min(start + config.shard_size, config.size(split))):
@@ -75,7 +69,6 @@ def write_truth(out: Path, config: WorldConfig, split: Split) -> Path:
     path = out / "truth" / f"{split}.parquet"
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as aside, pq.ParquetWriter(aside, TRUTH_SCHEMA) as writer:
         for start in range(0, config.size(split), ROW_GROUP):
             stop = min(start + ROW_GROUP, config.size(split))
@@ -89,16 +82,20 @@ def _claim(out: Path, config: WorldConfig) -> None:
     """Marks the folder as this world, so that shards of two worlds never mix."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "world.json"
-    mine = dataclasses.asdict(config)  # type: ignore[call-overload]
+    mine = dataclasses.asdict(config)
     if not path.exists():
         with atomic_path(path) as aside:
-            Path(aside).write_text(json.dumps(mine, indent=2) + "\n")
+            aside.write_text(json.dumps(mine, indent=2) + "\n")
         return
     theirs = json.loads(path.read_text())
     differ = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
     if differ:
-        changes = ", ".join(f"{name}: {theirs.get(name)} there, {mine.get(name)} asked for" for name in differ)
-        raise InputError(f"{out} holds another synthetic world ({changes}): choose another folder or remove it.")
+        changes = ", ".join(
+            f"{name}: {theirs.get(name)} there, {mine.get(name)} asked for" for name in differ
+        )
+        raise InputError(
+            f"{out} holds another synthetic world ({changes}): choose another folder or remove it."
+        )
 
 
 def _add_sample(tar: tarfile.TarFile, key: str, plan: Plan) -> None:
@@ -109,6 +106,8 @@ def _add_sample(tar: tarfile.TarFile, key: str, plan: Plan) -> None:
         "json": json.dumps(described).encode(),
     }
     for suffix, data in members.items():
-        member = tarfile.TarInfo(f"{key}.{suffix}")  # its time and owner are zero: the same bytes on every run
+        member = tarfile.TarInfo(
+            f"{key}.{suffix}"
+        )  # its time and owner are zero: the same bytes on every run
         member.size = len(data)
         tar.addfile(member, io.BytesIO(data))

@@ -1,0 +1,156 @@
+"""Finished folders: files that appear whole or not at all, and a manifest that is written last.
+
+Plain files and one rename, so that a run folder is safe on NFS and a killed run leaves nothing half done.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+MANIFEST = "manifest.json"
+PACKAGES = ("influencespace", "torch", "ray", "transformers", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a stage did: written last, so its presence means that the folder is complete."""
+
+    stage: str
+    fingerprint: str
+    """Of the stage's config and of the fingerprints of its inputs."""
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """Name of each input -> its fingerprint."""
+    rows_in: int = 0
+    rows_out: int = 0
+    rejected: int = 0
+    files: dict[str, str] = Field(default_factory=dict)
+    """Name of each file of the folder -> digest of its content."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    seconds: float = 0.0
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Give a path to write to that becomes `path` when the block ends well, and vanishes when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic only within one file system.
+    aside = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        yield aside
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as readable JSON, atomically."""
+    with atomic_path(path) as aside:
+        aside.write_text(json.dumps(value, indent=2, sort_keys=True, default=_plain) + "\n", encoding="utf-8")
+
+
+def fingerprint(value: Any) -> str:
+    """32 hex digits that are equal for equal content: mappings in any order, dataclasses, paths, lists.
+
+    Raises TypeError for what has no stable JSON form.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def file_digest(path: Path | str) -> str:
+    """32 hex digits of a file's content, read as a stream."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def folder_digest(folder: Path | str) -> str:
+    """32 hex digits of the names and the content of all files below `folder`, hidden ones left out."""
+    folder = Path(folder)
+    files = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    visible = {name: path for name, path in files.items() if not name.startswith(".") and "/." not in name}
+    return fingerprint({name: file_digest(path) for name, path in visible.items()})
+
+
+def write_manifest(folder: Path | str, manifest: Manifest) -> None:
+    """Declare `folder` finished.
+
+    Raises AssertionError unless every row that came in is either kept or rejected.
+    """
+    assert manifest.rows_in == manifest.rows_out + manifest.rejected, (
+        f"{manifest.stage}: {manifest.rows_in} rows in, but {manifest.rows_out} kept "
+        f"and {manifest.rejected} rejected"
+    )
+    write_json(Path(folder) / MANIFEST, manifest)
+
+
+def read_manifest(folder: Path | str) -> Manifest | None:
+    """The manifest of a finished folder; None where there is none, or one of another layout."""
+    try:
+        return TypeAdapter(Manifest).validate_json((Path(folder) / MANIFEST).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return None
+
+
+def is_done(folder: Path | str, fingerprint: str) -> bool:
+    """Whether `folder` was finished by the same config from the same inputs, and its files are there."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.fingerprint != fingerprint:
+        return False
+    return all((Path(folder) / name).is_file() for name in manifest.files)
+
+
+def reopen(folder: Path | str) -> Path:
+    """Make `folder` unfinished: its manifest goes first, so that nobody reads files about to be replaced."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    _sync(folder)
+    return folder
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"no stable JSON form for {type(value).__name__}: {value!r}")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

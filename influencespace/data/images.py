@@ -1,0 +1,136 @@
+"""Encoded images: decoding them without trusting them, and reading their bytes again from where they lie."""
+
+import io
+from itertools import accumulate
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from influencespace.data.schema import ImageRef
+from influencespace.errors import InputError
+
+# Formats of web images. Pillow knows many more, some of which call outside programs (EPS) or have a long
+# record of hostile files (TIFF).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+# An encoded image above this is a mistake or an attack; reading it would only fill the memory of a worker.
+MAX_ENCODED_BYTES = 256 * 2**20
+
+_IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image")
+
+
+class RejectedImage(ValueError):
+    """An image that cannot be used; the message is the reason."""
+
+
+def decode_image(data: bytes, max_pixels: int = 64_000_000) -> Image.Image:
+    """The image in `data` as RGB pixels; its size is read from the header before any pixel is decoded.
+
+    Raises RejectedImage for what is no image of a known format, is cut, or has more than `max_pixels` pixels.
+    """
+    # Pillow raises almost anything for hostile bytes: OSError, SyntaxError, struct.error, IndexError, ...
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise RejectedImage(f"the image is too large: {error}") from None
+    except Exception as error:
+        raise RejectedImage(f"not a readable image ({', '.join(FORMATS)})") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise RejectedImage(f"the image has {width} x {height} pixels, more than {max_pixels:,}")
+    try:
+        return _to_rgb(image)
+    except Exception as error:
+        raise RejectedImage(f"the image is damaged or cut: {error}") from error
+
+
+def read_image_bytes(ref: ImageRef) -> bytes:
+    """The encoded image at `ref`, by a range read; raises RejectedImage when the file no longer holds it."""
+    if ref.row >= 0:
+        return _read_row(ref)
+    filesystem, path = fsspec.url_to_fs(ref.path)
+    end = None if ref.length < 0 else ref.offset + ref.length
+    data: bytes = filesystem.cat_file(path, start=ref.offset, end=end)
+    if not data or len(data) < ref.length:
+        raise RejectedImage(f"{ref.path} ends before the image at byte {ref.offset}: has it changed?")
+    return data
+
+
+def open_parquet(file: Any) -> Any:
+    """A ParquetFile that is read page by page: by default Arrow reads the columns of a row group at once."""
+    return pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
+
+
+def image_column(schema: Any, path: str) -> str:
+    """Name of the image column of a Parquet file: binary, or Hugging Face's struct of bytes and path.
+
+    The usual names come first, then the only column of such a type. Raises InputError when there is none.
+    """
+    columns = [field.name for field in schema if _holds_bytes(field.type)]
+    for name in _IMAGE_COLUMNS:
+        if name in columns:
+            return name
+    if len(columns) == 1:
+        return str(columns[0])
+    raise InputError(
+        f"{path}: no image column among {', '.join(schema.names)}. Expected binary `jpg` or `image`, or a "
+        "struct `image` with `bytes`. Files with URLs alone must be downloaded first (img2dataset does it)."
+    )
+
+
+def encoded_bytes(column: Any) -> Any:
+    """The binary array of an image column: itself, or the field `bytes` of a struct column."""
+    if pa.types.is_struct(column.type):
+        return pc.struct_field(column, "bytes")
+    return column
+
+
+def first_rows(metadata: Any) -> list[int]:
+    """Row of a Parquet file at which each of its row groups begins, then the number of rows."""
+    sizes = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+    return list(accumulate(sizes, initial=0))
+
+
+def escapes(name: str) -> bool:
+    """Whether a file name leads out of the folder or archive that it belongs to."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or any(part.endswith(":") for part in path.parts[:1])
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda grey: grey * (1 / 256))  # Pillow would cut 16 bits off at 255: all white
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning for each such image
+    return image.convert("RGB")
+
+
+def _holds_bytes(kind: Any) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _read_row(ref: ImageRef) -> bytes:
+    with fsspec.open(ref.path, "rb") as file, open_parquet(file) as parquet:
+        starts = first_rows(parquet.metadata)
+        if ref.row >= starts[-1]:
+            raise RejectedImage(f"{ref.path} has {starts[-1]} rows, no row {ref.row}: has it changed?")
+        group = max(i for i, start in enumerate(starts[:-1]) if start <= ref.row)
+        name = image_column(parquet.schema_arrow, ref.path)
+        seen = starts[group]
+        for batch in parquet.iter_batches(batch_size=64, row_groups=[group], columns=[name]):
+            if ref.row < seen + len(batch):
+                data: bytes | None = encoded_bytes(batch.column(0))[ref.row - seen].as_py()
+                break
+            seen += len(batch)
+        else:
+            data = None
+    if not data:
+        raise RejectedImage(f"{ref.path} has no image bytes in row {ref.row}: has it changed?")
+    return data

@@ -1,0 +1,145 @@
+"""COCO captions: the official annotation JSON and a folder of images; the uid of an image is its id."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import fsspec
+
+from influencespace.data.captions import RawSample, assemble, printable
+from influencespace.data.images import MAX_ENCODED_BYTES, escapes
+from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Sample, Shard
+from influencespace.errors import InputError
+
+# Images to a shard: minutes of work, so that little is repeated after an interruption.
+SHARD_IMAGES = 1000
+
+
+@dataclass(frozen=True)
+class _Annotations:
+    """What an annotation file says."""
+
+    images: list[dict[str, Any]]
+    captions: dict[object, list[object]]
+    """By image id, in the order of the file; under None those without an id."""
+    repeated: frozenset[int]
+    """Positions of images whose id an earlier one has."""
+
+
+def split_images(path: str) -> list[tuple[int, int]]:
+    """Ranges of SHARD_IMAGES images that cover the annotation file; raises InputError when it is none."""
+    count = len(_load(path).images)
+    return [(start, min(start + SHARD_IMAGES, count)) for start in range(0, count, SHARD_IMAGES)]
+
+
+def image_folder(path: str) -> str:
+    """The folder of the official layout, `val2017` beside `annotations/captions_val2017.json`.
+
+    Raises InputError when there is none.
+    """
+    match = re.fullmatch(r"(.*)/[^/]+/captions_(\w+)\.json", path)
+    if match:
+        folder = f"{match[1]}/{match[2]}"
+        filesystem, inside = fsspec.url_to_fs(folder)
+        if filesystem.isdir(inside):
+            return folder
+    raise InputError(f"{path}: where are its images? Give their folder as `images`, e.g. coco/val2017.")
+
+
+def read_coco(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejection]:
+    """The samples of a range of images; the last range also rejects the annotations of unknown images.
+
+    Raises InputError when the file is no annotation file of captions.
+    """
+    annotations = _load(shard.path)
+    start, stop = shard.rows or (0, len(annotations.images))
+    for position in range(start, stop):
+        image = annotations.images[position]
+        if position in annotations.repeated:
+            reason = "an earlier image of the file has the same id"
+            yield Rejection(shard=shard.path, uid=printable(str(image["id"])), reason=reason)
+        else:
+            yield from assemble(_raw_sample(shard, image, annotations, options), options)
+    if stop == len(annotations.images):
+        known = {_image_id(image) for image in annotations.images} - {None}
+        for key, captions in annotations.captions.items():
+            if key not in known:
+                reason = f"{len(captions)} annotations name an image that the file does not list"
+                yield Rejection(shard=shard.path, uid=printable(str(key)), reason=reason)
+
+
+def _raw_sample(
+    shard: Shard, image: dict[str, Any], annotations: _Annotations, options: ReadOptions
+) -> RawSample:
+    name, key = image.get("file_name"), _image_id(image)
+    path = f"{shard.images}/{name}"
+    data, missing = _read_image(path, name)
+    return RawSample(
+        shard=shard.path,
+        key=str(name),
+        image=data,
+        captions=annotations.captions.get(key, []) if key is not None else [],
+        uid=key,
+        group=image.get(options.group_column),
+        ref=ImageRef(path=path, length=len(data or b"")),
+        missing=missing,
+    )
+
+
+def _read_image(path: str, name: object) -> tuple[bytes | None, str]:
+    """The bytes of an image file, or None and the reason."""
+    if not isinstance(name, str) or not name or escapes(name):
+        return None, f"file_name {name!r} is not a path inside the image folder"
+    filesystem, inside = fsspec.url_to_fs(path)
+    try:
+        data: bytes = filesystem.cat_file(inside, start=0, end=MAX_ENCODED_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+        return None, f"the image file {path!r} is missing"
+    if len(data) > MAX_ENCODED_BYTES:
+        return None, f"the image has more than {MAX_ENCODED_BYTES:,} bytes"
+    return data, ""
+
+
+def _load(path: str) -> _Annotations:
+    filesystem, inside = fsspec.url_to_fs(path)
+    return _parse(path, filesystem.ukey(inside))
+
+
+@lru_cache(maxsize=1)  # a worker reads many shards of one file, which takes seconds to parse
+def _parse(path: str, version: str) -> _Annotations:
+    """The annotations of `path`; `version` changes when the file does."""
+    try:
+        with fsspec.open(path, "rb") as file:
+            document = json.load(file)
+        images = [dict(image) for image in document["images"]]
+        entries = [(entry.get("image_id"), entry.get("caption")) for entry in document["annotations"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not a COCO annotation file ({type(error).__name__}: {error}). It must be JSON with "
+            "the lists `images` and `annotations`, such as captions_val2017.json."
+        ) from None
+    if entries and all(caption is None for _, caption in entries):
+        raise InputError(f"{path} has no captions. Is it an instances file? Give captions_*.json instead.")
+    captions: dict[object, list[object]] = {}
+    for key, caption in entries:
+        captions.setdefault(key if isinstance(key, int | str) else None, []).append(caption)
+    return _Annotations(images, captions, _repeated(images))
+
+
+def _repeated(images: list[dict[str, Any]]) -> frozenset[int]:
+    seen: set[object] = set()
+    repeated = set()
+    for position, image in enumerate(images):
+        key = _image_id(image)
+        if key is not None and key in seen:
+            repeated.add(position)
+        seen.add(key)
+    return frozenset(repeated)
+
+
+def _image_id(image: dict[str, Any]) -> int | str | None:
+    key = image.get("id")
+    return key if isinstance(key, int | str) else None

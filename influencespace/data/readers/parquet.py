@@ -1,0 +1,188 @@
+"""Parquet files with image bytes and captions, as img2dataset and Hugging Face datasets write them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from influencespace.data.captions import RawSample, assemble, original_captions, printable
+from influencespace.data.images import (
+    MAX_ENCODED_BYTES,
+    encoded_bytes,
+    first_rows,
+    image_column,
+    open_parquet,
+)
+from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Sample, Shard
+from influencespace.errors import InputError
+
+# A bigger file becomes several shards: minutes of work, so that little is repeated after an interruption.
+SHARD_BYTES = 256 * 2**20
+
+# Rows in memory at a time, and the page of the file that they lie in: far below a gigabyte for usual images.
+BATCH_ROWS = 32
+
+# In order of preference, as for tars: a list of captions, the text file of img2dataset, its metadata.
+CAPTION_COLUMNS = ("captions", "txt", "caption", "text")
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Names of the columns that a file has of those that are read."""
+
+    image: str
+    captions: tuple[str, ...]
+    uid: str | None
+    group: str | None
+    key: str | None
+
+    def names(self) -> list[str]:
+        found = (self.image, *self.captions, self.uid, self.group, self.key)
+        return list(dict.fromkeys(name for name in found if name))
+
+
+def split_row_groups(path: str) -> list[tuple[int, ...] | None]:
+    """Runs of row groups of about SHARD_BYTES; [None] for a small or a damaged one (the reader says so).
+
+    Raises OSError when the file cannot be opened.
+    """
+    with fsspec.open(path, "rb") as file:
+        try:
+            metadata = pq.read_metadata(file)
+        except (pa.ArrowException, OSError) as error:
+            raise_unless_damage(error)
+            return [None]
+    runs: list[list[int]] = [[]]
+    filled = 0
+    for index in range(metadata.num_row_groups):
+        size = metadata.row_group(index).total_byte_size
+        if runs[-1] and filled + size > SHARD_BYTES:
+            runs.append([])
+            filled = 0
+        runs[-1].append(index)
+        filled += size
+    return [None] if len(runs) == 1 else [tuple(run) for run in runs]
+
+
+def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejection]:
+    """The samples of a shard, a few rows in memory; of a damaged row group those before the damage.
+
+    Raises InputError when there is no image or caption column, OSError when the file cannot be read at all.
+    """
+    with fsspec.open(shard.path, "rb") as file:
+        try:
+            parquet = open_parquet(file)
+        except (pa.ArrowException, OSError) as error:
+            raise_unless_damage(error)
+            name = PurePosixPath(shard.path).name
+            yield _reject(shard, name, f"not a readable Parquet file: {error}")
+            return
+        columns = _find_columns(parquet.schema_arrow, shard.path, options)
+        starts = first_rows(parquet.metadata)
+        for group in shard.row_groups or range(len(starts) - 1):
+            row = starts[group]
+            batches = parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns.names())
+            try:
+                for batch in batches:
+                    for raw in _raw_samples(batch, columns, shard.path, row):
+                        yield from assemble(raw, options)
+                    row += len(batch)
+            except (pa.ArrowException, OSError) as error:
+                raise_unless_damage(error)
+                lost = f"rows {row} to {starts[group + 1] - 1} of a damaged row group are lost"
+                yield _reject(shard, f"row {row}", f"{lost}: {error}")
+
+
+def raise_unless_damage(error: Exception) -> None:
+    """Raise `error` if it is the system's: for damage Arrow says OSError too, but without a number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+
+
+def as_bytes(column: Any) -> Any:
+    """A column of text, or lists of text, as bytes: one text that is not UTF-8 must not fail its batch."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(_bytes_type(column.type))
+
+
+def _bytes_type(kind: Any) -> Any:
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.large_binary() if pa.types.is_large_string(kind) else pa.binary()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        of = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return of(_bytes_type(kind.value_type))
+    return kind
+
+
+def _find_columns(schema: Any, path: str, options: ReadOptions) -> _Columns:
+    wanted = (options.caption_column,) if options.caption_column else CAPTION_COLUMNS
+    captions = tuple(name for name in wanted if name in schema.names)
+    present = ", ".join(schema.names)
+    if not captions:
+        raise InputError(
+            f"{path}: no caption column. It has {present}; expected {' or '.join(wanted)}. "
+            "Give the name of yours as caption_column."
+        )
+    if options.uid_column not in schema.names and options.uid_column != ReadOptions.uid_column:
+        raise InputError(f"{path}: no column {options.uid_column!r} (uid_column). It has {present}.")
+
+    def named(name: str) -> str | None:
+        return name if name in schema.names else None
+
+    return _Columns(
+        image=image_column(schema, path),
+        captions=captions,
+        uid=named(options.uid_column),
+        group=named(options.group_column),
+        key=named("key"),
+    )
+
+
+def _raw_samples(batch: Any, columns: _Columns, path: str, first_row: int) -> Iterator[RawSample]:
+    """The rows of a batch that begins at `first_row` of the file."""
+    images = encoded_bytes(batch.column(columns.image))
+    texts = {
+        name: as_bytes(batch.column(name)).to_pylist() for name in columns.names() if name != columns.image
+    }
+    for i in range(len(batch)):
+
+        def value(name: str | None, i: int = i) -> object:
+            return texts[name][i] if name else None
+
+        row = first_row + i
+        image, missing = _image(images[i])
+        yield RawSample(
+            shard=path,
+            key=_key(value(columns.key), row),
+            image=image,
+            captions=original_captions(*map(value, columns.captions)),
+            uid=value(columns.uid),
+            group=value(columns.group),
+            ref=ImageRef(path=path, row=row),
+            missing=missing,
+        )
+
+
+def _image(scalar: Any) -> tuple[bytes | None, str]:
+    """The bytes of an image, or None and the reason."""
+    if not scalar.is_valid:
+        return None, "the image is missing (its download failed, or only its path was stored)"
+    size = scalar.as_buffer().size
+    if size > MAX_ENCODED_BYTES:
+        return None, f"the image has {size:,} bytes, more than {MAX_ENCODED_BYTES:,}"
+    return scalar.as_py(), ""
+
+
+def _key(value: object, row: int) -> str:
+    if value is None:
+        return f"row {row}"
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _reject(shard: Shard, uid: str, reason: str) -> Rejection:
+    return Rejection(shard=shard.path, uid=uid, reason=printable(reason))

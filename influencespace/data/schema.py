@@ -1,0 +1,80 @@
+"""The nouns of the data layer: what is read (Shard, ReadOptions) and what comes of it (Sample, Rejection)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic.dataclasses import dataclass as validated_dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The unit of work: a picklable recipe of what to read."""
+
+    path: str
+    """Local path or fsspec URL."""
+    format: Literal["webdataset", "parquet", "coco"]
+    index: int
+    """Position in the sorted listing."""
+    row_groups: tuple[int, ...] | None = None
+    """Row groups of a big Parquet file; None means all."""
+    images: str | None = None
+    """COCO: the image folder."""
+    rows: tuple[int, int] | None = None
+    """COCO: range (start, stop) of the images of the annotation file; None means all."""
+
+    @property
+    def name(self) -> str:
+        """A file name that sorts like the listing, e.g. `00003`."""
+        return f"{self.index:05d}"
+
+
+@validated_dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How pairs are taken from the samples of a shard."""
+
+    captions: Literal["all", "first", "choice"] = "all"
+    """Which captions of an image to use: all, the first usable one, or one drawn by `seed` and the image."""
+    seed: int = 0
+    """Seed of `captions="choice"`."""
+    uid_column: str = "uid"
+    """JSON field or Parquet column with the data's own identifier of an image."""
+    group_column: str = "group"
+    """JSON field or Parquet column with the group of an image, used by the fairness measures."""
+    caption_column: str | None = None
+    """JSON field or Parquet column with the caption or captions; None means the usual names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRef:
+    """Where the encoded bytes of an image lie, so that they are found again without a scan."""
+
+    path: str
+    offset: int = 0
+    length: int = -1
+    """Bytes from `offset` on; -1 means to the end of the file."""
+    row: int = -1
+    """Row of a Parquet file (then offset and length say nothing), or -1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One image, still encoded, with the captions chosen for it (at least one, none of them blank)."""
+
+    image: bytes
+    captions: tuple[str, ...]
+    uid: str | None
+    group: str | None
+    ref: ImageRef
+    positions: tuple[int, ...] | None = None
+    """Places of `captions` among the image's original captions; None means that none was left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejection:
+    """One pair (or the unreadable rest of a file) that cannot be used, and why."""
+
+    shard: str
+    """Path of the file it came from."""
+    uid: str
+    """The data's own uid where it is known, else the key or row under which the file holds it."""
+    reason: str

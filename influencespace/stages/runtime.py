@@ -1,0 +1,362 @@
+"""The only two verbs of the stages: *map* tasks over workers, and *fold* tasks into one state.
+
+A recipe crosses the wire and the worker is born where it works: `recipe()` returns the callable that is then
+given one task after another. Folded states are merged in the order of the tasks, whatever the order in which
+they finish, so that any number of actors gives the same bits. `LocalRuntime` is the plain loop: the truth.
+"""
+
+import os
+import pickle
+import tempfile
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+
+from influencespace.errors import InputError
+
+Recipe = Callable[[], Callable[..., Any]]
+Merge = Callable[[Any, Any], Any]
+
+# A worker that dies (killed node, out of memory) is always replaced, but a task may lose only so many.
+TASK_RETRIES = 3
+# How far an actor may run ahead of the slowest task: bounds the states that wait to be merged in order.
+AHEAD = 4
+# Ray puts sockets below its temporary folder, and Linux allows a socket's path no more than 107 bytes.
+LONGEST_TMPDIR = 40
+
+
+class TaskError(RuntimeError):
+    """A task raised an unexpected exception: names the task and carries the worker's traceback."""
+
+
+class Pool(Protocol):
+    """Persistent workers for repeated folds."""
+
+    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None) -> Any:
+        """Merge `worker(task, shared)` over `tasks`, in their order.
+
+        Raises ValueError without tasks, TaskError (or the worker's InputError) where a task fails.
+        """
+
+
+class Runtime(Protocol):
+    """Where the work of the stages is done."""
+
+    @property
+    def cores(self) -> int:
+        """CPU cores that there really are, in all machines together."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs, in all machines together."""
+
+    def map(
+        self,
+        recipe: Recipe,
+        tasks: Sequence[Any],
+        *,
+        num_actors: int = 1,
+        num_cpus: float = 1,
+        num_gpus: float = 0,
+    ) -> Iterator[Any]:
+        """Yield `worker(task)` for each task, as they finish: small picklable results; big ones go to files.
+
+        Raises TaskError (or the worker's InputError) where a task fails.
+        """
+
+    def pool(
+        self, recipe: Recipe, *, num_actors: int = 1, num_cpus: float = 1, num_gpus: float = 0
+    ) -> AbstractContextManager[Pool]:
+        """Workers that live until the block ends."""
+
+
+def run_once(runtime: Runtime, job: Callable[[], Any]) -> Any:
+    """Run one job on one worker, away from the driver."""
+    with runtime.pool(_Once(job)) as pool:
+        return pool.fold([getattr(job, "__name__", type(job).__name__)], lambda left, _: left)
+
+
+@dataclass(frozen=True)
+class _Once:
+    job: Callable[[], Any]
+
+    def __call__(self) -> Callable[..., Any]:
+        return lambda _task, _shared: self.job()
+
+
+class LocalRuntime:
+    """Everything in this process, one task after another: the truth that tests compare with."""
+
+    def __repr__(self) -> str:
+        return "LocalRuntime()"
+
+    @property
+    def cores(self) -> int:
+        return _machine_cores()
+
+    @property
+    def gpus(self) -> int:
+        import torch
+
+        return torch.cuda.device_count()
+
+    def map(
+        self,
+        recipe: Recipe,
+        tasks: Sequence[Any],
+        *,
+        num_actors: int = 1,
+        num_cpus: float = 1,
+        num_gpus: float = 0,
+    ) -> Iterator[Any]:
+        worker = _Worker(recipe)
+        for task in tasks:
+            yield worker.attempt(task).result()
+
+    @contextmanager
+    def pool(
+        self, recipe: Recipe, *, num_actors: int = 1, num_cpus: float = 1, num_gpus: float = 0
+    ) -> Iterator[Pool]:
+        yield _LocalPool(_Worker(recipe))
+
+
+class RayRuntime:
+    """The same two verbs on Ray: Ray Data's actor pool for map, plain actors for folds."""
+
+    def __init__(self, cores: int | None = None) -> None:
+        self._cores = cores
+
+    def __repr__(self) -> str:
+        return f"RayRuntime(cores={self.cores})"
+
+    @property
+    def cores(self) -> int:
+        return self._cores or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    @property
+    def gpus(self) -> int:
+        return int(ray.cluster_resources().get("GPU", 0))
+
+    def map(
+        self,
+        recipe: Recipe,
+        tasks: Sequence[Any],
+        *,
+        num_actors: int = 1,
+        num_cpus: float = 1,
+        num_gpus: float = 0,
+    ) -> Iterator[Any]:
+        if not tasks:
+            return
+        # One row and one block a task: Ray Data then hands out single tasks and gives back single results.
+        items = [{"index": index, "task": pickle.dumps(task)} for index, task in enumerate(tasks)]
+        starts = ray.remote(_Starts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+        results = _data().from_items(items, override_num_blocks=len(items))
+        results = results.map_batches(
+            _MapWorker,
+            fn_constructor_args=(recipe, starts),
+            batch_size=1,
+            compute=_data().ActorPoolStrategy(size=max(1, min(num_actors, len(items)))),
+            **_resources(num_cpus, num_gpus),
+        )
+        for row in results.iter_rows():
+            outcome: _Outcome = pickle.loads(row["outcome"])
+            yield outcome.result()
+
+    @contextmanager
+    def pool(
+        self, recipe: Recipe, *, num_actors: int = 1, num_cpus: float = 1, num_gpus: float = 0
+    ) -> Iterator[Pool]:
+        actor = ray.remote(_Worker).options(
+            **_resources(num_cpus, num_gpus), max_restarts=-1, max_task_retries=TASK_RETRIES
+        )
+        actors = [actor.remote(recipe) for _ in range(max(1, num_actors))]
+        try:
+            yield _RayPool(actors)
+        finally:
+            for one in actors:
+                ray.kill(one)
+
+
+@contextmanager
+def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterator[RayRuntime]:
+    """A RayRuntime: on the Ray that runs already, else on the cluster at `address`, else on a new local Ray.
+
+    The address defaults to RAY_ADDRESS. What was started or joined here is left at the end. `num_cpus`
+    counts the logical CPUs of a new local Ray (default: the cores, but at least 8, so that a small machine
+    has room for a few waiting actors).
+    """
+    if ray.is_initialized():
+        yield RayRuntime()
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    cores = _machine_cores()
+    options: dict[str, Any] = {}
+    if address == "local":
+        options = {"num_cpus": num_cpus or max(8, cores), "include_dashboard": False, **_short_folder()}
+    ray.init(address=address, logging_level="warning", log_to_driver=False, **options)
+    try:
+        yield RayRuntime(cores if address == "local" else None)
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a worker sends back; exceptions travel as values: Ray then retries lost workers, never errors."""
+
+    value: Any = None
+    error: str = ""
+    trace: str = ""
+
+    def result(self) -> Any:
+        if self.trace:
+            raise TaskError(f"{self.error}\n{self.trace}")
+        if self.error:
+            raise InputError(self.error)
+        return self.value
+
+
+class _Worker:
+    """One worker: builds its callable at the first task, and turns exceptions into outcomes."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._call: Callable[..., Any] | None = None
+
+    def attempt(self, task: Any, *shared: Any) -> _Outcome:
+        try:
+            self._call = self._call or self._recipe()
+            return _Outcome(self._call(task, *shared))
+        except InputError as error:
+            return _Outcome(error=str(error))
+        except Exception as error:
+            return _Outcome(
+                error=f"task {_brief(task)} failed: {type(error).__name__}: {error}",
+                trace=traceback.format_exc(),
+            )
+
+
+class _Starts:
+    """How often each task was begun, kept by an actor of its own: Ray Data itself would retry for ever."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def begin(self, index: int) -> int:
+        self._counts[index] += 1
+        return self._counts[index]
+
+
+class _MapWorker:
+    """A worker as Ray Data calls it: one row in, one row out."""
+
+    def __init__(self, recipe: Recipe, starts: Any) -> None:
+        self._worker = _Worker(recipe)
+        self._starts = starts
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        task = pickle.loads(batch["task"][0])
+        if ray.get(self._starts.begin.remote(int(batch["index"][0]))) > TASK_RETRIES + 1:
+            outcome = _Outcome(error=_lost(task), trace="(no traceback: the process was gone)")
+        else:
+            outcome = self._worker.attempt(task)
+        return {"outcome": [pickle.dumps(outcome)]}
+
+
+@dataclass(frozen=True)
+class _LocalPool:
+    worker: _Worker
+
+    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None) -> Any:
+        states = (self.worker.attempt(task, shared).result() for task in tasks)
+        return _merge_all(states, merge)
+
+
+@dataclass(frozen=True)
+class _RayPool:
+    actors: list[Any]
+
+    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None) -> Any:
+        return _merge_all(self._states(tasks, ray.put(shared)), merge)
+
+    def _states(self, tasks: Sequence[Any], shared: Any) -> Iterator[Any]:
+        """The states in the order of the tasks; an actor gets its next task as soon as it has done one."""
+        waiting = deque(range(len(tasks)))
+        idle = deque(self.actors)
+        running: dict[Any, tuple[int, Any]] = {}
+        finished: dict[int, Any] = {}
+        for turn in range(len(tasks)):
+            while turn not in finished:
+                while idle and waiting and waiting[0] < turn + AHEAD * len(self.actors):
+                    index, actor = waiting.popleft(), idle.popleft()
+                    running[actor.attempt.remote(tasks[index], shared)] = index, actor
+                (reference, *_), _ = ray.wait(list(running), num_returns=1)
+                index, actor = running.pop(reference)
+                finished[index] = reference
+                idle.append(actor)
+            try:
+                outcome: _Outcome = ray.get(finished.pop(turn))
+            except ray.exceptions.RayError as error:
+                raise TaskError(f"{_lost(tasks[turn])} Ray says: {error}") from error
+            yield outcome.result()
+
+
+def _merge_all(states: Iterator[Any], merge: Merge) -> Any:
+    first = next(states, _NOTHING)
+    if first is _NOTHING:
+        raise ValueError("a fold needs at least one task")
+    total = first
+    for state in states:
+        total = merge(total, state)
+    return total
+
+
+_NOTHING = object()
+
+
+def _lost(task: Any) -> str:
+    return (
+        f"task {_brief(task)} lost its worker {TASK_RETRIES + 1} times. Likely causes: it ran out of memory, "
+        "a crash in native code on this input, or its node is gone."
+    )
+
+
+def _brief(task: Any) -> str:
+    text = str(getattr(task, "name", task))
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _resources(num_cpus: float, num_gpus: float) -> dict[str, float]:
+    return {"num_cpus": num_cpus} | ({"num_gpus": num_gpus} if num_gpus else {})
+
+
+def _data() -> Any:
+    """Ray Data, quiet: the stages show their own progress."""
+    import logging
+
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    return ray.data
+
+
+def _short_folder() -> dict[str, str]:
+    if "RAY_TMPDIR" in os.environ or len(tempfile.gettempdir()) <= LONGEST_TMPDIR:
+        return {}
+    return {"_temp_dir": "/tmp/ray"}
+
+
+def _machine_cores() -> int:
+    """Cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1

@@ -1,0 +1,37 @@
+"""One local Ray for all tests of the stages: it starts once, and only if a test asks for it."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from influencespace.stages.runtime import LocalRuntime, RayRuntime, start_ray
+
+
+@pytest.fixture(scope="session")
+def ray_runtime() -> Iterator[RayRuntime]:
+    """A Ray of 8 logical CPUs with its own home and a short temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="is-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        settings = {"HOME": folder, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled"}
+        # Workers unpickle the recipes of the tests by the name of their module.
+        settings["PYTHONPATH"] = os.pathsep.join(
+            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        )
+        before = {name: os.environ.get(name) for name in [*settings, "RAY_ADDRESS"]}
+        os.environ.pop("RAY_ADDRESS", None)
+        os.environ.update(settings)
+        try:
+            with start_ray(num_cpus=8) as runtime:
+                yield runtime
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+
+@pytest.fixture
+def local_runtime() -> LocalRuntime:
+    return LocalRuntime()

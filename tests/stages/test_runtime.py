@@ -1,0 +1,181 @@
+"""Map and fold on Ray equal the plain loop: in any order, with any number of actors, with lost workers."""
+
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from influencespace.errors import InputError
+from influencespace.stages import runtime as module
+from influencespace.stages.progress import duration, progress
+from influencespace.stages.runtime import LocalRuntime, Runtime, TaskError, run_once, start_ray
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
+def runtime(request: pytest.FixtureRequest) -> Runtime:
+    return LocalRuntime() if request.param == "local" else request.getfixturevalue("ray_runtime")
+
+
+@dataclass(frozen=True)
+class Square:
+    """A recipe; its worker dies, raises or complains at chosen tasks."""
+
+    fail_at: int = -1
+    complain_at: int = -1
+    die_at: int = -1
+    marker: Path | None = None
+
+    def __call__(self) -> Callable[..., int]:
+        return self.work
+
+    def work(self, task: int, shared: int | None = None) -> int:
+        if task == self.fail_at:
+            raise ZeroDivisionError("no such number")
+        if task == self.complain_at:
+            raise InputError("this number is not allowed")
+        if task == self.die_at and (self.marker is None or not self.marker.exists()):
+            if self.marker is not None:
+                self.marker.touch()
+            os._exit(1)
+        return task * task + (shared or 0)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A recipe whose states are floats, where the order of a sum shows in the last bits."""
+
+    def __call__(self) -> Callable[..., np.ndarray]:
+        return lambda task, shared: np.random.default_rng(task).normal(size=100) * 10.0 ** (task % 7) + shared
+
+
+def in_a_list(left: int | list[int], right: int) -> list[int]:
+    return [*(left if isinstance(left, list) else [left]), right]
+
+
+def add(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return left + right
+
+
+def test_map_gives_every_result_once(runtime: Runtime) -> None:
+    assert sorted(runtime.map(Square(), range(5), num_actors=2)) == [0, 1, 4, 9, 16]
+    assert list(runtime.map(Square(), [])) == []
+
+
+def test_fold_merges_in_the_order_of_the_tasks(runtime: Runtime) -> None:
+    with runtime.pool(Square(), num_actors=2) as pool:
+        assert pool.fold([3, 1, 2], in_a_list) == [9, 1, 4]
+        assert pool.fold([3], add, shared=100) == 109
+        with pytest.raises(ValueError, match="at least one task"):
+            pool.fold([], add)
+
+
+@pytest.mark.ray
+def test_any_number_of_actors_gives_the_same_bits(ray_runtime: Runtime) -> None:
+    tasks = list(range(12))
+    with LocalRuntime().pool(Noise()) as pool:
+        truth = pool.fold(tasks, add, shared=0.1)
+    for actors in (1, 3):
+        with ray_runtime.pool(Noise(), num_actors=actors) as pool:
+            for _ in range(2):
+                np.testing.assert_array_equal(pool.fold(tasks, add, shared=0.1), truth)
+
+
+def test_an_unexpected_error_names_the_task(runtime: Runtime) -> None:
+    with pytest.raises(TaskError, match=r"task 2 failed: ZeroDivisionError: no such number"):
+        list(runtime.map(Square(fail_at=2), range(4), num_actors=2))
+    with (
+        runtime.pool(Square(fail_at=2)) as pool,
+        pytest.raises(TaskError, match=r"task 2 failed: ZeroDivisionError"),
+    ):
+        pool.fold(range(4), add)
+
+
+def test_an_error_for_people_stays_one(runtime: Runtime) -> None:
+    with pytest.raises(InputError, match=r"^this number is not allowed$"):
+        list(runtime.map(Square(complain_at=1), range(2)))
+
+
+@pytest.mark.ray
+def test_a_killed_worker_is_replaced_and_its_task_done_again(ray_runtime: Runtime, tmp_path: Path) -> None:
+    mapped = ray_runtime.map(Square(die_at=2, marker=tmp_path / "map"), range(4), num_actors=2)
+    assert sorted(mapped) == [0, 1, 4, 9]
+    assert (tmp_path / "map").exists()
+    with ray_runtime.pool(Square(die_at=2, marker=tmp_path / "fold"), num_actors=2) as pool:
+        assert pool.fold(range(4), add) == 14
+    assert (tmp_path / "fold").exists()
+
+
+@pytest.mark.ray
+def test_a_task_that_kills_every_worker_ends_the_run(
+    ray_runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TaskError, match=r"task 2 lost its worker 4 times"):
+        list(ray_runtime.map(Square(die_at=2), range(4)))
+    monkeypatch.setattr(module, "TASK_RETRIES", 1)
+    with (
+        ray_runtime.pool(Square(die_at=2)) as pool,
+        pytest.raises(TaskError, match=r"task 2 lost its worker 2 times"),
+    ):
+        pool.fold(range(4), add)
+
+
+def test_one_job_runs_on_one_worker(runtime: Runtime) -> None:
+    assert run_once(runtime, Job(20)) == 22
+
+
+@dataclass(frozen=True)
+class Job:
+    number: int
+
+    def __call__(self) -> int:
+        return self.number + 2
+
+
+@pytest.mark.ray
+def test_starting_ray_twice_uses_the_first_and_leaves_it_running(ray_runtime: Runtime) -> None:
+    import ray
+
+    with start_ray() as again:
+        assert again.cores == 8
+    assert ray.is_initialized()
+
+
+def test_progress_without_a_terminal_writes_plain_lines() -> None:
+    stream = io.StringIO()
+    with progress("embed", 1500, unit="pairs", stream=stream) as bar:
+        bar.advance(1000)
+        bar.advance(500)
+    (line,) = stream.getvalue().splitlines()
+    assert line.startswith("embed: 1,500 of 1,500 pairs, ")
+    assert line.endswith("/s, done")
+
+
+def test_progress_says_when_it_stopped_early() -> None:
+    stream = io.StringIO()
+    with pytest.raises(ValueError, match="broken"), progress("embed", 3, stream=stream):
+        raise ValueError("broken")
+    assert stream.getvalue().rstrip().endswith("stopped")
+
+
+def test_progress_on_a_terminal_shows_rate_and_total() -> None:
+    stream = Terminal()
+    with progress("embed", 3, stream=stream) as bar:
+        bar.advance(3)
+    assert "3/3" in stream.getvalue()
+    assert "/s" in stream.getvalue()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(8.2, "8s"), (185, "3m05s"), (7620, "2h07m"), (float("inf"), "unknown time")]
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
