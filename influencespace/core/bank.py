@@ -92,7 +92,9 @@ def bank_influence(pairs: Tangents, context: Context, form: str = "exact") -> tu
     own_text = own_side(S_text, pairs.t, pairs.dt, c.u, c.du)
     own = (own_image + own_text - 2 * dS_own) / 2
 
-    def negative_side(S: Tensor, log_Z: Tensor, d_log_Z: Tensor, z: Tensor, dz: Tensor, w: Tensor, dw: Tensor) -> Tensor:
+    def negative_side(
+        S: Tensor, log_Z: Tensor, d_log_Z: Tensor, z: Tensor, dz: Tensor, w: Tensor, dw: Tensor
+    ) -> Tensor:
         probability = (S - log_Z).sigmoid()  # (n, M): what anchor k gives to z
         weight = probability if form == "exact" else probability * (1 - probability)
         moved = scale * ((z * (weight @ dw)).sum(-1) + (dz * (weight @ w)).sum(-1))
@@ -101,6 +103,8 @@ def bank_influence(pairs: Tangents, context: Context, form: str = "exact") -> tu
     if form not in ("exact", "taylor"):
         raise ValueError(f"form is {form!r}; it must be 'exact' or 'taylor'")
     negative_text = negative_side(S_text, context.log_Z, context.d_log_Z, pairs.t, pairs.dt, c.u, c.du)
-    negative_image = negative_side(S_image, context.log_Z_text, context.d_log_Z_text, pairs.u, pairs.du, c.t, c.dt)
+    negative_image = negative_side(
+        S_image, context.log_Z_text, context.d_log_Z_text, pairs.u, pairs.du, c.t, c.dt
+    )
     negative = context.own_factor * (negative_text + negative_image) / 2
     return own, negative

@@ -93,3 +93,28 @@ def disjoint_contexts(
     count = max(2, min(count, len(order) // size)) if len(order) >= 2 * size else 2
     size = min(size, len(order) // count)
     return [np.sort(order[k * size : (k + 1) * size]) for k in range(count)]
+
+
+def covering_contexts(images: IntArray, size: int, seed: int) -> list[IntArray]:
+    """All pairs, each in one context of at most `size` pairs with distinct images; contexts of one round are of like size.
+
+    Round r holds one pair, by seed, of every image that has more than r pairs. A lone pair is left out: a batch of one
+    has no loss.
+    """
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(images))
+    by_image = order[np.argsort(images[order], kind="stable")]
+    ordered = images[by_image]
+    rounds = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
+    contexts = []
+    for r in range(int(rounds.max(initial=-1)) + 1):
+        pairs = generator.permutation(by_image[rounds == r])
+        contexts += np.array_split(pairs, -(-len(pairs) // size))
+    return [np.sort(context) for context in contexts if len(context) > 1]
+
+
+def folds_by_image(images: IntArray, count: int, seed: int) -> IntArray:
+    """Fold 0 .. count-1 of each pair (N,); all pairs of an image share one, and folds have equally many images (+-1)."""
+    distinct, inverse = np.unique(images, return_inverse=True)
+    fold = np.random.default_rng(seed).permutation(len(distinct)) % count
+    return fold[inverse].astype(np.int64)

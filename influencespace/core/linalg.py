@@ -20,7 +20,9 @@ def probes(size: int, rank: int, seed: int, dtype: torch.dtype = torch.float32) 
     if rank > size:
         raise ValueError(f"rank {rank} exceeds the number of parameters {size}; choose a smaller rank")
     generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))[0].to(dtype)
+    gaussian = torch.randn(size, rank, generator=generator, dtype=torch.float64)
+    orthonormal: Tensor = torch.linalg.qr(gaussian)[0]
+    return orthonormal.to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,9 @@ def nystrom(Omega: Tensor, Y: Tensor) -> Sketch:
     positive semi-definite matrix.
     """
     if not bool(torch.isfinite(Y).all()):
-        raise ValueError("a product with the curvature is not finite; likely a diverged student or an infinite embedding")
+        raise ValueError(
+            "a product with the curvature is not finite; likely a diverged student or an infinite embedding"
+        )
     p = Y.shape[0]
     nu = math.sqrt(p) * torch.finfo(Y.dtype).eps * float(Y.norm())
     Omega64, Y64 = Omega.double(), Y.double()

@@ -25,8 +25,8 @@ def retrieval_ranks(u: Tensor, t: Tensor, image_of_text: Tensor, block: int = 10
         S = u[rows] @ t.T
         S[image_of_text[None, :] == rows[:, None]] = -2.0  # the right answers themselves do not compete
         threshold = best[rows][:, None]
-        image_ranks[rows.cpu()] = ((S > threshold).sum(1) + 0.5 * (S == threshold).sum(1)).double().cpu()
-        text_ranks += ((S > right).sum(0) + 0.5 * (S == right).sum(0)).double()
+        image_ranks[rows.cpu()] = ((threshold < S).sum(1) + 0.5 * (threshold == S).sum(1)).double().cpu()
+        text_ranks += ((right < S).sum(0) + 0.5 * (right == S).sum(0)).double()
     return image_ranks, text_ranks.cpu()
 
 
@@ -40,23 +40,33 @@ RECALL_LEVELS = (1, 5, 10)
 
 def mean_recall_by_image(image_ranks: Tensor, text_ranks: Tensor, image_of_text: Tensor) -> Tensor:
     """Each image's share of the mean recall, in per cent: (n_images,), whose mean is the mean of Recall@1/5/10 both ways."""
-    image_side = sum(recall_at(image_ranks, k) for k in RECALL_LEVELS) / len(RECALL_LEVELS)
-    text_side = sum(recall_at(text_ranks, k) for k in RECALL_LEVELS) / len(RECALL_LEVELS)
-    assert isinstance(image_side, Tensor) and isinstance(text_side, Tensor)
+    image_side = torch.stack([recall_at(image_ranks, k) for k in RECALL_LEVELS]).mean(0)
+    text_side = torch.stack([recall_at(text_ranks, k) for k in RECALL_LEVELS]).mean(0)
     texts_an_image = torch.bincount(image_of_text.cpu(), minlength=len(image_ranks)).double()
     summed = torch.zeros(len(image_ranks), dtype=torch.float64).index_add_(0, image_of_text.cpu(), text_side)
     # every text counts once in the mean over texts, whatever the number of captions of its image
     return 100 * (image_side + summed * len(image_ranks) / texts_an_image.sum()) / 2
 
 
-def bootstrap_interval(values: FloatArray, seed: int = 0, draws: int = 2000, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of the mean of values (n,) over resampled rows."""
+def bootstrap_means(values: FloatArray, seed: int = 0, draws: int = 2000) -> FloatArray:
+    """Means of values (R, n) over resampled repeats and resampled columns: (draws,).
+
+    Repeats are training seeds and columns are test images, so an interval from these holds for other seeds and images.
+    Two methods drawn with the same seed are resampled alike: their difference is a paired one.
+    """
     generator = np.random.default_rng(seed)
+    repeats, columns = values.shape
     means = np.empty(draws)
     for i in range(draws):
-        means[i] = values[generator.integers(0, len(values), len(values))].mean()
+        rows = generator.integers(0, repeats, repeats)
+        means[i] = values[rows].mean(0)[generator.integers(0, columns, columns)].mean()
+    return means
+
+
+def interval(draws: FloatArray, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of bootstrap draws (n,)."""
     tail = (1 - level) / 2
-    return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
+    return float(np.quantile(draws, tail)), float(np.quantile(draws, 1 - tail))
 
 
 def auroc(scores: FloatArray, positive: NDArray[np.bool_]) -> float:

@@ -44,15 +44,15 @@ def load_encoder(
     """Load a dual encoder from a folder or from the Hugging Face hub.
 
     Weights come from safetensors only; `trust_remote_code` also allows pickled weights, and model types that
-    are not in `FAMILIES`, with the code that they bring. Raises InputError when there is no such model, when it
-    is no dual encoder, when its files cannot be read or lack weights, or when device or dtype cannot be had.
+    are not in `FAMILIES`, with the code that they bring. Raises InputError when there is no such model, when
+    it is no dual encoder, when files cannot be read or lack weights, or when device or dtype cannot be had.
     """
     name = _existing(str(path_or_hub_id))
     target = _device(device)
     if dtype not in DTYPES:
         raise InputError(f"dtype '{dtype}' of the encoder is unknown; use one of: {', '.join(DTYPES)}")
     trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    with _quiet():
+    with quiet():
         config = _load(name, "config.json", transformers.AutoConfig, **trust)
         family = _family(name, config.model_type, trust_remote_code)
         tokenizer = _load(name, "tokenizer", transformers.AutoTokenizer, **trust)
@@ -133,8 +133,8 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the loader's progress bars and reports off the screen: what matters becomes an InputError."""
+def quiet() -> Iterator[None]:
+    """Keep progress bars and reports of transformers off the screen: what matters becomes an InputError."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

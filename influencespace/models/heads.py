@@ -1,14 +1,10 @@
 """The student over frozen embeddings: one linear head for each modality, unit-length outputs, a fixed temperature."""
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-from influencespace.errors import InputError
 
 
 class Heads(nn.Module):
@@ -18,31 +14,30 @@ class Heads(nn.Module):
     with it in the Space "be less confident" dominates every influence.
     """
 
-    def __init__(self, image_dimension: int, text_dimension: int, dimension: int, seed: int):
+    def __init__(self, image_dimension: int, text_dimension: int, dimension: int):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.image = nn.Parameter(_initial(image_dimension, dimension, generator))
-        self.text = nn.Parameter(_initial(text_dimension, dimension, generator))
+        self.image = nn.Parameter(torch.empty(image_dimension, dimension))
+        self.text = nn.Parameter(torch.empty(text_dimension, dimension))
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         return F.normalize(images @ self.image, dim=-1), F.normalize(texts @ self.text, dim=-1)
 
 
-def _initial(inputs: int, outputs: int, generator: torch.Generator) -> Tensor:
-    """The same random projection for both modalities would keep the encoder's own alignment; each column has unit variance."""
-    return torch.randn(inputs, outputs, generator=generator) / math.sqrt(inputs)
+def initial_heads(image_dimension: int, text_dimension: int, dimension: int, seed: int) -> Heads:
+    """Heads that begin as one random projection: embeddings of one space keep their alignment, as far as `dimension` lets them.
 
-
-def save_heads(heads: Heads, path: Path) -> None:
-    """Write the parameters as safetensors."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in heads.state_dict().items()}, path)
-
-
-def load_heads(path: Path) -> Heads:
-    """Read what `save_heads` wrote; raises InputError when the file holds something else."""
-    state = load_file(path)
-    if set(state) != {"image", "text"} or state["image"].shape[1] != state["text"].shape[1]:
-        raise InputError(f"{path} holds {sorted(state)}, not the 'image' and 'text' heads of a student")
-    heads = Heads(state["image"].shape[0], state["text"].shape[0], state["image"].shape[1], seed=0)
-    heads.load_state_dict(state)
+    Where the modalities differ in dimension there is no alignment to keep, and each has its own projection.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    heads = Heads(image_dimension, text_dimension, dimension)
+    with torch.no_grad():
+        heads.image.copy_(
+            torch.randn(image_dimension, dimension, generator=generator) / math.sqrt(image_dimension)
+        )
+        if text_dimension == image_dimension:
+            heads.text.copy_(heads.image)
+        else:
+            heads.text.copy_(
+                torch.randn(text_dimension, dimension, generator=generator) / math.sqrt(text_dimension)
+            )
     return heads

@@ -33,7 +33,7 @@ class Space:
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """The inverse of `flatten`: (..., p) -> shapes (..., *shape)."""
-        parts = vector.split([value.numel() for value in self.parameters.values()], -1)
+        parts = torch.split(vector, [value.numel() for value in self.parameters.values()], -1)
         return {
             name: part.unflatten(-1, value.shape)
             for (name, value), part in zip(self.parameters.items(), parts)
@@ -45,16 +45,18 @@ class Space:
 
     def tangents(self, inputs: Inputs, directions: Tensor) -> Tangents:
         """Embeddings of n pairs and their derivatives along directions (V, p), by forward mode."""
+        u, t = self._forward(self.parameters, inputs)
 
-        def one(direction: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-            return jvp(lambda q: self._forward(q, inputs), (self.parameters,), (self.unflatten(direction),))  # type: ignore[no-any-return]
+        def along(direction: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            du, dt = jvp(lambda q: self._forward(q, inputs), (self.parameters,), (direction,))[1]
+            return du, dt
 
-        (u, t), (du, dt) = vmap(one, out_dims=((None, None), (0, 0)))(directions)
+        du, dt = vmap(along)(self.unflatten(directions))
         return Tangents(u=u, t=t, du=du, dt=dt)
 
     def pullback(self, inputs: Inputs, cotangent_u: Tensor, cotangent_t: Tensor) -> Tensor:
         """J^T applied to cotangents of u and t, each (V, n, d) -> (V, p)."""
-        _, pull = vjp(lambda q: self._forward(q, inputs), self.parameters)
+        pull = vjp(lambda q: self._forward(q, inputs), self.parameters)[1]
         (tree,) = vmap(pull)((cotangent_u, cotangent_t))
         return self.flatten(tree)
 
@@ -73,6 +75,6 @@ class Space:
         of the context's mean loss.
         """
         u, t = self._forward(self.parameters, inputs)
-        _, pull = vjp(lambda u, t: weights @ info_nce_terms(scale * u @ t.T), u, t)
+        pull = vjp(lambda u, t: weights @ info_nce_terms(scale * u @ t.T), u, t)[1]
         cotangent_u, cotangent_t = vmap(pull)(torch.eye(weights.shape[0], dtype=u.dtype, device=u.device))
         return self.pullback(inputs, cotangent_u, cotangent_t)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,16 +21,15 @@ class StudentConfig:
 
     dimension: int = Field(256, ge=2)
     """Width of the heads' output."""
-    steps: int = Field(300, ge=1)
+    steps: int = Field(100, ge=1)
     """Optimiser steps, annealed to zero by a cosine."""
     batch_size: int = Field(512, ge=4)
     """Global batch B, whatever the number of workers: it decides how many negatives a pair meets."""
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled, as AdamW's."""
-    temperature: float = Field(0.05, gt=0)
+    temperature: float = Field(0.07, gt=0)
     """Frozen; the logits are cosines divided by it."""
-    optimizer: Literal["adamw"] = "adamw"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,33 +47,73 @@ def cosine_factor(step: int, steps: int) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * step / steps)))
 
 
+class Exchange(Protocol):
+    """What the workers of one training run tell each other at every step."""
+
+    rank: int
+    size: int
+
+    def gather(self, part: Tensor) -> list[Tensor]:
+        """The parts (m_r, d) of all workers, in the order of their ranks, without gradients."""
+
+    def add_up(self, gradient: Tensor) -> None:
+        """Replace a gradient by its sum over all workers."""
+
+
+class Alone:
+    """A run with one worker."""
+
+    rank, size = 0, 1
+
+    def gather(self, part: Tensor) -> list[Tensor]:
+        return [part.detach()]
+
+    def add_up(self, gradient: Tensor) -> None:
+        return None
+
+
+def _whole_batch(part: Tensor, exchange: Exchange) -> Tensor:
+    """The batch's embeddings (B, d) with gradients through this worker's own rows only.
+
+    The loss is over the whole batch on every worker, so own gradients are complete, and summing parameter gradients
+    over workers gives the gradient of one worker with the whole batch.
+    """
+    parts = exchange.gather(part)
+    parts[exchange.rank] = part
+    return torch.cat(parts)
+
+
 def train_heads(
-    images: Callable[[NDArray[np.int64]], Tensor],
-    texts: Callable[[NDArray[np.int64]], Tensor],
+    inputs: Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]],
     batches: Iterable[NDArray[np.int64]],
     heads: Heads,
     config: StudentConfig,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    exchange: Exchange | None = None,
 ) -> Trained:
-    """Fit heads by symmetric InfoNCE on the given batches; `images(rows)` and `texts(rows)` give a batch's embeddings.
+    """Fit heads by symmetric InfoNCE on the given batches; `inputs(rows)` gives a batch's embeddings.
 
+    All workers of an `exchange` are given the same batches, and each embeds its share of every one.
     Raises FloatingPointError when the loss is not finite, naming the step.
     """
+    exchange = exchange or Alone()
     optimizer = torch.optim.AdamW(
         heads.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, eps=1e-8
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_factor(step, config.steps))
     losses, rates = [], 0.0
     for step, rows in enumerate(batches):
-        u, t = heads(images(rows), texts(rows))
-        loss = info_nce(u @ t.T / config.temperature)
+        u, t = heads(*inputs(np.array_split(rows, exchange.size)[exchange.rank]))
+        S = _whole_batch(u, exchange) @ _whole_batch(t, exchange).T / config.temperature
+        loss = info_nce(S)
         if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(
-                f"the student's loss is {float(loss)} at step {step}; lower learning_rate"
-            )
+            raise FloatingPointError(f"the student's loss is {float(loss)} at step {step}; lower learning_rate")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        rates += schedule.get_last_lr()[0]
+        for parameter in heads.parameters():
+            assert parameter.grad is not None
+            exchange.add_up(parameter.grad)
+        rates += float(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
         losses.append(float(loss.detach()))

@@ -55,6 +55,10 @@ class Runtime(Protocol):
     def gpus(self) -> int:
         """GPUs, in all machines together."""
 
+    @property
+    def memory(self) -> int:
+        """Bytes of memory for workers, in all machines together."""
+
     def map(
         self,
         recipe: Recipe,
@@ -73,6 +77,15 @@ class Runtime(Protocol):
         self, recipe: Recipe, *, num_actors: int = 1, num_cpus: float = 1, num_gpus: float = 0
     ) -> AbstractContextManager[Pool]:
         """Workers that live until the block ends."""
+
+
+def call() -> Callable[..., Any]:
+    """The recipe for tasks that know themselves what to do: a task is called, and its result is the answer."""
+    return _call
+
+
+def _call(task: Callable[[], Any], *_shared: Any) -> Any:
+    return task()
 
 
 def run_once(runtime: Runtime, job: Callable[[], Any]) -> Any:
@@ -104,6 +117,10 @@ class LocalRuntime:
         import torch
 
         return torch.cuda.device_count()
+
+    @property
+    def memory(self) -> int:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def map(
         self,
@@ -141,6 +158,10 @@ class RayRuntime:
     @property
     def gpus(self) -> int:
         return int(ray.cluster_resources().get("GPU", 0))
+
+    @property
+    def memory(self) -> int:
+        return int(ray.cluster_resources().get("memory", 0))
 
     def map(
         self,

@@ -63,6 +63,13 @@ def test_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
     covered = 0
     for i in range(200):
-        low, high = metrics.bootstrap_interval(generator.normal(1.0, 1.0, 60), seed=i, draws=300)
+        values = generator.normal(1.0, 1.0, (1, 60))
+        low, high = metrics.interval(metrics.bootstrap_means(values, seed=i, draws=300))
         covered += low <= 1.0 <= high
     assert 180 <= covered <= 200
+
+
+def test_equal_methods_differ_by_nothing_in_a_paired_bootstrap() -> None:
+    values = np.random.default_rng(0).normal(size=(3, 50))
+    shifted = metrics.bootstrap_means(values + 2, seed=4) - metrics.bootstrap_means(values, seed=4)
+    np.testing.assert_allclose(shifted, 2)

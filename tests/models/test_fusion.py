@@ -22,6 +22,7 @@ def draw(seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor,
     return pairs[0], pairs[1], pairs.mean(dim=(0, 1))
 
 
+@settings(max_examples=30, deadline=None)
 @given(names, seeds, st.sampled_from([torch.float32, torch.float64]))
 def test_rows_have_unit_length_and_keep_their_dtype(name: FusionName, seed: int, dtype: torch.dtype) -> None:
     images, texts, query = draw(seed, dtype)
@@ -30,6 +31,7 @@ def test_rows_have_unit_length_and_keep_their_dtype(name: FusionName, seed: int,
     torch.testing.assert_close(fused.norm(dim=1), torch.ones(ROWS, dtype=dtype))
 
 
+@settings(max_examples=30, deadline=None)
 @given(names, seeds, st.integers(1, ROWS - 1))
 def test_any_partition_gives_the_same_rows(name: FusionName, seed: int, cut: int) -> None:
     images, texts, query = draw(seed)
@@ -41,6 +43,7 @@ def test_any_partition_gives_the_same_rows(name: FusionName, seed: int, cut: int
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-14)
 
 
+@settings(max_examples=30, deadline=None)
 @given(names, seeds, st.floats(0.01, 100))
 def test_the_length_of_an_embedding_does_not_matter(name: FusionName, seed: int, factor: float) -> None:
     images, texts, query = draw(seed)
@@ -51,7 +54,7 @@ def test_the_length_of_an_embedding_does_not_matter(name: FusionName, seed: int,
     )
 
 
-@settings(max_examples=20)
+@settings(max_examples=30, deadline=None)
 @given(st.sampled_from(["weighted_sum", "product", "attention_pooling"]), seeds)
 def test_modalities_may_be_swapped(name: FusionName, seed: int) -> None:
     images, texts, query = draw(seed)

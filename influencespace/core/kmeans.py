@@ -1,0 +1,126 @@
+"""Spherical k-means as a mergeable statistic: any partition of the rows, any order of the parts, same centroids.
+
+Symbols: X (n, d) unit rows, C (K, d) unit centroids. A mini-batch step folds the `Assignment` statistic over parts and
+moves each centroid towards the mean of its rows with the rate 1 / (rows it ever got) (Sculley 2010).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """Per centroid: rows, their sum, and the sum of their distances to it, all in float64 so that order hardly matters."""
+
+    count: Tensor  # (K,)
+    total: Tensor  # (K, d)
+    distance: Tensor  # (K,) Euclidean
+
+    def merge(self, other: "Assignment") -> "Assignment":
+        return Assignment(
+            count=self.count + other.count,
+            total=self.total + other.total,
+            distance=self.distance + other.distance,
+        )
+
+
+def nearest(X: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Index and cosine of each row's nearest centroid: (n,), (n,)."""
+    cosine, index = (X @ C.T).max(1)
+    return index, cosine
+
+
+def assign(X: Tensor, C: Tensor) -> Assignment:
+    """The statistic of some rows."""
+    index, cosine = nearest(X, C)
+    K, d = C.shape
+    total = torch.zeros(K, d, dtype=torch.float64).index_add_(0, index, X.double())
+    # for unit vectors |x - c|^2 = 2 - 2 cos
+    gap = (2 - 2 * cosine.double()).clamp_min(0).sqrt()
+    return Assignment(
+        count=torch.bincount(index, minlength=K).double(),
+        total=total,
+        distance=torch.zeros(K, dtype=torch.float64).index_add_(0, index, gap),
+    )
+
+
+def unit_rows(X: Tensor) -> Tensor:
+    """Rows scaled to unit length; a zero row stays zero."""
+    length: Tensor = X.norm(dim=-1, keepdim=True)
+    return X / length.clamp_min(1e-12)
+
+
+def seed_centroids(X: Tensor, K: int, seed: int) -> Tensor:
+    """k-means++ on a sample X (n, d) -> (K, d) (Arthur and Vassilvitskii 2007), cosine distances.
+
+    Raises ValueError when the sample has fewer than K rows.
+    """
+    if len(X) < K:
+        raise ValueError(f"{K} clusters were asked for, but there are only {len(X)} pairs to seed them from")
+    generator = np.random.default_rng(seed)
+    chosen = [int(generator.integers(len(X)))]
+    gap = (1 - X @ X[chosen[0]]).clamp_min(0).double()
+    for _ in range(K - 1):
+        mass = gap.cumsum(0)
+        # where all rows coincide with a centroid, any row will do
+        row = (
+            int(torch.searchsorted(mass, generator.random() * mass[-1]))
+            if mass[-1] > 0
+            else int(generator.integers(len(X)))
+        )
+        chosen.append(min(row, len(X) - 1))
+        gap = torch.minimum(gap, (1 - X @ X[chosen[-1]]).clamp_min(0).double())
+    return X[chosen].clone()
+
+
+def step(C: Tensor, seen: Tensor, batch: Assignment, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """One mini-batch step: centroids (K, d) and rows ever seen (K,) -> both, updated.
+
+    A centroid that has never had a row is re-seeded from `spare` (m, d), rows drawn for that.
+    """
+    seen = seen + batch.count
+    moved = C.double() * (seen - batch.count)[:, None] + batch.total
+    C = torch.where((seen > 0)[:, None], unit_rows(moved), C.double()).to(C.dtype)
+    empty = (seen == 0).nonzero().flatten()
+    for slot, k in enumerate(empty.tolist()):
+        C[k] = spare[slot % len(spare)]
+    return C, seen
+
+
+def davies_bouldin(C: Tensor, statistic: Assignment, block: int = 1024) -> float:
+    """DB = mean_i max_{j != i} (s_i + s_j) / |c_i - c_j| (Davies and Bouldin 1979); lower is better, blocked over K^2.
+
+    Empty clusters are left out; nan for fewer than two.
+    """
+    used = statistic.count > 0
+    C, s = C[used].double(), (statistic.distance[used] / statistic.count[used])
+    if len(C) < 2:
+        return float("nan")
+    worst = torch.zeros(len(C), dtype=torch.float64)
+    for start in range(0, len(C), block):
+        rows = slice(start, start + block)
+        gap = torch.cdist(C[rows], C).clamp_min(1e-9)
+        ratio = (s[rows, None] + s[None, :]) / gap
+        own = torch.arange(len(C))[rows]
+        ratio[torch.arange(len(own)), own] = 0
+        worst[rows] = ratio.max(1).values
+    return float(worst.mean())
+
+
+def split_centroids(C: Tensor, X: Tensor, seed: int) -> tuple[Tensor, NDArray[np.int64]]:
+    """Two children for each centroid, seeded from its own rows of the sample: (2K, d) at most and each child's parent.
+
+    A centroid with fewer than two rows in the sample keeps one child, itself.
+    """
+    index, _ = nearest(X, C)
+    children, parents = [], []
+    for k in range(len(C)):
+        rows = X[index == k]
+        pair = seed_centroids(rows, 2, seed + k) if len(rows) >= 2 else C[k : k + 1]
+        children.append(pair)
+        parents += [k] * len(pair)
+    return torch.cat(children), np.array(parents, np.int64)

@@ -1,0 +1,107 @@
+"""From pooled influence to a subset: prune, size, weigh; every pair gets its reason."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass as options
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+KEPT, HARMFUL, OVER_SIZE, REDUNDANT = "kept", "harmful", "over target size", "redundant"
+
+
+@options(frozen=True, kw_only=True)
+class SelectConfig:
+    """How scores become a subset. Scores are in units of target loss: higher is more worth keeping."""
+
+    tau_low: float = 0.0
+    """Prune pooled influence below this, as a multiple of the standard deviation of single influences."""
+    cautious: bool = False
+    """Prune only where the upper 95 % bound of the pooled influence is below `tau_low`."""
+    target_size: float | None = Field(None, gt=0, le=1)
+    """At most this fraction of the pool is kept; what helps least by quality goes first."""
+    weights: Literal["uniform", "influence"] = "uniform"
+    """`influence`: entropy-regularised weights of mean 1. Uniform is the default: order among helpful strata is not
+    confirmed by retraining."""
+    tau_high: float = Field(1.0, gt=0)
+    """Temperature of `influence` weights in standard deviations: larger is nearer to uniform."""
+    max_weight: float = Field(5.0, ge=1)
+    """Cap of a weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subset:
+    """What becomes of each pair of the pool."""
+
+    kept: BoolArray  # (n,)
+    weight: FloatArray  # (n,) 0 where dropped, mean 1 over the kept
+    reason: NDArray[np.str_]  # (n,)
+
+
+def select(
+    score: FloatArray, se: FloatArray, unit: float, quality: FloatArray, config: SelectConfig
+) -> Subset:
+    """Decide on every pair from its pooled influence and standard error (n,), and its quality (n,).
+
+    `unit` is the standard deviation of single influences, in which thresholds are given. A target size is met from
+    below by quality only after the harmful are gone, because influence cannot order helpful strata.
+    Raises ValueError when nothing would be kept.
+    """
+    bound = score + 1.96 * se if config.cautious else score
+    harmful = bound < config.tau_low * unit
+    reason = np.where(harmful, HARMFUL, KEPT).astype("U20")
+    kept = ~harmful
+    if config.target_size is not None:
+        allowed = max(1, round(config.target_size * len(score)))
+        surplus = int(kept.sum()) - allowed
+        if surplus > 0:
+            rows = np.flatnonzero(kept)
+            dropped = rows[np.argsort(quality[rows], kind="stable")[:surplus]]
+            kept[dropped] = False
+            reason[dropped] = OVER_SIZE
+    if not kept.any():
+        raise ValueError(
+            f"every pair scores below tau_low = {config.tau_low}; likely the target does not fit the pool, or tau_low is too high"
+        )
+    weight = np.zeros(len(score))
+    weight[kept] = (
+        capped_weights(score[kept] / (unit * config.tau_high), config.max_weight)
+        if config.weights == "influence"
+        else 1.0
+    )
+    return Subset(kept=kept, weight=weight, reason=reason)
+
+
+def capped_weights(utility: FloatArray, cap: float) -> FloatArray:
+    """argmax_w sum w u - sum w log w with mean 1 and w <= cap: utility (n,) -> weights (n,).
+
+    The solution is min(cap, c e^u); c is found by fixing the capped rows and rescaling the rest.
+    """
+    raw = np.exp(utility - utility.max())
+    weight = raw / raw.mean()
+    for _ in range(len(utility)):
+        capped = weight >= cap
+        if not capped.any() or capped.all():
+            break
+        scaled = np.where(capped, cap, raw * (len(raw) - cap * capped.sum()) / raw[~capped].sum())
+        if np.allclose(scaled, weight):
+            break
+        weight = scaled
+    result: FloatArray = np.minimum(weight, cap)
+    return result
+
+
+def hash_order(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Rows in the order of their uid hashes: a random choice that needs no seed and no order on disk."""
+    return np.argsort(keys, kind="stable")
+
+
+def top_fraction(score: FloatArray, keep: int) -> BoolArray:
+    """The `keep` rows of highest score (n,) -> (n,), ties by order."""
+    chosen = np.zeros(len(score), bool)
+    chosen[np.argsort(-score, kind="stable")[:keep]] = True
+    return chosen

@@ -1,0 +1,128 @@
+"""Strata (semantic cluster x quality quantile) and influence pooled over them, with standard errors.
+
+The influence of one pair is a noisy number, its mean over a stratum is not. A leaf of the tree borrows strength from
+its parent, the quality quantile over all clusters: pooled = parent + shrinkage (leaf - parent), empirical Bayes with a
+normal prior whose variance is estimated by moments (Morris 1983).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+def quantile_of(quality: FloatArray, count: int) -> IntArray:
+    """Quantile 0 .. count-1 of each row by rank of quality (n,) -> (n,); equal values fall by their order."""
+    ranks = np.empty(len(quality), np.int64)
+    ranks[np.argsort(quality, kind="stable")] = np.arange(len(quality))
+    return ranks * count // max(len(quality), 1)
+
+
+def stratified_sample(stratum: IntArray, budget: int) -> IntArray:
+    """The first `budget` rows of each stratum (n,) -> sorted rows; a random sample where rows lie in canonical order."""
+    order = np.argsort(stratum, kind="stable")
+    ordered = stratum[order]
+    starts = np.searchsorted(ordered, ordered)  # where the stratum of each row begins
+    return np.sort(order[np.arange(len(order)) - starts < budget])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """Means by group with their squared standard errors; nan where a group is empty."""
+
+    count: IntArray  # (G,)
+    mean: FloatArray  # (G,)
+    variance: FloatArray  # (G,) squared standard error of the mean
+
+
+def means_by(group: IntArray, values: FloatArray, groups: int) -> Means:
+    """Mean and squared standard error of values (n,) in each of `groups` groups; a single row has the pooled variance."""
+    count = np.bincount(group, minlength=groups)
+    safe = np.maximum(count, 1)
+    mean = np.bincount(group, weights=values, minlength=groups) / safe
+    squares = np.bincount(group, weights=(values - mean[group]) ** 2, minlength=groups)
+    within = squares.sum() / max(len(values) - (count > 0).sum(), 1)
+    spread = np.where(count > 1, squares / np.maximum(count - 1, 1), within)
+    mean = np.where(count > 0, mean, np.nan)
+    return Means(count=count, mean=mean, variance=np.where(count > 0, spread / safe, np.nan))
+
+
+def spread_of_repeats(repeats: FloatArray) -> FloatArray:
+    """Squared standard error of a mean over repeats (R, G), e.g. target folds or contexts -> (G,); 0 for one repeat."""
+    if len(repeats) < 2:
+        return np.zeros(repeats.shape[1])
+    spread: FloatArray = repeats.var(axis=0, ddof=1) / len(repeats)
+    return spread
+
+
+def between_variance(leaf: Means, parent_mean: FloatArray) -> float:
+    """Variance of true leaf means around their parents, by moments: (L,) leaves -> scalar >= 0.
+
+    Leaves are weighted by their precision, so that tiny leaves do not decide.
+    """
+    usable = leaf.count > 1
+    if usable.sum() < 2:
+        return 0.0
+    residual = (leaf.mean - parent_mean)[usable]
+    noise = np.maximum(leaf.variance[usable], np.finfo(np.float64).tiny)
+    weight = 1 / noise
+    # E[sum w r^2] = sum w (tau^2 + noise) = tau^2 sum w + L
+    return float(max(0.0, ((weight * residual**2).sum() - len(residual)) / weight.sum()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooled:
+    """Influence of every leaf, shrunken to its parent."""
+
+    leaf: Means
+    parent: Means
+    shrinkage: float  # between-leaf variance tau^2
+    mean: FloatArray  # (C, Q) shrunken
+    se: FloatArray  # (C, Q)
+
+
+def pool(values: FloatArray, cluster: IntArray, quantile: IntArray, clusters: int, quantiles: int) -> Pooled:
+    """Pool values (n,) over clusters x quantiles; an empty leaf takes its parent's mean.
+
+    Raises ValueError when a whole quantile is empty or a value is not finite.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} influences are not finite")
+    parent = means_by(quantile, values, quantiles)
+    if (parent.count == 0).any():
+        raise ValueError(
+            f"{int((parent.count == 0).sum())} of {quantiles} quantiles are empty; use fewer quantiles"
+        )
+    leaf = means_by(cluster * quantiles + quantile, values, clusters * quantiles)
+    above = np.tile(parent.mean, clusters)
+    tau2 = between_variance(leaf, above)
+    empty = leaf.count == 0
+    noise = np.where(empty, np.inf, leaf.variance)
+    trust = tau2 / (tau2 + noise) if tau2 > 0 else np.zeros_like(noise)
+    mean = above + trust * np.where(empty, 0.0, leaf.mean - above)
+    # a leaf's own noise, what is unknown of its departure from the parent, and the parent's noise
+    posterior = np.where(empty, tau2, trust * np.where(empty, 0.0, leaf.variance))
+    variance = posterior + (1 - trust) ** 2 * np.tile(parent.variance, clusters)
+    shape = (clusters, quantiles)
+    return Pooled(
+        leaf=leaf,
+        parent=parent,
+        shrinkage=tau2,
+        mean=mean.reshape(shape),
+        se=np.sqrt(variance).reshape(shape),
+    )
+
+
+def interpolate(grid: FloatArray, centres: FloatArray, cluster: IntArray, quality: FloatArray) -> FloatArray:
+    """Values of a grid (C, Q) at each row's quality: linear between quantile centres (Q,), constant beyond them.
+
+    So the crossing of a threshold is found within a quantile, not at its border.
+    """
+    out = np.empty(len(quality))
+    for c in range(len(grid)):
+        rows = cluster == c
+        out[rows] = np.interp(quality[rows], centres, grid[c])
+    return out

@@ -1,0 +1,166 @@
+"""The kept pairs of a finished run: streamed in canonical order, or looked up in the order of their pictures."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from influencespace.data.artifacts import file_digest, read_manifest
+from influencespace.errors import InputError
+
+Rows = npt.NDArray[np.int64]
+
+# Pairs in memory at a time; no pictures among them.
+BATCH_ROWS = 65_536
+
+DECISION = ("uid", "kept", "weight", "score")
+PLACE = ("image_path", "image_offset", "image_length", "image_row")
+SELECTED_SCHEMA = pa.schema(
+    [
+        ("uid", pa.large_string()),
+        ("caption", pa.large_string()),
+        ("image_path", pa.large_string()),
+        ("image_offset", pa.int64()),
+        ("image_length", pa.int64()),
+        ("image_row", pa.int64()),
+        ("group", pa.large_string()),
+        ("weight", pa.float32()),
+        ("score", pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The two files of a run that an export reads."""
+
+    curated: Path
+    pool: Path
+    """The embedding artifact of the pool."""
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "FinishedRun":
+        """The run in `folder`; raises InputError when there is none, or it is not finished."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: no such run folder. Is it mistyped? It is what --out named in the run."
+            )
+        run = cls(folder / "curated.parquet", folder / "embed" / "pool")
+        if not run.curated.is_file() or read_manifest(run.pool) is None:
+            raise InputError(
+                f"{folder} holds no finished run (no curated.parquet, or no finished embed/pool). "
+                "The command that began it finishes it when it is given again."
+            )
+        return run
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what is read."""
+        pool = read_manifest(self.pool)
+        assert pool is not None
+        return {"curated": file_digest(self.curated), "pool": pool.fingerprint}
+
+    def kept_uids(self) -> Iterator[list[str]]:
+        """The uids of the kept pairs, in canonical order."""
+        for batch in self._kept("uid", "kept"):
+            yield batch.column("uid").to_pylist()
+
+    def kept_pairs(self) -> Iterator[Any]:
+        """The kept pairs as record batches of SELECTED_SCHEMA, in canonical order.
+
+        Both files are in that order, so one walk through both joins them. Raises InputError when
+        curated.parquet keeps pairs that the pool does not have.
+        """
+        kept = (row for batch in self._kept(*DECISION) for row in batch.to_pylist())
+        row = next(kept, None)
+        pairs = pq.ParquetFile(self.pool / "pairs.parquet")
+        for batch in pairs.iter_batches(BATCH_ROWS, columns=["uid", "caption", *PLACE, "group"]):
+            places, rows = [], []
+            for place, uid in enumerate(batch.column("uid").to_pylist()):
+                if row is not None and row["uid"] == uid:
+                    places.append(place)
+                    rows.append(row)
+                    row = next(kept, None)
+            columns = dict(zip(batch.schema.names, batch.take(pa.array(places, pa.int64())).columns))
+            columns |= {name: pa.array([r[name] for r in rows], pa.float32()) for name in ("weight", "score")}
+            arrays = [columns[field.name].cast(field.type) for field in SELECTED_SCHEMA]
+            yield pa.record_batch(arrays, schema=SELECTED_SCHEMA)
+        if row is not None:
+            raise InputError(
+                f"{self.curated} keeps {row['uid']!r}, which {self.pool} does not have in that place. "
+                "They are not of one run: run it again."
+            )
+
+    def _kept(self, *columns: str) -> Iterator[Any]:
+        try:
+            file = pq.ParquetFile(self.curated)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{self.curated} is damaged ({error}): remove it and run again") from None
+        if missing := [name for name in columns if name not in file.schema_arrow.names]:
+            raise InputError(f"{self.curated} has no column {', '.join(missing)}: was it written by a run?")
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+            yield batch.filter(batch.column("kept"))
+
+
+class Selection:
+    """Kept pairs in an Arrow file, numbered in the order in which their pictures lie on disk."""
+
+    def __init__(self, file: Any, starts: Rows, order: Rows) -> None:
+        self._file = file
+        self._starts = starts  # row at which each record batch begins
+        self._order = order  # row of each pair
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def rows(self, start: int, stop: int) -> list[dict[str, Any]]:
+        """The pairs [start, stop) as mappings of SELECTED_SCHEMA."""
+        rows = self._order[start:stop]
+        batches = np.searchsorted(self._starts, rows, side="right") - 1
+        found: dict[int, dict[str, Any]] = {}
+        # Batch by batch: `take` of a whole table would copy all its strings into memory.
+        for batch in np.unique(batches):
+            mine = rows[batches == batch]
+            taken = self._file.get_batch(int(batch)).take(pa.array(mine - self._starts[batch]))
+            found |= zip(mine.tolist(), taken.to_pylist())
+        return [found[row] for row in rows.tolist()]
+
+
+@contextmanager
+def select(run: FinishedRun, scratch: Path) -> Iterator[Selection]:
+    """The kept pairs of `run` by the order of their pictures; `scratch` is a file that exists meanwhile.
+
+    Sources are then read front to back, and each once. Row numbers and places of all kept pairs are in
+    memory (about 50 bytes a pair), and the distinct paths.
+    """
+    try:
+        starts, order = _write(run, scratch)
+        with pa.memory_map(str(scratch)) as source:
+            yield Selection(pa.ipc.open_file(source), starts, order)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _write(run: FinishedRun, scratch: Path) -> tuple[Rows, Rows]:
+    numbers: dict[str, int] = {}
+    paths, places, starts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [0]
+    with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, SELECTED_SCHEMA) as file:
+        for batch in run.kept_pairs():
+            if not len(batch):
+                continue
+            file.write_batch(batch)
+            named = batch.column("image_path").to_pylist()
+            paths.append(np.array([numbers.setdefault(path, len(numbers)) for path in named], np.int64))
+            row, offset = (batch.column(name).to_numpy() for name in ("image_row", "image_offset"))
+            places.append(np.where(row >= 0, row, offset))
+            starts.append(starts[-1] + len(batch))
+    rank = np.empty(len(numbers), np.int64)
+    rank[[numbers[path] for path in sorted(numbers)]] = np.arange(len(numbers))
+    order = np.lexsort((np.concatenate(places), rank[np.concatenate(paths)]))
+    return np.array(starts[:-1], np.int64), order

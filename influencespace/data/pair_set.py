@@ -1,0 +1,84 @@
+"""Some pairs of an embedding artifact, in canonical order: the pool, the target or the test set."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from influencespace.data.embeddings import EmbeddingTable
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Rows of an embedding artifact; cheap to pickle, arrays are opened where they are used.
+
+    Pair i of the set is row `rows[i]` of the artifact. `image` and `text` number the distinct images and captions
+    of the artifact.
+    """
+
+    folder: Path
+    """The embedding artifact."""
+    rows_file: Path | None = None
+    """An .npy of int64 rows; None takes all of them."""
+
+    def __reduce__(self) -> tuple[type["PairSet"], tuple[Path, Path | None]]:
+        return PairSet, (self.folder, self.rows_file)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def table(self) -> EmbeddingTable:
+        return EmbeddingTable.open(self.folder)
+
+    @cached_property
+    def rows(self) -> IntArray:
+        return np.arange(len(self.table)) if self.rows_file is None else np.load(self.rows_file)
+
+    @cached_property
+    def image(self) -> IntArray:
+        """Image of each pair (n,)."""
+        return self.table.column("image").astype(np.int64)[self.rows]
+
+    @cached_property
+    def text(self) -> IntArray:
+        """Caption of each pair (n,)."""
+        return self.table.column("text").astype(np.int64)[self.rows]
+
+    @cached_property
+    def clip_score(self) -> NDArray[np.float64]:
+        """The given encoder's cosine of image and caption (n,)."""
+        return self.table.column("clip_score").astype(np.float64)[self.rows]
+
+    def column(self, name: str) -> Sequence[object]:
+        """A column of the artifact's pairs as Python values (n,)."""
+        values: Sequence[object] = self.table.pairs(name)[name].take(self.rows).to_pylist()
+        return values
+
+    def inputs(self, pairs: IntArray | slice, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """Embeddings of images and captions of some pairs of the set: two (m, D)."""
+        images = torch.from_numpy(np.asarray(self.table.images[self.image[pairs]]))
+        texts = torch.from_numpy(np.asarray(self.table.texts[self.text[pairs]]))
+        return images.to(device, non_blocking=True), texts.to(device, non_blocking=True)
+
+    def captions_of_others(self, pairs: IntArray, seed: int) -> IntArray:
+        """For each pair another pair of the set with another image, whose caption is then surely not its own (m,)."""
+        generator = np.random.default_rng(seed)
+        other = generator.integers(0, len(self), len(pairs))
+        for _ in range(20):  # a few redraws suffice unless almost all pairs share one image
+            same = self.image[other] == self.image[pairs]
+            if not same.any():
+                break
+            other[same] = generator.integers(0, len(self), int(same.sum()))
+        return other
+
+    def mixed_inputs(self, pairs: IntArray, captions_of: IntArray) -> tuple[Tensor, Tensor]:
+        """Images of `pairs` with the captions of other pairs of the set: two (m, D)."""
+        return self.inputs(pairs)[0], self.inputs(captions_of)[1]

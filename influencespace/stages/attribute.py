@@ -1,0 +1,272 @@
+"""The attribute stage: balanced influence of sampled pairs of every stratum, by tangent embeddings against the bank."""
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass as options
+from torch import Tensor
+
+from influencespace.core.quality import quality_axis
+from influencespace.core.strata import quantile_of, stratified_sample
+from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
+from influencespace.data.blocks import (
+    Columns,
+    blocks_of,
+    has_block,
+    join_blocks,
+    read_columns,
+    write_block,
+    write_columns,
+)
+from influencespace.data.pair_set import PairSet
+from influencespace.estimators.nystrom import Influence, InfluenceScorer
+from influencespace.models.space import Space
+from influencespace.stages.curvature import directions_of
+from influencespace.stages.finish import finish_stage, finished_stage
+from influencespace.stages.progress import progress
+from influencespace.stages.runtime import Runtime, call, run_once
+from influencespace.stages.student import Student, StudentsConfig, image_folds, student_name
+
+IntArray = NDArray[np.int64]
+
+
+@options(frozen=True, kw_only=True)
+class AttributeConfig:
+    """Which pairs are scored, and how."""
+
+    quantiles: int = Field(40, ge=2)
+    """Quality quantiles Q over the pool; a stratum is a cluster at a quantile."""
+    budget: int = Field(500, ge=2)
+    """Pairs scored in a stratum at most; the others take the stratum's influence."""
+    target_budget: int = Field(64, ge=2)
+    """Pairs of a quantile scored along every fold of the target, for the target's standard error."""
+    placebo: int = Field(2000, ge=0)
+    """Pairs whose captions are permuted between images, scored beside the rest."""
+    form: Literal["exact", "taylor"] = "exact"
+    """Of the negative role."""
+    block_size: int = Field(4096, ge=1)
+    """Pairs scored in one task; no score depends on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorers:
+    """What a worker needs to score pairs by every student; scorers are built once a process."""
+
+    pool: PairSet
+    students: StudentsConfig
+    student_folder: Path
+    curvature_folder: Path
+    form: str
+    mark: str
+
+    def scorer(self, fold: int | None, folds_of_target: bool) -> InfluenceScorer:
+        return _scorer(self, fold, folds_of_target)
+
+    def __hash__(self) -> int:
+        return hash(self.mark)
+
+    def influence(
+        self, rows: IntArray, captions_of: IntArray, fold: int | None, folds_of_target: bool = False
+    ) -> Influence:
+        """Influence of images of the pool with captions of the pool (mostly their own) by one student."""
+        inputs = self.pool.mixed_inputs(rows, captions_of)
+        return self.scorer(fold, folds_of_target)(inputs, self.pool.image[rows])
+
+    def held_out(
+        self, rows: IntArray, captions_of: IntArray, folds_of_target: bool = False
+    ) -> NDArray[np.float64]:
+        """Influence (V, n, C) of each pair by the student that held its image out."""
+        fold = image_folds(self.pool, self.students)[rows]
+        parts = {}
+        for k in np.unique(fold):
+            held = fold == k
+            influence = self.influence(rows[held], captions_of[held], int(k), folds_of_target)
+            parts[k] = influence.by_context
+        first = next(iter(parts.values()))
+        out = np.empty((first.shape[0], len(rows), first.shape[2]))
+        for k, part in parts.items():
+            out[:, fold == k] = part
+        return out
+
+
+@lru_cache(maxsize=32)
+def _scorer(setting: Scorers, fold: int | None, folds_of_target: bool) -> InfluenceScorer:
+    student = Student(setting.student_folder, student_name(fold))
+    directions: Tensor = directions_of(setting.curvature_folder, student.name)
+    return InfluenceScorer(
+        Space(student.heads),
+        directions if folds_of_target else directions.mean(0, keepdim=True),
+        student.recorded_bank(setting.pool),
+        1 / setting.students.train.temperature,
+        setting.students.train.batch_size,
+        setting.form,
+    )
+
+
+def balance(seen: NDArray[np.float64], held_out: NDArray[np.float64], folds: int) -> NDArray[np.float64]:
+    """T = (1 - a) I_in + a I_out, a = (K - 1) / (2 K): the influence integrated from weight 1 to weight 0."""
+    a = (folds - 1) / (2 * folds)
+    return (1 - a) * seen + a * held_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreBlock:
+    """Task: influence of some sampled pairs, in training and held out."""
+
+    scorers: Scorers
+    sample: Path
+    folder: Path
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"influence of sampled pairs {self.start} to {self.stop}"
+
+    def __call__(self) -> int:
+        if has_block(self.folder, "influence", self.start, self.scorers.mark):
+            return self.stop - self.start
+        rows = np.load(self.sample)[self.start : self.stop]
+        seen = self.scorers.influence(rows, rows, None)
+        held_out = self.scorers.held_out(rows, rows)[0]
+        balanced = balance(seen.by_context[0], held_out, self.scorers.students.folds)
+        columns: Columns = {
+            "pair": rows,
+            "own_in": np.nanmean(seen.own[0], 1),
+            "negative_in": np.nanmean(seen.negative[0], 1),
+            "influence_in": np.nanmean(seen.by_context[0], 1),
+            "influence_out": np.nanmean(held_out, 1),
+            "influence": np.nanmean(balanced, 1),
+            "by_context": balanced,
+        }
+        write_block(self.folder, "influence", self.start, self.scorers.mark, columns)
+        return len(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreExtra:
+    """Task: influence along every fold of the target (`target`), or held out with permuted captions (`placebo`)."""
+
+    scorers: Scorers
+    kind: Literal["target", "placebo"]
+    rows_file: Path
+    folder: Path
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} influence {self.start} to {self.stop}"
+
+    def __call__(self) -> int:
+        if has_block(self.folder, self.kind, self.start, self.scorers.mark):
+            return self.stop - self.start
+        rows = np.load(self.rows_file)[self.start : self.stop]
+        if self.kind == "placebo":
+            captions_of = np.load(self.folder / "placebo_captions.npy")[self.start : self.stop]
+            held_out = self.scorers.held_out(rows, captions_of)[0]
+            columns: Columns = {"pair": rows, "influence_out": np.nanmean(held_out, 1)}
+        else:
+            seen = self.scorers.influence(rows, rows, None, folds_of_target=True).by_context
+            held_out = self.scorers.held_out(rows, rows, folds_of_target=True)
+            balanced = np.nanmean(balance(seen, held_out, self.scorers.students.folds), 2)
+            columns = {"pair": rows, "by_target_fold": np.ascontiguousarray(balanced.T)}
+        write_block(self.folder, self.kind, self.start, self.scorers.mark, columns)
+        return len(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawSamples:
+    """Task: strata of all pairs, and which of them are scored."""
+
+    pool: PairSet
+    students: Path
+    clusters: Path
+    config: AttributeConfig
+    folder: Path
+
+    def __call__(self) -> dict[str, int]:
+        quality = read_columns(self.students / "quality.parquet", "neg_clip_in", "neg_clip_out")
+        axis = quality_axis(quality["neg_clip_in"], quality["neg_clip_out"])
+        cluster = read_columns(self.clusters / "clusters.parquet", "cluster")["cluster"]
+        quantiles = min(self.config.quantiles, max(2, len(axis) // 10))
+        quantile = quantile_of(axis, quantiles)
+        samples = {
+            "sample": stratified_sample(cluster * quantiles + quantile, self.config.budget),
+            "target_sample": stratified_sample(quantile, self.config.target_budget),
+            # the canonical order is random, so its beginning is a random sample
+            "placebo_sample": np.arange(min(self.config.placebo, len(axis))),
+        }
+        samples["placebo_captions"] = self.pool.captions_of_others(samples["placebo_sample"], seed=0)
+        for name, rows in samples.items():
+            with atomic_path(self.folder / f"{name}.npy") as aside, aside.open("wb") as file:
+                np.save(file, rows)
+        strata = {"quality": axis, "cluster": cluster, "quantile": quantile}
+        write_columns(self.folder / "strata.parquet", strata)
+        return {name: len(rows) for name, rows in samples.items()} | {
+            "pairs": len(axis),
+            "quantiles": quantiles,
+        }
+
+
+def attribute(
+    pool: PairSet,
+    students: StudentsConfig,
+    folders: dict[str, Path],
+    inputs: dict[str, str],
+    config: AttributeConfig,
+    out: Path,
+    runtime: Runtime,
+) -> Manifest:
+    """Score sampled pairs of every stratum; writes influence.parquet, target.parquet, placebo.parquet, strata.parquet."""
+    mark = fingerprint({"stage": "attribute", "config": config, "inputs": inputs})
+    if (done := finished_stage(out, mark)) is not None:
+        return done
+    began = time.monotonic()
+    reopen(out)
+    counts = run_once(
+        runtime,
+        DrawSamples(
+            pool=pool, students=folders["student"], clusters=folders["cluster"], config=config, folder=out
+        ),
+    )
+    scorers = Scorers(
+        pool=pool,
+        students=students,
+        student_folder=folders["student"],
+        curvature_folder=folders["curvature"],
+        form=config.form,
+        mark=mark,
+    )
+    make = partial(ScoreBlock, scorers=scorers, sample=out / "sample.npy", folder=out)
+    tasks: list[Any] = [make(start=a, stop=b) for a, b in blocks_of(counts["sample"], config.block_size)]
+    for kind in ("target", "placebo"):
+        extra = partial(
+            ScoreExtra, scorers=scorers, kind=kind, rows_file=out / f"{kind}_sample.npy", folder=out
+        )
+        size = max(1, config.block_size // 4)
+        tasks += [extra(start=a, stop=b) for a, b in blocks_of(counts[f"{kind}_sample"], size)]
+    total = counts["sample"] + counts["target_sample"] + counts["placebo_sample"]
+    with progress("attribute", total, "pairs") as bar:
+        for count in runtime.map(call, tasks, num_actors=runtime.cores):
+            bar.advance(count)
+    starts: dict[str, list[int]] = {}
+    for task in tasks:
+        starts.setdefault("influence" if isinstance(task, ScoreBlock) else task.kind, []).append(task.start)
+    for name, begins in starts.items():
+        run_once(runtime, partial(join_blocks, out, name, begins))
+    manifest = Manifest(
+        stage="attribute",
+        fingerprint=mark,
+        inputs=inputs,
+        rows_in=counts["pairs"],
+        rows_out=counts["pairs"],
+        details=counts,
+    )
+    return finish_stage(out, manifest, began)

@@ -1,0 +1,195 @@
+"""The evaluate stage: every retrained student on the test set, and curated against each baseline, paired."""
+
+import time
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic.dataclasses import dataclass as options
+from safetensors.torch import load_file
+
+from influencespace.core.metrics import (
+    RECALL_LEVELS,
+    bootstrap_means,
+    interval,
+    mean_recall_by_image,
+    recall_at,
+    retrieval_ranks,
+)
+from influencespace.data.artifacts import Manifest, fingerprint, reopen, write_json
+from influencespace.data.blocks import read_columns, write_columns
+from influencespace.data.pair_set import PairSet
+from influencespace.models.heads import Heads
+from influencespace.stages.embed import EmbedConfig, EncoderLoader, load
+from influencespace.stages.finish import finish_stage, finished_stage
+from influencespace.stages.progress import progress
+from influencespace.stages.runtime import Runtime, call, run_once
+
+FloatArray = NDArray[np.float64]
+
+
+@options(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured beside recall."""
+
+    classes: tuple[str, ...] = ()
+    """Class names; a test image whose pair has one of them as its group is classified zero-shot."""
+    templates: tuple[str, ...] = ("a photo of a {}.", "a picture of a {}.", "{}")
+    """Prompts of a class, averaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Task: embeddings of every class's prompts by the given encoder, (classes, templates, D)."""
+
+    embed: EmbedConfig
+    config: EvaluateConfig
+    load_encoder: EncoderLoader = load
+
+    def __call__(self) -> torch.Tensor:
+        encoder = self.load_encoder(self.embed, "cpu")
+        texts = [template.format(name) for name in self.config.classes for template in self.config.templates]
+        embedded: torch.Tensor = encoder.encode_text(encoder.tokenize(texts)[0])
+        return embedded.unflatten(0, (len(self.config.classes), len(self.config.templates)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Task: recall of one retrained student, by image of the test set."""
+
+    test: PairSet
+    student: Path
+    classes: tuple[str, ...]
+    prompts: torch.Tensor | None
+
+    @property
+    def name(self) -> str:
+        return f"measures of {self.student.stem}"
+
+    @cached_property
+    def heads(self) -> Heads:
+        state = load_file(self.student)
+        heads = Heads(state["image"].shape[0], state["text"].shape[0], state["image"].shape[1])
+        heads.load_state_dict(state)
+        return heads
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, Any]:
+        distinct, image_of_text = np.unique(self.test.image, return_inverse=True)
+        first = np.array([np.argmax(self.test.image == image) for image in distinct])
+        u, _ = self.heads(*self.test.inputs(first))
+        _, t = self.heads(*self.test.inputs(slice(None)))
+        own = torch.from_numpy(image_of_text)
+        image_ranks, text_ranks = retrieval_ranks(u, t, own)
+        method, seed = self.student.stem.rsplit("-", 1)
+        return {
+            "method": method,
+            "seed": int(seed),
+            "by_image": mean_recall_by_image(image_ranks, text_ranks, own).numpy(),
+            "recall": {
+                "image_to_text": {str(k): 100 * float(recall_at(image_ranks, k).mean()) for k in RECALL_LEVELS},
+                "text_to_image": {str(k): 100 * float(recall_at(text_ranks, k).mean()) for k in RECALL_LEVELS},
+            },
+            "zero_shot_accuracy": self._zero_shot(u, first),
+        }
+
+    def _zero_shot(self, u: torch.Tensor, first: NDArray[np.int64]) -> float | None:
+        if self.prompts is None:
+            return None
+        groups = self.test.column("group")
+        labels = [self.classes.index(str(groups[i])) if groups[i] in self.classes else -1 for i in first]
+        known = torch.tensor(labels) >= 0
+        if not bool(known.any()):
+            return None
+        width = self.prompts.shape[2]
+        _, t = self.heads(u.new_zeros(1, self.heads.image.shape[0]), self.prompts.reshape(-1, width))
+        names = torch.nn.functional.normalize(t.unflatten(0, self.prompts.shape[:2]).mean(1), dim=-1)
+        right = (u[known] @ names.T).argmax(1) == torch.tensor(labels)[known]
+        return 100 * float(right.double().mean())
+
+
+def summarise(results: list[dict[str, Any]], methods: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Means and intervals of every method, and paired differences of `curated` to each other method."""
+    shares: dict[str, FloatArray] = {}
+    table: dict[str, Any] = {}
+    for method in methods:
+        runs = sorted((r for r in results if r["method"] == method), key=lambda r: r["seed"])
+        shares[method] = np.stack([run["by_image"] for run in runs])
+        accuracies = [run["zero_shot_accuracy"] for run in runs if run["zero_shot_accuracy"] is not None]
+        table[method] = {
+            "mean_recall": float(shares[method].mean()),
+            "mean_recall_ci": list(interval(bootstrap_means(shares[method]))),
+            "recall": _mean_recalls([run["recall"] for run in runs]),
+            "zero_shot_accuracy": float(np.mean(accuracies)) if accuracies else None,
+            "seeds": [run["seed"] for run in runs],
+        }
+    comparisons = {
+        method: {
+            "difference": float(shares["curated"].mean() - shares[method].mean()),
+            "ci": list(interval(bootstrap_means(shares["curated"]) - bootstrap_means(shares[method]))),
+        }
+        for method in methods
+        if method != "curated" and "curated" in shares
+    }
+    return table, comparisons
+
+
+def _mean_recalls(recalls: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    return {
+        way: {k: float(np.mean([recall[way][k] for recall in recalls])) for k in recalls[0][way]}
+        for way in recalls[0]
+    }
+
+
+@dataclass(frozen=True)
+class KeptFractions:
+    """Task: the share of the pool that each method trains on."""
+
+    weights: Path
+
+    def __call__(self) -> dict[str, float]:
+        return {name: float((weight > 0).mean()) for name, weight in read_columns(self.weights).items()}
+
+
+def evaluate(
+    test: PairSet,
+    train_folder: Path,
+    runs: list[dict[str, Any]],
+    weights: Path,
+    embed: EmbedConfig,
+    inputs: dict[str, str],
+    config: EvaluateConfig,
+    out: Path,
+    runtime: Runtime,
+) -> Manifest:
+    """Measure every retrained student; writes methods.json and by_image.parquet."""
+    mark = fingerprint({"stage": "evaluate", "config": config, "inputs": inputs})
+    if (done := finished_stage(out, mark)) is not None:
+        return done
+    began = time.monotonic()
+    reopen(out)
+    prompts = run_once(runtime, Prompts(embed=embed, config=config)) if config.classes else None
+    make = partial(Measure, test=test, classes=config.classes, prompts=prompts)
+    tasks = [make(student=train_folder / f"{run['method']}-{run['seed']}.safetensors") for run in runs]
+    results = []
+    with progress("evaluate", len(tasks), "students") as bar:
+        for result in runtime.map(call, tasks, num_actors=runtime.cores):
+            results.append(result)
+            bar.advance()
+    methods = tuple(dict.fromkeys(run["method"] for run in runs))
+    table, comparisons = summarise(results, methods)
+    kept = run_once(runtime, KeptFractions(weights))
+    for method in methods:
+        mine = [run for run in runs if run["method"] == method]
+        table[method]["kept_fraction"] = kept[method]
+        table[method]["steps"] = mine[0]["steps"]
+        table[method]["seconds"] = float(np.mean([run["seconds"] for run in mine]))
+    by_image = {f"{result['method']}-{result['seed']}": result["by_image"] for result in results}
+    write_columns(out / "by_image.parquet", dict(sorted(by_image.items())))
+    write_json(out / "methods.json", {"methods": table, "comparisons": comparisons})
+    details = {"methods": table, "comparisons": comparisons}
+    return finish_stage(out, Manifest(stage="evaluate", fingerprint=mark, inputs=inputs, details=details), began)

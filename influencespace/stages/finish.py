@@ -1,0 +1,33 @@
+"""The last step of every stage: digests of its files, versions, time; then the manifest."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from influencespace.data.artifacts import (
+    Manifest,
+    file_digest,
+    installed_versions,
+    is_done,
+    read_manifest,
+    write_manifest,
+)
+
+
+def finish_stage(out: Path, manifest: Manifest, began: float) -> Manifest:
+    """Write the manifest of the stage that filled `out` since `began` (time.monotonic)."""
+    files = {
+        path.name: file_digest(path)
+        for path in sorted(out.iterdir())
+        if path.is_file() and path.name[0] != "."
+    }
+    done = replace(
+        manifest, files=files, versions=installed_versions(), seconds=round(time.monotonic() - began, 3)
+    )
+    write_manifest(out, done)
+    return done
+
+
+def finished_stage(out: Path, mark: str) -> Manifest | None:
+    """The manifest where the stage is done already, by the same config from the same inputs."""
+    return read_manifest(out) if is_done(out, mark) else None

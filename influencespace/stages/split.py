@@ -1,0 +1,112 @@
+"""The split stage: which pairs are the pool, the target and the test set."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass as options
+
+from influencespace.core.batches import folds_by_image
+from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
+from influencespace.data.pair_set import PairSet
+from influencespace.errors import InputError
+from influencespace.stages.finish import finish_stage, finished_stage
+from influencespace.stages.runtime import Runtime, run_once
+
+IntArray = NDArray[np.int64]
+FEWEST_IMAGES = 16
+
+
+@options(frozen=True, kw_only=True)
+class SplitConfig:
+    """What is done where no target or no test set is given."""
+
+    target_share: float = Field(0.1, gt=0, lt=0.5)
+    """Without a target: this share of the pool's images is drawn, and its better half by quality becomes the target."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Task: write the rows of every role."""
+
+    embeddings: dict[str, Path]  # role -> artifact, for the roles that have data of their own
+    config: SplitConfig
+    folder: Path
+
+    def __call__(self) -> dict[str, Any]:
+        source = dict(self.embeddings)
+        rows: dict[str, IntArray] = {role: np.arange(len(PairSet(path))) for role, path in source.items()}
+        notes: list[str] = []
+        if "target" not in source:
+            source["target"] = source["pool"]
+            rows["target"], rows["pool"] = self._cut_target(PairSet(source["pool"]))
+            notes.append(
+                f"no target was given: {len(rows['target'])} pairs of the pool, the better half by the encoder's CLIP score of "
+                f"a seeded {self.config.target_share:.0%} of its images, were set apart as target; figures on it are optimistic"
+            )
+        if "test" not in source:
+            source["test"] = source["target"]
+            images = PairSet(source["target"]).image[rows["target"]]
+            half = folds_by_image(images, 2, self.config.seed + 1)
+            rows["target"], rows["test"] = rows["target"][half == 0], rows["target"][half == 1]
+            notes.append("no test set was given: half of the target's images were set apart as test set")
+        counts = {}
+        for role, chosen in rows.items():
+            images = len(np.unique(PairSet(source[role]).image[chosen]))
+            if images < FEWEST_IMAGES:
+                raise InputError(
+                    f"the {role} has {len(chosen)} pair(s) of {images} image(s); {FEWEST_IMAGES} images or more are needed. "
+                    "Were most pairs rejected? See rejected.parquet in the run's embed folder"
+                )
+            counts[role] = len(chosen)
+            with atomic_path(self.folder / f"{role}.npy") as aside, aside.open("wb") as file:
+                np.save(file, chosen)
+        return {
+            "source": {role: str(path) for role, path in source.items()},
+            "rows": counts,
+            "notes": notes,
+            "total": sum(len(PairSet(path)) for path in self.embeddings.values()),
+        }
+
+    def _cut_target(self, pool: PairSet) -> tuple[IntArray, IntArray]:
+        """Rows of the target and of what is left of the pool: whole images, so that no image is in both."""
+        parts = max(2, round(1 / self.config.target_share))
+        drawn = folds_by_image(pool.image, parts, self.config.seed) == 0
+        candidates = np.flatnonzero(drawn)
+        score = pool.clip_score[candidates]
+        best = candidates[score >= np.median(score)]
+        return best, np.flatnonzero(~drawn)
+
+
+def split(
+    embeddings: dict[str, Path], inputs: dict[str, str], config: SplitConfig, out: Path, runtime: Runtime
+) -> Manifest:
+    """Write pool.npy, target.npy and test.npy: rows of the embedding artifacts named in the manifest."""
+    mark = fingerprint({"stage": "split", "config": config, "inputs": inputs})
+    if (done := finished_stage(out, mark)) is not None:
+        return done
+    began = time.monotonic()
+    reopen(out)
+    details = run_once(runtime, Split(embeddings=embeddings, config=config, folder=out))
+    rows_in, rows_out = details.pop("total"), sum(details["rows"].values())
+    manifest = Manifest(
+        stage="split",
+        fingerprint=mark,
+        inputs=inputs,
+        rows_in=rows_in,
+        rows_out=rows_out,
+        rejected=rows_in - rows_out,  # the worse half of what was drawn for a target: set aside, neither pool nor target
+        details=details,
+    )
+    return finish_stage(out, manifest, began)
+
+
+def pair_sets(out: Path, manifest: Manifest) -> dict[str, PairSet]:
+    """The pool, target and test set that a finished split describes."""
+    source = manifest.details["source"]
+    return {role: PairSet(Path(source[role]), out / f"{role}.npy") for role in ("pool", "target", "test")}

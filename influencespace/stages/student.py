@@ -1,0 +1,325 @@
+"""The student stage: one student on all pairs, one for each fold by image, the bank of each, and every pair's quality."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from dataclasses import field as plain_field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass as options
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from influencespace.core.batches import covering_contexts, disjoint_contexts, folds_by_image, training_batches
+from influencespace.core.contrastive import info_nce
+from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen, write_json
+from influencespace.data.blocks import blocks_of, has_block, join_blocks, write_block
+from influencespace.data.pair_set import PairSet
+from influencespace.errors import InputError
+from influencespace.estimators.nystrom import RecordedContext
+from influencespace.estimators.similarity import clip_score, neg_clip_loss
+from influencespace.models.heads import Heads
+from influencespace.models.training import StudentConfig, Trained, initial_heads, train_heads
+from influencespace.stages.finish import finish_stage, finished_stage
+from influencespace.stages.progress import progress
+from influencespace.stages.runtime import Runtime, call, run_once
+
+ALL = "all"
+FEWEST_TARGET_IMAGES = 8  # four for model choices, four for the gradient: two contexts of two pairs each
+
+
+@options(frozen=True, kw_only=True)
+class StudentsConfig:
+    """The students whose training influence explains."""
+
+    train: StudentConfig = plain_field(default_factory=StudentConfig)
+    choose_steps: bool = True
+    """Double `train.steps` while that lowers the loss on the choosing half of the target by at least `least_gain`."""
+    least_gain: float = Field(0.01, ge=0)
+    """Relative fall of the loss that a doubling must bring."""
+    most_doublings: int = Field(3, ge=0)
+    folds: int = Field(5, ge=2)
+    """K: students that hold out one fold of the images each."""
+    contexts: int = Field(4, ge=2)
+    """Contexts of the bank of each student, of batch_size - 1 pairs."""
+    block_size: int = Field(16_384, ge=1)
+    """Pairs scored in one task; no score depends on it."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Student:
+    """A trained student on disk, opened where it is used."""
+
+    folder: Path
+    name: str
+
+    @cached_property
+    def _state(self) -> dict[str, Tensor]:
+        return load_file(self.folder / f"{self.name}.safetensors")
+
+    @cached_property
+    def heads(self) -> Heads:
+        image, text = self._state["image"], self._state["text"]
+        heads = Heads(image.shape[0], text.shape[0], image.shape[1])
+        heads.load_state_dict({"image": image, "text": text})
+        return heads
+
+    @property
+    def preconditioner(self) -> Tensor:
+        return self._state["preconditioner"]
+
+    @property
+    def sum_of_learning_rates(self) -> float:
+        return float(self._state["sum_of_learning_rates"])
+
+    @property
+    def bank(self) -> list[NDArray[np.int64]]:
+        """Pairs of the pool in each context."""
+        contexts = sorted(key for key in self._state if key.startswith("context_"))
+        return [self._state[key].numpy() for key in contexts]
+
+    def recorded_bank(self, pool: PairSet) -> list[RecordedContext]:
+        return [RecordedContext(inputs=pool.inputs(rows), image=pool.image[rows]) for rows in self.bank]
+
+    @torch.no_grad()
+    def embed(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        u, t = self.heads(*inputs)
+        return u, t
+
+
+def save_student(folder: Path, name: str, trained: Trained, bank: Sequence[NDArray[np.int64]]) -> None:
+    """One file: heads, the trainer's response, the recorded bank."""
+    state = {
+        "image": trained.heads.image.detach(),
+        "text": trained.heads.text.detach(),
+        "preconditioner": trained.preconditioner,
+        "sum_of_learning_rates": torch.tensor(trained.sum_of_learning_rates, dtype=torch.float64),
+    }
+    state |= {f"context_{k:03d}": torch.from_numpy(rows) for k, rows in enumerate(bank)}
+    with atomic_path(folder / f"{name}.safetensors") as aside:
+        save_file({key: value.cpu().contiguous() for key, value in state.items()}, aside)
+
+
+@dataclass(frozen=True)
+class TargetHalves:
+    """The target cut in two by image: model choices on one half, the target gradient from the other."""
+
+    target: PairSet
+    seed: int
+
+    @cached_property
+    def _fold(self) -> NDArray[np.int64]:
+        images = len(np.unique(self.target.image))
+        if images < FEWEST_TARGET_IMAGES:
+            raise InputError(
+                f"the target has {images} image(s); influence on it needs {FEWEST_TARGET_IMAGES} or more. Give more target pairs."
+            )
+        return folds_by_image(self.target.image, 2, self.seed)
+
+    @cached_property
+    def choosing(self) -> NDArray[np.int64]:
+        return np.flatnonzero(self._fold == 0)
+
+    @cached_property
+    def gradient(self) -> NDArray[np.int64]:
+        return np.flatnonzero(self._fold == 1)
+
+    def contexts(self, half: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
+        """The half's pairs in contexts of at most a batch, at most one pair an image in each."""
+        return [half[c] for c in covering_contexts(self.target.image[half], batch_size, self.seed)]
+
+
+@torch.no_grad()
+def choosing_loss(heads: Heads, halves: TargetHalves, config: StudentConfig) -> float:
+    """Mean loss on the choosing half of the target."""
+    total, pairs = 0.0, 0
+    for rows in halves.contexts(halves.choosing, config.batch_size):
+        u, t = heads(*halves.target.inputs(rows))
+        total += float(info_nce(u @ t.T / config.temperature)) * len(rows)
+        pairs += len(rows)
+    return total / pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStudent:
+    """Task: train the student that holds one fold out (or none), draw its bank, save both."""
+
+    pool: PairSet
+    target: PairSet
+    config: StudentsConfig
+    steps: int
+    fold: int | None
+    folder: Path
+    mark: str
+
+    @property
+    def name(self) -> str:
+        return student_name(self.fold)
+
+    def __call__(self) -> dict[str, Any]:
+        note = self.folder / f"{self.name}.json"
+        done = read_note(note, self.mark)
+        if done is not None:
+            return done
+        began = time.monotonic()
+        weights = self.weights()
+        config = self.config
+        steps, tried = self.steps, {}
+        trained = self.train(weights, steps)
+        halves = TargetHalves(self.target, config.seed)
+        loss = choosing_loss(trained.heads, halves, config.train)
+        tried[steps] = loss
+        if config.choose_steps and self.fold is None:
+            for _ in range(config.most_doublings):
+                longer = self.train(weights, 2 * steps)
+                longer_loss = choosing_loss(longer.heads, halves, config.train)
+                tried[2 * steps] = longer_loss
+                if longer_loss > loss * (1 - config.least_gain):
+                    break
+                trained, loss, steps = longer, longer_loss, 2 * steps
+        size = config.train.batch_size - 1
+        bank = disjoint_contexts(self.pool.image, size, config.contexts, config.seed + 1, weights)
+        save_student(self.folder, self.name, trained, bank)
+        result = {
+            "mark": self.mark,
+            "name": self.name,
+            "steps": steps,
+            "target_loss": loss,
+            "target_loss_by_steps": {str(key): value for key, value in tried.items()},
+            "training_loss": trained.losses[-1],
+            "seconds": time.monotonic() - began,
+        }
+        write_json(note, result)
+        return result
+
+    def weights(self) -> NDArray[np.float64]:
+        if self.fold is None:
+            return np.ones(len(self.pool))
+        return (image_folds(self.pool, self.config) != self.fold).astype(np.float64)
+
+    def train(self, weights: NDArray[np.float64], steps: int) -> Trained:
+        return train_subset(
+            self.pool, weights, self.config.train, steps, self.config.seed + 1 + (self.fold or 0)
+        )
+
+
+def train_subset(
+    pool: PairSet, weights: NDArray[np.float64], config: StudentConfig, steps: int, seed: int
+) -> Trained:
+    """A student trained for `steps` on the pool by weight: the Ray-free loop."""
+    config = replace(config, steps=steps)
+    heads = initial_heads(pool.table.images.shape[1], pool.table.texts.shape[1], config.dimension, seed)
+    batches = training_batches(weights, pool.image, config.batch_size, steps, seed)
+    return train_heads(pool.inputs, batches, heads, config)
+
+
+def student_name(fold: int | None) -> str:
+    return ALL if fold is None else f"without_fold_{fold}"
+
+
+def image_folds(pool: PairSet, config: StudentsConfig) -> NDArray[np.int64]:
+    """Fold of each pair of the pool, by image."""
+    return folds_by_image(pool.image, config.folds, config.seed)
+
+
+def read_note(path: Path, mark: str) -> dict[str, Any] | None:
+    """What a finished task wrote about itself, if it was this task."""
+    try:
+        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return note if note.get("mark") == mark else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreQuality:
+    """Task: CLIP score and negCLIPLoss of a block of pairs by the student of all pairs and by the one that held each out."""
+
+    pool: PairSet
+    config: StudentsConfig
+    folder: Path
+    start: int
+    stop: int
+    mark: str
+
+    @property
+    def name(self) -> str:
+        return f"quality of pairs {self.start} to {self.stop}"
+
+    def __call__(self) -> int:
+        rows = np.arange(self.start, self.stop)
+        if has_block(self.folder, "quality", self.start, self.mark):
+            return len(rows)
+        fold = image_folds(self.pool, self.config)[rows]
+        columns: dict[str, NDArray[Any]] = {
+            key: np.empty(len(rows)) for key in ("clip_in", "clip_out", "neg_clip_in", "neg_clip_out")
+        }
+        columns["clip_in"], columns["neg_clip_in"] = self._scores(rows, None)
+        for k in range(self.config.folds):
+            held_out = fold == k
+            if held_out.any():
+                columns["clip_out"][held_out], columns["neg_clip_out"][held_out] = self._scores(
+                    rows[held_out], k
+                )
+        write_block(self.folder, "quality", self.start, self.mark, columns)
+        return len(rows)
+
+    def _scores(
+        self, rows: NDArray[np.int64], fold: int | None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        student = Student(self.folder, student_name(fold))
+        contexts = [student.embed(context.inputs) for context in student.recorded_bank(self.pool)]
+        u, t = student.embed(self.pool.inputs(rows))
+        return clip_score(u, t), neg_clip_loss(u, t, contexts, 1 / self.config.train.temperature)
+
+
+def students(
+    pool: PairSet,
+    target: PairSet,
+    inputs: dict[str, str],
+    config: StudentsConfig,
+    out: Path,
+    runtime: Runtime,
+) -> Manifest:
+    """Train the students and score the quality of every pair of the pool."""
+    mark = fingerprint({"stage": "student", "config": config, "inputs": inputs})
+    if (done := finished_stage(out, mark)) is not None:
+        return done
+    began = time.monotonic()
+    reopen(out)
+    make = partial(TrainStudent, pool=pool, target=target, config=config, folder=out, mark=mark)
+    with progress("student", 1 + config.folds, "students") as bar:
+        (first,) = runtime.map(call, [make(steps=config.train.steps, fold=None)], num_cpus=runtime.cores)
+        bar.advance()
+        notes = [first]
+        tasks = [make(steps=first["steps"], fold=k) for k in range(config.folds)]
+        for note in runtime.map(call, tasks, num_actors=runtime.cores):
+            notes.append(note)
+            bar.advance()
+    rows = run_once(runtime, partial(count_pairs, pool))
+    score = partial(ScoreQuality, pool=pool, config=config, folder=out, mark=mark)
+    blocks = [score(start=a, stop=b) for a, b in blocks_of(rows, config.block_size)]
+    with progress("quality", rows, "pairs") as bar:
+        for count in runtime.map(call, blocks, num_actors=runtime.cores):
+            bar.advance(count)
+    run_once(runtime, partial(join_blocks, out, "quality", [b.start for b in blocks]))
+    details = {"steps": first["steps"], "students": sorted(notes, key=lambda note: str(note["name"]))}
+    return finish_stage(
+        out,
+        Manifest(
+            stage="student", fingerprint=mark, inputs=inputs, rows_in=rows, rows_out=rows, details=details
+        ),
+        began,
+    )
+
+
+def count_pairs(pool: PairSet) -> int:
+    return len(pool)

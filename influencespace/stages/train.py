@@ -1,0 +1,192 @@
+"""The train stage: students retrained on each method's weighted subset, at equal steps, by Ray Train."""
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from dataclasses import field as plain_field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass as options
+from safetensors.torch import save_file
+from torch import Tensor
+
+from influencespace.core.batches import training_batches
+from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen, write_json
+from influencespace.data.blocks import read_columns
+from influencespace.data.pair_set import PairSet
+from influencespace.models.heads import initial_heads
+from influencespace.models.training import Alone, Exchange, StudentConfig, train_heads
+from influencespace.stages.curate import METHODS
+from influencespace.stages.finish import finish_stage, finished_stage
+from influencespace.stages.progress import progress
+from influencespace.stages.runtime import LocalRuntime, Runtime, call
+from influencespace.stages.student import read_note
+
+
+@options(frozen=True, kw_only=True)
+class TrainConfig:
+    """The retraining that judges."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each method is trained once for each."""
+    workers: int = Field(1, ge=1)
+    """Workers of a run; the global batch does not change with them."""
+    methods: tuple[str, ...] = plain_field(default=METHODS)
+    """What is trained and compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrain:
+    """One training run: a method's subset with a seed."""
+
+    pool: PairSet
+    weights: Path
+    method: str
+    seed: int
+    student: StudentConfig
+    folder: Path
+    mark: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.seed}"
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.name}.safetensors"
+
+    @property
+    def note(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+    def done(self) -> dict[str, Any] | None:
+        return read_note(self.note, self.mark)
+
+    def __call__(self, exchange: Exchange | None = None) -> dict[str, Any]:
+        """Train, unless that is done; worker 0 writes the result."""
+        done = self.done()
+        if done is not None:
+            return done
+        exchange = exchange or Alone()
+        began = time.monotonic()
+        weights = read_columns(self.weights, self.method)[self.method]
+        pool, config = self.pool, self.student
+        images, texts = pool.inputs(slice(0, 1))
+        heads = initial_heads(images.shape[1], texts.shape[1], config.dimension, self.seed)
+        batches = training_batches(weights, pool.image, config.batch_size, config.steps, self.seed)
+        trained = train_heads(pool.inputs, batches, heads, config, exchange=exchange)
+        result = {
+            "mark": self.mark,
+            "method": self.method,
+            "seed": self.seed,
+            "steps": len(trained.losses),
+            "training_loss": trained.losses[-1],
+            "seconds": time.monotonic() - began,
+        }
+        if exchange.rank == 0:
+            state = {name: value.detach().contiguous() for name, value in trained.heads.state_dict().items()}
+            with atomic_path(self.path) as aside:
+                save_file(state, aside)
+            write_json(self.note, result)
+        return result
+
+
+class Gloo:
+    """The exchange of a Ray Train worker group, by torch.distributed."""
+
+    def __init__(self) -> None:
+        self.rank = torch.distributed.get_rank()
+        self.size = torch.distributed.get_world_size()
+
+    def gather(self, part: Tensor) -> list[Tensor]:
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        torch.distributed.all_gather(sizes, torch.tensor([len(part)]))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, part.shape[1], dtype=part.dtype)
+        padded[: len(part)] = part.detach()
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, padded)
+        return [whole[: int(size)] for whole, size in zip(parts, sizes)]
+
+    def add_up(self, gradient: Tensor) -> None:
+        torch.distributed.all_reduce(gradient)
+
+
+def run_all(config: dict[str, Any]) -> None:
+    """What every Ray Train worker does: all training runs, one after another, sharing each batch."""
+    import ray.train
+
+    exchange: Exchange = Gloo() if ray.train.get_context().get_world_size() > 1 else Alone()
+    for run in config["runs"]:
+        ray.train.report({"run": run.name, "seconds": run(exchange)["seconds"]})
+
+
+def train(
+    pool: PairSet,
+    weights: Path,
+    student: StudentConfig,
+    steps: int,
+    inputs: dict[str, str],
+    config: TrainConfig,
+    out: Path,
+    runtime: Runtime,
+) -> Manifest:
+    """Retrain on every method's subset with every seed, for equally many steps."""
+    mark = fingerprint(
+        {"stage": "train", "config": config, "student": student, "steps": steps, "inputs": inputs}
+    )
+    if (done := finished_stage(out, mark)) is not None:
+        return done
+    began = time.monotonic()
+    reopen(out)
+    make = partial(
+        Retrain,
+        pool=pool,
+        weights=weights,
+        student=replace(student, steps=steps),
+        folder=out,
+        mark=mark,
+    )
+    runs = [make(method=method, seed=seed) for seed in config.seeds for method in config.methods]
+    left = [run for run in runs if run.done() is None]
+    with progress("train", len(runs), "students") as bar:
+        bar.advance(len(runs) - len(left))
+        if isinstance(runtime, LocalRuntime):
+            for _ in runtime.map(call, left):
+                bar.advance()
+        elif left:
+            _train_on_ray(left, config, runtime, out, mark, bar.advance)
+    notes = [run.done() for run in runs]
+    missing = [run.name for run, note in zip(runs, notes) if note is None]
+    assert not missing, f"training ended without {missing}"
+    manifest = Manifest(stage="train", fingerprint=mark, inputs=inputs, details={"runs": notes})
+    return finish_stage(out, manifest, began)
+
+
+def _train_on_ray(
+    runs: list[Retrain], config: TrainConfig, runtime: Runtime, out: Path, mark: str, advance: Any
+) -> None:
+    """Ray Train over the worker group; a lost worker restarts the group, and finished runs are not repeated."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    storage = out / "ray"
+    trainer = TorchTrainer(
+        run_all,
+        train_loop_config={"runs": runs},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers, resources_per_worker={"CPU": max(1, runtime.cores // config.workers)}
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"train-{mark[:12]}-{time.time_ns()}",
+            storage_path=str(storage.absolute()),
+            failure_config=ray.train.FailureConfig(max_failures=3),
+        ),
+    )
+    trainer.fit()
+    advance(len(runs))
+    shutil.rmtree(storage, ignore_errors=True)

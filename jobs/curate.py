@@ -1,0 +1,70 @@
+"""One curation as a Ray job.
+
+    ray job submit --working-dir . -- python jobs/curate.py --config configs/x.yaml --out /abs/path
+
+The config travels with the working directory; data and the run folder do not: they lie under absolute paths
+(or URLs) that every node sees. Submitting the same command again continues where a lost job stopped.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from influencespace import pipeline
+from influencespace.config import load_config
+from influencespace.errors import InputError
+from influencespace.stages.runtime import start_ray
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Curate as the options say; returns the exit code: 0 done, 2 for what the user has to change."""
+    options = parser().parse_args(arguments)
+    try:
+        out = absolute(options.out)
+        config = load_config(options.config, dict(setting(text) for text in options.set))
+        with start_ray() as runtime:
+            pipeline.run(config, out, runtime)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"done: {out}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the job."""
+    options = argparse.ArgumentParser(description="One curation as a Ray job.")
+    options.add_argument("--config", type=Path, required=True, help="YAML of the run")
+    options.add_argument("--out", type=Path, required=True, help="run folder, an absolute path all nodes see")
+    options.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override the config"
+    )
+    return options
+
+
+def absolute(path: Path) -> Path:
+    """`path` as it is; raises InputError where it is relative."""
+    if path.is_absolute():
+        return path
+    raise InputError(
+        f"--out {path} is a relative path, but a job runs in a copy of the working directory that is deleted "
+        "afterwards. Give the absolute path of a folder that all nodes see."
+    )
+
+
+def setting(text: str) -> tuple[str, object]:
+    """`cluster.k=200` as a key and a value read as YAML; raises InputError for anything else."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise InputError(f"--set {text}: give a name and a value, as in --set cluster.k=200")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {text}: {value!r} is no YAML value") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

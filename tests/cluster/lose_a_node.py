@@ -1,0 +1,47 @@
+"""Run as a program: two nodes, one is taken away in the middle of a map; prints what came back as JSON."""
+
+import json
+import time
+from dataclasses import dataclass
+
+import ray
+from ray.cluster_utils import Cluster
+
+from influencespace.stages.runtime import start_ray
+
+TASKS = 24
+BEFORE_THE_LOSS = 6
+OBJECT_STORE = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class SlowSquare:
+    """A recipe whose worker takes a while and says where it worked."""
+
+    def __call__(self):
+        return self.work
+
+    def work(self, task: int) -> tuple[int, int, str]:
+        time.sleep(0.3)
+        return task, task * task, ray.get_runtime_context().get_node_id()
+
+
+def main() -> None:
+    cluster = Cluster()
+    cluster.add_node(num_cpus=2, object_store_memory=OBJECT_STORE, include_dashboard=False)
+    second = cluster.add_node(num_cpus=2, object_store_memory=OBJECT_STORE)
+    try:
+        with start_ray(address=cluster.address) as runtime:
+            before = runtime.cores
+            results = []
+            for result in runtime.map(SlowSquare(), range(TASKS), num_actors=4):
+                results.append(result)
+                if len(results) == BEFORE_THE_LOSS:
+                    cluster.remove_node(second, allow_graceful=False)
+            print(json.dumps({"results": results, "cores": [before, runtime.cores], "lost": second.node_id}))
+    finally:
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
