@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from influencespace import pipeline
+from influencespace.cli import overrides_of
 from influencespace.config import load_config
 from influencespace.errors import InputError
+from influencespace.report.table import print_summary
 from influencespace.stages.runtime import start_ray
 
 
@@ -24,13 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         out = absolute(options.out)
-        config = load_config(options.config, dict(setting(text) for text in options.set))
+        config = load_config(options.config, overrides_of(options.set))
+        pipeline.check(config)
         with start_ray() as runtime:
-            pipeline.run(config, out, runtime)
+            print_summary(pipeline.run(config, out, runtime))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"done: {out}")
     return 0
 
 
@@ -53,17 +53,6 @@ def absolute(path: Path) -> Path:
         f"--out {path} is a relative path, but a job runs in a copy of the working directory that is deleted "
         "afterwards. Give the absolute path of a folder that all nodes see."
     )
-
-
-def setting(text: str) -> tuple[str, object]:
-    """`cluster.k=200` as a key and a value read as YAML; raises InputError for anything else."""
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise InputError(f"--set {text}: give a name and a value, as in --set cluster.k=200")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {text}: {value!r} is no YAML value") from error
 
 
 if __name__ == "__main__":

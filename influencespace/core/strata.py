@@ -74,11 +74,50 @@ def between_variance(leaf: Means, parent_mean: FloatArray) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Smoothed:
+    """A curve along the quality quantiles: posterior mean and covariance."""
+
+    mean: FloatArray  # (Q,)
+    covariance: FloatArray  # (Q, Q)
+    roughness: float  # prior variance of a second difference, chosen by likelihood
+
+
+def smooth(mean: FloatArray, variance: FloatArray) -> Smoothed:
+    """Smooth quantile means (Q,) with squared standard errors (Q,) along quality.
+
+    A Bayesian cubic-spline-like smoother: second differences have a normal prior whose variance maximises the restricted
+    likelihood (Speed and Yu 1993; Whittaker's smoother with its constant estimated). A straight line where the means
+    say no more than that, the means themselves where they are sharp.
+    """
+    Q = len(mean)
+    if Q < 4:
+        return Smoothed(mean=mean, covariance=np.diag(variance), roughness=float("inf"))
+    D = np.diff(np.eye(Q), n=2, axis=0)
+    precision = np.diag(1 / np.maximum(variance, 1e-12 * variance.max() + np.finfo(np.float64).tiny))
+    scale = float(np.median(variance))
+
+    def posterior(roughness: float) -> tuple[float, FloatArray, FloatArray]:
+        K = precision + D.T @ D / roughness
+        covariance: FloatArray = np.linalg.inv(K)
+        centre: FloatArray = (covariance @ precision @ mean).astype(np.float64)
+        misfit = mean @ precision @ (mean - centre)
+        likelihood = -0.5 * (np.linalg.slogdet(K)[1] + (Q - 2) * np.log(roughness) + misfit)
+        return float(likelihood), centre, covariance
+
+    # from "a straight line" to "as rough as a thousand times the noise", in steps that likelihood hardly feels
+    grid = [scale * 10.0 ** (power / 4) for power in range(-24, 13)]
+    roughness = max(grid, key=lambda value: posterior(value)[0])
+    _, centre, covariance = posterior(roughness)
+    return Smoothed(mean=centre, covariance=covariance, roughness=roughness)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pooled:
-    """Influence of every leaf, shrunken to its parent."""
+    """Influence of every leaf, shrunken to its parent: the smoothed curve over all clusters."""
 
     leaf: Means
-    parent: Means
+    quantile: Means
+    parent: Smoothed
     shrinkage: float  # between-leaf variance tau^2
     mean: FloatArray  # (C, Q) shrunken
     se: FloatArray  # (C, Q)
@@ -91,24 +130,25 @@ def pool(values: FloatArray, cluster: IntArray, quantile: IntArray, clusters: in
     """
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} influences are not finite")
-    parent = means_by(quantile, values, quantiles)
-    if (parent.count == 0).any():
-        raise ValueError(
-            f"{int((parent.count == 0).sum())} of {quantiles} quantiles are empty; use fewer quantiles"
-        )
+    by_quantile = means_by(quantile, values, quantiles)
+    if (by_quantile.count == 0).any():
+        empty_count = int((by_quantile.count == 0).sum())
+        raise ValueError(f"{empty_count} of {quantiles} quantiles are empty; use fewer quantiles")
+    parent = smooth(by_quantile.mean, by_quantile.variance)
     leaf = means_by(cluster * quantiles + quantile, values, clusters * quantiles)
     above = np.tile(parent.mean, clusters)
-    tau2 = between_variance(leaf, above)
+    tau2 = between_variance(leaf, above) if clusters > 1 else 0.0
     empty = leaf.count == 0
     noise = np.where(empty, np.inf, leaf.variance)
     trust = tau2 / (tau2 + noise) if tau2 > 0 else np.zeros_like(noise)
     mean = above + trust * np.where(empty, 0.0, leaf.mean - above)
     # a leaf's own noise, what is unknown of its departure from the parent, and the parent's noise
     posterior = np.where(empty, tau2, trust * np.where(empty, 0.0, leaf.variance))
-    variance = posterior + (1 - trust) ** 2 * np.tile(parent.variance, clusters)
+    variance = posterior + (1 - trust) ** 2 * np.tile(np.diag(parent.covariance), clusters)
     shape = (clusters, quantiles)
     return Pooled(
         leaf=leaf,
+        quantile=by_quantile,
         parent=parent,
         shrinkage=tau2,
         mean=mean.reshape(shape),

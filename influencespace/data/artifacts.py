@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -61,6 +62,12 @@ def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as readable JSON, atomically."""
     with atomic_path(path) as aside:
         aside.write_text(json.dumps(value, indent=2, sort_keys=True, default=_plain) + "\n", encoding="utf-8")
+
+
+def copy_file(source: Path | str, target: Path | str) -> None:
+    """Copy a file, atomically."""
+    with atomic_path(target) as aside:
+        shutil.copyfile(source, aside)
 
 
 def fingerprint(value: Any) -> str:

@@ -28,9 +28,12 @@ def write_block(folder: Path, name: str, start: int, mark: str, columns: Columns
     table = pa.table({key: _to_arrow(value) for key, value in columns.items()}).replace_schema_metadata(
         {"mark": mark}
     )
-    with atomic_path(block_path(folder, name, start)) as aside, pa.OSFile(str(aside), "wb") as file:
-        with pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
+    with (
+        atomic_path(block_path(folder, name, start)) as aside,
+        pa.OSFile(str(aside), "wb") as file,
+        pa.ipc.new_file(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
 
 
 def has_block(folder: Path, name: str, start: int, mark: str) -> bool:

@@ -122,6 +122,14 @@ class EmbeddingBlock:
         return len(self.image)
 
 
+def rejected_reasons(folder: Path | str) -> dict[str, int]:
+    """How many pairs of an embedding artifact were rejected for each reason."""
+    counts: dict[str, int] = {}
+    for reason in read_rejected(folder)["reason"].to_pylist():
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
 def read_rejected(folder: Path | str) -> Any:
     """The Arrow table of rejected pairs of an embedding artifact: shard, uid, reason."""
     table: pa.Table = pq.read_table(Path(folder) / "rejected.parquet")

@@ -91,7 +91,9 @@ def sketch_curvature(
 ) -> Sketch:
     """Nystrom sketch of G~ from `rank` seeded probes, all in one pass over the contexts."""
     Omega = probes(space.size, min(rank, space.size), seed, D.dtype).to(D.device)
-    Y = torch.cat([curvature_products(space, contexts, block, scale, D) for block in torch.split(Omega.T, 16)]).T
+    Y = torch.cat(
+        [curvature_products(space, contexts, block, scale, D) for block in torch.split(Omega.T, 16)]
+    ).T
     return nystrom(Omega, Y)
 
 

@@ -35,7 +35,7 @@ class Space:
         """The inverse of `flatten`: (..., p) -> shapes (..., *shape)."""
         parts = torch.split(vector, [value.numel() for value in self.parameters.values()], -1)
         return {
-            name: part.unflatten(-1, value.shape)
+            name: part.reshape(*part.shape[:-1], *value.shape)
             for (name, value), part in zip(self.parameters.items(), parts)
         }
 

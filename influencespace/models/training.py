@@ -107,7 +107,9 @@ def train_heads(
         S = _whole_batch(u, exchange) @ _whole_batch(t, exchange).T / config.temperature
         loss = info_nce(S)
         if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(f"the student's loss is {float(loss)} at step {step}; lower learning_rate")
+            raise FloatingPointError(
+                f"the student's loss is {float(loss)} at step {step}; lower learning_rate"
+            )
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         for parameter in heads.parameters():

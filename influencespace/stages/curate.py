@@ -219,6 +219,20 @@ class Curate:
         }
 
 
+@dataclass(frozen=True)
+class KeptRows:
+    """Task: the rows of the embedding artifact that a subset kept, as the pool of a next round."""
+
+    pool: PairSet
+    curated: Path
+    out: Path
+
+    def __call__(self) -> None:
+        kept = read_columns(self.curated, "kept")["kept"].astype(bool)
+        with atomic_path(self.out) as aside, aside.open("wb") as file:
+            np.save(file, self.pool.rows[kept])
+
+
 def curate(
     pool: PairSet,
     attribute_folder: Path,

@@ -24,10 +24,12 @@ from influencespace.data.artifacts import Manifest, fingerprint, reopen, write_j
 from influencespace.data.blocks import read_columns, write_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.models.heads import Heads
+from influencespace.models.training import StudentConfig
 from influencespace.stages.embed import EmbedConfig, EncoderLoader, load
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.progress import progress
 from influencespace.stages.runtime import Runtime, call, run_once
+from influencespace.stages.student import StudentsConfig, TargetHalves, choosing_loss
 
 FloatArray = NDArray[np.float64]
 
@@ -62,6 +64,8 @@ class Measure:
     """Task: recall of one retrained student, by image of the test set."""
 
     test: PairSet
+    halves: TargetHalves
+    config: StudentConfig
     student: Path
     classes: tuple[str, ...]
     prompts: torch.Tensor | None
@@ -91,10 +95,15 @@ class Measure:
             "seed": int(seed),
             "by_image": mean_recall_by_image(image_ranks, text_ranks, own).numpy(),
             "recall": {
-                "image_to_text": {str(k): 100 * float(recall_at(image_ranks, k).mean()) for k in RECALL_LEVELS},
-                "text_to_image": {str(k): 100 * float(recall_at(text_ranks, k).mean()) for k in RECALL_LEVELS},
+                "image_to_text": {
+                    str(k): 100 * float(recall_at(image_ranks, k).mean()) for k in RECALL_LEVELS
+                },
+                "text_to_image": {
+                    str(k): 100 * float(recall_at(text_ranks, k).mean()) for k in RECALL_LEVELS
+                },
             },
             "zero_shot_accuracy": self._zero_shot(u, first),
+            "target_loss": choosing_loss(self.heads, self.halves, self.config),
         }
 
     def _zero_shot(self, u: torch.Tensor, first: NDArray[np.int64]) -> float | None:
@@ -112,7 +121,9 @@ class Measure:
         return 100 * float(right.double().mean())
 
 
-def summarise(results: list[dict[str, Any]], methods: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+def summarise(
+    results: list[dict[str, Any]], methods: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Means and intervals of every method, and paired differences of `curated` to each other method."""
     shares: dict[str, FloatArray] = {}
     table: dict[str, Any] = {}
@@ -157,6 +168,8 @@ class KeptFractions:
 
 def evaluate(
     test: PairSet,
+    target: PairSet,
+    students: StudentsConfig,
     train_folder: Path,
     runs: list[dict[str, Any]],
     weights: Path,
@@ -173,7 +186,14 @@ def evaluate(
     began = time.monotonic()
     reopen(out)
     prompts = run_once(runtime, Prompts(embed=embed, config=config)) if config.classes else None
-    make = partial(Measure, test=test, classes=config.classes, prompts=prompts)
+    make = partial(
+        Measure,
+        test=test,
+        halves=TargetHalves(target, students.seed),
+        config=students.train,
+        classes=config.classes,
+        prompts=prompts,
+    )
     tasks = [make(student=train_folder / f"{run['method']}-{run['seed']}.safetensors") for run in runs]
     results = []
     with progress("evaluate", len(tasks), "students") as bar:
@@ -191,5 +211,11 @@ def evaluate(
     by_image = {f"{result['method']}-{result['seed']}": result["by_image"] for result in results}
     write_columns(out / "by_image.parquet", dict(sorted(by_image.items())))
     write_json(out / "methods.json", {"methods": table, "comparisons": comparisons})
-    details = {"methods": table, "comparisons": comparisons}
-    return finish_stage(out, Manifest(stage="evaluate", fingerprint=mark, inputs=inputs, details=details), began)
+    losses = {
+        method: float(np.mean([r["target_loss"] for r in results if r["method"] == method]))
+        for method in methods
+    }
+    details = {"methods": table, "comparisons": comparisons, "target_loss": losses}
+    return finish_stage(
+        out, Manifest(stage="evaluate", fingerprint=mark, inputs=inputs, details=details), began
+    )

@@ -34,14 +34,8 @@ from influencespace.data.parts import (
 from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Shard
 from influencespace.data.uids import digest
 from influencespace.errors import InputError
-from influencespace.stages.embed import (
-    conclude,
-    file_version,
-    finish,
-    finished,
-    index,
-    shard_identities,
-)
+from influencespace.stages.embed import conclude, finish, finished
+from influencespace.stages.indexing import file_version, index, shard_identities
 from influencespace.stages.runtime import Runtime, run_once
 
 # Pairs in one part: with embeddings of 512 numbers, 64 MB in each of the two towers.

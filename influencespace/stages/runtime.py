@@ -5,6 +5,7 @@ given one task after another. Folded states are merged in the order of the tasks
 they finish, so that any number of actors gives the same bits. `LocalRuntime` is the plain loop: the truth.
 """
 
+import logging
 import os
 import pickle
 import tempfile
@@ -90,16 +91,8 @@ def _call(task: Callable[[], Any], *_shared: Any) -> Any:
 
 def run_once(runtime: Runtime, job: Callable[[], Any]) -> Any:
     """Run one job on one worker, away from the driver."""
-    with runtime.pool(_Once(job)) as pool:
-        return pool.fold([getattr(job, "__name__", type(job).__name__)], lambda left, _: left)
-
-
-@dataclass(frozen=True)
-class _Once:
-    job: Callable[[], Any]
-
-    def __call__(self) -> Callable[..., Any]:
-        return lambda _task, _shared: self.job()
+    with runtime.pool(call) as pool:
+        return pool.fold([job], lambda left, _: left)
 
 
 class LocalRuntime:
@@ -182,7 +175,10 @@ class RayRuntime:
             _MapWorker,
             fn_constructor_args=(recipe, starts),
             batch_size=1,
-            compute=_data().ActorPoolStrategy(size=max(1, min(num_actors, len(items)))),
+            # Shards take long: a task that waited behind another would leave some other worker idle.
+            compute=_data().ActorPoolStrategy(
+                size=max(1, min(num_actors, len(items))), max_tasks_in_flight_per_actor=1
+            ),
             **_resources(num_cpus, num_gpus),
         )
         for row in results.iter_rows():
@@ -216,7 +212,7 @@ def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterat
         yield RayRuntime()
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _quieten()
     cores = _machine_cores()
     options: dict[str, Any] = {}
     if address == "local":
@@ -359,14 +355,20 @@ def _resources(num_cpus: float, num_gpus: float) -> dict[str, float]:
 
 
 def _data() -> Any:
-    """Ray Data, quiet: the stages show their own progress."""
-    import logging
-
+    """Ray Data without its own progress and reports: the stages show theirs."""
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # Here, because the import sets the level anew.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray.data
+
+
+def _quieten() -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray Data makes Ray's core complain on the driver's stderr about each of its actor pools.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 
 
 def _short_folder() -> dict[str, str]:

@@ -100,7 +100,8 @@ def split(
         inputs=inputs,
         rows_in=rows_in,
         rows_out=rows_out,
-        rejected=rows_in - rows_out,  # the worse half of what was drawn for a target: set aside, neither pool nor target
+        rejected=rows_in
+        - rows_out,  # the worse half of what was drawn for a target: set aside, neither pool nor target
         details=details,
     )
     return finish_stage(out, manifest, began)

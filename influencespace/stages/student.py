@@ -25,8 +25,8 @@ from influencespace.data.pair_set import PairSet
 from influencespace.errors import InputError
 from influencespace.estimators.nystrom import RecordedContext
 from influencespace.estimators.similarity import clip_score, neg_clip_loss
-from influencespace.models.heads import Heads
-from influencespace.models.training import StudentConfig, Trained, initial_heads, train_heads
+from influencespace.models.heads import Heads, initial_heads
+from influencespace.models.training import StudentConfig, Trained, train_heads
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.progress import progress
 from influencespace.stages.runtime import Runtime, call, run_once

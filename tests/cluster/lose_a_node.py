@@ -12,6 +12,11 @@ from influencespace.stages.runtime import start_ray
 TASKS = 24
 BEFORE_THE_LOSS = 6
 OBJECT_STORE = 100 * 2**20
+SOON_MISSED = {
+    "health_check_initial_delay_ms": 2000,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,9 @@ class SlowSquare:
 
 def main() -> None:
     cluster = Cluster()
-    cluster.add_node(num_cpus=2, object_store_memory=OBJECT_STORE, include_dashboard=False)
+    cluster.add_node(
+        num_cpus=2, object_store_memory=OBJECT_STORE, include_dashboard=False, _system_config=SOON_MISSED
+    )
     second = cluster.add_node(num_cpus=2, object_store_memory=OBJECT_STORE)
     try:
         with start_ray(address=cluster.address) as runtime:
@@ -38,6 +45,7 @@ def main() -> None:
                 results.append(result)
                 if len(results) == BEFORE_THE_LOSS:
                     cluster.remove_node(second, allow_graceful=False)
+            print()
             print(json.dumps({"results": results, "cores": [before, runtime.cores], "lost": second.node_id}))
     finally:
         cluster.shutdown()

@@ -1,24 +1,97 @@
-"""Stand-in while the pipeline is written."""
+"""A curation as a Ray job on a real head node, and a map that loses a node."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import yaml
+from conftest import Head
+
+from influencespace.data.synthetic import WorldConfig, write_world
+from influencespace.models.tiny_clip import train_tiny_clip
 
 pytestmark = pytest.mark.cluster
 
+WORLD = WorldConfig(pretrain=0, pool=200, target=60, test=60, shard_size=50)
 
-def test_harness(head, tmp_path):
-    script = tmp_path / "w"
-    script.mkdir()
-    (script / "x.py").write_text(
-        "import influencespace,os,sys,ray; print(influencespace.__file__, os.getcwd(), sys.path[:3], os.environ.get('PYTHONPATH'), os.environ.get('RAY_ADDRESS'));ray.init();print(ray.cluster_resources())"
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run on a tiny world, by an encoder that has learnt nothing."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder / "world", WORLD)
+    noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    train_tiny_clip(noise, ["a red circle"] * 8, seed=0, out=folder / "encoder", steps=1, batch_size=8)
+    return {
+        "data": {role: str(folder / "world" / role / "*.tar") for role in ("pool", "target", "test")},
+        "embed": {"encoder": str(folder / "encoder")},
+        "student": {
+            "train": {"steps": 10, "batch_size": 32, "dimension": 16},
+            "folds": 2,
+            "choose_steps": False,
+        },
+        "attribute": {"quantiles": 4, "budget": 50, "placebo": 40},
+        "train": {"seeds": [0], "methods": ["curated", "everything"]},
+    }
+
+
+def write(tree: dict[str, Any], path: Path) -> str:
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return str(path)
+
+
+def test_a_submitted_job_curates(head: Head, config: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["python", "jobs/curate.py", "--config", write(config, tmp_path / "x.yaml")]
+    job = head.submit(*command, "--out", str(out), "--set", "cluster.k=2")
+    assert job.returncode == 0, job.stdout
+    assert "succeeded" in job.stdout
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    table = pq.read_table(out / "curated.parquet")
+    assert summary["rows"]["pool"] == len(table) > 0
+    assert summary["methods"].keys() == {"curated", "everything"}
+    assert yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))["cluster"]["k"] == 2
+    assert (out / "report.html").stat().st_size > 0
+    # The head's package comes from the copy of the working directory, with what .rayignore leaves of it.
+    (package,) = head.folder.glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*/")
+    names = {path.name for path in package.iterdir()}
+    assert {"influencespace", "jobs", "pyproject.toml"} <= names
+    assert not names & {".git", ".venv", ".rayignore.txt", "tests", "docs", "runs", "benchmarks"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "out", "message"),
+    [
+        ("cluster.kk=2", "/somewhere/run", "error: config: there is no cluster.kk; did you mean cluster.k?"),
+        ("cluster.k=2", "runs/mine", "error: --out runs/mine is a relative path, but a job runs in a copy"),
+    ],
+)
+def test_a_job_with_wrong_input_fails_with_one_line(
+    head: Head, config: dict[str, Any], tmp_path: Path, setting: str, out: str, message: str
+) -> None:
+    command = ["python", "jobs/curate.py", "--config", write(config, tmp_path / "x.yaml")]
+    job = head.submit(*command, "--out", out, "--set", setting)
+    assert job.returncode == 1
+    assert message in job.stdout
+    assert "exit code 2" in job.stdout
+    assert "Traceback" not in job.stdout
+
+
+def test_a_map_that_loses_a_node_gives_every_result_once(ray_environment: dict[str, str]) -> None:
+    program = Path(__file__).with_name("lose_a_node.py")
+    done = subprocess.run(
+        [sys.executable, str(program)], env=ray_environment, capture_output=True, text=True, timeout=300
     )
-    r = head.submit("python", "x.py", working_dir=script)
-    print(r.stdout)
-    assert r.returncode == 0
-    r = head.submit(
-        "python",
-        "-c",
-        "'import sys,os,influencespace;print(influencespace.__file__, os.getcwd(), os.listdir());sys.exit(2)'",
-    )
-    print(r.stdout)
-    assert r.returncode == 1
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    results = sorted(outcome["results"])
+    assert [(task, square) for task, square, _ in results] == [(task, task * task) for task in range(24)]
+    assert outcome["cores"] == [4, 2]
+    nodes = [node for *_, node in outcome["results"]]
+    assert outcome["lost"] in nodes
+    assert nodes[-1] != outcome["lost"]

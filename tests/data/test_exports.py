@@ -401,6 +401,15 @@ def test_sources_that_are_gone_or_changed(broken: Callable[..., str], tmp_path: 
     tar.write_bytes(data)
 
 
+def test_imported_embeddings_have_no_pictures(broken: Callable[..., str], run: Path, tmp_path: Path) -> None:
+    pairs = run / "embed" / "pool" / "pairs.parquet"
+    table = pq.read_table(pairs)
+    place = table.schema.get_field_index("image_path")
+    pq.write_table(table.set_column(place, "image_path", [[""] * len(table)]), pairs)
+    assert "no pictures" in broken()
+    export(run, "npy", tmp_path / "npy")
+
+
 def test_a_parquet_source_that_was_cut(tmp_path: Path, encoded_image: Encode) -> None:
     write_run(tmp_path / "run", write_parquets(tmp_path / "data", encoded_image))
     (tmp_path / "data" / "b.parquet").rename(tmp_path / "data" / "a.parquet")

@@ -26,9 +26,15 @@ _SIGNATURES = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"GIF8"
 def read_pictures(refs: Iterable[ImageRef]) -> Iterator[bytes]:
     """The encoded pictures at `refs`, in their order; `refs` are sorted by path and place in it.
 
-    A picture that several in a row ask for is read once. Raises InputError when a file is gone or changed.
+    A picture that several in a row ask for is read once. Raises InputError when a file is gone or changed, or
+    there never were pictures.
     """
     for path, group in groupby(refs, key=lambda ref: ref.path):
+        if not path:
+            raise InputError(
+                "this run has no pictures: its embeddings were imported without the shards they came from. "
+                "Export to npy, or run again with --data beside --embeddings."
+            )
         wanted = list(group)
         try:
             if wanted[0].row >= 0:

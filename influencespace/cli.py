@@ -1,0 +1,132 @@
+"""The command line: parse, validate, save the resolved config, dispatch."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from influencespace.errors import InputError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Find out by influence functions which image-text pairs make a model better, and keep those.",
+)
+
+Config = Annotated[Path | None, typer.Argument(help="YAML of a run; flags and --set override it.")]
+Out = Annotated[Path, typer.Option("--out", help="Run folder; the same command continues what is there.")]
+Settings = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. --set cluster.k=200."),
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="Ray cluster to work on; without it, RAY_ADDRESS or a local Ray."),
+]
+Data = Annotated[str | None, typer.Option("--data", help="Pool: path, folder, glob or URL of the shards.")]
+Target = Annotated[str | None, typer.Option("--target", help="Pairs whose loss is to fall.")]
+Test = Annotated[str | None, typer.Option("--test", help="Pairs on which the result is judged.")]
+Encoder = Annotated[str | None, typer.Option("--encoder", help="Folder or hub id of a dual encoder.")]
+Embeddings = Annotated[
+    str | None, typer.Option("--embeddings", help="Embeddings of the pool that you have already.")
+]
+
+
+def overrides_of(settings: list[str], **flags: Any) -> dict[str, Any]:
+    """Dotted overrides of --set, then those of flags that were given (`data__pool` stands for data.pool)."""
+    overrides: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not (key and equals):
+            raise InputError(f"--set {setting}: give a name and a value, as in --set cluster.k=200")
+        overrides[key] = value
+    return overrides | {key.replace("__", "."): value for key, value in flags.items() if value is not None}
+
+
+@app.command()
+def run(
+    config: Config = None,
+    *,
+    out: Out,
+    data: Data = None,
+    target: Target = None,
+    test: Test = None,
+    encoder: Encoder = None,
+    embeddings: Embeddings = None,
+    settings: Settings = [],  # noqa: B006  (typer reads it, nobody writes it)
+    address: Address = None,
+) -> None:
+    """Curate: from shards to a subset, with a model retrained on it and compared."""
+    from influencespace import pipeline
+    from influencespace.config import load_config
+    from influencespace.report.table import print_summary
+    from influencespace.stages.runtime import start_ray
+
+    flags = {
+        "data__pool": data,
+        "data__target": target,
+        "data__test": test,
+        "data__embeddings": embeddings,
+        "embed__encoder": encoder,
+    }
+    resolved = load_config(config, overrides_of(settings, **flags))
+    pipeline.check(resolved)
+    with start_ray(address) as runtime:
+        print_summary(pipeline.run(resolved, out, runtime))
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the synthetic world and of its encoder.")] = 0,
+    address: Address = None,
+) -> None:
+    """The whole job on a synthetic world with 25 % wrong captions: nothing is downloaded."""
+    from influencespace.demo import run_demo
+    from influencespace.report.table import print_summary
+    from influencespace.stages.runtime import start_ray
+
+    with start_ray(address) as runtime:
+        print_summary(run_demo(out, runtime, seed=seed))
+
+
+@app.command()
+def show(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """The table and the paths of a finished run, again."""
+    from influencespace.report.table import print_summary, read_summary
+
+    print_summary(read_summary(folder))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    to: Annotated[Literal["npy", "webdataset", "parquet"], typer.Option("--to", help="Format.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write into.")],
+) -> None:
+    """Write the kept pairs as others read them."""
+    from influencespace.data.exports import export as write
+
+    print(write(folder, to, out))
+
+
+def main() -> None:
+    """The console script: what the user has to change is one line and exit code 2, never a traceback."""
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # silences a warning of Ray on machines without GPU
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

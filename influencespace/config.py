@@ -1,0 +1,135 @@
+"""One RunConfig composed of every stage's own config; read from YAML, changed by dotted overrides, saved resolved."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import field as plain_field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as options
+
+from influencespace.core.select import SelectConfig
+from influencespace.data.artifacts import atomic_path
+from influencespace.errors import InputError
+from influencespace.estimators.nystrom import CurvatureConfig
+from influencespace.stages.attribute import AttributeConfig
+from influencespace.stages.cluster import ClusterConfig
+from influencespace.stages.curvature import TargetConfig
+from influencespace.stages.embed import EmbedConfig
+from influencespace.stages.evaluate import EvaluateConfig
+from influencespace.stages.split import SplitConfig
+from influencespace.stages.student import StudentsConfig
+from influencespace.stages.train import TrainConfig
+
+
+@options(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the pairs are: paths, folders, globs or fsspec URLs of WebDataset tars, Parquet files or a COCO caption JSON."""
+
+    pool: str | tuple[str, ...] = ""
+    """What is curated."""
+    target: str | tuple[str, ...] | None = None
+    """Pairs whose loss is to fall; without it a seeded part of the pool is set apart."""
+    test: str | tuple[str, ...] | None = None
+    """Pairs on which the result is judged; without it half of the target's images."""
+    images: str | None = None
+    """Image folder of a COCO caption file, where it is not in the official place."""
+    embeddings: str | None = None
+    """Embeddings of the pool that exist already (clip-retrieval, DataComp or Parquet), joined by uid."""
+
+
+@options(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that a run depends on; `config.yaml` in the run folder replays it."""
+
+    data: DataConfig = plain_field(default_factory=DataConfig)
+    embed: EmbedConfig = plain_field(default_factory=lambda: EmbedConfig(encoder=""))
+    split: SplitConfig = plain_field(default_factory=SplitConfig)
+    student: StudentsConfig = plain_field(default_factory=StudentsConfig)
+    cluster: ClusterConfig = plain_field(default_factory=ClusterConfig)
+    curvature: CurvatureConfig = plain_field(default_factory=CurvatureConfig)
+    target: TargetConfig = plain_field(default_factory=TargetConfig)
+    attribute: AttributeConfig = plain_field(default_factory=AttributeConfig)
+    curate: SelectConfig = plain_field(default_factory=SelectConfig)
+    train: TrainConfig = plain_field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = plain_field(default_factory=EvaluateConfig)
+    iterate: int = Field(1, ge=1)
+    """Rounds of student, cluster, score, curate and retrain at most; they end when the target loss stops falling."""
+    seed: int = 0
+    """Of the random baseline."""
+
+
+_ADAPTER = TypeAdapter(RunConfig)
+
+
+def load_config(path: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """A RunConfig from a YAML file (or the defaults) with dotted overrides such as {"cluster.k": "200"}.
+
+    Override values that are strings are read as YAML. Raises InputError for an unreadable file, an unknown key (naming
+    the nearest one) or a value that does not fit.
+    """
+    tree = _read(path) if path is not None else {}
+    for key, value in (overrides or {}).items():
+        _set(tree, key, yaml.safe_load(value) if isinstance(value, str) and value != "" else value)
+    _refuse_unknown(tree, RunConfig, "")
+    try:
+        return _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+        raise InputError(f"config: {key} is {first['input']!r}: {first['msg']}") from None
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved config as YAML, atomically."""
+    with atomic_path(path) as aside:
+        aside.write_text(yaml.safe_dump(as_tree(config), sort_keys=False), encoding="utf-8")
+
+
+def as_tree(config: RunConfig) -> dict[str, Any]:
+    """The config as plain mappings and lists."""
+    tree: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
+    return tree
+
+
+def _read(path: Path | str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config file {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict | None):
+        raise InputError(f"config file {path} holds a {type(tree).__name__}, not a mapping of sections")
+    return tree or {}
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"config: {key} cannot be set: {section} is no section")
+    tree[last] = value
+
+
+def _refuse_unknown(tree: Any, kind: Any, prefix: str) -> None:
+    if not (dataclasses.is_dataclass(kind) and isinstance(tree, dict)):
+        return
+    hints = get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    for key, value in tree.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1)
+            advice = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(names)}"
+            raise InputError(f"config: there is no {prefix}{key}; {advice}")
+        _refuse_unknown(value, _dataclass_of(hints[key]), f"{prefix}{key}.")
+
+
+def _dataclass_of(hint: Any) -> Any:
+    if get_origin(hint) is None:
+        return hint
+    return next((part for part in get_args(hint) if dataclasses.is_dataclass(part)), None)

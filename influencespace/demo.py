@@ -1,0 +1,30 @@
+"""The demo: a synthetic world with wrong captions, a tiny CLIP fitted on its own dirty pretrain split, the whole job."""
+
+from pathlib import Path
+from typing import Any
+
+from influencespace import pipeline
+from influencespace.config import load_config
+from influencespace.data.synthetic import WorldConfig, write_world
+from influencespace.stages.fit_encoder import FitEncoder
+from influencespace.stages.runtime import Runtime, run_once
+
+
+def run_demo(
+    out: Path, runtime: Runtime, *, seed: int = 0, pairs: int = 4000, steps: int = 300
+) -> dict[str, Any]:
+    """Write the world and its encoder below `out`, curate it there, and return the summary."""
+    out = out.absolute()
+    world = out / "world"
+    dirt = {
+        "near_duplicates": 0.0,
+        "boilerplate": 0.0,
+        "irrelevant": 0.0,
+    }  # the demo shows one dirt: wrong captions
+    size = {"pretrain": pairs, "pool": pairs, "target": max(100, pairs // 4), "test": max(100, pairs // 4)}
+    write_world(world, WorldConfig(seed=seed, wrong_captions=0.25, **size, **dirt))
+    encoder = out / "encoder"
+    run_once(runtime, FitEncoder(shards=str(world / "pretrain"), out=encoder, steps=steps, seed=seed))
+    overrides = {f"data.{role}": str(world / role) for role in ("pool", "target", "test")}
+    config = load_config(None, overrides | {"embed.encoder": str(encoder)})
+    return pipeline.run(config, out, runtime)

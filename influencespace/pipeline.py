@@ -1,0 +1,241 @@
+"""The ordered stages of a run; what is finished is skipped, so the same command continues a killed run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from influencespace.config import RunConfig, save_config
+from influencespace.data.artifacts import Manifest, copy_file, installed_versions, read_manifest, write_json
+from influencespace.data.embeddings import rejected_reasons
+from influencespace.data.pair_set import PairSet
+from influencespace.data.readers import list_shards
+from influencespace.errors import InputError
+from influencespace.report.page import write_report
+from influencespace.stages.attribute import attribute
+from influencespace.stages.cluster import cluster
+from influencespace.stages.curate import KeptRows, curate
+from influencespace.stages.curvature import curvature
+from influencespace.stages.embed import embed
+from influencespace.stages.evaluate import evaluate
+from influencespace.stages.importing import import_embeddings
+from influencespace.stages.runtime import Runtime, run_once
+from influencespace.stages.split import pair_sets, split
+from influencespace.stages.student import students
+from influencespace.stages.train import train
+
+ROLES = ("pool", "target", "test")
+
+
+def run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
+    """Do the whole job into the folder `out` and return its summary.
+
+    Raises InputError for data or settings that cannot be used.
+    """
+    out = out.expanduser().absolute()
+    check(config)
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(config, out / "config.yaml")
+    embedded = embed_roles(config, out, runtime)
+    roles_folder = out / "split"
+    roles = split(
+        {role: out / "embed" / role for role in embedded},
+        {role: manifest.fingerprint for role, manifest in embedded.items()},
+        config.split,
+        roles_folder,
+        runtime,
+    )
+    sets = pair_sets(roles_folder, roles)
+    rounds = list(_rounds(config, out, sets, roles, runtime))
+    best = min(rounds, key=lambda r: r.target_loss)
+    summary = summarise(config, out, embedded, roles, rounds, best)
+    copy_file(best.folder / "curate" / "curated.parquet", out / "curated.parquet")
+    write_json(out / "summary.json", summary)
+    write_report(out)
+    return summary
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what cannot run before anything is read."""
+    if not config.data.pool and config.data.embeddings is None:
+        raise InputError("no data was given: use --data 'shards/*.tar', or data.pool in the config file")
+    needs_encoder = config.data.embeddings is None or config.data.target or config.data.test
+    if needs_encoder and not config.embed.encoder:
+        raise InputError(
+            "no encoder was given: use --encoder with a folder or hub id, or embed.encoder in the config"
+        )
+
+
+def embed_roles(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Manifest]:
+    """Embed the pool, the target and the test set, as far as each has data of its own."""
+    listed = {
+        role: list_shards(spec, config.data.images)
+        for role in ROLES
+        if (spec := getattr(config.data, role))  # all paths are looked up before the first is embedded
+    }
+    listed.setdefault("pool", [])  # embeddings without shards: pairs without pictures
+    done = {}
+    for role, shards in listed.items():
+        folder = out / "embed" / role
+        if role == "pool" and config.data.embeddings is not None:
+            done[role] = import_embeddings(
+                config.data.embeddings, folder, runtime, shards=shards, read=config.embed.read
+            )
+        else:
+            done[role] = embed(shards, config.embed, folder, runtime)
+    return done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One pass of student, cluster, score, curate, retrain and evaluate."""
+
+    folder: Path
+    stages: dict[str, Manifest]
+
+    @property
+    def target_loss(self) -> float:
+        """Loss of the curated students on the half of the target that chooses."""
+        loss: float = self.stages["evaluate"].details["target_loss"]["curated"]
+        return loss
+
+
+def _rounds(
+    config: RunConfig, out: Path, sets: dict[str, PairSet], roles: Manifest, runtime: Runtime
+) -> Iterator[Round]:
+    pool = sets["pool"]
+    inputs = {"split": roles.fingerprint}
+    best = float("inf")
+    for number in range(config.iterate):
+        folder = out if number == 0 else out / f"round-{number}"
+        this = run_round(config, folder, {**sets, "pool": pool}, inputs, runtime)
+        yield this
+        if this.target_loss >= best:
+            return
+        best = this.target_loss
+        if number + 1 < config.iterate:
+            kept = folder / "curate" / "kept.npy"
+            run_once(runtime, KeptRows(pool, folder / "curate" / "curated.parquet", kept))
+            pool = PairSet(pool.folder, kept)
+            inputs = {"split": roles.fingerprint, "curate": this.stages["curate"].fingerprint}
+
+
+def run_round(
+    config: RunConfig, folder: Path, sets: dict[str, PairSet], inputs: dict[str, str], runtime: Runtime
+) -> Round:
+    """The stages after the split, on one pool."""
+    pool, target, test = (sets[role] for role in ROLES)
+    at = {
+        name: folder / name
+        for name in ("student", "cluster", "curvature", "attribute", "curate", "train", "evaluate")
+    }
+    done: dict[str, Manifest] = {}
+
+    def given(*names: str) -> dict[str, str]:
+        return inputs | {name: done[name].fingerprint for name in names}
+
+    done["student"] = students(pool, target, inputs, config.student, at["student"], runtime)
+    rows = done["student"].rows_out
+    done["cluster"] = cluster(pool, rows, inputs, config.cluster, at["cluster"], runtime)
+    done["curvature"] = curvature(
+        pool,
+        target,
+        config.student,
+        at["student"],
+        given("student"),
+        config.curvature,
+        config.target,
+        at["curvature"],
+        runtime,
+    )
+    done["attribute"] = attribute(
+        pool,
+        config.student,
+        at,
+        given("student", "cluster", "curvature"),
+        config.attribute,
+        at["attribute"],
+        runtime,
+    )
+    done["curate"] = curate(
+        pool,
+        at["attribute"],
+        at["student"],
+        given("student", "attribute"),
+        config.curate,
+        config.seed,
+        at["curate"],
+        runtime,
+    )
+    steps = done["student"].details["steps"]
+    done["train"] = train(
+        pool,
+        at["curate"] / "weights.parquet",
+        config.student.train,
+        steps,
+        given("curate"),
+        config.train,
+        at["train"],
+        runtime,
+    )
+    done["evaluate"] = evaluate(
+        test,
+        target,
+        config.student,
+        at["train"],
+        done["train"].details["runs"],
+        at["curate"] / "weights.parquet",
+        config.embed,
+        given("train"),
+        config.evaluate,
+        at["evaluate"],
+        runtime,
+    )
+    return Round(folder=folder, stages=done)
+
+
+def summarise(
+    config: RunConfig,
+    out: Path,
+    embedded: dict[str, Manifest],
+    roles: Manifest,
+    rounds: list[Round],
+    best: Round,
+) -> dict[str, Any]:
+    """Every number of the table, from manifests alone."""
+    curated, evaluated = best.stages["curate"].details, best.stages["evaluate"].details
+    stages = {f"embed {role}": manifest for role, manifest in embedded.items()} | {"split": roles}
+    for number, each in enumerate(rounds):
+        stages |= {
+            name if number == 0 else f"{name} (round {number + 1})": m for name, m in each.stages.items()
+        }
+    reasons: dict[str, int] = {}
+    for role in embedded:
+        for reason, count in rejected_reasons(out / "embed" / role).items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    return {
+        "methods": evaluated["methods"],
+        "comparisons": evaluated["comparisons"],
+        "target_loss": evaluated["target_loss"],
+        "kept_fraction": curated["kept_fraction"],
+        "reasons": curated["reasons"],
+        "rows": roles.details["rows"],
+        "rejected": {role: manifest.rejected for role, manifest in embedded.items()},
+        "rejected_reasons": reasons,
+        "truncated_captions": sum(int(m.details.get("truncated", 0)) for m in embedded.values()),
+        "placebo": curated["placebo"],
+        "rounds": [{"folder": str(r.folder), "target_loss": r.target_loss} for r in rounds],
+        "stages": {
+            name: {"seconds": m.seconds, "rows_in": m.rows_in, "rows_out": m.rows_out, "rejected": m.rejected}
+            for name, m in stages.items()
+        },
+        "versions": installed_versions(),
+        "seeds": list(config.train.seeds),
+        "notes": [*roles.details["notes"], *curated["warnings"]],
+        "paths": {name: str(out / name) for name in ("curated.parquet", "summary.json", "report.html")},
+    }
+
+
+def finished(out: Path) -> bool:
+    """Whether a run folder holds a complete run."""
+    return (out / "summary.json").is_file() and read_manifest(out / "evaluate") is not None

@@ -1,0 +1,110 @@
+"""The table says what the summary says, in a terminal and in Markdown."""
+
+import io
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from influencespace.report import markdown_table, print_summary
+from influencespace.report.table import (
+    findings,
+    interval,
+    method_rows,
+    percent,
+    seconds,
+    signed,
+    title,
+    verdict,
+)
+
+
+def printed(summary: dict[str, Any], width: int = 200) -> str:
+    file = io.StringIO()
+    print_summary(summary, Console(file=file, width=width))
+    return file.getvalue()
+
+
+def test_curated_comes_first_and_strangers_last(summary: dict[str, Any]) -> None:
+    summary["methods"] = {"zzz": {}, "random": {}, "aaa": {}, "curated": {}}
+    assert [row.name for row in method_rows(summary)] == ["curated", "random", "aaa", "zzz"]
+
+
+def test_markdown_holds_the_numbers(summary: dict[str, Any]) -> None:
+    lines = markdown_table(summary).splitlines()
+    assert len(lines) == 2 + len(summary["methods"])
+    assert {line.count("|") for line in lines} == {9}
+    assert lines[2].startswith("| **Curated** | 41.24 (40.53 to 41.95) |  | 18.9 / 45.4 / 56.3 |")
+    assert "| negCLIPLoss | 41.87 (41.18 to 42.56) | −0.63 (−1.11 to −0.15) |" in lines[6]
+
+
+def test_markdown_cannot_be_broken_by_a_name(summary: dict[str, Any]) -> None:
+    summary["methods"] = {"a|b": {}}
+    assert markdown_table(summary).splitlines()[2].startswith("| a\\|b |")
+
+
+def test_the_terminal_shows_table_counts_notes_and_paths(summary: dict[str, Any]) -> None:
+    text = printed(summary)
+    for wanted in (
+        "41.24 (40.53 to 41.95)",
+        "+2.33 (+1.31 to +3.34)",
+        "18.9 / 45.4 / 56.3",
+        "retrieval got better",
+    ):
+        assert wanted in text
+    assert "rejected 2; captions cut by the tokenizer 7." in text
+    assert f"Note: {summary['notes'][0]}" in text
+    assert summary["paths"]["report.html"] in text
+
+
+def test_a_narrow_terminal_still_shows_what_matters(summary: dict[str, Any]) -> None:
+    text = printed(summary, width=80)
+    for wanted in ("41.24", "(40.53 to 41.95)", "+2.33", "(+1.31 to +3.34)", "1,200"):
+        assert wanted in text
+    assert "18.9 / 45.4" not in text
+    assert "…" not in text
+
+
+def test_names_and_notes_are_no_markup(summary: dict[str, Any]) -> None:
+    summary["methods"]["[red]x[/red]"] = {}
+    summary["notes"] = ["[bold]literal[/bold]"]
+    text = printed(summary)
+    assert "[red]x[/red]" in text
+    assert "[bold]literal[/bold]" in text
+
+
+def test_a_run_without_retraining_says_so() -> None:
+    text = printed({"kept_fraction": 0.25})
+    assert "25.0 % of the pairs were kept" in text
+    assert "Nothing was retrained" in text
+
+
+@given(st.floats(-5, 5), st.floats(0, 5), st.floats(0, 5))
+def test_the_verdict_follows_the_interval(middle: float, below: float, above: float) -> None:
+    low, high = middle - below, middle + above
+    compared = {"everything": {"difference": middle, "ci": [low, high]}}
+    summary = {"kept_fraction": 0.5, "methods": {"curated": {}, "everything": {}}, "comparisons": compared}
+    told = f"{title(summary)} {' '.join(findings(summary))}"
+    assert ("got better" in told) == ("set beats" in told) == (low > 0)
+    assert ("got worse" in told) == ("set is worse" in told) == (high < 0)
+    assert ("did not clearly change" in told) == ("includes zero" in told) == (low <= 0 <= high)
+
+
+@pytest.mark.parametrize("ci", [None, [], [math.nan, 1.0], [None, None]])
+def test_without_an_interval_nothing_is_claimed(ci: Any) -> None:
+    assert verdict(ci) == "unclear"
+
+
+def test_numbers_as_people_read_them() -> None:
+    assert (signed(1.234), signed(-1.234), signed(-0.001), signed(0)) == ("+1.23", "−1.23", "0.00", "0.00")
+    assert (signed(None), signed(math.nan), signed(-1234.5)) == ("–", "–", "−1,234.50")
+    assert (percent(0.7104), percent(None)) == ("71.0 %", "–")
+    assert (seconds(3.21), seconds(185), seconds(None)) == ("3.2s", "3m05s", "–")
+    assert (interval([1, 2]), interval(None), interval([-1, 2], sign=True)) == (
+        "1.00 to 2.00",
+        "–",
+        "−1.00 to +2.00",
+    )
