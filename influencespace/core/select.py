@@ -81,18 +81,18 @@ def capped_weights(utility: FloatArray, cap: float) -> FloatArray:
 
     The solution is min(cap, c e^u); c is found by fixing the capped rows and rescaling the rest.
     """
-    raw = np.exp(utility - utility.max())
-    weight = raw / raw.mean()
-    for _ in range(len(utility)):
-        capped = weight >= cap
-        if not capped.any() or capped.all():
+    weight = np.full(len(utility), cap, np.float64)
+    free = np.ones(len(utility), bool)
+    while free.any():
+        # relative to the largest that is left, because far below the largest of all e^u vanishes
+        raw = np.exp(utility[free] - utility[free].max())
+        weight[free] = raw * (len(weight) - cap * (~free).sum()) / raw.sum()
+        over = weight > cap
+        if not over.any():
             break
-        scaled = np.where(capped, cap, raw * (len(raw) - cap * capped.sum()) / raw[~capped].sum())
-        if np.allclose(scaled, weight):
-            break
-        weight = scaled
-    result: FloatArray = np.minimum(weight, cap)
-    return result
+        weight[over] = cap
+        free &= ~over
+    return weight
 
 
 def hash_order(keys: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -58,6 +58,21 @@ def spread_of_repeats(repeats: FloatArray) -> FloatArray:
     return spread
 
 
+def shared_spread(leaf: Means, quantiles: int) -> Means:
+    """The same leaf means (C * Q,) with the spread of single values shared by all leaves of a quantile.
+
+    Two pairs do not know their own spread, and copies of one pair have none: by its own, a tiny leaf would look certain.
+    """
+    count = leaf.count.reshape(-1, quantiles)
+    freedom = np.maximum(count - 1, 0)
+    squares = freedom * count * np.nan_to_num(leaf.variance).reshape(-1, quantiles)
+    everywhere = squares.sum() / max(freedom.sum(), 1)
+    known = freedom.sum(0) > 0
+    spread = np.where(known, squares.sum(0) / np.maximum(freedom.sum(0), 1), everywhere)
+    variance = np.where(count > 0, spread / np.maximum(count, 1), np.nan)
+    return Means(count=leaf.count, mean=leaf.mean, variance=variance.reshape(-1))
+
+
 def between_variance(leaf: Means, parent_mean: FloatArray) -> float:
     """Variance of true leaf means around their parents, by moments: (L,) leaves -> scalar >= 0.
 
@@ -67,8 +82,10 @@ def between_variance(leaf: Means, parent_mean: FloatArray) -> float:
     if usable.sum() < 2:
         return 0.0
     residual = (leaf.mean - parent_mean)[usable]
-    noise = np.maximum(leaf.variance[usable], np.finfo(np.float64).tiny)
-    weight = 1 / noise
+    noise = leaf.variance[usable]
+    if not noise.any():
+        return float((residual**2).mean())
+    weight = 1 / np.maximum(noise, 1e-12 * noise.max())
     # E[sum w r^2] = sum w (tau^2 + noise) = tau^2 sum w + L
     return float(max(0.0, ((weight * residual**2).sum() - len(residual)) / weight.sum()))
 
@@ -90,7 +107,7 @@ def smooth(mean: FloatArray, variance: FloatArray) -> Smoothed:
     say no more than that, the means themselves where they are sharp.
     """
     Q = len(mean)
-    if Q < 4:
+    if Q < 4 or not np.median(variance) > 0:
         return Smoothed(mean=mean, covariance=np.diag(variance), roughness=float("inf"))
     D = np.diff(np.eye(Q), n=2, axis=0)
     precision = np.diag(1 / np.maximum(variance, 1e-12 * variance.max() + np.finfo(np.float64).tiny))
@@ -98,7 +115,7 @@ def smooth(mean: FloatArray, variance: FloatArray) -> Smoothed:
 
     def posterior(roughness: float) -> tuple[float, FloatArray, FloatArray]:
         K = precision + D.T @ D / roughness
-        covariance: FloatArray = np.linalg.inv(K)
+        covariance: FloatArray = np.linalg.inv(K).astype(np.float64)
         centre: FloatArray = (covariance @ precision @ mean).astype(np.float64)
         misfit = mean @ precision @ (mean - centre)
         likelihood = -0.5 * (np.linalg.slogdet(K)[1] + (Q - 2) * np.log(roughness) + misfit)
@@ -135,7 +152,7 @@ def pool(values: FloatArray, cluster: IntArray, quantile: IntArray, clusters: in
         empty_count = int((by_quantile.count == 0).sum())
         raise ValueError(f"{empty_count} of {quantiles} quantiles are empty; use fewer quantiles")
     parent = smooth(by_quantile.mean, by_quantile.variance)
-    leaf = means_by(cluster * quantiles + quantile, values, clusters * quantiles)
+    leaf = shared_spread(means_by(cluster * quantiles + quantile, values, clusters * quantiles), quantiles)
     above = np.tile(parent.mean, clusters)
     tau2 = between_variance(leaf, above) if clusters > 1 else 0.0
     empty = leaf.count == 0

@@ -13,6 +13,8 @@ from influencespace.report.table import LABELS, MISSING, Summary, count, interva
 WIDTH = 720
 # Rows of the map; more clusters than that are told apart by nobody.
 MAP_CLUSTERS = 40
+# Anything below is zero but for rounding.
+SMALLEST = 1e-30
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -69,7 +71,7 @@ class Unit:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Unit":
         largest = max((abs(value) for value in values if is_number(value)), default=0.0)
-        return cls(0 if largest == 0 else 3 * math.floor(math.log10(largest) / 3))
+        return cls(0 if largest < SMALLEST else 3 * math.floor(math.log10(largest) / 3))
 
     def show(self, value: float | None) -> str:
         """About three digits, with a real minus."""
@@ -164,8 +166,8 @@ def influence_chart(quantiles: Sequence[Quantile], threshold: float = 0.0) -> Ma
     bars = [q for q in quantiles if is_number(q.influence)]
     if not bars:
         return Markup()
-    unit = Unit.of([q.influence for q in bars])
     ends = [q.influence + sign * 1.96 * q.se for q in bars for sign in (-1, 1)]
+    unit = Unit.of(ends)
     height, bottom = 330, 262
     x = Axis(-0.5, len(quantiles) - 0.5, 62, WIDTH - 12)
     y = Axis.over([*ends, 0.0, threshold], bottom, 14)

@@ -22,7 +22,8 @@ from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.runtime import Runtime, run_once
 
 FloatArray = NDArray[np.float64]
-BASELINES = ("everything", "random", "clip_score", "neg_clip_loss")
+# clip_score is the given encoder's, as most people filter; the last two are an early student's, the strongest simple filters
+BASELINES = ("everything", "random", "clip_score", "student_clip_score", "neg_clip_loss")
 METHODS = ("curated", *BASELINES)
 UNSETTLED = 0.1  # |mean I_in| above this many standard deviations: the student is not at rest (algorithms, 6)
 
@@ -143,7 +144,8 @@ class Curate:
             "curated": subset.weight,
             "everything": np.ones(len(uids)),
             "random": top_fraction(random_score(uids, self.seed), kept).astype(np.float64),
-            "clip_score": top_fraction(quality["clip_in"], kept).astype(np.float64),
+            "clip_score": top_fraction(self.pool.clip_score, kept).astype(np.float64),
+            "student_clip_score": top_fraction(quality["clip_in"], kept).astype(np.float64),
             "neg_clip_loss": top_fraction(quality["neg_clip_in"], kept).astype(np.float64),
         }
         write_columns(self.folder / "weights.parquet", {name: weights[name] for name in METHODS})

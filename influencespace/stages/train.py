@@ -1,7 +1,10 @@
 """The train stage: students retrained on each method's weighted subset, at equal steps, by Ray Train."""
 
 import shutil
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from dataclasses import field as plain_field
 from functools import partial
@@ -168,7 +171,12 @@ def train(
 
 
 def _train_on_ray(
-    runs: list[Retrain], config: TrainConfig, runtime: Runtime, out: Path, mark: str, advance: Any
+    runs: list[Retrain],
+    config: TrainConfig,
+    runtime: Runtime,
+    out: Path,
+    mark: str,
+    advance: Callable[[int], None],
 ) -> None:
     """Ray Train over the worker group; a lost worker restarts the group, and finished runs are not repeated."""
     import ray.train
@@ -187,6 +195,30 @@ def _train_on_ray(
             failure_config=ray.train.FailureConfig(max_failures=3),
         ),
     )
-    trainer.fit()
-    advance(len(runs))
+    with _watching(runs, advance):
+        trainer.fit()
     shutil.rmtree(storage, ignore_errors=True)
+
+
+@contextmanager
+def _watching(runs: list[Retrain], advance: Callable[[int], None]) -> Iterator[None]:
+    """Report finished runs while the worker group is at it: their notes appear on disk."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        seen = 0
+        while True:
+            last = ended.wait(1.0)
+            done = sum(run.done() is not None for run in runs)
+            advance(done - seen)
+            seen = done
+            if last:
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

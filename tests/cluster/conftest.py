@@ -29,19 +29,22 @@ class Head:
     environment: dict[str, str]
 
     def submit(
-        self, *command: str, working_dir: Path = ROOT, timeout: float = 400
+        self, *command: str, working_dir: Path = ROOT, timeout: float = 300
     ) -> "subprocess.CompletedProcess[str]":
         """`ray job submit --working-dir DIR -- COMMAND`, with what it printed."""
         submit = [str(RAY), "job", "submit", "--address", self.dashboard, "--working-dir", str(working_dir)]
-        return subprocess.run(
-            [*submit, "--", *command],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-        )
+        try:
+            return subprocess.run(
+                [*submit, "--", *command],
+                cwd=self.folder,
+                env=self.environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired as error:
+            pytest.fail(f"the job is not done after {timeout} s:\n{(error.stdout or b'').decode()[-5000:]}")
 
 
 def free_ports(count: int) -> list[int]:

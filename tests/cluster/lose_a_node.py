@@ -1,8 +1,11 @@
-"""Run as a program: two nodes, one is taken away in the middle of a map; prints what came back as JSON."""
+"""Run as a program: two nodes, one is taken away in the middle of a map; writes what came back as JSON."""
 
 import json
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray.cluster_utils import Cluster
@@ -23,7 +26,7 @@ SOON_MISSED = {
 class SlowSquare:
     """A recipe whose worker takes a while and says where it worked."""
 
-    def __call__(self):
+    def __call__(self) -> Callable[[int], tuple[int, int, str]]:
         return self.work
 
     def work(self, task: int) -> tuple[int, int, str]:
@@ -45,8 +48,8 @@ def main() -> None:
                 results.append(result)
                 if len(results) == BEFORE_THE_LOSS:
                     cluster.remove_node(second, allow_graceful=False)
-            print()
-            print(json.dumps({"results": results, "cores": [before, runtime.cores], "lost": second.node_id}))
+            outcome = {"results": results, "cores": [before, runtime.cores], "lost": second.node_id}
+            Path(sys.argv[1]).write_text(json.dumps(outcome), encoding="utf-8")
     finally:
         cluster.shutdown()
 

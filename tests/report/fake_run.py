@@ -211,9 +211,10 @@ def invented_summary(run: Path) -> dict[str, Any]:
         "seeds": [0, 1, 2],
         "placebo": placebo(),
         "notes": [
-            "no target was given: the better half of 1,000 pairs of the pool, drawn by seed, is the target"
+            "no target was given: the better half of 1,000 pairs of the pool, drawn by seed, is the target",
+            WARNING,
         ],
-        "paths": {"curated": str(run / "curated.parquet"), "report": str(run / "report.html")},
+        "paths": {name: str(run / name) for name in ("curated.parquet", "report.html")},
     }
 
 

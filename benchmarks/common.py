@@ -1,0 +1,119 @@
+"""What every benchmark shares: the command line, the content-addressed cache, targets, and the JSON it writes."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from influencespace.data.artifacts import fingerprint, installed_versions, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One promise with what was measured of it."""
+
+    name: str
+    target: str
+    measured: float | None
+    reached: bool
+    interval: tuple[float, float] | None = None
+
+    @property
+    def status(self) -> str:
+        return "reached" if self.reached else "short"
+
+
+@dataclass
+class Benchmark:
+    """Collects targets and table rows, then prints and writes them. Never fails for being short."""
+
+    name: str
+    quick: bool
+    out: Path
+    seeds: Sequence[int]
+    targets: list[Target] = field(default_factory=list)
+    table: list[dict[str, Any]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def target(self, **given: Any) -> None:
+        target = Target(**given)
+        self.targets.append(target)
+        measured = "nothing" if target.measured is None else f"{target.measured:.4g}"
+        interval = "" if target.interval is None else f" [{target.interval[0]:.4g}, {target.interval[1]:.4g}]"
+        print(f"{target.status:8} {target.name}: {measured}{interval} (target: {target.target})", flush=True)
+
+    def row(self, **cells: Any) -> None:
+        self.table.append(cells)
+        print("  " + "  ".join(f"{key}={_short(value)}" for key, value in cells.items()), flush=True)
+
+    def write(self) -> None:
+        write_json(
+            self.out,
+            {
+                "benchmark": self.name,
+                "quick": self.quick,
+                "commit": commit(),
+                "seeds": list(self.seeds),
+                "machine": machine(),
+                "seconds": round(time.monotonic() - self.started, 1),
+                "targets": [asdict(target) | {"status": target.status} for target in self.targets],
+                "table": self.table,
+            },
+        )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def arguments(description: str, name: str) -> argparse.Namespace:
+    """--quick, --out, --cache."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="a small version in a few minutes; no table for the docs")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / f"{name}.json")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="embeddings and results, by content")
+    return parser.parse_args()
+
+
+def cached(cache: Path, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The JSON result of `make` for this key and this code, computed once: a killed benchmark goes on where it was."""
+    path = cache / "results" / f"{fingerprint([key, code_version()])}.json"
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    result = make()
+    write_json(path, result)
+    return result
+
+
+def code_version() -> str:
+    """A digest of the code that results depend on, so that a cache never outlives it."""
+    parts = ("core", "models", "estimators", "data/pair_set.py", "data/dirt.py", "stages")
+    files: list[Path] = []
+    for part in parts:
+        path = ROOT / "influencespace" / part
+        files += [path] if path.is_file() else sorted(path.rglob("*.py"))
+    return fingerprint([file.read_text(encoding="utf-8") for file in files])
+
+
+def real_data() -> Path | None:
+    """The folder of real data, or None where there is none."""
+    folder = Path(os.environ.get("INFLUENCESPACE_DATA", ROOT.parent / "shared" / "data"))
+    return folder if (folder / "flickr8k").is_dir() else None
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def machine() -> dict[str, Any]:
+    return {"cpus": len(os.sched_getaffinity(0)), "processor": platform.machine(), **installed_versions()}

@@ -1,0 +1,137 @@
+"""Laws of the decision: thresholds in standard deviations, exact sizes, weights of mean one below their cap."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from influencespace.core import select as module
+from influencespace.core.select import HARMFUL, KEPT, OVER_SIZE, SelectConfig, capped_weights, select
+
+finite = st.floats(-3, 3, allow_nan=False)
+
+
+@st.composite
+def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores, standard errors and quality of some pairs."""
+    n = draw(st.integers(1, 40))
+    column = st.lists(finite, min_size=n, max_size=n).map(np.array)
+    return draw(column), np.abs(draw(column)), draw(column)
+
+
+@given(pairs=scored(), unit=st.floats(0.1, 5), tau_low=st.floats(-1, 1))
+def test_what_is_below_the_threshold_goes(pairs: tuple[np.ndarray, ...], unit: float, tau_low: float) -> None:
+    score, se, quality = pairs
+    assume((score >= tau_low * unit).any())
+    subset = select(score, se, unit, quality, SelectConfig(tau_low=tau_low))
+    np.testing.assert_array_equal(subset.kept, score >= tau_low * unit)
+    np.testing.assert_array_equal(subset.reason, np.where(subset.kept, KEPT, HARMFUL))
+    np.testing.assert_array_equal(subset.weight, subset.kept.astype(float))
+
+
+@given(pairs=scored())
+def test_caution_keeps_all_that_the_plain_rule_keeps_and_what_is_uncertain(
+    pairs: tuple[np.ndarray, ...],
+) -> None:
+    score, se, quality = pairs
+    assume((score >= 0).any())
+    plain = select(score, se, 1.0, quality, SelectConfig())
+    cautious = select(score, se, 1.0, quality, SelectConfig(cautious=True))
+    assert (cautious.kept >= plain.kept).all()
+    np.testing.assert_array_equal(cautious.kept, score + 1.96 * se >= 0)
+
+
+@given(pairs=scored(), size=st.floats(0.01, 1))
+def test_a_target_size_is_met_exactly_and_the_worst_by_quality_go(
+    pairs: tuple[np.ndarray, ...], size: float
+) -> None:
+    score, se, quality = pairs
+    assume((score >= 0).any())
+    subset = select(score, se, 1.0, quality, SelectConfig(target_size=size))
+    helpful = score >= 0
+    assert subset.kept.sum() == min(helpful.sum(), max(1, round(size * len(score))))
+    assert not (subset.kept & ~helpful).any()
+    over = subset.reason == OVER_SIZE
+    np.testing.assert_array_equal(over, helpful & ~subset.kept)
+    if over.any():
+        assert quality[over].max() <= quality[subset.kept].min()
+
+
+def test_a_subset_without_pairs_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"every pair scores below tau_low = 0\.0"):
+        select(np.array([-1.0, -2.0]), np.zeros(2), 1.0, np.zeros(2), SelectConfig())
+
+
+@given(pairs=scored(), tau_high=st.floats(0.05, 10), cap=st.floats(1, 8))
+def test_influence_weights_have_mean_one_rise_with_the_score_and_stay_below_the_cap(
+    pairs: tuple[np.ndarray, ...], tau_high: float, cap: float
+) -> None:
+    score, se, quality = pairs
+    assume((score >= 0).any())
+    config = SelectConfig(weights="influence", tau_high=tau_high, max_weight=cap)
+    subset = select(score, se, 1.0, quality, config)
+    kept = subset.weight[subset.kept]
+    assert kept.mean() == pytest.approx(1, rel=1e-4)
+    assert kept.max() <= cap
+    assert (subset.weight[~subset.kept] == 0).all()
+    assert (np.diff(kept[np.argsort(score[subset.kept])]) >= -1e-9).all()
+
+
+@given(utility=st.lists(st.floats(-2, 2), min_size=2, max_size=20).map(np.array), cap=st.floats(1.1, 4))
+def test_weights_maximise_utility_less_entropy(utility: np.ndarray, cap: float) -> None:
+    """No feasible shift of weight from one pair to another raises the objective."""
+
+    def objective(weight: np.ndarray) -> float:
+        return float((weight * utility - weight * np.log(weight)).sum())
+
+    weight = capped_weights(utility, cap)
+    best = objective(weight)
+    for giver in range(len(weight)):
+        for taker in range(len(weight)):
+            moved = weight.copy()
+            share = min(0.01, moved[giver] / 2, cap - moved[taker])
+            moved[giver] -= share
+            moved[taker] += share
+            if giver != taker and share > 0:
+                assert objective(moved) <= best + 1e-6
+
+
+@pytest.mark.parametrize("cap", [1.0, 1.5, 3.0])
+def test_utilities_far_apart_have_weights(cap: float) -> None:
+    """A low temperature makes e^u vanish for most pairs."""
+    weight = capped_weights(np.array([0.0, -1000.0, -2000.0, -3000.0]), cap)
+    assert np.isfinite(weight).all()
+    assert weight.mean() == pytest.approx(1)
+    assert weight.max() <= cap
+    assert (np.diff(weight) <= 0).all()
+
+
+def test_a_high_temperature_is_uniform() -> None:
+    score = np.linspace(0, 2, 9)
+    subset = select(score, score, 1.0, score, SelectConfig(weights="influence", tau_high=1e9))
+    np.testing.assert_allclose(subset.weight, 1)
+
+
+def test_the_order_by_hash_is_stable() -> None:
+    keys = np.array([3, 1, 3, 0], np.uint64)
+    assert module.hash_order(keys).tolist() == [3, 1, 0, 2]
+
+
+@given(score=st.lists(st.integers(0, 4).map(float), min_size=1, max_size=30).map(np.array), data=st.data())
+def test_the_top_fraction_has_its_size_and_no_better_row_outside(
+    score: np.ndarray, data: st.DataObject
+) -> None:
+    keep = data.draw(st.integers(0, len(score)))
+    chosen = module.top_fraction(score, keep)
+    assert chosen.sum() == keep
+    if 0 < keep < len(score):
+        assert score[chosen].min() >= score[~chosen].max()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"target_size": 0}, {"target_size": 1.1}, {"max_weight": 0.5}, {"tau_high": 0}]
+)
+def test_wrong_options_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        SelectConfig(**wrong)
