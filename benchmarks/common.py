@@ -94,9 +94,14 @@ def cached(cache: Path, key: Any, make: Callable[[], dict[str, Any]]) -> dict[st
     return result
 
 
-def code_version() -> str:
+DECIDING = ("core", "models", "estimators", "data/pair_set.py", "data/dirt.py", "stages/curate.py")
+SCORING = tuple(
+    f"core/{name}.py" for name in ("contrastive", "bank", "linalg", "batches", "kmeans", "quality")
+) + ("models", "estimators")
+
+
+def code_version(parts: Sequence[str] = DECIDING) -> str:
     """A digest of the code that results depend on, so that a cache never outlives it."""
-    parts = ("core", "models", "estimators", "data/pair_set.py", "data/dirt.py", "stages")
     files: list[Path] = []
     for part in parts:
         path = ROOT / "influencespace" / part

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from common import Benchmark, arguments, cached, real_data
+from common import SCORING, Benchmark, arguments, cached, code_version, real_data
 
 from influencespace.core.metrics import (
     auroc,
@@ -122,7 +122,7 @@ class Curation:
 
     @property
     def folder(self) -> Path:
-        return self.world.cache / "curations" / fingerprint(self.setting)
+        return self.world.cache / "curations" / fingerprint([self.setting, code_version(SCORING)])
 
     @cached_property
     def pool(self) -> PairSet:

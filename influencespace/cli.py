@@ -106,11 +106,18 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Run folder.")],
     to: Annotated[Literal["npy", "webdataset", "parquet"], typer.Option("--to", help="Format.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")],
+    shard_size: Annotated[int, typer.Option(help="Pairs in a shard.")] = 10_000,
 ) -> None:
     """Write the kept pairs as others read them."""
     from influencespace.data.exports import export as write
+    from influencespace.report.table import read_summary
+    from influencespace.stages.progress import progress
 
-    print(write(folder, to, out))
+    summary = read_summary(folder)
+    kept = round(summary["kept_fraction"] * summary["rows"]["pool"])
+    with progress("export", kept, "pairs") as bar:
+        manifest = write(folder, to, out, shard_size=shard_size, advance=bar.advance)
+    print(f"{manifest.rows_out:,} pairs written to {out}")
 
 
 def main() -> None:

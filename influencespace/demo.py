@@ -9,6 +9,9 @@ from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.stages.fit_encoder import FitEncoder
 from influencespace.stages.runtime import Runtime, run_once
 
+# a student for 4,000 pairs on two cores; everything else is the default
+SMALL_STUDENT = {"student.train.batch_size": 256, "student.train.dimension": 128}
+
 
 def run_demo(
     out: Path, runtime: Runtime, *, seed: int = 0, pairs: int = 4000, steps: int = 300
@@ -26,5 +29,5 @@ def run_demo(
     encoder = out / "encoder"
     run_once(runtime, FitEncoder(shards=str(world / "pretrain"), out=encoder, steps=steps, seed=seed))
     overrides = {f"data.{role}": str(world / role) for role in ("pool", "target", "test")}
-    config = load_config(None, overrides | {"embed.encoder": str(encoder)})
+    config = load_config(None, SMALL_STUDENT | overrides | {"embed.encoder": str(encoder)})
     return pipeline.run(config, out, runtime)

@@ -222,7 +222,7 @@ def summarise(
         "rows": roles.details["rows"],
         "rejected": {role: manifest.rejected for role, manifest in embedded.items()},
         "rejected_reasons": reasons,
-        "truncated_captions": sum(int(m.details.get("truncated", 0)) for m in embedded.values()),
+        "truncated_captions": sum(int(m.details.get("truncated_captions", 0)) for m in embedded.values()),
         "placebo": curated["placebo"],
         "rounds": [{"folder": str(r.folder), "target_loss": r.target_loss} for r in rounds],
         "stages": {

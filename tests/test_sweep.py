@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,15 +14,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 from pydantic import ValidationError
 
+from influencespace import pipeline
+from influencespace.config import load_config
 from influencespace.core.select import SelectConfig
 from influencespace.data.artifacts import write_json
+from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.errors import InputError
-from influencespace.stages.runtime import TaskError, start_ray
-from influencespace.sweep import SweepConfig, best_of, own_settings, search, search_space, sweep
+from influencespace.models.tiny_clip import train_tiny_clip
+from influencespace.stages.runtime import LocalRuntime, TaskError, start_ray
+from influencespace.sweep import SweepConfig, best_of, own_settings, retraining, search, search_space, sweep
 
 OWN = own_settings(SelectConfig())
 
@@ -198,6 +205,66 @@ def test_the_best_is_the_first_of_equals_and_keeps_something() -> None:
 def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         SweepConfig(**wrong)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a tiny world, by an encoder that has learnt nothing."""
+    folder = tmp_path_factory.mktemp("run")
+    write_world(folder / "world", WorldConfig(pretrain=0, pool=150, target=60, test=0, shard_size=75))
+    noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    train_tiny_clip(noise, ["a red circle"] * 8, seed=0, out=folder / "encoder", steps=1, batch_size=8)
+    settings = {
+        "data.pool": str(folder / "world" / "pool" / "*.tar"),
+        "data.target": str(folder / "world" / "target" / "*.tar"),
+        "embed.encoder": str(folder / "encoder"),
+        "student.train": {"steps": 10, "batch_size": 16, "dimension": 16},
+        "student.folds": 2,
+        "student.contexts": 2,
+        "student.choose_steps": False,
+        "cluster.k": 2,
+        "attribute": {"quantiles": 4, "budget": 30, "placebo": 20},
+        "train": {"seeds": [0], "methods": ["curated"]},
+    }
+    pipeline.run(load_config(None, settings), folder / "run", LocalRuntime())
+    (folder / "run" / "split" / "test.npy").unlink()  # a sweep that looked at the test set would fail
+    return folder / "run"
+
+
+def test_the_objective_is_the_retrained_student_on_the_choosing_half(finished_run: Path) -> None:
+    config = load_config(finished_run / "config.yaml")
+    objective = retraining(finished_run, config, (0, 1))
+    whole = objective(OWN)
+    assert objective(OWN) == whole
+    assert 0 < whole["kept_fraction"] <= 1
+    assert 0 < whole["loss"] < 10
+    assert 0 <= whole["mean_recall"] <= 100
+    smaller = objective({**OWN, "target_size": 0.4})
+    assert smaller["kept_fraction"] == pytest.approx(min(0.4, whole["kept_fraction"]))
+    assert smaller["loss"] != whole["loss"]
+    nothing = objective({**OWN, "tau_low": 1000.0})
+    assert nothing == {"loss": math.inf, "mean_recall": 0.0, "kept_fraction": 0.0}
+
+
+@pytest.mark.ray
+def test_a_sweep_writes_the_best_config(own_ray: None, finished_run: Path, tmp_path: Path) -> None:
+    config = SweepConfig(trials=3)
+    best = sweep(finished_run, config, tmp_path / "sweep")
+    trials = pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()
+    assert best.trials == len(trials) == 3
+    assert best.value == min(trial["loss"] for trial in trials) <= best.own
+    ours, theirs = load_config(best.config), load_config(finished_run / "config.yaml")
+    assert ours == replace(theirs, curate=replace(theirs.curate, **best.settings))
+    stamp = best.config.stat().st_mtime_ns
+    assert sweep(finished_run, config, tmp_path / "sweep") == best
+    assert best.config.stat().st_mtime_ns == stamp
+
+
+def test_a_run_without_scores_is_refused(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    (tmp_path / "run" / "attribute" / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"no finished attribute stage to sweep over"):
+        sweep(tmp_path / "run", SweepConfig(), tmp_path / "sweep")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

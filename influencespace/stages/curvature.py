@@ -8,7 +8,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from influencespace.estimators.nystrom import (
 from influencespace.models.space import Space
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.progress import progress
-from influencespace.stages.runtime import Runtime, call
+from influencespace.stages.runtime import Runtime, call, run_once
 from influencespace.stages.student import Student, StudentsConfig, TargetHalves, student_name
 
 
@@ -160,6 +160,10 @@ class SolveStudent:
         return note
 
 
+def count_parameters(space: StudentSpace) -> int:
+    return space.space.size
+
+
 def directions_of(folder: Path, student: str) -> Tensor:
     """Solved directions of a student, one for each fold of the target: (F, p)."""
     return load_file(folder / f"{student}.safetensors")["directions"]
@@ -194,7 +198,8 @@ def curvature(
         for fold in (None, *range(students.folds))
     ]
     notes: dict[str, Any] = {}
-    rank = config.rank
+    size = run_once(runtime, partial(count_parameters, spaces[0]))
+    rank, most = min(config.rank, size), min(config.max_rank, size)
     left = spaces
     while left:
         width = max(4, math.ceil(rank * len(left) / (4 * runtime.cores)))
@@ -213,7 +218,7 @@ def curvature(
         for note in runtime.map(call, solves, num_actors=runtime.cores):
             notes[note["name"]] = note
         left = [s for s in left if notes[s.student.name]["smallest_eigenvalue_over_damping"] > 1]
-        if 2 * rank > config.max_rank:
+        if 2 * rank > most:
             break
         rank *= 2
     for path in sorted(parts.glob("*")):

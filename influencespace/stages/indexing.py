@@ -1,8 +1,9 @@
 """Reading the shards a first time, without decoding: who the pairs are, and what each shard has to embed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -13,7 +14,7 @@ from influencespace.data.readers import read_shard
 from influencespace.data.schema import ReadOptions, Shard
 from influencespace.errors import InputError
 from influencespace.stages.progress import progress
-from influencespace.stages.runtime import Runtime
+from influencespace.stages.runtime import Runtime, call
 
 # Shards whose size and date are looked up at once: object stores answer in some 50 ms.
 LOOKUPS = 32
@@ -54,26 +55,20 @@ def index(shards: Sequence[Shard], read: ReadOptions, parts: Path, runtime: Runt
     rows = {}
     with progress("index", len(tasks), "shards") as bar:
         actors = min(runtime.cores, len(tasks))
-        for position, count in runtime.map(IndexWorker(read), tasks, num_actors=actors):
+        for position, count in runtime.map(
+            call, [partial(index_shard, task, read) for task in tasks], num_actors=actors
+        ):
             rows[position] = count
             bar.advance()
     return [replace(task, rows=rows[task.position]) for task in tasks]
 
 
-@dataclass(frozen=True)
-class IndexWorker:
-    """Recipe and worker: reads a shard, keeps digests and captions."""
-
-    read: ReadOptions
-
-    def __call__(self) -> Callable[[ShardTask], tuple[int, int]]:
-        return self.work
-
-    def work(self, task: ShardTask) -> tuple[int, int]:
-        if not has_fingerprint(task.index_part, task.fingerprint):
-            rows = pair_rows(task.shard.path, read_shard(task.shard, self.read))
-            write_index(task.index_part, task.fingerprint, rows)
-        return task.position, len(read_index(task.index_part, ["uid"]))
+def index_shard(task: ShardTask, read: ReadOptions) -> tuple[int, int]:
+    """Read a shard, keep digests and captions; its position and rows."""
+    if not has_fingerprint(task.index_part, task.fingerprint):
+        rows = pair_rows(task.shard.path, read_shard(task.shard, read))
+        write_index(task.index_part, task.fingerprint, rows)
+    return task.position, len(read_index(task.index_part, ["uid"]))
 
 
 def shard_identities(shards: Sequence[Shard]) -> list[str]:

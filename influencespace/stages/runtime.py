@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import ray
@@ -91,8 +92,8 @@ def _call(task: Callable[[], Any], *_shared: Any) -> Any:
 
 def run_once(runtime: Runtime, job: Callable[[], Any]) -> Any:
     """Run one job on one worker, away from the driver."""
-    with runtime.pool(call) as pool:
-        return pool.fold([job], lambda left, _: left)
+    (result,) = runtime.map(call, [job])
+    return result
 
 
 class LocalRuntime:
@@ -167,6 +168,9 @@ class RayRuntime:
     ) -> Iterator[Any]:
         if not tasks:
             return
+        if recipe is call:
+            yield from _call_all(tasks, max(1, num_actors), _resources(num_cpus, num_gpus))
+            return
         # One row and one block a task: Ray Data then hands out single tasks and gives back single results.
         items = [{"index": index, "task": pickle.dumps(task)} for index, task in enumerate(tasks)]
         starts = ray.remote(_Starts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
@@ -198,6 +202,27 @@ class RayRuntime:
         finally:
             for one in actors:
                 ray.kill(one)
+
+
+def _call_all(tasks: Sequence[Any], at_once: int, resources: dict[str, float]) -> Iterator[Any]:
+    """Tasks that know themselves what to do need no actor: Ray hands them to processes that are there already.
+
+    Starting a process costs seconds, mostly importing; a run has dozens of such calls.
+    """
+    attempt = ray.remote(_attempt).options(**resources, max_retries=TASK_RETRIES)
+    waiting = deque(tasks)
+    running: dict[Any, Any] = {}
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            task = waiting.popleft()
+            running[attempt.remote(task)] = task
+        (reference, *_), _ = ray.wait(list(running), num_returns=1)
+        task = running.pop(reference)
+        try:
+            outcome: _Outcome = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            raise TaskError(f"{_lost(task)} Ray says: {error}") from error
+        yield outcome.result()
 
 
 @contextmanager
@@ -258,6 +283,10 @@ class _Worker:
                 error=f"task {_brief(task)} failed: {type(error).__name__}: {error}",
                 trace=traceback.format_exc(),
             )
+
+
+def _attempt(task: Any) -> _Outcome:
+    return _Worker(call).attempt(task)
 
 
 class _Starts:
@@ -346,6 +375,7 @@ def _lost(task: Any) -> str:
 
 
 def _brief(task: Any) -> str:
+    task = task.args[0] if isinstance(task, partial) and task.args else task
     text = str(getattr(task, "name", task))
     return text if len(text) <= 200 else text[:200] + "..."
 

@@ -185,8 +185,8 @@ class TrainStudent:
                 if longer_loss > loss * (1 - config.least_gain):
                     break
                 trained, loss, steps = longer, longer_loss, 2 * steps
-        size = config.train.batch_size - 1
-        bank = disjoint_contexts(self.pool.image, size, config.contexts, config.seed + 1, weights)
+        size, count = config.train.batch_size - 1, bank_contexts(self.pool, config)
+        bank = disjoint_contexts(self.pool.image, size, count, config.seed + 1, weights)
         save_student(self.folder, self.name, trained, bank)
         result = {
             "mark": self.mark,
@@ -228,6 +228,16 @@ def student_name(fold: int | None) -> str:
 def image_folds(pool: PairSet, config: StudentsConfig) -> NDArray[np.int64]:
     """Fold of each pair of the pool, by image."""
     return folds_by_image(pool.image, config.folds, config.seed)
+
+
+def bank_contexts(pool: PairSet, config: StudentsConfig) -> int:
+    """Contexts in the bank of every student: as many as the one with the fewest images can fill, two or more.
+
+    Influence in training and held out is balanced context by context.
+    """
+    images = len(np.unique(pool.image))
+    fewest = images - -(-images // config.folds)  # without the largest fold
+    return max(2, min(config.contexts, fewest // (config.train.batch_size - 1)))
 
 
 def read_note(path: Path, mark: str) -> dict[str, Any] | None:

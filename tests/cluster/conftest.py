@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,6 +68,8 @@ def ray_environment() -> Iterator[dict[str, str]]:
             "RAY_TMPDIR": folder,
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Nobody waits for what still runs on this head when it is asked to end.
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             # Jobs are started as `python ...`: it has to be this one.
@@ -113,14 +114,18 @@ def head(ray_environment: dict[str, str]) -> Iterator[Head]:
 
 
 def wait_for_jobs_api(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Return when the head takes jobs; fails with the head's log when it has died or is not ready in time."""
+    """Return when the head has taken a job; fails with the head's log when it has died or is not ready in time.
+
+    The dashboard answers some seconds before there is an agent to run a job.
+    """
+    nothing = urllib.request.Request(
+        f"{address}/api/jobs/", data=b'{"entrypoint": "true"}', headers={"Content-Type": "application/json"}
+    )
     until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            break
+    while time.monotonic() < until and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{address}/api/jobs/", timeout=5):
+            with urllib.request.urlopen(nothing, timeout=10):
                 return
-        except (urllib.error.URLError, OSError):
+        except OSError:
             time.sleep(0.5)
     pytest.fail(f"`ray start --head` is not ready:\n{log.read_text()}")

@@ -17,7 +17,7 @@ from influencespace.models.tiny_clip import train_tiny_clip
 
 pytestmark = pytest.mark.cluster
 
-WORLD = WorldConfig(pretrain=0, pool=200, target=60, test=60, shard_size=50)
+WORLD = WorldConfig(pretrain=0, pool=200, target=60, test=0, shard_size=50)
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
     train_tiny_clip(noise, ["a red circle"] * 8, seed=0, out=folder / "encoder", steps=1, batch_size=8)
     return {
-        "data": {role: str(folder / "world" / role / "*.tar") for role in ("pool", "target", "test")},
+        "data": {role: str(folder / "world" / role / "*.tar") for role in ("pool", "target")},
         "embed": {"encoder": str(folder / "encoder")},
         "student": {
             "train": {"steps": 10, "batch_size": 32, "dimension": 16},
             "folds": 2,
             "choose_steps": False,
+            "contexts": 2,
         },
         "attribute": {"quantiles": 4, "budget": 50, "placebo": 40},
         "train": {"seeds": [0], "methods": ["curated", "everything"]},
@@ -58,7 +59,8 @@ def test_a_submitted_job_curates(head: Head, config: dict[str, Any], tmp_path: P
     assert yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))["cluster"]["k"] == 2
     assert (out / "report.html").stat().st_size > 0
     # The head's package comes from the copy of the working directory, with what .rayignore leaves of it.
-    (package,) = head.folder.glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*/")
+    packages = head.folder.glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*")
+    (package,) = [path for path in packages if path.is_dir()]
     names = {path.name for path in package.iterdir()}
     assert {"influencespace", "jobs", "pyproject.toml"} <= names
     assert not names & {".git", ".venv", "tests", "docs", "runs", "benchmarks"}

@@ -1,6 +1,7 @@
 """The influence estimator against per-sample autograd and dense solves on a tiny problem, in float64."""
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_any_partition_in_any_order_gives_the_same_scores(cuts: list[int], seed:
     whole = scored(PAIRS, IMAGES)
     order = np.random.default_rng(seed).permutation(11)
     borders = [0, *sorted(cuts), 11]
-    for a, b in zip(borders, borders[1:], strict=False):
+    for a, b in itertools.pairwise(borders):
         rows = order[a:b]
         if not len(rows):
             continue
@@ -232,7 +233,7 @@ def test_target_gradients_of_the_folds_average_to_the_whole(sizes: list[int], co
     torch.testing.assert_close(found.mean(0), whole / sum(sizes), **EXACT)
 
 
-def test_the_gradient_of_equal_folds_is_that_of_their_own_loss() -> None:
+def test_a_fold_without_pairs_has_no_gradient() -> None:
     """With all pairs in one fold of two, the other has none, and the first has twice the mean."""
     inputs = embeddings(6, 50)
     found = target_gradients(SPACE, [inputs], [np.zeros(6, np.int64)], 2, SCALE)

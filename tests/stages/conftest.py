@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chain import Chain, World
+from planted import plant
 
 from influencespace.stages.runtime import LocalRuntime, RayRuntime, start_ray
 
@@ -35,3 +37,22 @@ def ray_runtime() -> Iterator[RayRuntime]:
 @pytest.fixture
 def local_runtime() -> LocalRuntime:
     return LocalRuntime()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A pool of 120 images with two captions each, of which a fifth is wrong; a clean target and test set."""
+    folder = tmp_path_factory.mktemp("world")
+    return World(
+        pool=plant(folder / "pool", 120, captions=2, wrong=0.2, seed=1),
+        target=plant(folder / "target", 60, seed=2),
+        test=plant(folder / "test", 50, captions=2, groups=("cat", "dog", "tree"), seed=3),
+    )
+
+
+@pytest.fixture(scope="session")
+def truth(tmp_path_factory: pytest.TempPathFactory, world: World) -> Chain:
+    """All stages, done by the plain loop."""
+    chain = Chain(out=tmp_path_factory.mktemp("truth"), world=world)
+    chain.run()
+    return chain

@@ -1,0 +1,41 @@
+# Everything below works from a fresh clone with Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow lint bench clean install
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[cpu]" --group dev
+	touch $@
+
+# The whole job on a synthetic world: ends in a table and runs/demo/report.html.
+demo: $(STAMP)
+	influencespace demo --out runs/demo
+
+# One thread a process: the tests run many small ones.
+test: lint
+	OMP_NUM_THREADS=1 python -m pytest -m "not slow"
+
+# What `make test` leaves out, e.g. a kill in every stage.
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 python -m pytest -m slow
+
+lint: $(STAMP)
+	ruff check .
+	ruff format --check .
+	mypy
+
+# The figures of docs/benchmarks.md, anew; real data in INFLUENCESPACE_DATA.
+bench: $(STAMP)
+	cd benchmarks && python quality.py && python throughput.py && python tables.py
+
+clean:
+	rm -rf $(VENV) runs .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,232 @@
+"""What there is to process: the pairs of each role, counted where the data is small, else estimated from its beginning."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from influencespace.config import RunConfig
+from influencespace.data.consolidate import PAIRS_SCHEMA
+from influencespace.data.imported import EmbeddingBatch, list_parts, read_imported_embeddings
+from influencespace.data.parts import pair_rows
+from influencespace.data.readers import list_shards, read_shard
+from influencespace.data.schema import ReadOptions, Sample, Shard
+from influencespace.errors import InputError
+from influencespace.models.encoders import FAMILIES, quiet
+from influencespace.pipeline import ROLES
+from influencespace.stages.indexing import LOOKUPS, file_version
+
+# Bytes of shards that are indexed for a role (a second or two from a disk); a smaller data set is counted exactly.
+INDEX_BYTES = 64 * 2**20
+SAMPLE_ROWS = 8192
+COCO_IMAGE_BYTES = 163_000  # mean of train2017
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What the data of one role holds; an estimate where not all shards were indexed."""
+
+    shards: int
+    indexed: int
+    """Shards that were indexed whole."""
+    bytes: int
+    pairs: int
+    images: int
+    """Distinct ones."""
+    texts: int
+    """Distinct ones."""
+    row_bytes: float
+    """Of a row of pairs.parquet."""
+    uid_bytes: float
+    image_bytes: float
+    """Of an encoded image; 0 where there are no pictures."""
+
+    @property
+    def exact(self) -> bool:
+        return self.indexed == self.shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amount:
+    """Pairs of the pool, target or test set, once they are split."""
+
+    pairs: int
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The amounts on which every need depends."""
+
+    surveys: Mapping[str, Survey]  # of the roles that have data of their own
+    roles: Mapping[str, Amount]  # pool, target, test
+    dimension: int  # D
+
+
+def survey_all(config: RunConfig) -> Sizes:
+    """The sizes of a run of `config`; raises InputError for data or an encoder that cannot be used."""
+    listed = {
+        role: list_shards(spec, config.data.images) for role in ROLES if (spec := getattr(config.data, role))
+    }
+    dimension = encoder_dimension(config) if config.embed.encoder else 0
+    surveys = {role: survey(shards, config.embed.read) for role, shards in listed.items()}
+    if config.data.embeddings is not None:
+        imported, dimension = survey_embeddings(config.data.embeddings)
+        surveys.setdefault("pool", imported)
+    return Sizes(surveys=surveys, roles=after_split(config, surveys), dimension=dimension)
+
+
+def after_split(config: RunConfig, surveys: Mapping[str, Survey]) -> dict[str, Amount]:
+    """Pairs of each role after the split stage: what has no data of its own is cut from the others."""
+    roles = {role: Amount(pairs=found.pairs, images=found.images) for role, found in surveys.items()}
+    if "target" not in roles:
+        drawn = 1 / max(2, round(1 / config.split.target_share))
+        pool = roles["pool"]
+        roles["pool"], roles["target"] = _part(pool, 1 - drawn), _part(pool, drawn / 2)
+    if "test" not in roles:
+        roles["target"] = roles["test"] = _part(roles["target"], 0.5)
+    return roles
+
+
+def survey(shards: Sequence[Shard], read: ReadOptions) -> Survey:
+    """Index the first shards, INDEX_BYTES of them or a little more, and extrapolate by bytes.
+
+    Raises InputError when they hold no pair.
+    """
+    weights = _weights(shards)
+    rows: list[dict[str, Any]] = []
+    images: set[bytes] = set()
+    texts: set[bytes] = set()
+    pairs, samples, encoded, indexed, covered = 0, 0, 0, 0, 0.0
+    for shard, weight in zip(shards, weights):
+        portion = 1.0
+        for item in read_shard(shard, read):
+            if not isinstance(item, Sample):
+                continue
+            samples, encoded = samples + 1, encoded + len(item.image)
+            for row in pair_rows(shard.path, [item]):
+                pairs += 1
+                images.add(row["image"])
+                texts.add(row["text"])
+                if len(rows) < SAMPLE_ROWS:
+                    rows.append(row)
+            # Of a huge tar the beginning must do; other files come as shards of moderate size.
+            if item.ref.offset > INDEX_BYTES:
+                portion = min(1.0, (item.ref.offset + item.ref.length) / weight)
+                break
+        indexed += portion == 1.0
+        covered += portion * weight
+        if covered >= INDEX_BYTES:
+            break
+    if not pairs:
+        raise InputError(f"no usable pair in {shards[0].path} or the shards after it; is it the right data?")
+    factor = 1.0 if indexed == len(shards) else sum(weights) / covered
+    return Survey(
+        shards=len(shards),
+        indexed=indexed,
+        bytes=round(sum(weights)),
+        pairs=round(factor * pairs),
+        images=round(factor * len(images)),
+        texts=round(factor * len(texts)),
+        row_bytes=_row_bytes(rows),
+        uid_bytes=float(np.mean([len(row["uid"]) for row in rows])),
+        image_bytes=encoded / samples,
+    )
+
+
+def survey_embeddings(path: str) -> tuple[Survey, int]:
+    """The rows that the metadata of imported embeddings counts, and the embeddings' dimension.
+
+    Raises InputError when nothing usable is found.
+    """
+    parts = list_parts(path)
+    files = sorted({name for part in parts for name in (part.metadata, part.images, part.texts) if name})
+    batch = next((b for b in read_imported_embeddings(path) if isinstance(b, EmbeddingBatch)), None)
+    if batch is None:
+        raise InputError(f"{path} holds no usable pair")
+    captions = batch.captions or [""] * len(batch.uids)
+    pairs = sum(_rows_of(part.metadata) for part in parts)
+    found = Survey(
+        shards=len(parts),
+        indexed=len(parts),
+        bytes=sum(_size(name) for name in files),
+        pairs=pairs,
+        images=pairs,
+        texts=pairs,
+        row_bytes=_row_bytes([{"uid": uid, "caption": text} for uid, text in zip(batch.uids, captions)]),
+        uid_bytes=float(np.mean([len(uid) for uid in batch.uids])),
+        image_bytes=0.0,
+    )
+    return found, batch.images.shape[1]
+
+
+def encoder_dimension(config: RunConfig) -> int:
+    """D by the encoder's config.json, without its weights; raises InputError where it is no dual encoder."""
+    import transformers
+
+    name = str(Path(config.embed.encoder).expanduser())
+    try:
+        with quiet():
+            found = transformers.AutoConfig.from_pretrained(
+                name, trust_remote_code=config.embed.trust_remote_code
+            )
+    except Exception as error:  # whatever its parser raises
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"encoder '{name}': cannot load its config.json: {reason}") from None
+    if found.model_type not in FAMILIES and not config.embed.trust_remote_code:
+        raise InputError(
+            f"encoder '{name}' is a '{found.model_type}' model, not a dual encoder; use one of: {', '.join(FAMILIES)}"
+        )
+    text = getattr(found, "text_config", found)
+    # SigLIP has no projection of its own: its text tower ends in `projection_size`.
+    widths = (
+        getattr(found, "projection_dim", None),
+        getattr(text, "projection_size", None),
+        text.hidden_size,
+    )
+    return int(next(width for width in widths if width))
+
+
+def _part(amount: Amount, share: float) -> Amount:
+    return Amount(pairs=round(share * amount.pairs), images=round(share * amount.images))
+
+
+def _weights(shards: Sequence[Shard]) -> list[float]:
+    """Bytes of each shard; shards of one Parquet file share its size, those of COCO are counted in usual pictures."""
+    sharing = Counter(shard.path for shard in shards)
+    with ThreadPoolExecutor(LOOKUPS) as executor:
+        sizes = dict(zip(sharing, executor.map(_size, sharing)))
+    return [
+        (shard.rows[1] - shard.rows[0]) * COCO_IMAGE_BYTES
+        if shard.rows
+        else sizes[shard.path] / sharing[shard.path]
+        for shard in shards
+    ]
+
+
+def _size(path: str) -> int:
+    return int(file_version(path)["size"])
+
+
+def _rows_of(path: str) -> int:
+    with fsspec.open(path, "rb") as file:
+        return int(pq.read_metadata(file).num_rows)
+
+
+def _row_bytes(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Bytes of a row of pairs.parquet: a sample is written and measured."""
+    generator = np.random.default_rng(0)
+    columns = {name: pa.array([row.get(name) for row in rows]) for name in PAIRS_SCHEMA.names}
+    columns |= {name: pa.array(generator.permutation(len(rows))) for name in ("image", "text")}
+    columns["clip_score"] = pa.array(generator.random(len(rows), np.float32))
+    columns["truncated"] = pa.array(np.zeros(len(rows), bool))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns).cast(PAIRS_SCHEMA), sink)
+    return float(sink.getvalue().size / len(rows))

@@ -1,0 +1,95 @@
+"""A small synthetic world, a tiny encoder, and the real command line in a process of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from influencespace.data.synthetic import WorldConfig, write_world
+from influencespace.stages.fit_encoder import FitEncoder
+
+# Settings under which every stage still has work to do, but little.
+SMALL = (
+    "student.train.batch_size=48",
+    "student.train.steps=40",
+    "student.train.dimension=32",
+    "student.choose_steps=false",
+    "student.folds=2",
+    "student.contexts=2",
+    "curvature.rank=8",
+    "attribute.quantiles=8",
+    "attribute.placebo=60",
+    "train.seeds=[0]",
+)
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def environment() -> Iterator[dict[str, str]]:
+    """Ray's own files in a short temporary folder, one thread, no hub."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="is-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        settings = {
+            "HOME": folder,
+            "RAY_TMPDIR": folder,
+            "RAY_AUTH_MODE": "disabled",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        yield kept | settings
+
+
+@pytest.fixture(scope="session")
+def influencespace(environment: dict[str, str]) -> Command:
+    """Runs `influencespace ARGUMENTS` and gives the finished process."""
+
+    def command(*arguments: object, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command_line(*arguments),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return command
+
+
+def command_line(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "influencespace.cli", *map(str, arguments)]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 pairs to curate, 80 for the target, 80 to test on; an encoder of a few steps."""
+    folder = tmp_path_factory.mktemp("world")
+    sizes = {"pretrain": 200, "pool": 300, "target": 80, "test": 80}
+    write_world(folder, WorldConfig(seed=1, shard_size=100, **sizes))
+    FitEncoder(shards=str(folder / "pretrain"), out=folder / "encoder", steps=15, seed=0)()
+    return folder
+
+
+def run_arguments(world: Path, out: Path, *settings: str) -> list[object]:
+    """The command that curates the small world into `out`."""
+    chosen = [part for setting in (*SMALL, *settings) for part in ("--set", setting)]
+    return [
+        "run",
+        "--data",
+        world / "pool",
+        "--target",
+        world / "target",
+        "--test",
+        world / "test",
+        "--encoder",
+        world / "encoder",
+        "--out",
+        out,
+        *chosen,
+    ]

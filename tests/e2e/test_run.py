@@ -1,0 +1,162 @@
+"""The whole job by the real command line: outputs, continuing, bad input, exports."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import Command, command_line, run_arguments
+
+from influencespace.data.artifacts import file_digest
+from influencespace.data.readers import list_shards, read_shard
+from influencespace.data.schema import Sample
+
+pytestmark = pytest.mark.e2e
+METHODS = {"curated", "everything", "random", "clip_score", "student_clip_score", "neg_clip_loss"}
+STAGES = (
+    "embed/pool",
+    "split",
+    "student",
+    "cluster",
+    "curvature",
+    "attribute",
+    "curate",
+    "train",
+    "evaluate",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(influencespace: Command, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("runs") / "mine"
+    done = influencespace(*run_arguments(world, out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "curated" in done.stdout
+    return out
+
+
+def test_a_run_leaves_subset_summary_and_page(finished: Path) -> None:
+    table = pq.read_table(finished / "curated.parquet")
+    assert table.column_names == ["uid", "kept", "weight", "score", "score_se", "stratum", "reason"]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary["methods"]) == METHODS
+    assert summary["rows"] == {"pool": len(table), "target": 80, "test": 80}
+    kept = table["kept"].to_numpy()
+    assert summary["kept_fraction"] == pytest.approx(kept.mean())
+    assert ((table["weight"].to_numpy() > 0) == kept).all()
+    for method in summary["methods"].values():
+        low, high = method["mean_recall_ci"]
+        assert low <= method["mean_recall"] <= high
+        assert method["steps"] == 40
+    assert summary["methods"]["random"]["kept_fraction"] == pytest.approx(kept.mean())
+    assert summary["methods"]["everything"]["kept_fraction"] == 1
+    page = (finished / "report.html").read_text()
+    assert "curated" in page
+    for stage in STAGES:
+        assert (finished / stage / "manifest.json").is_file()
+
+
+def test_the_same_command_again_does_nothing(influencespace: Command, world: Path, finished: Path) -> None:
+    before = {stage: (finished / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+    again = influencespace(*run_arguments(world, finished))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert before == {stage: (finished / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+
+
+def test_a_changed_decision_recomputes_only_what_follows(
+    influencespace: Command, world: Path, finished: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    # the artifacts name their folders, so a copy is a run of its own from the split on
+    before = {stage: (finished / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+    done = influencespace(*run_arguments(world, finished, "curate.target_size=0.5"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = {stage: (finished / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+    changed = {stage for stage in STAGES if before[stage] != after[stage]}
+    assert changed == {"curate", "train", "evaluate"}
+    assert json.loads((finished / "summary.json").read_text())["kept_fraction"] == pytest.approx(
+        0.5, abs=0.01
+    )
+    undone = influencespace(*run_arguments(world, finished))
+    assert undone.returncode == 0, undone.stderr[-3000:]
+    assert file_digest(finished / "curated.parquet") == file_digest(copy / "curated.parquet")
+
+
+@pytest.mark.parametrize("format", ["npy", "webdataset", "parquet"])
+def test_exports_hold_the_kept_pairs(
+    influencespace: Command, finished: Path, tmp_path: Path, format: str
+) -> None:
+    done = influencespace("export", finished, "--to", format, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = pq.read_table(finished / "curated.parquet").to_pydict()
+    kept = {uid for uid, keep in zip(table["uid"], table["kept"]) if keep}
+    if format == "npy":
+        assert (tmp_path / "out" / "uids.npy").is_file()
+        return
+    found = {
+        sample.uid
+        for shard in list_shards(str(tmp_path / "out"))
+        for sample in read_shard(shard)
+        if isinstance(sample, Sample)
+    }
+    assert found == kept
+
+
+def test_show_prints_the_table_again(influencespace: Command, finished: Path) -> None:
+    done = influencespace("show", finished)
+    assert done.returncode == 0
+    assert "neg_clip_loss" in done.stdout or "negCLIPLoss" in done.stdout
+
+
+def killed_in(stage: str, arguments: list[object], out: Path, environment: dict[str, str]) -> bool:
+    """Start the run and kill -9 the driver while `stage` is at work; False where it was too quick to be caught."""
+    driver = subprocess.Popen(
+        command_line(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    manifest = out / stage / "manifest.json"
+    deadline = time.monotonic() + 300
+    while driver.poll() is None and time.monotonic() < deadline:
+        if (out / stage).is_dir() and not manifest.exists():
+            time.sleep(0.3)
+            os.kill(driver.pid, signal.SIGKILL)
+            driver.wait()
+            return not manifest.exists()
+        time.sleep(0.01)
+    driver.kill()
+    driver.wait()
+    return False
+
+
+def test_a_killed_run_continues_to_the_same_subset(
+    influencespace: Command, environment: dict[str, str], world: Path, finished: Path, tmp_path: Path
+) -> None:
+    arguments = run_arguments(world, tmp_path / "killed")
+    assert killed_in("attribute", arguments, tmp_path / "killed", environment)
+    done = influencespace(*arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert file_digest(tmp_path / "killed" / "curated.parquet") == file_digest(finished / "curated.parquet")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_kill_in_any_stage_changes_nothing(
+    influencespace: Command,
+    environment: dict[str, str],
+    world: Path,
+    finished: Path,
+    tmp_path: Path,
+    stage: str,
+) -> None:
+    arguments = run_arguments(world, tmp_path / "killed")
+    killed_in(stage, arguments, tmp_path / "killed", environment)
+    done = influencespace(*arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert file_digest(tmp_path / "killed" / "curated.parquet") == file_digest(finished / "curated.parquet")

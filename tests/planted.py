@@ -1,0 +1,93 @@
+"""Embedding artifacts of a planted world: images and captions of common meanings, some captions of other images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from influencespace.data.artifacts import Manifest, fingerprint, write_manifest
+from influencespace.data.consolidate import PAIRS_SCHEMA, REJECTED_SCHEMA
+from influencespace.data.uids import digest
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planted:
+    """Pairs in canonical order."""
+
+    folder: Path
+    fingerprint: str
+    uids: list[str]
+    wrong: NDArray[np.bool_]  # (n,) whether the caption is of another image
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+
+def plant(
+    folder: Path,
+    images: int,
+    *,
+    captions: int = 1,
+    wrong: float = 0.0,
+    dimension: int = 16,
+    meanings: int = 6,
+    noise: float = 0.3,
+    groups: tuple[str, ...] = (),
+    seed: int = 0,
+) -> Planted:
+    """Write the artifact of `images` images with `captions` captions each, of which a share is wrong.
+
+    Both modalities show the same meaning through maps of their own, which a student can learn and which are the same
+    for every seed; an image's group is decided by its meaning.
+    """
+    maps = np.random.default_rng(12345).normal(size=(2, meanings, dimension)) / meanings**0.5
+    generator = np.random.default_rng(seed)
+    meaning = generator.normal(size=(images, meanings))
+    owner = np.repeat(np.arange(images), captions)
+    n = len(owner)
+    swapped = generator.permutation(n) < round(wrong * n)
+    described = owner.copy()
+    described[swapped] = (owner[swapped] + generator.integers(1, images, swapped.sum())) % images
+    shown = meaning @ maps[0] + noise * generator.normal(size=(images, dimension))
+    said = meaning[described] @ maps[1] + noise * generator.normal(size=(n, dimension))
+    group = np.argmax(meaning[:, : len(groups)], axis=1) if groups else None
+
+    names = [f"pair-{seed}-{i}" for i in range(n)]
+    order = np.array(sorted(range(n), key=lambda i: digest(names[i].encode())))
+    uids = [names[i] for i in order]
+    X, T = unit(shown), unit(said[order])
+    image = owner[order]
+    columns = {
+        "uid": uids,
+        "image": image,
+        "text": np.arange(n),
+        "caption": [f"caption of {uid}" for uid in uids],
+        "image_path": ["planted.tar"] * n,
+        "image_offset": np.zeros(n, np.int64),
+        "image_length": np.full(n, -1),
+        "image_row": np.full(n, -1),
+        "group": [None if group is None else groups[group[i]] for i in image],
+        "clip_score": (X[image] * T).sum(1),
+        "truncated": np.zeros(n, bool),
+    }
+    folder.mkdir(parents=True)
+    pq.write_table(
+        pa.table({key: pa.array(value) for key, value in columns.items()}).cast(PAIRS_SCHEMA),
+        folder / "pairs.parquet",
+    )
+    pq.write_table(REJECTED_SCHEMA.empty_table(), folder / "rejected.parquet")
+    np.save(folder / "images.npy", X)
+    np.save(folder / "texts.npy", T)
+    mark = fingerprint({"planted": [images, captions, wrong, dimension, meanings, noise, groups, seed]})
+    write_manifest(folder, Manifest(stage="embed", fingerprint=mark, rows_in=n, rows_out=n))
+    return Planted(folder=folder, fingerprint=mark, uids=uids, wrong=swapped[order])
+
+
+def unit(rows: FloatArray) -> NDArray[np.float32]:
+    """Rows of unit length."""
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)

@@ -1,0 +1,153 @@
+"""Influence of sampled pairs: the estimator's own numbers, balanced, whatever the blocks; samples and placebo."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chain import Chain, assert_equal_results, results
+
+from influencespace.core.metrics import auroc
+from influencespace.core.quality import quality_axis
+from influencespace.data.blocks import read_columns
+from influencespace.estimators.nystrom import Influence, InfluenceScorer
+from influencespace.models.space import Space
+from influencespace.stages.attribute import AttributeConfig, balance
+from influencespace.stages.curvature import directions_of
+from influencespace.stages.student import Student, image_folds, student_name
+
+
+def columns(chain: Chain, name: str) -> dict[str, np.ndarray]:
+    return read_columns(chain.out / "attribute" / f"{name}.parquet")
+
+
+def attribute_by(truth: Chain, out: Path, **settings: object) -> Chain:
+    """The attribute stage alone, with other settings."""
+    chain = replace(truth, out=out, source_folder=truth.out, attribute=replace(truth.attribute, **settings))
+    chain.run("attribute")
+    return chain
+
+
+def influence(truth: Chain, fold: int | None, rows: np.ndarray, captions_of: np.ndarray) -> Influence:
+    """The estimator, called without any stage."""
+    pool, train = truth.sets["pool"], truth.student.train
+    student = Student(truth.out / "student", student_name(fold))
+    directions = directions_of(truth.out / "curvature", student.name).mean(0, keepdim=True)
+    scorer = InfluenceScorer(
+        Space(student.heads), directions, student.recorded_bank(pool), 1 / train.temperature, train.batch_size
+    )
+    return scorer((pool.inputs(rows)[0], pool.inputs(captions_of)[1]), pool.image[rows])
+
+
+def test_scores_are_the_estimators(truth: Chain) -> None:
+    found = columns(truth, "influence")
+    rows, folds = found["pair"], truth.student.folds
+    seen = influence(truth, None, rows, rows)
+    fold = image_folds(truth.sets["pool"], truth.student)[rows]
+    held_out = np.empty_like(seen.by_context[0])
+    for k in range(folds):
+        mine = fold == k
+        held_out[mine] = influence(truth, k, rows[mine], rows[mine]).by_context[0]
+    spread = 1e-5 * found["influence"].std()
+    np.testing.assert_allclose(found["own_in"], np.nanmean(seen.own[0], 1), atol=spread)
+    np.testing.assert_allclose(found["negative_in"], np.nanmean(seen.negative[0], 1), atol=spread)
+    np.testing.assert_allclose(found["influence_in"], np.nanmean(seen.by_context[0], 1), atol=spread)
+    np.testing.assert_allclose(found["influence_out"], held_out.mean(1), atol=spread)
+    a = (folds - 1) / (2 * folds)
+    balanced = (1 - a) * seen.by_context[0] + a * held_out
+    np.testing.assert_allclose(found["influence"], np.nanmean(balanced, 1), atol=spread)
+
+
+def test_balance_weighs_students_by_the_path_from_weight_one_to_zero() -> None:
+    assert balance(np.array([1.0]), np.array([0.0]), 5).tolist() == [0.6]
+    assert balance(np.array([0.0]), np.array([1.0]), 2).tolist() == [0.25]
+
+
+def test_a_pair_is_not_judged_by_contexts_with_its_image(truth: Chain) -> None:
+    found = columns(truth, "influence")
+    image = truth.sets["pool"].image
+    bank = Student(truth.out / "student", "all").bank
+    shared = np.stack([np.isin(image[found["pair"]], image[context]) for context in bank], 1)
+    np.testing.assert_array_equal(np.isnan(found["by_context"]), shared)
+    assert np.isfinite(found["influence"]).all()
+
+
+@pytest.mark.parametrize("block_size", [16, 256])
+def test_blocks_change_nothing(truth: Chain, tmp_path: Path, block_size: int) -> None:
+    attribute_by(truth, tmp_path, block_size=block_size)
+    assert_equal_results(truth.out / "attribute", tmp_path / "attribute", spreads=1e-5)
+
+
+def test_strata_are_clusters_at_quantiles_of_quality(truth: Chain) -> None:
+    strata = columns(truth, "strata")
+    quality = read_columns(truth.out / "student" / "quality.parquet")
+    axis = quality_axis(quality["neg_clip_in"], quality["neg_clip_out"])
+    np.testing.assert_allclose(strata["quality"], axis)
+    cluster = read_columns(truth.out / "cluster" / "clusters.parquet")["cluster"]
+    np.testing.assert_array_equal(strata["cluster"], cluster)
+    assert set(np.bincount(strata["quantile"])) == {len(axis) // 6}
+    assert (np.diff(strata["quantile"][np.argsort(axis)]) >= 0).all()
+
+
+def test_a_budget_bounds_the_sample_of_each_stratum(truth: Chain, tmp_path: Path) -> None:
+    chain = attribute_by(truth, tmp_path, budget=5, target_budget=3, placebo=7)
+    strata, found = columns(chain, "strata"), columns(chain, "influence")
+    leaf = strata["cluster"] * 6 + strata["quantile"]
+    expected = np.minimum(np.bincount(leaf, minlength=12), 5)
+    np.testing.assert_array_equal(np.bincount(leaf[found["pair"]], minlength=12), expected)
+    target = columns(chain, "target")
+    assert set(np.bincount(strata["quantile"][target["pair"]])) == {3}
+    assert target["by_target_fold"].shape == (18, truth.target.folds)
+    assert len(columns(chain, "placebo")["pair"]) == 7
+    # a score does not depend on what is scored beside it
+    everything = columns(truth, "influence")
+    by_pair = dict(zip(everything["pair"], everything["influence"], strict=True))
+    np.testing.assert_allclose(
+        found["influence"],
+        [by_pair[pair] for pair in found["pair"]],
+        atol=1e-5 * everything["influence"].std(),
+    )
+
+
+def test_the_folds_of_the_target_average_to_the_whole_influence(truth: Chain) -> None:
+    target, found = columns(truth, "target"), columns(truth, "influence")
+    by_pair = dict(zip(found["pair"], found["influence"], strict=True))
+    np.testing.assert_allclose(
+        target["by_target_fold"].mean(1),
+        [by_pair[pair] for pair in target["pair"]],
+        atol=1e-4 * found["influence"].std(),
+    )
+
+
+def test_the_placebo_is_held_out_influence_with_captions_of_other_images(truth: Chain) -> None:
+    placebo = columns(truth, "placebo")
+    pool, folder = truth.sets["pool"], truth.out / "attribute"
+    rows, captions_of = placebo["pair"], np.load(folder / "placebo_captions.npy")
+    assert len(rows) == len(captions_of) == truth.attribute.placebo
+    assert (pool.image[rows] != pool.image[captions_of]).all()
+    fold = image_folds(pool, truth.student)[rows]
+    for k in range(truth.student.folds):
+        mine = fold == k
+        direct = influence(truth, k, rows[mine], captions_of[mine]).by_context[0].mean(1)
+        spread = placebo["influence_out"].std()
+        np.testing.assert_allclose(placebo["influence_out"][mine], direct, atol=1e-5 * spread)
+
+
+def test_wrong_captions_have_lower_influence(truth: Chain) -> None:
+    found = columns(truth, "influence")
+    assert auroc(-found["influence"], truth.world.pool.wrong[found["pair"]]) > 0.7
+
+
+def test_no_placebo_is_a_choice(truth: Chain, tmp_path: Path) -> None:
+    chain = attribute_by(truth, tmp_path, placebo=0)
+    chain = replace(chain, source_folder=None)
+    for stage in ("student", "cluster", "curvature"):
+        (tmp_path / stage).symlink_to(truth.out / stage)
+    details = chain.run("curate").details
+    assert details["placebo"]["estimated_wrong_share"] is None
+
+
+def test_a_small_pool_has_fewer_quantiles(truth: Chain, tmp_path: Path) -> None:
+    chain = replace(truth, out=tmp_path, source_folder=truth.out, attribute=AttributeConfig(quantiles=500))
+    assert chain.run("attribute").details["quantiles"] == len(truth.world.pool) // 10
+    assert results(tmp_path / "attribute")["strata.parquet/quantile"].max() == 23

@@ -1,0 +1,192 @@
+"""The decision's files: columns that others read, baselines of the same size, and the same decision from cached scores."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from chain import Chain
+
+from influencespace.core.select import HARMFUL, KEPT, OVER_SIZE, SelectConfig
+from influencespace.data.artifacts import write_manifest
+from influencespace.data.blocks import read_columns, write_columns
+from influencespace.estimators.similarity import random_score
+from influencespace.stages.curate import METHODS, KeptRows, Scores, decide
+from influencespace.stages.runtime import TaskError
+
+CURATED = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("kept", pa.bool_()),
+        ("weight", pa.float32()),
+        ("score", pa.float32()),
+        ("score_se", pa.float32()),
+        ("stratum", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+STRATA = {
+    "stratum": str,
+    "cluster": np.int64,
+    "quantile": np.int64,
+    "pairs": np.int64,
+    "scored": np.int64,
+    "quality": np.float64,
+    "influence_in": np.float64,
+    "influence_out": np.float64,
+    "influence": np.float64,
+    "influence_se": np.float64,
+    "pooled": np.float64,
+    "pooled_se": np.float64,
+    "kept": np.float64,
+}
+
+
+def table(chain: Chain, name: str = "curated") -> pa.Table:
+    return pq.read_table(chain.out / "curate" / f"{name}.parquet")
+
+
+def curate_by(truth: Chain, out: Path, **settings: object) -> Chain:
+    """The curate stage alone, with other settings."""
+    chain = replace(truth, out=out, source_folder=truth.out, select=SelectConfig(**settings))
+    chain.run("curate")
+    return chain
+
+
+def test_the_subset_has_a_row_for_every_pair_in_canonical_order(truth: Chain) -> None:
+    curated = table(truth)
+    assert curated.schema.remove_metadata() == CURATED
+    assert curated["uid"].to_pylist() == truth.world.pool.uids
+    assert all(re.fullmatch(r"c\d+/q\d+", stratum) for stratum in curated["stratum"].to_pylist())
+    assert set(curated["reason"].to_pylist()) <= {KEPT, HARMFUL}
+    kept, weight = curated["kept"].to_numpy(), curated["weight"].to_numpy()
+    assert 0 < kept.sum() < len(kept)
+    np.testing.assert_array_equal(kept, np.array(curated["reason"].to_pylist()) == KEPT)
+    np.testing.assert_array_equal(kept, curated["score"].to_numpy() >= 0)
+    np.testing.assert_array_equal(weight, kept.astype(np.float32))
+    assert (curated["score_se"].to_numpy() > 0).all()
+
+
+def test_the_strata_have_the_columns_of_the_contract(truth: Chain) -> None:
+    strata = table(truth, "strata")
+    assert strata.column_names == list(STRATA)
+    for name, kind in STRATA.items():
+        column = strata[name].to_numpy()
+        assert (column.dtype == object) if kind is str else (column.dtype == kind), name
+    curated = table(truth).to_pandas()
+    frame = strata.to_pandas().set_index("stratum")
+    assert frame["pairs"].sum() == len(curated)
+    counts = curated.groupby("stratum").size()
+    assert (frame["pairs"][counts.index] == counts).all()
+    shares = curated.groupby("stratum")["kept"].mean()
+    np.testing.assert_allclose(frame["kept"][shares.index], shares)
+    scored = read_columns(truth.out / "attribute" / "influence.parquet")
+    assert frame["scored"].sum() == len(scored["pair"])
+    labels = curated["stratum"].to_numpy()[scored["pair"]]
+    for stratum in np.unique(labels):
+        mine = scored["influence"][labels == stratum]
+        assert frame["influence"][stratum] == pytest.approx(mine.mean())
+    assert (frame["pooled_se"] > 0).all()
+
+
+def test_the_manifest_tells_the_rule_and_the_placebo(truth: Chain) -> None:
+    details = truth.manifest("curate").details
+    assert details["rule"] == "T < 0"
+    assert details["threshold"] == 0
+    assert details["kept_fraction"] == pytest.approx(float(table(truth)["kept"].to_numpy().mean()))
+    assert sum(details["reasons"].values()) == len(truth.world.pool)
+    assert set(details["placebo"]) == {
+        "estimated_wrong_share",
+        "influence_top_half",
+        "influence_mean",
+        "influence_placebo",
+    }
+    assert all(isinstance(warning, str) for warning in details["warnings"])
+    json.dumps(details)
+
+
+def test_baselines_keep_as_many_pairs_as_curated(truth: Chain) -> None:
+    weights = read_columns(truth.out / "curate" / "weights.parquet")
+    assert tuple(weights) == METHODS
+    kept = int(table(truth)["kept"].to_numpy().sum())
+    for name, weight in weights.items():
+        assert (weight > 0).sum() == (len(weight) if name == "everything" else kept), name
+    quality = read_columns(truth.out / "student" / "quality.parquet")
+    scores = {
+        "neg_clip_loss": quality["neg_clip_in"],
+        "clip_score": truth.sets["pool"].clip_score,
+        "random": random_score(truth.world.pool.uids, 0),
+    }
+    for name, score in scores.items():
+        chosen = weights[name] > 0
+        assert score[chosen].min() >= score[~chosen].max(), name
+
+
+def test_the_wrong_captions_go(truth: Chain) -> None:
+    kept = table(truth)["kept"].to_numpy()
+    wrong = truth.world.pool.wrong
+    assert wrong[~kept].mean() > wrong.mean() + 0.2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tau_low": 0.2},
+        {"cautious": True},
+        {"target_size": 0.5},
+        {"weights": "influence", "tau_high": 0.5, "max_weight": 2.0},
+    ],
+)
+def test_cached_scores_give_the_stages_decision(
+    truth: Chain, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    curated = table(curate_by(truth, tmp_path, **settings))
+    subset = decide(Scores(truth.out / "attribute"), SelectConfig(**settings))
+    np.testing.assert_array_equal(curated["kept"].to_numpy(), subset.kept)
+    np.testing.assert_allclose(curated["weight"].to_numpy(), subset.weight, rtol=1e-6)
+    assert curated["reason"].to_pylist() == subset.reason.tolist()
+    if "target_size" in settings:
+        assert subset.kept.sum() == len(truth.world.pool) // 2
+        assert OVER_SIZE in subset.reason
+
+
+def test_the_threshold_is_in_standard_deviations_of_single_influences(truth: Chain) -> None:
+    scores = Scores(truth.out / "attribute")
+    score, _ = scores.pair_scores
+    assert scores.unit == pytest.approx(scores.influence["influence"].std())
+    subset = decide(scores, SelectConfig(tau_low=0.3))
+    np.testing.assert_array_equal(subset.kept, score >= 0.3 * scores.unit)
+
+
+def test_a_threshold_that_keeps_nothing_is_said(truth: Chain, tmp_path: Path) -> None:
+    with pytest.raises((TaskError, ValueError), match=r"every pair scores below tau_low = 50\.0"):
+        curate_by(truth, tmp_path, tau_low=50.0)
+
+
+def test_an_unsettled_student_is_warned_of(truth: Chain, tmp_path: Path) -> None:
+    """In-training influences that are far from zero on average."""
+    source = tmp_path / "source"
+    for stage in ("student", "attribute"):
+        (source / stage).mkdir(parents=True)
+        for path in (truth.out / stage).iterdir():
+            if path.is_file():
+                (source / stage / path.name).write_bytes(path.read_bytes())
+        write_manifest(source / stage, truth.manifest(stage))
+    chain = replace(truth, out=tmp_path, source_folder=source)
+    columns = read_columns(source / "attribute" / "influence.parquet")
+    for shift, warned in ((0.0, False), (1.0, True)):
+        influence = columns["influence_in"] - columns["influence_in"].mean()
+        columns["influence_in"] = influence + shift * influence.std()
+        write_columns(source / "attribute" / "influence.parquet", columns)
+        warnings = replace(chain, out=tmp_path / str(shift)).run("curate").details["warnings"]
+        assert any("not at rest" in warning for warning in warnings) == warned
+
+
+def test_kept_rows_are_the_pool_of_a_next_round(truth: Chain, tmp_path: Path) -> None:
+    KeptRows(truth.sets["pool"], truth.out / "curate" / "curated.parquet", tmp_path / "kept.npy")()
+    kept = np.load(tmp_path / "kept.npy")
+    np.testing.assert_array_equal(kept, np.flatnonzero(table(truth)["kept"].to_numpy()))

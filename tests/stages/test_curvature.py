@@ -1,0 +1,121 @@
+"""Solved directions against their equation, and the sketch's size."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from chain import Chain, assert_equal_results, student_config
+from safetensors.torch import load_file
+
+from influencespace.estimators.nystrom import CurvatureConfig, curvature_products
+from influencespace.stages.curvature import StudentSpace, TargetConfig, directions_of, read_notes
+from influencespace.stages.student import Student, student_name
+
+NAMES = ("all", "without_fold_0", "without_fold_1", "without_fold_2")
+
+
+def space(chain: Chain, name: str) -> StudentSpace:
+    return StudentSpace(
+        pool=chain.sets["pool"],
+        target=chain.sets["target"],
+        students=chain.student,
+        config=chain.curvature,
+        target_config=chain.target,
+        student=Student(chain.source / "student", name),
+    )
+
+
+def curvature_by(truth: Chain, out: Path, **settings: object) -> dict[str, dict[str, float]]:
+    """What the curvature stage says about each student with other settings."""
+    chain = replace(truth, out=out, source_folder=truth.out, curvature=CurvatureConfig(**settings))
+    students: dict[str, dict[str, float]] = chain.run("curvature").details["students"]
+    return students
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_directions_solve_the_damped_curvature_for_every_fold_of_the_target(truth: Chain, name: str) -> None:
+    """(G + mu D) v = g in the coordinates scaled by the preconditioner, up to the tolerance."""
+    s = space(truth, name)
+    v, g, root = directions_of(truth.out / "curvature", name), s.target_gradients(), s.preconditioner.sqrt()
+    assert v.shape == g.shape == (truth.target.folds, s.space.size)
+    x = v * root
+    left = curvature_products(s.space, s.contexts, x, s.scale, s.preconditioner) + s.damping * x
+    residual = (left - g / root).norm(dim=1) / (g / root).norm(dim=1)
+    assert float(residual.max()) < 2 * truth.curvature.tolerance
+    note = read_notes(truth.out / "curvature", name)
+    assert note["residual"] == pytest.approx(float(residual.max()), rel=0.1, abs=1e-5)
+    assert note["damping"] == pytest.approx(
+        truth.curvature.damping_factor / s.student.sum_of_learning_rates + truth.student.train.weight_decay
+    )
+
+
+def test_the_manifest_tells_of_every_student(truth: Chain) -> None:
+    students = truth.manifest("curvature").details["students"]
+    assert set(students) == set(NAMES) == {student_name(fold) for fold in (None, 0, 1, 2)}
+    for note in students.values():
+        assert 0 < note["effective_dimension"] <= note["rank"]
+        assert note["residual"] <= truth.curvature.tolerance or note["iterations"] == 50
+
+
+def test_the_sketch_is_doubled_until_it_reaches_the_damping(truth: Chain, tmp_path: Path) -> None:
+    for note in curvature_by(truth, tmp_path, rank=4, max_rank=64).values():
+        tail = note["smallest_eigenvalue_over_damping"]
+        assert tail <= 1 or note["rank"] == 64
+        assert note["rank"] in (4, 8, 16, 32, 64)
+    damped = curvature_by(truth, tmp_path / "damped", rank=4, max_rank=64, damping_factor=1e9)
+    assert {note["rank"] for note in damped.values()} == {4}
+    free = curvature_by(truth, tmp_path / "free", rank=4, max_rank=16, damping_factor=1e-3)
+    assert {note["rank"] for note in free.values()} == {16}
+
+
+def test_the_result_does_not_depend_on_the_rank(truth: Chain, tmp_path: Path) -> None:
+    for rank in (2, 64):
+        out = tmp_path / str(rank)
+        notes = curvature_by(truth, out, rank=rank, max_rank=rank, tolerance=1e-6)
+        assert {note["rank"] for note in notes.values()} == {rank}
+    for name in NAMES:
+        few, many = (directions_of(tmp_path / rank / "curvature", name) for rank in ("2", "64"))
+        torch.testing.assert_close(few, many, rtol=0, atol=1e-4 * float(many.std()))
+
+
+@pytest.mark.parametrize("settings", [{"rank": 100}, {"rank": 20, "damping_factor": 1e-6}])
+def test_a_sketch_is_no_larger_than_the_space(
+    truth: Chain, tmp_path: Path, settings: dict[str, float]
+) -> None:
+    """A student of 16 x 2 + 16 x 2 parameters: more probes than these are not asked for."""
+    chain = replace(
+        truth,
+        out=tmp_path,
+        student=student_config(dimension=2, steps=5),
+        curvature=CurvatureConfig(max_rank=256, max_iterations=5, **settings),
+    )
+    chain.run("student", "curvature")
+    assert {n["rank"] for n in chain.manifest("curvature").details["students"].values()} <= {20, 40, 64}
+    eigenvalues = load_file(tmp_path / "curvature" / "all.safetensors")["eigenvalues"]
+    assert len(eigenvalues) <= 64
+
+
+def test_a_target_of_fewer_images_than_folds_has_a_fold_an_image(truth: Chain, tmp_path: Path) -> None:
+    chain = replace(truth, out=tmp_path, source_folder=truth.out, target=TargetConfig(folds=500))
+    chain.run("curvature")
+    assert directions_of(tmp_path / "curvature", "all").shape[0] == 30  # half of the target's images
+
+
+def test_directions_of_the_folds_average_to_that_of_the_whole_target(truth: Chain, tmp_path: Path) -> None:
+    for folds in (2, 6):
+        chain = replace(
+            truth,
+            out=tmp_path / str(folds),
+            source_folder=truth.out,
+            target=TargetConfig(folds=folds),
+            curvature=CurvatureConfig(rank=64, tolerance=1e-6),
+        )
+        chain.run("curvature")
+    two, six = (directions_of(tmp_path / folds / "curvature", "all").mean(0) for folds in ("2", "6"))
+    torch.testing.assert_close(two, six, rtol=0, atol=1e-4 * float(two.std()))
+
+
+def test_a_repetition_gives_the_same_bits(truth: Chain, tmp_path: Path) -> None:
+    replace(truth, out=tmp_path, source_folder=truth.out).run("curvature")
+    assert_equal_results(truth.out / "curvature", tmp_path / "curvature")

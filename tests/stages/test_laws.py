@@ -1,0 +1,188 @@
+"""Laws of every stage: rows are kept account of, work is done once, a killed run continues, Ray equals the plain loop."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chain import (
+    STAGES,
+    Chain,
+    Counting,
+    Idle,
+    Killed,
+    assert_equal_results,
+    results,
+    student_config,
+    times,
+)
+
+from influencespace.core.select import SelectConfig
+from influencespace.data.artifacts import MANIFEST, read_manifest
+from influencespace.data.blocks import write_block
+from influencespace.estimators.nystrom import CurvatureConfig
+from influencespace.stages import attribute, cluster, student
+from influencespace.stages.cluster import ClusterConfig
+from influencespace.stages.runtime import RayRuntime
+from influencespace.stages.train import TrainConfig
+
+OF_PAIRS = ("student", "cluster", "attribute", "curate")  # stages with a row for every pair of the pool
+# what a changed setting leaves as it was
+CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "student": ({"student": student_config(steps=21)}, {"cluster"}),
+    "cluster": ({"cluster": ClusterConfig(k=3)}, {"student", "curvature"}),
+    "curvature": ({"curvature": CurvatureConfig(rank=16, damping_factor=50)}, {"student", "cluster"}),
+    "curate": ({"select": SelectConfig(tau_low=0.1)}, {"student", "cluster", "curvature", "attribute"}),
+    "train": ({"train": TrainConfig(seeds=(5,))}, set(STAGES) - {"train", "evaluate"}),
+}
+
+
+def continued(chain: Chain, out: Path, **changes: Any) -> Chain:
+    """A chain that works into `out`, on what the given chain has done."""
+    return replace(chain, out=out, source_folder=chain.source, **changes)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_row_is_accounted_for(truth: Chain, stage: str) -> None:
+    manifest = truth.manifest(stage)
+    assert manifest.stage == stage
+    assert manifest.rows_in == manifest.rows_out + manifest.rejected
+    if stage in OF_PAIRS:
+        assert manifest.rows_in == len(truth.world.pool)
+    files = {path.name for path in (truth.out / stage).iterdir() if path.is_file()}
+    assert files == {*manifest.files, MANIFEST}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_second_call_does_nothing(truth: Chain, stage: str) -> None:
+    before = times(truth.out / stage)
+    again = replace(truth, runtime=Idle()).run(stage)
+    assert again == truth.manifest(stage)
+    assert times(truth.out / stage) == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_without_manifest_or_file_is_done_again_to_the_same(
+    truth: Chain, stage: str, tmp_path: Path
+) -> None:
+    chain = continued(truth, tmp_path)
+    shutil.copytree(truth.out / stage, tmp_path / stage)
+    (tmp_path / stage / MANIFEST).unlink()
+    chain.run(stage)
+    assert_equal_results(truth.out / stage, tmp_path / stage)
+    lost = next(
+        path
+        for path in sorted((tmp_path / stage).iterdir())
+        if path.suffix == ".parquet" or stage in ("curvature", "train")
+    )
+    lost.unlink()
+    chain.run(stage)
+    assert_equal_results(truth.out / stage, tmp_path / stage)
+
+
+@pytest.fixture
+def blocks_written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Folder, name and start of every block that is written from now on."""
+    written: list[tuple[Any, ...]] = []
+
+    def note(*arguments: Any) -> None:
+        written.append(arguments[:3])
+        write_block(*arguments)
+
+    for module in (student, cluster, attribute):
+        monkeypatch.setattr(module, "write_block", note)
+    return written
+
+
+@pytest.mark.parametrize(
+    ("stage", "after"),
+    [
+        ("student", 1),
+        ("student", 3),
+        ("student", 6),
+        ("cluster", 2),
+        ("curvature", 3),
+        ("curvature", 10),
+        ("attribute", 2),
+        ("attribute", 6),
+        ("train", 4),
+        ("evaluate", 3),
+    ],
+)
+def test_a_killed_stage_continues_to_an_identical_result(
+    truth: Chain, stage: str, after: int, tmp_path: Path, blocks_written: list[tuple[Any, ...]]
+) -> None:
+    whole = Counting()
+    continued(truth, tmp_path / "whole", runtime=whole).run(stage)
+    killed = continued(truth, tmp_path / "killed", runtime=Counting(most=after))
+    with pytest.raises(Killed):
+        killed.run(stage)
+    assert after < whole.tasks
+    folder = tmp_path / "killed" / stage
+    assert read_manifest(folder) is None
+    trained = {name: time for name, time in times(folder).items() if stage in ("student", "train")}
+    replace(killed, runtime=Counting()).run(stage)
+    assert_equal_results(tmp_path / "whole" / stage, folder)
+    # neither students nor blocks were made twice
+    kept = times(folder)
+    assert {name: time for name, time in trained.items() if "blocks" not in name}.items() <= kept.items()
+    assert len(blocks_written) == len(set(blocks_written))
+    assert not list(folder.rglob("*.arrow"))
+    assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "change"),
+    [
+        ("student", {"student": student_config(learning_rate=0.01)}),
+        ("cluster", {"cluster": ClusterConfig(k=3, block_size=50)}),
+        ("curvature", {"curvature": CurvatureConfig(rank=16, seed=3)}),
+    ],
+)
+def test_nothing_of_a_killed_run_with_other_settings_is_taken_over(
+    truth: Chain, stage: str, change: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        continued(truth, tmp_path / "killed", runtime=Counting(most=3)).run(stage)
+    continued(truth, tmp_path / "killed", **change).run(stage)
+    continued(truth, tmp_path / "fresh", **change).run(stage)
+    assert_equal_results(tmp_path / "fresh" / stage, tmp_path / "killed" / stage)
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_a_changed_setting_recomputes_only_what_it_touches(
+    truth: Chain, changed: str, tmp_path: Path
+) -> None:
+    settings, untouched = CHANGES[changed]
+    out = tmp_path / "run"
+    shutil.copytree(truth.out, out)
+    before = {stage: times(out / stage) for stage in STAGES}
+    replace(truth, out=out, **settings).run()
+    for stage in STAGES:
+        same = read_manifest(out / stage) == truth.manifest(stage)
+        assert same == (stage in untouched), stage
+        if same:
+            assert times(out / stage) == before[stage]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("stage", "cores"),
+    [(stage, 2) for stage in STAGES if stage not in ("attribute", "train")]
+    + [("attribute", 1), ("attribute", 3)],
+)
+def test_ray_equals_the_plain_loop(
+    truth: Chain, stage: str, cores: int, ray_runtime: RayRuntime, tmp_path: Path
+) -> None:
+    chain = continued(truth, tmp_path, runtime=RayRuntime(cores))
+    manifest = chain.run(stage)
+    assert manifest.fingerprint == truth.manifest(stage).fingerprint
+    assert_equal_results(truth.out / stage, tmp_path / stage, spreads=1e-5)
+
+
+def test_results_are_compared_by_their_numbers(truth: Chain) -> None:
+    """The comparison itself: it reads every array and finds a difference."""
+    assert len(results(truth.out / "attribute")) > 10
+    with pytest.raises(AssertionError):
+        assert_equal_results(truth.out / "attribute", truth.out / "student")
