@@ -94,6 +94,36 @@ def demo(
 
 
 @app.command()
+def sweep(
+    config: Config = None,
+    *,
+    out: Out,
+    trials: Annotated[int, typer.Option(help="Settings to try.")] = 20,
+    data: Data = None,
+    target: Target = None,
+    test: Test = None,
+    encoder: Encoder = None,
+    settings: Settings = [],  # noqa: B006
+    address: Address = None,
+) -> None:
+    """Search thresholds and size by Ray Tune, on the scores of the run in --out (which is finished first)."""
+    from influencespace import pipeline
+    from influencespace.config import load_config
+    from influencespace.stages.runtime import start_ray
+    from influencespace.sweep import SweepConfig
+    from influencespace.sweep import sweep as search
+
+    flags = {"data__pool": data, "data__target": target, "data__test": test, "embed__encoder": encoder}
+    resolved = load_config(config, overrides_of(settings, **flags))
+    pipeline.check(resolved)
+    with start_ray(address) as runtime:
+        pipeline.run(resolved, out, runtime)
+        best = search(out.absolute(), SweepConfig(trials=trials), out.absolute() / "sweep")
+    print(f"best of {best.trials} trials: {best.settings}, {best.value:.4f} (the run's own: {best.own:.4f})")
+    print(f"use it: influencespace run {best.config} --out {out}")
+
+
+@app.command()
 def show(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """The table and the paths of a finished run, again."""
     from influencespace.report.table import print_summary, read_summary

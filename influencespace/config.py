@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field as plain_field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -68,18 +68,19 @@ _ADAPTER = TypeAdapter(RunConfig)
 def load_config(path: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """A RunConfig from a YAML file (or the defaults) with dotted overrides such as {"cluster.k": "200"}.
 
-    Override values that are strings are read as YAML. Raises InputError for an unreadable file, an unknown key (naming
+    Override values that are strings are read as YAML, but where a setting is text they are taken as they are, unless
+    they are a list, null or quoted: globs and URLs are odd YAML. Raises InputError for an unreadable file, an unknown key (naming
     the nearest one) or a value that does not fit.
     """
-    tree = _read(path) if path is not None else {}
+    tree = _merged(as_tree(RunConfig()), _read(path) if path is not None else {})
     for key, value in (overrides or {}).items():
-        _set(tree, key, yaml.safe_load(value) if isinstance(value, str) and value != "" else value)
+        _set(tree, key, _parsed(key, value) if isinstance(value, str) else value)
     _refuse_unknown(tree, RunConfig, "")
     try:
         return _ADAPTER.validate_python(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+        key = ".".join(name for name, _ in _fields(map(str, first["loc"])))
         raise InputError(f"config: {key} is {first['input']!r}: {first['msg']}") from None
 
 
@@ -105,6 +106,44 @@ def _read(path: Path | str) -> dict[str, Any]:
     if not isinstance(tree, dict | None):
         raise InputError(f"config file {path} holds a {type(tree).__name__}, not a mapping of sections")
     return tree or {}
+
+
+def _merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`given` with `defaults` for what it leaves out; a section left empty is left out."""
+    merged = dict(defaults)
+    for key, value in given.items():
+        default = defaults.get(key)
+        if isinstance(default, dict) and isinstance(value, dict | None):
+            merged[key] = _merged(default, value or {})
+        else:
+            merged[key] = value
+    return merged
+
+
+def _parsed(key: str, text: str) -> Any:
+    """The value that the text of an override stands for."""
+    names = key.split(".")
+    fields = list(_fields(names))
+    hint = fields[-1][1] if len(fields) == len(names) else Any
+    is_text = str in (hint, *get_args(hint))
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if not text or (is_text and not isinstance(value, list | None) and text[0] not in "'\""):
+        return text
+    return value
+
+
+def _fields(names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Each of a path of names with its type, as far as it leads through the sections."""
+    kind: Any = RunConfig
+    for name in names:
+        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if name not in hints:
+            return
+        yield name, hints[name]
+        kind = _dataclass_of(hints[name])
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

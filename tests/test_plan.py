@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -24,7 +24,7 @@ from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.errors import InputError
 from influencespace.plan import Plan, plan, print_plan
 from influencespace.plan.calibration import STARTS, Calibration, Measured, Watched, extrapolate
-from influencespace.plan.needs import PROBE_BYTES, SKETCH_BYTES, Needs, most_choices, most_levels
+from influencespace.plan.needs import SKETCH_BYTES, Needs, most_choices, most_levels
 from influencespace.plan.survey import Amount, Sizes, Survey, encoder_dimension, survey
 from influencespace.plan.table import size
 from influencespace.stages.fit_encoder import FitEncoder
@@ -230,17 +230,15 @@ def needs_of(pairs: int = 100_000, dimension: int = 512, **overrides: Any) -> Ne
 class TestFormulas:
     @pytest.mark.parametrize("rank", [64, 128, 256])
     def test_a_sketch_takes_parameters_times_rank(self, rank: int) -> None:
-        without, with_rank = (
-            replace(needs, choices=replace(needs.choices, rank=chosen)).curvature()
-            for needs in [needs_of()]
-            for chosen in (1, rank)
+        needs = needs_of()
+        least, need = (
+            replace(needs, choices=replace(needs.choices, rank=chosen)).curvature() for chosen in (1, rank)
         )
         parameters = 2 * 512 * 256
-        assert with_rank.worker - without.worker <= SKETCH_BYTES * parameters * rank
-        assert with_rank.worker >= SKETCH_BYTES * parameters * rank
-        assert with_rank.temporary >= 6 * 4 * parameters * rank
-        assert PROBE_BYTES < SKETCH_BYTES
+        assert need.worker - least.worker <= SKETCH_BYTES * parameters * rank <= need.worker
+        assert need.temporary == 6 * 4 * parameters * (rank if rank < 64 else 2 * rank - 32)
 
+    @settings(deadline=None)
     @given(st.integers(10_000, 10**9), st.sampled_from([64, 512, 1024]))
     def test_more_pairs_never_need_less_and_disk_grows_in_proportion(
         self, pairs: int, dimension: int
@@ -352,6 +350,7 @@ class TestCalibration:
         assert made.sizes.surveys["pool"].pairs == 400
         assert made.stage("embed pool").seconds is not None
 
+    @settings(deadline=None)
     @given(st.floats(0.1, 100), st.floats(0, 10), st.integers(1, 1000))
     def test_seconds_grow_with_the_work_and_start_up_does_not(
         self, seconds: float, startup: float, times: int

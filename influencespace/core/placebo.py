@@ -13,7 +13,7 @@ class Placebo:
 
     influence_top_half: float
     influence_mean: float
-    influence_placebo: float
+    influence_placebo: float | None
     estimated_wrong_share: float | None
 
 
@@ -21,11 +21,11 @@ def placebo_check(held_out: FloatArray, quality: FloatArray, placebo: FloatArray
     """(I_top half - mean) / (I_top half - I_placebo), all held out: influences (n,), quality (n,), placebo (m,).
 
     A pool without wrong pairs has a mean near that of its better half, a pool of permuted captions has the placebo's.
-    The share is None where the placebo is no worse than the better half, so that nothing can be read from it.
+    The share is None where there is no placebo, or it is no worse than the better half and tells nothing.
     """
     top = float(held_out[quality >= np.median(quality)].mean())
-    mean, wrong = float(held_out.mean()), float(placebo.mean()) if len(placebo) else float("nan")
-    share = float(np.clip((top - mean) / (top - wrong), 0, 1)) if top > wrong else None
+    mean, wrong = float(held_out.mean()), float(placebo.mean()) if len(placebo) else None
+    share = float(np.clip((top - mean) / (top - wrong), 0, 1)) if wrong is not None and top > wrong else None
     return Placebo(
         influence_top_half=top, influence_mean=mean, influence_placebo=wrong, estimated_wrong_share=share
     )

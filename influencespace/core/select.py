@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
+from influencespace.errors import InputError
+
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
@@ -49,7 +51,7 @@ def select(
 
     `unit` is the standard deviation of single influences, in which thresholds are given. A target size is met from
     below by quality only after the harmful are gone, because influence cannot order helpful strata.
-    Raises ValueError when nothing would be kept.
+    Raises InputError when nothing would be kept.
     """
     bound = score + 1.96 * se if config.cautious else score
     harmful = bound < config.tau_low * unit
@@ -64,7 +66,7 @@ def select(
             kept[dropped] = False
             reason[dropped] = OVER_SIZE
     if not kept.any():
-        raise ValueError(
+        raise InputError(
             f"every pair scores below tau_low = {config.tau_low}; likely the target does not fit the pool, or tau_low is too high"
         )
     weight = np.zeros(len(score))

@@ -108,7 +108,7 @@ def train_heads(
         loss = info_nce(S)
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
-                f"the student's loss is {float(loss)} at step {step}; lower learning_rate"
+                f"the student's loss is {float(loss.detach())} at step {step}; lower learning_rate"
             )
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

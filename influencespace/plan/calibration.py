@@ -30,9 +30,10 @@ from influencespace.stages.progress import progress
 from influencespace.stages.runtime import LocalRuntime, Pool, Runtime, call
 from influencespace.stages.student import ALL
 
-# Actor pools that a stage starts one after another; each costs what the calibration's own worker took to start.
-STARTS = {"embed": 4, "split": 1, "student": 5, "cluster": 5, "curvature": 2, "attribute": 5}
-STARTS |= {"curate": 1, "train": 1, "evaluate": 2, "report": 0}
+# Groups of processes that a stage starts for itself; each costs what the calibration's own one took to start. Other
+# tasks find processes that are there already.
+STARTS = {"embed": 2, "cluster": 1, "train": 2}
+STAGES = ("split", "student", "cluster", "curvature", "attribute", "curate", "train", "evaluate")
 CLEAR_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 forgets the peak of this process
 
 
@@ -56,7 +57,7 @@ class Calibration:
     stages: dict[str, Measured]
     choices: Choices
     start_seconds: float
-    """Of an actor pool."""
+    """Of one worker process."""
 
 
 def calibrate(config: RunConfig, limit: int, runtime: Runtime, shards: int) -> Calibration:
@@ -82,7 +83,7 @@ def extrapolate(need: Need, calibration: Calibration) -> Need:
     """The need of a stage with its time, and with the memory that the slice took beyond what the formulas said."""
     small = calibration.stages[need.stage]
     steady = max(0.0, small.seconds - small.startup)
-    starts = STARTS[need.stage.split()[0]] * calibration.start_seconds
+    starts = STARTS.get(need.stage.split()[0], 0) * calibration.start_seconds
     return replace(
         need,
         seconds=starts + small.startup + steady * need.work / small.need.work,
@@ -183,7 +184,7 @@ def write_embeddings(path: Path, source: str, limit: int) -> None:
 def read_run(config: RunConfig, out: Path, runtime: "Watched") -> Calibration:
     """What a finished run of the slice says: seconds by its manifests, peaks by their times."""
     folders = {f"embed {role}": out / "embed" / role for role in pipeline.ROLES}
-    folders |= {name: out / name for name in STARTS if name not in ("embed", "report")}
+    folders |= {name: out / name for name in STAGES}
     manifests = {name: found for name, path in folders.items() if (found := read_manifest(path)) is not None}
     choices = choices_of(manifests)
     sizes = survey_all(config)
@@ -263,7 +264,8 @@ class Watched(LocalRuntime):
 def moment() -> Moment:
     """The memory now, and its peak since the last call (since the process began, where the system keeps no other)."""
     try:
-        lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        status = Path("/proc/self/status").read_text()
+        lines = dict(line.partition(":")[::2] for line in status.splitlines())
         now, peak = (1024 * int(lines[name].split()[0]) for name in ("VmRSS", "VmHWM"))
     except (OSError, KeyError):
         now = peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (

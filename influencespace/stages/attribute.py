@@ -261,6 +261,9 @@ def attribute(
         starts.setdefault("influence" if isinstance(task, ScoreBlock) else task.kind, []).append(task.start)
     for name, begins in starts.items():
         run_once(runtime, partial(join_blocks, out, name, begins))
+    if not counts["placebo_sample"]:
+        nothing: Columns = {"pair": np.empty(0, np.int64), "influence_out": np.empty(0)}
+        write_columns(out / "placebo.parquet", nothing)
     manifest = Manifest(
         stage="attribute",
         fingerprint=mark,

@@ -61,7 +61,7 @@ class Split:
             if images < FEWEST_IMAGES:
                 raise InputError(
                     f"the {role} has {len(chosen)} pair(s) of {images} image(s); {FEWEST_IMAGES} images or more are needed. "
-                    "Were most pairs rejected? See rejected.parquet in the run's embed folder"
+                    + self._advice(role)
                 )
             counts[role] = len(chosen)
             with atomic_path(self.folder / f"{role}.npy") as aside, aside.open("wb") as file:
@@ -72,6 +72,15 @@ class Split:
             "notes": notes,
             "total": sum(len(PairSet(path)) for path in self.embeddings.values()),
         }
+
+    def _advice(self, role: str) -> str:
+        missing = [name for name in ("target", "test") if name not in self.embeddings]
+        if role == "pool" or not missing:
+            return "Were most pairs rejected? See rejected.parquet in the run's embed folder"
+        more = "split.target_share" if "target" in missing else "the target"
+        return (
+            f"No {' and no '.join(missing)} was given, so that it was set apart: give one, or enlarge {more}"
+        )
 
     def _cut_target(self, pool: PairSet) -> tuple[IntArray, IntArray]:
         """Rows of the target and of what is left of the pool: whole images, so that no image is in both."""

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from influencespace.core import select as module
 from influencespace.core.select import HARMFUL, KEPT, OVER_SIZE, SelectConfig, capped_weights, select
+from influencespace.errors import InputError
 
 finite = st.floats(-3, 3, allow_nan=False)
 
@@ -59,7 +60,7 @@ def test_a_target_size_is_met_exactly_and_the_worst_by_quality_go(
 
 
 def test_a_subset_without_pairs_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"every pair scores below tau_low = 0\.0"):
+    with pytest.raises(InputError, match=r"every pair scores below tau_low = 0\.0"):
         select(np.array([-1.0, -2.0]), np.zeros(2), 1.0, np.zeros(2), SelectConfig())
 
 

@@ -141,7 +141,8 @@ def test_contexts_with_the_pairs_image_do_not_judge_it() -> None:
     images = IMAGES.copy()
     images[2], images[5] = 3, 20  # in the first and in the third context
     found, free = scorer()(PAIRS, images), scorer()(PAIRS, IMAGES)
-    unknown = np.isnan(found.by_context[0])
+    unknown = np.isnan(found.own[0])
+    np.testing.assert_array_equal(np.isnan(found.negative[0]), unknown)
     assert np.argwhere(unknown).tolist() == [[2, 0], [5, 2]]
     np.testing.assert_array_equal(found.by_context[:, ~unknown], free.by_context[:, ~unknown])
 

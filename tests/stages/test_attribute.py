@@ -139,12 +139,12 @@ def test_wrong_captions_have_lower_influence(truth: Chain) -> None:
 
 
 def test_no_placebo_is_a_choice(truth: Chain, tmp_path: Path) -> None:
-    chain = attribute_by(truth, tmp_path, placebo=0)
-    chain = replace(chain, source_folder=None)
+    attribute_by(truth, tmp_path, placebo=7)  # nothing of which is left
+    chain = replace(attribute_by(truth, tmp_path, placebo=0), source_folder=None)
     for stage in ("student", "cluster", "curvature"):
         (tmp_path / stage).symlink_to(truth.out / stage)
-    details = chain.run("curate").details
-    assert details["placebo"]["estimated_wrong_share"] is None
+    placebo = chain.run("curate").details["placebo"]
+    assert placebo["estimated_wrong_share"] is placebo["influence_placebo"] is None
 
 
 def test_a_small_pool_has_fewer_quantiles(truth: Chain, tmp_path: Path) -> None:

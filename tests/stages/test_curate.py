@@ -14,9 +14,9 @@ from chain import Chain
 from influencespace.core.select import HARMFUL, KEPT, OVER_SIZE, SelectConfig
 from influencespace.data.artifacts import write_manifest
 from influencespace.data.blocks import read_columns, write_columns
+from influencespace.errors import InputError
 from influencespace.estimators.similarity import random_score
 from influencespace.stages.curate import METHODS, KeptRows, Scores, decide
-from influencespace.stages.runtime import TaskError
 
 CURATED = pa.schema(
     [
@@ -163,7 +163,7 @@ def test_the_threshold_is_in_standard_deviations_of_single_influences(truth: Cha
 
 
 def test_a_threshold_that_keeps_nothing_is_said(truth: Chain, tmp_path: Path) -> None:
-    with pytest.raises((TaskError, ValueError), match=r"every pair scores below tau_low = 50\.0"):
+    with pytest.raises(InputError, match=r"every pair scores below tau_low = 50\.0"):
         curate_by(truth, tmp_path, tau_low=50.0)
 
 

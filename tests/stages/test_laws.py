@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from chain import (
     STAGES,
@@ -12,18 +13,22 @@ from chain import (
     Counting,
     Idle,
     Killed,
+    World,
     assert_equal_results,
     results,
     student_config,
     times,
 )
+from planted import plant
 
 from influencespace.core.select import SelectConfig
 from influencespace.data.artifacts import MANIFEST, read_manifest
 from influencespace.data.blocks import write_block
 from influencespace.estimators.nystrom import CurvatureConfig
 from influencespace.stages import attribute, cluster, student
+from influencespace.stages.attribute import AttributeConfig
 from influencespace.stages.cluster import ClusterConfig
+from influencespace.stages.curvature import TargetConfig
 from influencespace.stages.runtime import RayRuntime
 from influencespace.stages.train import TrainConfig
 
@@ -164,6 +169,37 @@ def test_a_changed_setting_recomputes_only_what_it_touches(
         assert same == (stage in untouched), stage
         if same:
             assert times(out / stage) == before[stage]
+
+
+def test_the_smallest_pool_runs_through(world: World, tmp_path: Path) -> None:
+    """Sixteen images, as many as a split asks for, with settings that are meant for millions."""
+    small = replace(
+        world,
+        pool=plant(tmp_path / "pool", 16, seed=1),
+        target=plant(tmp_path / "target", 16, seed=2),
+        test=plant(tmp_path / "test", 16, seed=3),
+    )
+    settings = {"cluster": ClusterConfig(), "attribute": AttributeConfig(), "target": TargetConfig()}
+    students = student_config(batch_size=512, folds=5, contexts=4)
+    chain = Chain(out=tmp_path, world=small, student=students, **settings)
+    chain.run()
+    assert chain.manifest("curate").rows_out == 16
+    assert all(
+        np.isfinite(values).all()
+        for values in results(tmp_path / "curate").values()
+        if values.dtype.kind == "f"
+    )
+
+
+def test_modalities_may_differ_in_dimension(world: World, tmp_path: Path) -> None:
+    roles = {}
+    for seed, role in enumerate(("pool", "target", "test"), start=1):
+        roles[role] = plant(tmp_path / role, 60, seed=seed)
+        texts = np.load(roles[role].folder / "texts.npy")[:, :11]
+        np.save(roles[role].folder / "texts.npy", texts / np.linalg.norm(texts, axis=1, keepdims=True))
+    chain = Chain(out=tmp_path, world=replace(world, **roles))
+    chain.run()
+    assert results(tmp_path / "student")["all.safetensors/text"].shape == (11, 8)
 
 
 @pytest.mark.ray

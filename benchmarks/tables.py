@@ -1,0 +1,76 @@
+"""Writes the tables of the documents from the benchmarks' JSON; refuses figures of a quick run."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
+MARK = re.compile(r"(<!-- table: (?P<name>[\w-]+)(?: (?P<part>[\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def read(name: str) -> dict[str, Any]:
+    """A benchmark's result; raises SystemExit where it is missing or quick."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        sys.exit(f"{path} is missing: run python benchmarks/{name}.py first")
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if result["quick"]:
+        sys.exit(f"{path} is of a quick run; a document shows full runs only")
+    return result
+
+
+def targets_table(result: dict[str, Any]) -> str:
+    rows = [("target", "wanted", "measured", "status")]
+    for target in result["targets"]:
+        measured = "-" if target["measured"] is None else f"{target['measured']:.3f}"
+        if target["interval"] is not None:
+            measured += " [{:.3f}, {:.3f}]".format(*target["interval"])
+        rows.append((target["name"], target["target"], measured, target["status"]))
+    return markdown(rows)
+
+
+def part_table(result: dict[str, Any], part: str) -> str:
+    lines = [{k: v for k, v in row.items() if k != "part"} for row in result["table"] if row.get("part") == part]
+    if not lines:
+        return f"(no rows of part {part})\n"
+    rows = [tuple(name.replace("_", " ") for name in lines[0])]
+    rows += [tuple(cell(value) for value in line.values()) for line in lines]
+    return markdown(rows)
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, list):
+        return "[" + ", ".join(cell(item) for item in value) + "]"
+    return "-" if value is None else str(value)
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    head, *body = rows
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body]) + "\n"
+
+
+def render(match: re.Match[str]) -> str:
+    result = read(match["name"])
+    table = part_table(result, match["part"]) if match["part"] else targets_table(result)
+    cores = result["machine"]["cpus"]
+    origin = f"\nMeasured on {cores} CPU cores, seeds {result['seeds']}, commit {result['commit'][:10]}.\n"
+    return match[1] + table + origin + match[4]
+
+
+def main() -> None:
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        document.write_text(MARK.sub(render, text), encoding="utf-8")
+        print(f"written: {document}")
+
+
+if __name__ == "__main__":
+    main()

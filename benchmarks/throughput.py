@@ -1,0 +1,109 @@
+"""Embedding through the stage against a bare torch loop over the same decoded batches, and the driver's memory.
+
+Both run in this one call, in turn, on the same cores; start-up is reported apart. The ratio is the figure.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from common import Benchmark, arguments
+
+from influencespace.data.images import decode_image
+from influencespace.data.readers import list_shards, read_shard
+from influencespace.data.schema import Sample
+from influencespace.data.synthetic import WorldConfig, write_world
+from influencespace.models.encoders import load_encoder
+from influencespace.stages.embed import EmbedConfig, embed
+from influencespace.stages.fit_encoder import FitEncoder
+from influencespace.stages.runtime import start_ray
+
+
+def bare_rate(pool: Path, encoder: Path, batch_size: int) -> float:
+    """Pairs a second of a loop over batches that are decoded already, with all cores."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = load_encoder(str(encoder))
+    images, texts = [], []
+    for shard in list_shards(str(pool)):
+        samples = [sample for sample in read_shard(shard) if isinstance(sample, Sample)]
+        images += [model.preprocess_images([decode_image(sample.image)]) for sample in samples]
+        texts += [caption for sample in samples for caption in sample.captions]
+    batches = [torch.cat(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    tokens = [
+        model.tokenize([texts[j] for j in order[i : i + batch_size]])[0] for i in range(0, len(order), batch_size)
+    ]
+    model.encode_image(batches[0])
+    began = time.monotonic()
+    for batch in batches:
+        model.encode_image(batch).cpu().numpy()
+    for batch in tokens:
+        model.encode_text(batch).cpu().numpy()
+    return len(texts) / (time.monotonic() - began)
+
+
+def driver_memory(pairs: int, out: Path, encoder: Path) -> float:
+    """Peak resident memory in MB of a driver that embeds `pairs` pairs, in a process of its own."""
+    world = out / f"world-{pairs}"
+    write_world(world, WorldConfig(pretrain=0, pool=pairs, target=0, test=0, shard_size=2000))
+    command = [sys.executable, __file__, "--driver", str(world / "pool"), str(encoder), str(out / f"embed-{pairs}")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def as_driver(pool: str, encoder: str, out: str) -> None:
+    with start_ray() as runtime:
+        embed(list_shards(pool), EmbedConfig(encoder=encoder), Path(out), runtime)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", "throughput")
+    bench = Benchmark("throughput", options.quick, options.out, seeds=(0,))
+    pairs, rounds = (1000, 1) if options.quick else (4000, 3)
+    sizes = (500, 2000) if options.quick else (10_000, 100_000)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_world(folder, WorldConfig(pretrain=200, pool=pairs, target=0, test=0, shard_size=250))
+        encoder = folder / "encoder"
+        FitEncoder(shards=str(folder / "pretrain"), out=encoder, steps=2, seed=0)()
+        config = EmbedConfig(encoder=str(encoder))
+        ratios = []
+        with start_ray() as runtime:
+            for turn in range(rounds):
+                bare = bare_rate(folder / "pool", encoder, config.batch_size)
+                out = folder / f"embedded-{turn}"
+                details = embed(list_shards(str(folder / "pool")), replace(config), out, runtime).details
+                ratios.append(details["pairs_per_second"] / bare)
+                bench.row(part="embed", turn=turn, bare_pairs_a_second=bare, **details)
+        bench.target(
+            name="throughput of the embed stage, as a share of a bare loop (median)",
+            target="at least 0.85",
+            measured=median(ratios),
+            interval=(min(ratios), max(ratios)),
+            reached=median(ratios) >= 0.85,
+        )
+        small, large = (driver_memory(size, folder, encoder) for size in sizes)
+        bench.row(part="driver", pairs=list(sizes), peak_mb=[small, large])
+        bench.target(
+            name=f"peak memory of the driver, {sizes[1]:,} pairs against {sizes[0]:,} (ratio)",
+            target="at most 1.1",
+            measured=large / small,
+            reached=large / small <= 1.1,
+        )
+    bench.write()
+    print(f"written: {options.out}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1] == "--driver":
+        as_driver(*sys.argv[2:])
+    else:
+        main()

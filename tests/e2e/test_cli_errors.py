@@ -1,0 +1,140 @@
+"""What the user has to change is one clear line on stderr and exit code 2, never a traceback."""
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers
+from PIL import Image
+
+pytestmark = pytest.mark.e2e
+
+PROGRESS = re.compile(r"^\w+: [\d,]+ of [\d,]+ \w+, ")
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a refused command."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    # Ray's core says on stderr that it was told to be quiet; what was done before the error has lines of progress.
+    lines = [line for line in done.stderr.splitlines() if "logging.cc" not in line]
+    assert len([line for line in lines if not PROGRESS.search(line)]) == 1, done.stderr
+    assert lines[-1].startswith("error: ")
+    return lines[-1]
+
+
+def usage_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The complaint about a command line that cannot be read, in one line."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    return " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    """A tar with one pair."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(picture, "JPEG")
+    path = tmp_path / "shards" / "0000.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for name, data in (("0.jpg", picture.getvalue()), ("0.txt", b"a red square")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A language model: no dual encoder."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=8, **sizes))
+    model.save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_a_wrong_path_is_named(influencespace: Command, bert: Path, tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.tar"
+    done = influencespace("run", "--data", path, "--encoder", bert, "--out", tmp_path / "run")
+    assert f"{path}: no such file or folder" in error_of(done)
+
+
+def test_a_glob_that_finds_nothing_is_named(influencespace: Command, bert: Path, shard: Path) -> None:
+    glob = shard.parent / "*.parquet"
+    done = influencespace("run", "--data", glob, "--encoder", bert, "--out", shard.parent.parent / "run")
+    assert f"{glob}: no .tar, .parquet, .json file there" in error_of(done)
+
+
+def test_an_encoder_that_is_no_dual_encoder_is_named(
+    influencespace: Command, bert: Path, shard: Path
+) -> None:
+    done = influencespace("run", "--data", shard, "--encoder", bert, "--out", shard.parent / "run")
+    line = error_of(done)
+    assert f"encoder '{bert}' is a 'bert' model, not a dual encoder" in line
+    assert "clip" in line
+
+
+def test_a_config_with_a_typo_names_the_near_key(influencespace: Command, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("data: {pool: shards}\nclutser: {k: 4}\n")
+    assert "did you mean cluster?" in error_of(influencespace("run", path, "--out", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("cluster.kk=4", "there is no cluster.kk; did you mean cluster.k?"),
+        ("train.seeds=many", "train.seeds"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(
+    influencespace: Command, tmp_path: Path, setting: str, said: str
+) -> None:
+    done = influencespace("run", "--data", "x", "--set", setting, "--out", tmp_path / "run")
+    assert said in error_of(done)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_needs_data(influencespace: Command, tmp_path: Path) -> None:
+    assert "no data was given: use --data" in error_of(influencespace("run", "--out", tmp_path / "run"))
+
+
+def test_a_run_needs_a_folder(influencespace: Command) -> None:
+    assert "Missing option '--out'" in usage_of(influencespace("run", "--data", "x", "--encoder", "y"))
+
+
+def test_an_unfinished_run_has_nothing_to_show_or_export(influencespace: Command, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    line = error_of(influencespace("show", tmp_path))
+    assert f"{tmp_path} holds no finished run" in line
+    assert "finished by the command that began it" in line
+    done = influencespace("export", tmp_path, "--to", "npy", "--out", tmp_path / "out")
+    assert str(tmp_path) in error_of(done)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_export_format_names_the_known_ones(influencespace: Command, tmp_path: Path) -> None:
+    said = usage_of(influencespace("export", tmp_path, "--to", "zip", "--out", tmp_path / "out"))
+    for name in ("zip", "npy", "webdataset", "parquet"):
+        assert name in said
+
+
+def test_the_installed_command_is_the_same(environment: dict[str, str], tmp_path: Path) -> None:
+    script = shutil.which("influencespace", path=str(Path(sys.executable).parent))
+    if script is None:
+        pytest.skip("influencespace is not installed here")
+    done = subprocess.run(
+        [script, "show", str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "holds no finished run" in error_of(done)

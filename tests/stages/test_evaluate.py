@@ -1,0 +1,175 @@
+"""Measures of retrained students against direct counting, and paired comparisons of methods."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from chain import Chain
+from safetensors.torch import load_file
+
+from influencespace.data.blocks import read_columns
+from influencespace.stages.curate import METHODS
+from influencespace.stages.evaluate import Measure, summarise
+from influencespace.stages.student import TargetHalves, choosing_loss
+
+BASELINES = [method for method in METHODS if method != "curated"]
+
+
+def measure(
+    truth: Chain, method: str, seed: int, classes: tuple[str, ...] = (), prompts: torch.Tensor | None = None
+) -> Measure:
+    return Measure(
+        test=truth.sets["test"],
+        halves=TargetHalves(truth.sets["target"], truth.student.seed),
+        config=truth.student.train,
+        student=truth.out / "train" / f"{method}-{seed}.safetensors",
+        classes=classes,
+        prompts=prompts,
+    )
+
+
+def methods(truth: Chain) -> dict[str, dict[str, object]]:
+    return truth.manifest("evaluate").details["methods"]
+
+
+def counted_recall(truth: Chain, method: str, seed: int) -> dict[str, dict[int, float]]:
+    """Recall by looking at each query's best k answers."""
+    test = truth.sets["test"]
+    state = load_file(truth.out / "train" / f"{method}-{seed}.safetensors")
+    images, texts = torch.from_numpy(np.array(test.table.images)), test.inputs(slice(None))[1]
+    unit = torch.nn.functional.normalize
+    S = unit(images @ state["image"], dim=-1) @ unit(texts @ state["text"], dim=-1).T
+    found: dict[str, dict[int, float]] = {"image_to_text": {}, "text_to_image": {}}
+    for k in (1, 5, 10):
+        best = S.topk(k, dim=1).indices.numpy()
+        hits = [bool((test.image[best[i]] == i).any()) for i in range(len(images))]
+        found["image_to_text"][k] = 100 * float(np.mean(hits))
+        best = S.topk(k, dim=0).indices.numpy()
+        hits = [test.image[j] in best[:, j] for j in range(len(texts))]
+        found["text_to_image"][k] = 100 * float(np.mean(hits))
+    return found
+
+
+def test_recall_is_what_counting_gives(truth: Chain) -> None:
+    result = measure(truth, "curated", 0)()
+    counted = counted_recall(truth, "curated", 0)
+    for way, levels in counted.items():
+        for k, share in levels.items():
+            assert result["recall"][way][str(k)] == pytest.approx(share)
+    mean = np.mean([share for levels in counted.values() for share in levels.values()])
+    assert result["by_image"].mean() == pytest.approx(mean)
+    assert result["by_image"].shape == (50,)
+
+
+def test_methods_are_means_over_seeds(truth: Chain) -> None:
+    found = methods(truth)
+    assert set(found) == set(METHODS)
+    by_image = read_columns(truth.out / "evaluate" / "by_image.parquet")
+    weights = read_columns(truth.out / "curate" / "weights.parquet")
+    for method, measures in found.items():
+        runs = [by_image[f"{method}-{seed}"] for seed in (0, 1)]
+        assert measures["mean_recall"] == pytest.approx(np.mean(runs))
+        assert measures["seeds"] == [0, 1]
+        low, high = measures["mean_recall_ci"]
+        assert low <= measures["mean_recall"] <= high
+        counted = [counted_recall(truth, method, seed)["text_to_image"][5] for seed in (0, 1)]
+        assert measures["recall"]["text_to_image"]["5"] == pytest.approx(np.mean(counted))
+        assert measures["kept_fraction"] == pytest.approx((weights[method] > 0).mean())
+        assert measures["steps"] == 20
+        assert measures["zero_shot_accuracy"] is None
+
+
+def test_curated_is_compared_with_every_baseline(truth: Chain) -> None:
+    details = truth.manifest("evaluate").details
+    assert set(details["comparisons"]) == set(BASELINES)
+    for method, comparison in details["comparisons"].items():
+        expected = details["methods"]["curated"]["mean_recall"] - details["methods"][method]["mean_recall"]
+        assert comparison["difference"] == pytest.approx(expected)
+        low, high = comparison["ci"]
+        assert low <= comparison["difference"] <= high
+    assert json.loads((truth.out / "evaluate" / "methods.json").read_text()) == {
+        "methods": details["methods"],
+        "comparisons": details["comparisons"],
+    }
+
+
+def test_the_target_loss_is_that_of_the_choosing_half(truth: Chain) -> None:
+    halves = TargetHalves(truth.sets["target"], truth.student.seed)
+    found = truth.manifest("evaluate").details["target_loss"]
+    for method in METHODS:
+        heads = [measure(truth, method, seed).heads for seed in (0, 1)]
+        losses = [choosing_loss(head, halves, truth.student.train) for head in heads]
+        assert found[method] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def run(method: str, seed: int, by_image: np.ndarray) -> dict[str, object]:
+    recall = {way: {str(k): 1.0 for k in (1, 5, 10)} for way in ("image_to_text", "text_to_image")}
+    return {
+        "method": method,
+        "seed": seed,
+        "by_image": by_image,
+        "recall": recall,
+        "zero_shot_accuracy": None,
+    }
+
+
+def test_equal_results_differ_by_nothing_and_equal_shifts_surely() -> None:
+    """Intervals are of paired differences: what all images and seeds share cancels."""
+    generator = np.random.default_rng(0)
+    results = []
+    for seed in range(3):
+        by_image = generator.uniform(0, 100, 40)
+        results += [
+            run("curated", seed, by_image),
+            run("everything", seed, by_image),
+            run("random", seed, by_image - 2),
+        ]
+    table, comparisons = summarise(results[::-1], ("curated", "everything", "random"))
+    assert comparisons["everything"] == {"difference": 0.0, "ci": [0.0, 0.0]}
+    assert comparisons["random"]["difference"] == pytest.approx(2)
+    assert comparisons["random"]["ci"] == pytest.approx([2, 2])
+    assert table["curated"]["seeds"] == [0, 1, 2]
+
+
+def test_without_curated_there_is_nothing_to_compare() -> None:
+    _, comparisons = summarise([run("random", 0, np.ones(5))], ("random",))
+    assert comparisons == {}
+
+
+def test_zero_shot_takes_the_nearest_class_by_the_mean_of_its_prompts(truth: Chain) -> None:
+    """Only images whose group is a class count."""
+    test = truth.sets["test"]
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.nn.functional.normalize(torch.randn(2, 3, 16, generator=generator), dim=-1)
+    classes = ("dog", "cat")
+    found = measure(truth, "curated", 0, classes, prompts)()["zero_shot_accuracy"]
+    state = load_file(truth.out / "train" / "curated-0.safetensors")
+    unit = torch.nn.functional.normalize
+    names = unit(unit(prompts @ state["text"], dim=-1).mean(1), dim=-1)
+    u = unit(torch.from_numpy(np.array(test.table.images)) @ state["image"], dim=-1)
+    group_of_image = dict(zip(test.image.tolist(), test.column("group"), strict=True))
+    right = [
+        classes[int((u[image] @ names.T).argmax())] == group
+        for image, group in group_of_image.items()
+        if group in classes
+    ]
+    assert 0 < len(right) < 50
+    assert found == pytest.approx(100 * np.mean(right))
+    assert measure(truth, "curated", 0, ("fish",), prompts[:1])()["zero_shot_accuracy"] is None
+
+
+def test_a_result_does_not_depend_on_the_folder(truth: Chain, tmp_path: Path) -> None:
+    moved = tmp_path / "curated-0.safetensors"
+    moved.write_bytes((truth.out / "train" / "curated-0.safetensors").read_bytes())
+    original = measure(truth, "curated", 0)
+    other = Measure(
+        test=original.test,
+        halves=original.halves,
+        config=original.config,
+        student=moved,
+        classes=(),
+        prompts=None,
+    )
+    np.testing.assert_array_equal(other()["by_image"], original()["by_image"])

@@ -1,0 +1,142 @@
+"""Roles: given ones are taken whole, missing ones are cut by image, and too little is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chain import Idle
+from planted import Planted, plant
+
+from influencespace.data.artifacts import Manifest, read_manifest
+from influencespace.data.pair_set import PairSet
+from influencespace.errors import InputError
+from influencespace.stages.runtime import LocalRuntime
+from influencespace.stages.split import SplitConfig, pair_sets, split
+
+
+def cut(
+    out: Path, config: SplitConfig | None = None, **roles: Planted
+) -> tuple[Manifest, dict[str, PairSet]]:
+    """The split of planted roles."""
+    manifest = split(
+        {role: planted.folder for role, planted in roles.items()},
+        {role: planted.fingerprint for role, planted in roles.items()},
+        config or SplitConfig(),
+        out,
+        LocalRuntime(),
+    )
+    return manifest, pair_sets(out, manifest)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    return plant(tmp_path_factory.mktemp("pool") / "pool", 400, captions=2, wrong=0.2)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    return plant(tmp_path_factory.mktemp("target") / "target", 60, captions=3, seed=2)
+
+
+def images(pairs: PairSet) -> set[int]:
+    return set(pairs.image.tolist())
+
+
+def test_given_roles_are_taken_whole(pool: Planted, target: Planted, tmp_path: Path) -> None:
+    manifest, sets = cut(tmp_path, pool=pool, target=target, test=target)
+    for role, planted in (("pool", pool), ("target", target), ("test", target)):
+        assert sets[role].folder == planted.folder
+        np.testing.assert_array_equal(sets[role].rows, np.arange(len(planted)))
+    assert manifest.details["notes"] == []
+    assert manifest.details["rows"] == {"pool": 800, "target": 180, "test": 180}
+    assert (manifest.rows_in, manifest.rows_out, manifest.rejected) == (1160, 1160, 0)
+
+
+def test_a_missing_test_set_is_half_of_the_targets_images(
+    pool: Planted, target: Planted, tmp_path: Path
+) -> None:
+    manifest, sets = cut(tmp_path, pool=pool, target=target)
+    assert images(sets["target"]).isdisjoint(images(sets["test"]))
+    assert len(images(sets["target"])) == len(images(sets["test"])) == 30
+    together = np.concatenate([sets["target"].rows, sets["test"].rows])
+    assert sorted(together) == list(range(len(target)))
+    (note,) = manifest.details["notes"]
+    assert note.startswith("no test set was given")
+    assert manifest.rejected == 0
+
+
+def test_a_missing_target_is_the_better_half_of_some_images_of_the_pool(
+    pool: Planted, tmp_path: Path
+) -> None:
+    manifest, sets = cut(tmp_path, SplitConfig(target_share=0.2), pool=pool)
+    whole = PairSet(pool.folder)
+    pooled = images(sets["pool"])
+    chosen = images(sets["target"]) | images(sets["test"])
+    assert pooled.isdisjoint(chosen)
+    assert images(sets["target"]).isdisjoint(images(sets["test"]))
+    assert len(pooled) == 320
+    # 80 images were drawn with 160 pairs, of which the better half is taken
+    drawn = np.flatnonzero(~np.isin(whole.image, list(pooled)))
+    taken = np.concatenate([sets["target"].rows, sets["test"].rows])
+    assert len(drawn) == 160
+    assert len(taken) == 80
+    left = np.setdiff1d(drawn, taken)
+    assert whole.clip_score[taken].min() >= whole.clip_score[left].max()
+    assert manifest.rejected == len(left)
+    assert manifest.rows_in == manifest.rows_out + manifest.rejected == 800
+    assert [note.split(":")[0] for note in manifest.details["notes"]] == [
+        "no target was given",
+        "no test set was given",
+    ]
+
+
+def test_a_missing_target_with_a_test_set_keeps_the_test_set(
+    pool: Planted, target: Planted, tmp_path: Path
+) -> None:
+    manifest, sets = cut(tmp_path, pool=pool, test=target)
+    assert len(sets["test"]) == len(target)
+    assert images(sets["pool"]).isdisjoint(images(sets["target"]))
+    assert sets["target"].folder == pool.folder
+    assert len(manifest.details["notes"]) == 1
+
+
+def test_the_seed_decides(pool: Planted, tmp_path: Path) -> None:
+    rows = [
+        cut(tmp_path / str(i), SplitConfig(seed=seed, target_share=0.2), pool=pool)[1]["target"].rows
+        for i, seed in enumerate([0, 0, 1])
+    ]
+    np.testing.assert_array_equal(rows[0], rows[1])
+    assert not np.array_equal(rows[0], rows[2])
+
+
+def test_a_second_call_does_nothing(pool: Planted, target: Planted, tmp_path: Path) -> None:
+    manifest, _ = cut(tmp_path, pool=pool, target=target)
+    again = split(
+        {"pool": pool.folder, "target": target.folder}, manifest.inputs, SplitConfig(), tmp_path, Idle()
+    )
+    assert again == manifest == read_manifest(tmp_path)
+
+
+def test_a_role_of_too_few_images_is_refused(pool: Planted, target: Planted, tmp_path: Path) -> None:
+    few = plant(tmp_path / "few", 15, captions=4, seed=5)
+    with pytest.raises(InputError, match=r"the pool has 60 pair\(s\) of 15 image\(s\); 16 images or more"):
+        cut(tmp_path / "a", pool=few, target=target, test=target)
+    with pytest.raises(InputError, match=r"the target has 60 pair\(s\) of 15 image\(s\)"):
+        cut(tmp_path / "b", pool=pool, target=few, test=target)
+    assert read_manifest(tmp_path / "a") is None
+
+
+def test_a_role_that_was_set_apart_and_is_too_small_is_explained(
+    pool: Planted, target: Planted, tmp_path: Path
+) -> None:
+    advice = r"No target and no test was given, .* give one, or enlarge split\.target_share"
+    with pytest.raises(InputError, match=rf"the (target|test) has .* {advice}"):
+        cut(tmp_path / "a", SplitConfig(target_share=0.05), pool=pool)
+    few = plant(tmp_path / "few", 20, seed=5)
+    with pytest.raises(InputError, match=r"of 10 image\(s\).* No test was given, .* enlarge the target"):
+        cut(tmp_path / "b", pool=pool, target=few)
+
+
+def test_an_unfinished_artifact_is_refused(pool: Planted, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no finished embeddings"):
+        split({"pool": tmp_path}, {}, SplitConfig(), tmp_path / "out", LocalRuntime())
