@@ -77,9 +77,13 @@ def _short(value: Any) -> str:
 def arguments(description: str, name: str) -> argparse.Namespace:
     """--quick, --out, --cache."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="a small version in a few minutes; no table for the docs")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small version in a few minutes; no table for the docs"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / f"{name}.json")
-    parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="embeddings and results, by content")
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / ".cache", help="embeddings and results, by content"
+    )
     return parser.parse_args()
 
 
@@ -95,9 +99,11 @@ def cached(cache: Path, key: Any, make: Callable[[], dict[str, Any]]) -> dict[st
 
 
 DECIDING = ("core", "models", "estimators", "data/pair_set.py", "data/dirt.py", "stages/curate.py")
-SCORING = tuple(
-    f"core/{name}.py" for name in ("contrastive", "bank", "linalg", "batches", "kmeans", "quality")
-) + ("models", "estimators")
+SCORING = (
+    *(f"models/{name}.py" for name in ("heads", "space", "training")),
+    "estimators",
+    *(f"core/{name}.py" for name in ("contrastive", "bank", "linalg", "batches", "kmeans", "quality")),
+)
 
 
 def code_version(parts: Sequence[str] = DECIDING) -> str:

@@ -91,7 +91,9 @@ class World:
         number = np.array([int(uid.rsplit("#", 1)[1]) for uid in table["uid"].to_pylist()])
         table = table.take(np.flatnonzero(number < setting.captions))
         image = table["image"].to_numpy()
-        rows = [str(i) for i in range(len(table))]  # row numbers stand for captions, so that embeddings move along
+        rows = [
+            str(i) for i in range(len(table))
+        ]  # row numbers stand for captions, so that embeddings move along
         moved, wrong = shuffle_captions(rows, image.tolist(), setting.wrong, setting.noise_seed)
         source = np.array([int(row) for row in moved])
         for column in ("text", "caption", "truncated"):
@@ -143,7 +145,10 @@ class Curation:
     def run(self) -> Scores:
         names = ("student", "cluster", "curvature", "attribute")
         at = {name: self.folder / name for name in names}
-        inputs = {"pool": self.pool.table.manifest.fingerprint, "target": self.target.table.manifest.fingerprint}
+        inputs = {
+            "pool": self.pool.table.manifest.fingerprint,
+            "target": self.target.table.manifest.fingerprint,
+        }
         done = students(self.pool, self.target, inputs, self.config, at["student"], RUNTIME)
         inputs |= {"student": done.fingerprint}
         clusters = cluster(self.pool, done.rows_out, inputs, ClusterConfig(), at["cluster"], RUNTIME)
@@ -286,7 +291,9 @@ def recall(bench: Benchmark, world: World, quick: bool) -> None:
         setting = Setting(wrong=0.3, captions=captions, steps=100 if quick else 200, target=target)
         curation = Curation(world, setting)
         result = cached(
-            world.cache, ["retrained", setting, bench.seeds], lambda c=curation: c.retrained(tuple(bench.seeds))
+            world.cache,
+            ["retrained", setting, bench.seeds],
+            lambda c=curation: c.retrained(tuple(bench.seeds)),
         )
         for name in METHODS:
             shares[name].append(np.array(result["shares"][name]))
@@ -320,7 +327,9 @@ def removal(bench: Benchmark, world: World, quick: bool) -> None:
     setting = Setting(wrong=0.3, captions=2 if quick else 5, steps=100)
     seeds = (0,) if quick else (0, 1, 2)
     curation = Curation(world, setting)
-    result = cached(world.cache, ["removals", setting, groups, seeds], lambda: curation.removals(groups, seeds))
+    result = cached(
+        world.cache, ["removals", setting, groups, seeds], lambda: curation.removals(groups, seeds)
+    )
     for group in range(groups):
         bench.row(part="removal", decile=group, **{key: values[group] for key, values in result.items()})
     predicted, change = np.array(result["predicted"]), np.array(result["change_of_loss"])

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 from common import ROOT
@@ -35,7 +34,9 @@ def targets_table(result: dict[str, Any]) -> str:
 
 
 def part_table(result: dict[str, Any], part: str) -> str:
-    lines = [{k: v for k, v in row.items() if k != "part"} for row in result["table"] if row.get("part") == part]
+    lines = [
+        {k: v for k, v in row.items() if k != "part"} for row in result["table"] if row.get("part") == part
+    ]
     if not lines:
         return f"(no rows of part {part})\n"
     rows = [tuple(name.replace("_", " ") for name in lines[0])]

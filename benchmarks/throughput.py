@@ -38,7 +38,8 @@ def bare_rate(pool: Path, encoder: Path, batch_size: int) -> float:
     batches = [torch.cat(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     tokens = [
-        model.tokenize([texts[j] for j in order[i : i + batch_size]])[0] for i in range(0, len(order), batch_size)
+        model.tokenize([texts[j] for j in order[i : i + batch_size]])[0]
+        for i in range(0, len(order), batch_size)
     ]
     model.encode_image(batches[0])
     began = time.monotonic()
@@ -53,7 +54,14 @@ def driver_memory(pairs: int, out: Path, encoder: Path) -> float:
     """Peak resident memory in MB of a driver that embeds `pairs` pairs, in a process of its own."""
     world = out / f"world-{pairs}"
     write_world(world, WorldConfig(pretrain=0, pool=pairs, target=0, test=0, shard_size=2000))
-    command = [sys.executable, __file__, "--driver", str(world / "pool"), str(encoder), str(out / f"embed-{pairs}")]
+    command = [
+        sys.executable,
+        __file__,
+        "--driver",
+        str(world / "pool"),
+        str(encoder),
+        str(out / f"embed-{pairs}"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
 

@@ -94,6 +94,40 @@ def demo(
 
 
 @app.command()
+def plan(
+    config: Config = None,
+    *,
+    limit: Annotated[int | None, typer.Option(help="Calibrate on a slice of this many pairs.")] = None,
+    data: Data = None,
+    target: Target = None,
+    test: Test = None,
+    encoder: Encoder = None,
+    embeddings: Embeddings = None,
+    settings: Settings = [],  # noqa: B006
+    address: Address = None,
+) -> None:
+    """What a run will need, before anything runs: pairs, GB read and written, memory and time of each stage."""
+    from influencespace.config import load_config
+    from influencespace.plan import plan as make_plan
+    from influencespace.plan import print_plan
+    from influencespace.stages.runtime import LocalRuntime, start_ray
+
+    flags = {
+        "data__pool": data,
+        "data__target": target,
+        "data__test": test,
+        "data__embeddings": embeddings,
+        "embed__encoder": encoder,
+    }
+    resolved = load_config(config, overrides_of(settings, **flags))
+    if limit is None and address is None and "RAY_ADDRESS" not in os.environ:
+        print_plan(make_plan(resolved, None, LocalRuntime()))
+        return
+    with start_ray(address) as runtime:
+        print_plan(make_plan(resolved, limit, runtime))
+
+
+@app.command()
 def sweep(
     config: Config = None,
     *,
@@ -156,9 +190,9 @@ def main() -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # silences a warning of Ray on machines without GPU
     try:
-        app(standalone_mode=True)
+        app()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)

@@ -10,7 +10,9 @@ from influencespace.data.artifacts import Manifest, copy_file, installed_version
 from influencespace.data.embeddings import rejected_reasons
 from influencespace.data.pair_set import PairSet
 from influencespace.data.readers import list_shards
+from influencespace.data.schema import Shard
 from influencespace.errors import InputError
+from influencespace.models.encoders import embedding_dimension
 from influencespace.report.page import write_report
 from influencespace.stages.attribute import attribute
 from influencespace.stages.cluster import cluster
@@ -64,15 +66,21 @@ def check(config: RunConfig) -> None:
         raise InputError(
             "no encoder was given: use --encoder with a folder or hub id, or embed.encoder in the config"
         )
+    shards_of(config)
+    if config.embed.encoder:
+        embedding_dimension(config.embed.encoder, config.embed.trust_remote_code)
+
+
+def shards_of(config: RunConfig) -> dict[str, list[Shard]]:
+    """The shards of every role that has data of its own; all paths are looked up before the first is read."""
+    return {
+        role: list_shards(spec, config.data.images) for role in ROLES if (spec := getattr(config.data, role))
+    }
 
 
 def embed_roles(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Manifest]:
     """Embed the pool, the target and the test set, as far as each has data of its own."""
-    listed = {
-        role: list_shards(spec, config.data.images)
-        for role in ROLES
-        if (spec := getattr(config.data, role))  # all paths are looked up before the first is embedded
-    }
+    listed = shards_of(config)
     listed.setdefault("pool", [])  # embeddings without shards: pairs without pictures
     done = {}
     for role, shards in listed.items():

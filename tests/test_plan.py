@@ -22,10 +22,11 @@ from influencespace.data.readers import list_shards
 from influencespace.data.schema import ReadOptions
 from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.errors import InputError
+from influencespace.models.encoders import embedding_dimension
 from influencespace.plan import Plan, plan, print_plan
 from influencespace.plan.calibration import STARTS, Calibration, Measured, Watched, extrapolate
 from influencespace.plan.needs import SKETCH_BYTES, Needs, most_choices, most_levels
-from influencespace.plan.survey import Amount, Sizes, Survey, encoder_dimension, survey
+from influencespace.plan.survey import Amount, Sizes, Survey, survey
 from influencespace.plan.table import size
 from influencespace.stages.fit_encoder import FitEncoder
 from influencespace.stages.runtime import LocalRuntime
@@ -195,12 +196,12 @@ class TestSurvey:
     )
     def test_the_dimension_needs_no_weights(self, tmp_path: Path, config: Any, dimension: int) -> None:
         config.save_pretrained(tmp_path)
-        assert encoder_dimension(load_config(None, {"embed.encoder": str(tmp_path)})) == dimension
+        assert embedding_dimension(str(tmp_path)) == dimension
 
     def test_an_encoder_that_is_no_dual_encoder_is_refused(self, tmp_path: Path) -> None:
         transformers.BertConfig().save_pretrained(tmp_path)
         with pytest.raises(InputError, match="'bert' model, not a dual encoder"):
-            encoder_dimension(load_config(None, {"embed.encoder": str(tmp_path)}))
+            embedding_dimension(str(tmp_path))
 
 
 def sizes_of(pairs: int, dimension: int = 512) -> Sizes:

@@ -1,8 +1,8 @@
 """Some pairs of an embedding artifact, in canonical order: the pool, the target or the test set."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,8 @@ class PairSet:
     rows_file: Path | None = None
     """An .npy of int64 rows; None takes all of them."""
 
-    def __reduce__(self) -> tuple[type["PairSet"], tuple[Path, Path | None]]:
-        return PairSet, (self.folder, self.rows_file)
+    def __reduce__(self) -> tuple[Callable[..., "PairSet"], tuple[Path, Path | None]]:
+        return _open, (self.folder, self.rows_file)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,3 +82,14 @@ class PairSet:
     def mixed_inputs(self, pairs: IntArray, captions_of: IntArray) -> tuple[Tensor, Tensor]:
         """Images of `pairs` with the captions of other pairs of the set: two (m, D)."""
         return self.inputs(pairs)[0], self.inputs(captions_of)[1]
+
+
+def _open(folder: Path, rows_file: Path | None) -> PairSet:
+    """A set that came over the wire; one process reads the columns of the same files once."""
+    files = [path for path in (folder / "pairs.parquet", rows_file) if path is not None and path.exists()]
+    return _opened(folder, rows_file, tuple(path.stat().st_mtime_ns for path in files))
+
+
+@lru_cache(maxsize=8)
+def _opened(folder: Path, rows_file: Path | None, versions: tuple[int, ...]) -> PairSet:
+    return PairSet(folder, rows_file)

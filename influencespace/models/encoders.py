@@ -145,3 +145,26 @@ def quiet() -> Iterator[None]:
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()
+
+
+def embedding_dimension(path_or_hub_id: str, trust_remote_code: bool = False) -> int:
+    """D by an encoder's config.json, without its weights; raises InputError where it is no dual encoder."""
+    name = str(Path(path_or_hub_id).expanduser())
+    try:
+        with quiet():
+            found = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever its parser raises
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"encoder '{name}': cannot load its config.json: {reason}") from None
+    if found.model_type not in FAMILIES and not trust_remote_code:
+        raise InputError(
+            f"encoder '{name}' is a '{found.model_type}' model, not a dual encoder; use one of: {', '.join(FAMILIES)}"
+        )
+    text = getattr(found, "text_config", found)
+    # SigLIP has no projection of its own: its text tower ends in `projection_size`.
+    widths = (
+        getattr(found, "projection_dim", None),
+        getattr(text, "projection_size", None),
+        text.hidden_size,
+    )
+    return int(next(width for width in widths if width))

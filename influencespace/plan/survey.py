@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -19,7 +18,7 @@ from influencespace.data.parts import pair_rows
 from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import ReadOptions, Sample, Shard
 from influencespace.errors import InputError
-from influencespace.models.encoders import FAMILIES, quiet
+from influencespace.models.encoders import embedding_dimension
 from influencespace.pipeline import ROLES
 from influencespace.stages.indexing import LOOKUPS, file_version
 
@@ -75,7 +74,11 @@ def survey_all(config: RunConfig) -> Sizes:
     listed = {
         role: list_shards(spec, config.data.images) for role in ROLES if (spec := getattr(config.data, role))
     }
-    dimension = encoder_dimension(config) if config.embed.encoder else 0
+    dimension = (
+        embedding_dimension(config.embed.encoder, config.embed.trust_remote_code)
+        if config.embed.encoder
+        else 0
+    )
     surveys = {role: survey(shards, config.embed.read) for role, shards in listed.items()}
     if config.data.embeddings is not None:
         imported, dimension = survey_embeddings(config.data.embeddings)
@@ -165,33 +168,6 @@ def survey_embeddings(path: str) -> tuple[Survey, int]:
         image_bytes=0.0,
     )
     return found, batch.images.shape[1]
-
-
-def encoder_dimension(config: RunConfig) -> int:
-    """D by the encoder's config.json, without its weights; raises InputError where it is no dual encoder."""
-    import transformers
-
-    name = str(Path(config.embed.encoder).expanduser())
-    try:
-        with quiet():
-            found = transformers.AutoConfig.from_pretrained(
-                name, trust_remote_code=config.embed.trust_remote_code
-            )
-    except Exception as error:  # whatever its parser raises
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"encoder '{name}': cannot load its config.json: {reason}") from None
-    if found.model_type not in FAMILIES and not config.embed.trust_remote_code:
-        raise InputError(
-            f"encoder '{name}' is a '{found.model_type}' model, not a dual encoder; use one of: {', '.join(FAMILIES)}"
-        )
-    text = getattr(found, "text_config", found)
-    # SigLIP has no projection of its own: its text tower ends in `projection_size`.
-    widths = (
-        getattr(found, "projection_dim", None),
-        getattr(text, "projection_size", None),
-        text.hidden_size,
-    )
-    return int(next(width for width in widths if width))
 
 
 def _part(amount: Amount, share: float) -> Amount:

@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from influencespace.core.placebo import Placebo, placebo_check
 from influencespace.core.select import SelectConfig, Subset, select, top_fraction
-from influencespace.core.strata import Means, Pooled, interpolate, means_by, pool, spread_of_repeats
+from influencespace.core.strata import (
+    Means,
+    Pooled,
+    interpolate,
+    means_by,
+    overruled,
+    pool,
+    spread_of_repeats,
+)
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
 from influencespace.data.blocks import Columns, read_columns, write_columns
 from influencespace.data.pair_set import PairSet
@@ -88,8 +96,9 @@ class Scores:
         """Pooled influence and its standard error for every pair of the pool (n,), (n,)."""
         quality, cluster, quantile = (self.strata[key] for key in ("quality", "cluster", "quantile"))
         centres = means_by(quantile, quality, self.quantiles).mean
-        variance = self.pooled.se**2 + self.common_variance
-        score = interpolate(self.pooled.mean, centres, cluster, quality)
+        mean, se = overruled(self.pooled)
+        variance = se**2 + self.common_variance
+        score = interpolate(mean, centres, cluster, quality)
         return score, np.sqrt(interpolate(variance, centres, cluster, quality))
 
     @cached_property

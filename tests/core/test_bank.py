@@ -16,7 +16,9 @@ def random_tangents(n: int, seed: int, directions: int = 2, d: int = 5) -> Tange
     generator = torch.Generator().manual_seed(seed)
 
     def unit(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.nn.functional.normalize(torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1)
+        return torch.nn.functional.normalize(
+            torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1
+        )
 
     def free(shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -69,7 +71,9 @@ def test_mean_own_over_a_batch_is_the_loss_derivative() -> None:
 
 def test_directions_are_linear() -> None:
     context, pairs = random_tangents(5, 0), random_tangents(4, 1)
-    summed = Tangents(u=pairs.u, t=pairs.t, du=pairs.du.sum(0, keepdim=True), dt=pairs.dt.sum(0, keepdim=True))
+    summed = Tangents(
+        u=pairs.u, t=pairs.t, du=pairs.du.sum(0, keepdim=True), dt=pairs.dt.sum(0, keepdim=True)
+    )
     summed_context = Tangents(
         u=context.u, t=context.t, du=context.du.sum(0, keepdim=True), dt=context.dt.sum(0, keepdim=True)
     )

@@ -23,7 +23,10 @@ def test_batches_cut_an_order_without_loss_and_without_repeated_images(images: n
 def test_weights_are_met_on_average_and_their_whole_part_always() -> None:
     weights = np.array([0.0, 0.25, 1.0, 2.5])
     counts = np.array(
-        [np.bincount(batches.weighted_order(weights, np.random.default_rng(s)), minlength=4) for s in range(2000)]
+        [
+            np.bincount(batches.weighted_order(weights, np.random.default_rng(s)), minlength=4)
+            for s in range(2000)
+        ]
     )
     assert (counts[:, 0] == 0).all()
     assert (counts[:, 2] == 1).all()
@@ -33,7 +36,9 @@ def test_weights_are_met_on_average_and_their_whole_part_always() -> None:
 
 @settings(deadline=None)
 @given(images=image_lists, size=st.integers(2, 8), steps=st.integers(1, 9), seed=st.integers(0, 99))
-def test_training_batches_are_full_distinct_and_seeded(images: np.ndarray, size: int, steps: int, seed: int) -> None:
+def test_training_batches_are_full_distinct_and_seeded(
+    images: np.ndarray, size: int, steps: int, seed: int
+) -> None:
     weights = np.random.default_rng(seed).uniform(0, 3, len(images))
     if len(np.unique(images)) < 2:
         return

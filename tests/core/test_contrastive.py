@@ -20,7 +20,9 @@ def random_logits(size: int, seed: int, count: int = 1) -> list[torch.Tensor]:
 def test_info_nce_is_the_mean_of_both_cross_entropies(size: int, seed: int) -> None:
     (S,) = random_logits(size, seed)
     labels = torch.arange(size)
-    direct = (torch.nn.functional.cross_entropy(S, labels) + torch.nn.functional.cross_entropy(S.T, labels)) / 2
+    direct = (
+        torch.nn.functional.cross_entropy(S, labels) + torch.nn.functional.cross_entropy(S.T, labels)
+    ) / 2
     torch.testing.assert_close(contrastive.info_nce(S), direct)
 
 

@@ -72,7 +72,9 @@ def test_a_good_sketch_needs_few_iterations() -> None:
     for rank in (2, 80):
         Omega = linalg.probes(200, rank, 0, torch.float64)
         sketch = linalg.nystrom(Omega, G @ Omega)
-        iterations.append(linalg.conjugate_gradients(lambda x: x @ G, sketch, 1e-4, g, tolerance=1e-8).iterations)
+        iterations.append(
+            linalg.conjugate_gradients(lambda x: x @ G, sketch, 1e-4, g, tolerance=1e-8).iterations
+        )
     assert iterations[1] < iterations[0] / 2
 
 

@@ -20,7 +20,9 @@ def test_auroc_and_average_precision_are_scikit_learns(scores: list[int], flags:
         return
     values = np.array(scores, np.float64)
     assert metrics.auroc(values, positive) == pytest.approx(roc_auc_score(positive, values))
-    assert metrics.average_precision(values, positive) == pytest.approx(average_precision_score(positive, values))
+    assert metrics.average_precision(values, positive) == pytest.approx(
+        average_precision_score(positive, values)
+    )
 
 
 def test_one_class_has_no_auroc() -> None:
