@@ -42,6 +42,8 @@ class Benchmark:
     targets: list[Target] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    incomplete: list[str] = field(default_factory=list)
+    """Parts that ran out of time."""
 
     def target(self, **given: Any) -> None:
         target = Target(**given)
@@ -60,6 +62,7 @@ class Benchmark:
             {
                 "benchmark": self.name,
                 "quick": self.quick,
+                "incomplete": self.incomplete,
                 "commit": commit(),
                 "seeds": list(self.seeds),
                 "machine": machine(),
@@ -84,7 +87,19 @@ def arguments(description: str, name: str) -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=ROOT / ".cache", help="embeddings and results, by content"
     )
-    return parser.parse_args()
+    parser.add_argument("--minutes", type=float, help="begin nothing new after this; run it again to go on")
+    options = parser.parse_args()
+    if options.minutes is not None:
+        global deadline
+        deadline = time.monotonic() + 60 * options.minutes
+    return options
+
+
+class OutOfTimeError(RuntimeError):
+    """The minutes that were given are over; what is there is written, and marked as incomplete."""
+
+
+deadline = float("inf")
 
 
 def cached(cache: Path, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -93,6 +108,8 @@ def cached(cache: Path, key: Any, make: Callable[[], dict[str, Any]]) -> dict[st
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
+    if time.monotonic() > deadline:
+        raise OutOfTimeError
     result = make()
     write_json(path, result)
     return result

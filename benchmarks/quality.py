@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from common import SCORING, Benchmark, arguments, cached, code_version, real_data
+from common import SCORING, Benchmark, OutOfTimeError, arguments, cached, code_version, real_data
 
 from influencespace.core.metrics import (
     auroc,
@@ -362,7 +362,11 @@ def main() -> int:
     bench = Benchmark("quality", options.quick, options.out, seeds=(0,) if options.quick else (0, 1, 2))
     world = World(data, options.cache)
     for part in (detection, recall, removal, chosen_fraction):
-        part(bench, world, options.quick)
+        try:
+            part(bench, world, options.quick)
+        except OutOfTimeError:
+            bench.incomplete.append(part.__name__)
+            print(f"out of time in {part.__name__}", flush=True)
         bench.write()
     print(f"written: {options.out}")
     return 0

@@ -61,6 +61,8 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
 def render(match: re.Match[str]) -> str:
     result = read(match["name"])
     table = part_table(result, match["part"]) if match["part"] else targets_table(result)
+    if result["incomplete"]:
+        table += f"\nNot all was measured yet: {', '.join(result['incomplete'])} ran out of time.\n"
     cores = result["machine"]["cpus"]
     origin = f"\nMeasured on {cores} CPU cores, seeds {result['seeds']}, commit {result['commit'][:10]}.\n"
     return match[1] + table + origin + match[4]
