@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from influencespace.config import RunConfig, save_config
-from influencespace.data.artifacts import Manifest, copy_file, installed_versions, read_manifest, write_json
+from influencespace.data.artifacts import Manifest, copy_file, installed_versions, write_json
 from influencespace.data.embeddings import rejected_reasons
 from influencespace.data.pair_set import PairSet
 from influencespace.data.readers import list_shards
@@ -242,8 +242,3 @@ def summarise(
         "notes": [*roles.details["notes"], *curated["warnings"]],
         "paths": {name: str(out / name) for name in ("curated.parquet", "summary.json", "report.html")},
     }
-
-
-def finished(out: Path) -> bool:
-    """Whether a run folder holds a complete run."""
-    return (out / "summary.json").is_file() and read_manifest(out / "evaluate") is not None

@@ -97,11 +97,6 @@ def capped_weights(utility: FloatArray, cap: float) -> FloatArray:
     return weight
 
 
-def hash_order(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Rows in the order of their uid hashes: a random choice that needs no seed and no order on disk."""
-    return np.argsort(keys, kind="stable")
-
-
 def top_fraction(score: FloatArray, keep: int) -> BoolArray:
     """The `keep` rows of highest score (n,) -> (n,), ties by order."""
     chosen = np.zeros(len(score), bool)

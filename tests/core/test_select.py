@@ -114,11 +114,6 @@ def test_a_high_temperature_is_uniform() -> None:
     np.testing.assert_allclose(subset.weight, 1)
 
 
-def test_the_order_by_hash_is_stable() -> None:
-    keys = np.array([3, 1, 3, 0], np.uint64)
-    assert module.hash_order(keys).tolist() == [3, 1, 0, 2]
-
-
 @given(score=st.lists(st.integers(0, 4).map(float), min_size=1, max_size=30).map(np.array), data=st.data())
 def test_the_top_fraction_has_its_size_and_no_better_row_outside(
     score: np.ndarray, data: st.DataObject
