@@ -23,7 +23,7 @@ LABELS = {
     "everything": "Everything",
     "random": "Random",
     "clip_score": "CLIP score",
-    "student_clip_score": "Student CLIP score",
+    "student_clip_score": "Student CLIP",
     "neg_clip_loss": "negCLIPLoss",
 }
 DIRECTIONS = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
