@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class Target:
     """One promise with what was measured of it."""
 
+    part: str
     name: str
     target: str
     measured: float | None
@@ -43,16 +44,41 @@ class Benchmark:
     table: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     incomplete: list[str] = field(default_factory=list)
-    """Parts that ran out of time."""
+    """Parts that are not measured yet, or not wholly."""
+    part: str = ""
+    """What rows and targets belong to."""
+    commits: dict[str, str] = field(default_factory=dict)
+    """Of each part: the code that measured it."""
+
+    def go_on(self, parts: Sequence[str]) -> None:
+        """Take over what an earlier, equally thorough run wrote of all other parts."""
+        if not self.out.is_file():
+            return
+        found = json.loads(self.out.read_text(encoding="utf-8"))
+        if found["quick"] != self.quick or list(found["seeds"]) != list(self.seeds):
+            return
+        self.table = [row for row in found["table"] if row["part"] not in parts]
+        self.targets = [
+            Target(**{key: value for key, value in target.items() if key != "status"})
+            for target in found["targets"]
+            if target["part"] not in parts
+        ]
+        self.commits = {part: sha for part, sha in found["commits"].items() if part not in parts}
+        self.incomplete += [part for part in found["incomplete"] if part not in parts]
+
+    def begin(self, part: str) -> None:
+        self.part = part
+        self.commits[part] = commit()
 
     def target(self, **given: Any) -> None:
-        target = Target(**given)
+        target = Target(part=self.part, **given)
         self.targets.append(target)
         measured = "nothing" if target.measured is None else f"{target.measured:.4g}"
         interval = "" if target.interval is None else f" [{target.interval[0]:.4g}, {target.interval[1]:.4g}]"
         print(f"{target.status:8} {target.name}: {measured}{interval} (target: {target.target})", flush=True)
 
     def row(self, **cells: Any) -> None:
+        cells = {"part": self.part} | cells
         self.table.append(cells)
         print("  " + "  ".join(f"{key}={_short(value)}" for key, value in cells.items()), flush=True)
 
@@ -64,6 +90,7 @@ class Benchmark:
                 "quick": self.quick,
                 "incomplete": self.incomplete,
                 "commit": commit(),
+                "commits": self.commits,
                 "seeds": list(self.seeds),
                 "machine": machine(),
                 "seconds": round(time.monotonic() - self.started, 1),
@@ -77,8 +104,8 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def arguments(description: str, name: str) -> argparse.Namespace:
-    """--quick, --out, --cache."""
+def arguments(description: str, name: str, parts: tuple[str, ...] = ()) -> argparse.Namespace:
+    """--quick, --out, --cache, --minutes, and --parts of those that there are."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--quick", action="store_true", help="a small version in a few minutes; no table for the docs"
@@ -88,6 +115,10 @@ def arguments(description: str, name: str) -> argparse.Namespace:
         "--cache", type=Path, default=ROOT / ".cache", help="embeddings and results, by content"
     )
     parser.add_argument("--minutes", type=float, help="begin nothing new after this; run it again to go on")
+    if parts:
+        parser.add_argument(
+            "--parts", nargs="+", choices=parts, default=parts, help="measure these anew, keep the others"
+        )
     options = parser.parse_args()
     if options.minutes is not None:
         global deadline
@@ -115,21 +146,27 @@ def cached(cache: Path, key: Any, make: Callable[[], dict[str, Any]]) -> dict[st
     return result
 
 
-DECIDING = ("core", "models", "estimators", "data/pair_set.py", "data/dirt.py", "stages/curate.py")
+def _files(folder: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{folder}/{name}.py" for name in names)
+
+
 SCORING = (
-    *(f"models/{name}.py" for name in ("heads", "space", "training")),
-    "estimators",
-    *(f"core/{name}.py" for name in ("contrastive", "bank", "linalg", "batches", "kmeans", "quality")),
+    *_files("core", "contrastive", "bank", "linalg", "batches", "kmeans", "quality", "regression"),
+    *_files("models", "heads", "space", "training"),
+    *_files("estimators", "nystrom", "similarity"),
+    *_files("stages", "student", "cluster", "curvature", "attribute"),
+)
+DECIDING = (
+    *SCORING,
+    *_files("core", "strata", "select", "placebo", "metrics"),
+    *_files("data", "pair_set", "dirt"),
+    *_files("stages", "decide", "confirm", "train", "evaluate"),
 )
 
 
 def code_version(parts: Sequence[str] = DECIDING) -> str:
     """A digest of the code that results depend on, so that a cache never outlives it."""
-    files: list[Path] = []
-    for part in parts:
-        path = ROOT / "influencespace" / part
-        files += [path] if path.is_file() else sorted(path.rglob("*.py"))
-    return fingerprint([file.read_text(encoding="utf-8") for file in files])
+    return fingerprint([(ROOT / "influencespace" / part).read_text(encoding="utf-8") for part in parts])
 
 
 def real_data() -> Path | None:
@@ -139,8 +176,14 @@ def real_data() -> Path | None:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """The commit that is measured, marked where the package differs from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "influencespace", "benchmarks/*.py")
+    return (git("rev-parse", "HEAD") or "unknown") + ("-changed" if changed else "")
 
 
 def machine() -> dict[str, Any]:

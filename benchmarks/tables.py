@@ -1,4 +1,4 @@
-"""Writes the tables of the documents from the benchmarks' JSON; refuses figures of a quick run."""
+"""Writes the tables and pictures of the documents from the benchmarks' JSON; refuses figures of a quick run."""
 
 import json
 import re
@@ -6,9 +6,11 @@ import sys
 from typing import Any
 
 from common import ROOT
+from pictures import recall_picture
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
+PICTURE = ROOT / "docs" / "recall.svg"
 MARK = re.compile(r"(<!-- table: (?P<name>[\w-]+)(?: (?P<part>[\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -39,8 +41,11 @@ def part_table(result: dict[str, Any], part: str) -> str:
     ]
     if not lines:
         return f"(no rows of part {part})\n"
-    rows = [tuple(name.replace("_", " ") for name in lines[0])]
-    rows += [tuple(cell(value) for value in line.values()) for line in lines]
+    names = sorted(
+        lines[0], key=lambda name: not isinstance(lines[0][name], str)
+    )  # what a row is about first
+    rows = [tuple(name.replace("_", " ") for name in names)]
+    rows += [tuple(cell(line[name]) for name in names) for line in lines]
     return markdown(rows)
 
 
@@ -62,9 +67,13 @@ def render(match: re.Match[str]) -> str:
     result = read(match["name"])
     table = part_table(result, match["part"]) if match["part"] else targets_table(result)
     if result["incomplete"]:
-        table += f"\nNot all was measured yet: {', '.join(result['incomplete'])} ran out of time.\n"
+        table += f"\nNot all was measured yet: {', '.join(result['incomplete'])}.\n"
     cores = result["machine"]["cpus"]
-    origin = f"\nMeasured on {cores} CPU cores, seeds {result['seeds']}, commit {result['commit'][:10]}.\n"
+    commits = {part: sha[:10] for part, sha in result["commits"].items() if match["part"] in (None, part)}
+    measured = ", ".join(
+        f"{part} at commit {sha}" if part else f"commit {sha}" for part, sha in commits.items()
+    )
+    origin = f"\nMeasured on {cores} CPU cores, seeds {result['seeds']}; {measured}.\n"
     return match[1] + table + origin + match[4]
 
 
@@ -73,6 +82,8 @@ def main() -> None:
         text = document.read_text(encoding="utf-8")
         document.write_text(MARK.sub(render, text), encoding="utf-8")
         print(f"written: {document}")
+    recall_picture(read("quality"), PICTURE)
+    print(f"written: {PICTURE}")
 
 
 if __name__ == "__main__":

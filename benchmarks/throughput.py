@@ -75,6 +75,7 @@ def as_driver(pool: str, encoder: str, out: str) -> None:
 def main() -> None:
     options = arguments(__doc__ or "", "throughput")
     bench = Benchmark("throughput", options.quick, options.out, seeds=(0,))
+    bench.begin("embed")
     pairs, rounds = (1000, 1) if options.quick else (4000, 3)
     sizes = (500, 2000) if options.quick else (10_000, 100_000)
     with tempfile.TemporaryDirectory() as temporary:
@@ -90,7 +91,7 @@ def main() -> None:
                 out = folder / f"embedded-{turn}"
                 details = embed(list_shards(str(folder / "pool")), replace(config), out, runtime).details
                 ratios.append(details["pairs_per_second"] / bare)
-                bench.row(part="embed", turn=turn, bare_pairs_a_second=bare, **details)
+                bench.row(turn=turn, bare_pairs_a_second=bare, **details)
         bench.target(
             name="throughput of the embed stage, as a share of a bare loop (median)",
             target="at least 0.85",
@@ -98,8 +99,9 @@ def main() -> None:
             interval=(min(ratios), max(ratios)),
             reached=median(ratios) >= 0.85,
         )
+        bench.begin("driver")
         small, large = (driver_memory(size, folder, encoder) for size in sizes)
-        bench.row(part="driver", pairs=list(sizes), peak_mb=[small, large])
+        bench.row(pairs=list(sizes), peak_mb=[small, large])
         bench.target(
             name=f"peak memory of the driver, {sizes[1]:,} pairs against {sizes[0]:,} (ratio)",
             target="at most 1.1",

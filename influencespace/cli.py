@@ -2,12 +2,16 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+import yaml
 
 from influencespace.errors import InputError
+
+INTERRUPTED = 130  # exit code after Ctrl-C
 
 app = typer.Typer(
     add_completion=False,
@@ -35,15 +39,38 @@ Embeddings = Annotated[
 ]
 
 
-def overrides_of(settings: list[str], **flags: Any) -> dict[str, Any]:
-    """Dotted overrides of --set, then those of flags that were given (`data__pool` stands for data.pool)."""
-    overrides: dict[str, Any] = {}
-    for setting in settings:
+def named_values(given: list[str], flag: str) -> dict[str, str]:
+    """KEY=VALUE as often as it was given."""
+    found = {}
+    for setting in given:
         key, equals, value = setting.partition("=")
         if not (key and equals):
-            raise InputError(f"--set {setting}: give a name and a value, as in --set cluster.k=200")
-        overrides[key] = value
-    return overrides | {key.replace("__", "."): value for key, value in flags.items() if value is not None}
+            raise InputError(f"{flag} {setting}: give a name and a value, as in {flag} {EXAMPLES[flag]}")
+        found[key] = value
+    return found
+
+
+EXAMPLES = {"--set": "cluster.k=200", "--option": "role=own"}
+
+
+def overrides_of(
+    settings: list[str],
+    data: str | None,
+    target: str | None,
+    test: str | None,
+    encoder: str | None,
+    embeddings: str | None,
+) -> dict[str, Any]:
+    """Dotted overrides of --set, then those of the flags that were given."""
+    flags = {
+        "data.pool": data,
+        "data.target": target,
+        "data.test": test,
+        "data.embeddings": embeddings,
+        "embed.encoder": encoder,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    return named_values(settings, "--set") | given
 
 
 @app.command()
@@ -65,15 +92,9 @@ def run(
     from influencespace.report.table import print_summary
     from influencespace.stages.runtime import start_ray
 
-    flags = {
-        "data__pool": data,
-        "data__target": target,
-        "data__test": test,
-        "data__embeddings": embeddings,
-        "embed__encoder": encoder,
-    }
-    resolved = load_config(config, overrides_of(settings, **flags))
+    resolved = load_config(config, overrides_of(settings, data, target, test, encoder, embeddings))
     pipeline.check(resolved)
+    pipeline.open_folder(resolved, out)
     with start_ray(address) as runtime:
         print_summary(pipeline.run(resolved, out, runtime))
 
@@ -112,14 +133,7 @@ def plan(
     from influencespace.plan import print_plan
     from influencespace.stages.runtime import LocalRuntime, start_ray
 
-    flags = {
-        "data__pool": data,
-        "data__target": target,
-        "data__test": test,
-        "data__embeddings": embeddings,
-        "embed__encoder": encoder,
-    }
-    resolved = load_config(config, overrides_of(settings, **flags))
+    resolved = load_config(config, overrides_of(settings, data, target, test, encoder, embeddings))
     if limit is None and address is None and "RAY_ADDRESS" not in os.environ:
         print_plan(make_plan(resolved, None, LocalRuntime()))
         return
@@ -132,11 +146,12 @@ def sweep(
     config: Config = None,
     *,
     out: Out,
-    trials: Annotated[int, typer.Option(help="Settings to try.")] = 20,
+    trials: Annotated[int, typer.Option(min=1, help="Settings to try.")] = 20,
     data: Data = None,
     target: Target = None,
     test: Test = None,
     encoder: Encoder = None,
+    embeddings: Embeddings = None,
     settings: Settings = [],  # noqa: B006
     address: Address = None,
 ) -> None:
@@ -147,8 +162,7 @@ def sweep(
     from influencespace.sweep import SweepConfig
     from influencespace.sweep import sweep as search
 
-    flags = {"data__pool": data, "data__target": target, "data__test": test, "embed__encoder": encoder}
-    resolved = load_config(config, overrides_of(settings, **flags))
+    resolved = load_config(config, overrides_of(settings, data, target, test, encoder, embeddings))
     pipeline.check(resolved)
     with start_ray(address) as runtime:
         pipeline.run(resolved, out, runtime)
@@ -184,6 +198,64 @@ def export(
     print(f"{manifest.rows_out:,} pairs written to {out}")
 
 
+Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
+Options = Annotated[
+    list[str],
+    typer.Option("--option", metavar="KEY=VALUE", help="Of the estimator, e.g. --option role=own."),
+]
+
+
+def options_of(given: list[str]) -> dict[str, Any]:
+    """Options of an estimator, their values read as YAML."""
+    return {key: yaml.safe_load(value) for key, value in named_values(given, "--option").items()}
+
+
+@app.command()
+def score(
+    folder: Run,
+    estimator: Annotated[str, typer.Option(help="Name in the table of estimators.")] = "ecif",
+    option: Options = [],  # noqa: B006
+    address: Address = None,
+) -> None:
+    """Score every pair of a run's pool by an estimator: higher is more worth keeping."""
+    from influencespace.stages.runtime import start_ray
+    from influencespace.tasks import check_estimator, score_run
+
+    options = options_of(option)
+    check_estimator(folder, estimator, options)
+    with start_ray(address) as runtime:
+        path, manifest = score_run(folder, estimator, options, runtime)
+    print(f"{manifest.rows_out:,} pairs, {manifest.details['without_score']:,} without a score: {path}")
+
+
+@app.command()
+def detect(
+    folder: Run,
+    estimator: Annotated[
+        str, typer.Option(help="`pooled`, the run's own score, or a name in the table of estimators.")
+    ] = "pooled",
+    truth: Annotated[
+        Path | None, typer.Option(help="Parquet or CSV with the columns uid and wrong, to judge by.")
+    ] = None,
+    option: Options = [],  # noqa: B006
+    address: Address = None,
+) -> None:
+    """Rank the pairs that look misaligned, with a page of the first ones; precision and recall where truth is given."""
+    from influencespace.stages.runtime import LocalRuntime, start_ray
+    from influencespace.tasks import POOLED, check_estimator, detect_run, read_truth
+
+    options = options_of(option)
+    check_estimator(folder, estimator, options)
+    known = None if truth is None else read_truth(truth)
+    with nullcontext(LocalRuntime()) if estimator == POOLED else start_ray(address) as runtime:
+        found = detect_run(folder, estimator, options, known, runtime)
+    for name, value in found.items():
+        if name != "paths":
+            print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    for name, path in found["paths"].items():
+        print(f"{name}: {path}")
+
+
 def main() -> None:
     """The console script: what the user has to change is one line and exit code 2, never a traceback."""
     os.environ.setdefault(
@@ -194,9 +266,10 @@ def main() -> None:
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer's answer to Ctrl-C, without a word
+            print("interrupted; the same command continues", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

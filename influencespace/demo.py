@@ -9,12 +9,12 @@ from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.stages.fit_encoder import FitEncoder
 from influencespace.stages.runtime import Runtime, run_once
 
-# a student for 4,000 pairs on two cores; everything else is the default
+# a student for 6,000 pairs on two cores; everything else is the default
 SMALL_STUDENT = {"student.train.batch_size": 256, "student.train.dimension": 128}
 
 
 def run_demo(
-    out: Path, runtime: Runtime, *, seed: int = 0, pairs: int = 4000, steps: int = 300
+    out: Path, runtime: Runtime, *, seed: int = 0, pairs: int = 6000, steps: int = 300
 ) -> dict[str, Any]:
     """Write the world and its encoder below `out`, curate it there, and return the summary."""
     out = out.absolute()
@@ -24,7 +24,8 @@ def run_demo(
         "boilerplate": 0.0,
         "irrelevant": 0.0,
     }  # the demo shows one dirt: wrong captions
-    size = {"pretrain": pairs, "pool": pairs, "target": max(100, pairs // 4), "test": max(100, pairs // 4)}
+    # The encoder has seen far less of this world than the pool holds, as one from the web has of anybody's own domain.
+    size = {"pool": pairs} | {role: max(100, pairs // 6) for role in ("pretrain", "target", "test")}
     write_world(world, WorldConfig(seed=seed, wrong_captions=0.25, **size, **dirt))
     encoder = out / "encoder"
     run_once(runtime, FitEncoder(shards=str(world / "pretrain"), out=encoder, steps=steps, seed=seed))

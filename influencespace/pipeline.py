@@ -1,7 +1,7 @@
 """The ordered stages of a run; what is finished is skipped, so the same command continues a killed run."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from influencespace.models.encoders import embedding_dimension
 from influencespace.report.page import write_report
 from influencespace.stages.attribute import attribute
 from influencespace.stages.cluster import cluster
-from influencespace.stages.curate import KeptRows, curate
+from influencespace.stages.curate import Earlier, KeptRows, curate
 from influencespace.stages.curvature import curvature
 from influencespace.stages.embed import embed
 from influencespace.stages.evaluate import evaluate
@@ -27,6 +27,7 @@ from influencespace.stages.student import students
 from influencespace.stages.train import train
 
 ROLES = ("pool", "target", "test")
+RESULTS = ("curated.parquet", "summary.json", "report.html")
 
 
 def run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
@@ -36,8 +37,7 @@ def run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
     """
     out = out.expanduser().absolute()
     check(config)
-    out.mkdir(parents=True, exist_ok=True)
-    save_config(config, out / "config.yaml")
+    open_folder(config, out)
     embedded = embed_roles(config, out, runtime)
     roles_folder = out / "split"
     roles = split(
@@ -57,11 +57,32 @@ def run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
     return summary
 
 
+def open_folder(config: RunConfig, out: Path) -> None:
+    """Make the run folder and write its config; results of another config are removed, lest they pass for this one's.
+
+    Raises InputError where the folder cannot be written.
+    """
+    path = out / "config.yaml"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        before = path.read_bytes() if path.exists() else None
+        save_config(config, path)
+        if before != path.read_bytes():
+            for name in RESULTS:
+                (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {out} cannot be written ({error.strerror}): it must be a folder, or a path where one can be made"
+        ) from None
+
+
 def check(config: RunConfig) -> None:
     """Refuse what cannot run before anything is read."""
     if not config.data.pool and config.data.embeddings is None:
         raise InputError("no data was given: use --data 'shards/*.tar', or data.pool in the config file")
-    needs_encoder = config.data.embeddings is None or config.data.target or config.data.test
+    needs_encoder = (
+        config.data.embeddings is None or config.data.target or config.data.test or config.evaluate.classes
+    )
     if needs_encoder and not config.embed.encoder:
         raise InputError(
             "no encoder was given: use --encoder with a folder or hub id, or embed.encoder in the config"
@@ -111,25 +132,42 @@ class Round:
 def _rounds(
     config: RunConfig, out: Path, sets: dict[str, PairSet], roles: Manifest, runtime: Runtime
 ) -> Iterator[Round]:
-    pool = sets["pool"]
+    everything = sets["pool"]
+    pool, earlier = everything, None
     inputs = {"split": roles.fingerprint}
     best = float("inf")
+    given, given_rows = config, roles.details["rows"]["pool"]
     for number in range(config.iterate):
         folder = out if number == 0 else out / f"round-{number}"
-        this = run_round(config, folder, {**sets, "pool": pool}, inputs, runtime)
+        this = run_round(config, folder, {**sets, "pool": pool}, inputs, runtime, earlier)
         yield this
         if this.target_loss >= best:
             return
         best = this.target_loss
         if number + 1 < config.iterate:
-            kept = folder / "curate" / "kept.npy"
-            run_once(runtime, KeptRows(pool, folder / "curate" / "curated.parquet", kept))
-            pool = PairSet(pool.folder, kept)
+            curated, kept = folder / "curate" / "curated.parquet", folder / "curate" / "kept.npy"
+            left = run_once(runtime, KeptRows(everything, curated, kept))
+            config = _of_what_is_left(given, left / given_rows)
+            pool = PairSet(everything.folder, kept)
+            earlier = Earlier(pool=everything, quality=out / "student" / "quality.parquet", curated=curated)
             inputs = {"split": roles.fingerprint, "curate": this.stages["curate"].fingerprint}
 
 
+def _of_what_is_left(config: RunConfig, share: float) -> RunConfig:
+    """The config of a later round: a target size is of the whole pool, of which this share is left."""
+    size = config.curate.target_size
+    if size is None:
+        return config
+    return replace(config, curate=replace(config.curate, target_size=min(1.0, size / share)))
+
+
 def run_round(
-    config: RunConfig, folder: Path, sets: dict[str, PairSet], inputs: dict[str, str], runtime: Runtime
+    config: RunConfig,
+    folder: Path,
+    sets: dict[str, PairSet],
+    inputs: dict[str, str],
+    runtime: Runtime,
+    earlier: Earlier | None = None,
 ) -> Round:
     """The stages after the split, on one pool."""
     pool, target, test = (sets[role] for role in ROLES)
@@ -165,19 +203,23 @@ def run_round(
         at["attribute"],
         runtime,
     )
+    steps = done["student"].details["steps"]
     done["curate"] = curate(
         pool,
+        target,
         at["attribute"],
         at["student"],
         given("student", "attribute"),
         config.curate,
+        config.student,
+        steps,
         config.seed,
         at["curate"],
         runtime,
+        earlier,
     )
-    steps = done["student"].details["steps"]
     done["train"] = train(
-        pool,
+        earlier.pool if earlier else pool,
         at["curate"] / "weights.parquet",
         config.student.train,
         steps,
@@ -227,6 +269,7 @@ def summarise(
         "target_loss": evaluated["target_loss"],
         "kept_fraction": curated["kept_fraction"],
         "reasons": curated["reasons"],
+        "weights": {key: curated[key] for key in ("weights", "tau_high", "trials")},
         "rows": roles.details["rows"],
         "rejected": {role: manifest.rejected for role, manifest in embedded.items()},
         "rejected_reasons": reasons,
@@ -240,5 +283,5 @@ def summarise(
         "versions": installed_versions(),
         "seeds": list(config.train.seeds),
         "notes": [*roles.details["notes"], *curated["warnings"]],
-        "paths": {name: str(out / name) for name in ("curated.parquet", "summary.json", "report.html")},
+        "paths": {name: str(out / name) for name in RESULTS},
     }

@@ -46,7 +46,7 @@ from influencespace.data.artifacts import (
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import InputError
 from influencespace.models.heads import Heads
-from influencespace.stages.curate import Scores, decide
+from influencespace.stages.decide import Scores, decide
 from influencespace.stages.finish import finish_stage
 from influencespace.stages.runtime import TaskError, start_ray
 from influencespace.stages.split import pair_sets
@@ -125,7 +125,7 @@ class Retraining:
     def __call__(self, settings: Settings) -> dict[str, float]:
         try:
             subset = decide(self.scores, replace(self.select, **settings))
-        except ValueError:  # nothing is kept
+        except InputError:  # nothing is kept
             return {LOSS: math.inf, MEAN_RECALL: 0.0, "kept_fraction": 0.0}
         runs = [self._measure(subset.weight, seed) for seed in self.seeds]
         means = {name: float(np.mean([run[name] for run in runs])) for name in (LOSS, MEAN_RECALL)}
@@ -159,12 +159,13 @@ def sweep(run: Path, config: SweepConfig, out: Path) -> Best:
     run_config = load_config(run / "config.yaml", {})
     objective = retraining(run, run_config, config.student_seeds)
     inputs = {name: _finished(run, name).fingerprint for name in ("student", "attribute")}
-    own = own_settings(run_config.curate)
+    select = confirmed_settings(run, run_config.curate)
+    own = own_settings(select)
     mark = fingerprint(
         {
             "stage": "sweep",
             "config": {**asdict(config), "max_concurrent": None},
-            "own": run_config.curate,
+            "own": select,
             "inputs": inputs,
         }
     )
@@ -216,6 +217,16 @@ def _finished(run: Path, stage: str) -> Manifest:
 def _absolute(pairs: PairSet) -> PairSet:
     rows_file = pairs.rows_file and pairs.rows_file.absolute()
     return PairSet(pairs.folder.absolute(), rows_file)
+
+
+def confirmed_settings(run: Path, select: SelectConfig) -> SelectConfig:
+    """The weights that the run's retraining confirmed in place of a choice that is still open."""
+    manifest = read_manifest(run / "curate")
+    if select.weights != "confirmed":
+        return select
+    if manifest is None:
+        return replace(select, weights="uniform")
+    return replace(select, weights=manifest.details["weights"], tau_high=manifest.details["tau_high"])
 
 
 def own_settings(select: SelectConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from influencespace import pipeline
-from influencespace.cli import overrides_of
+from influencespace.cli import named_values
 from influencespace.config import load_config
 from influencespace.errors import InputError
 from influencespace.report.table import print_summary
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         out = absolute(options.out)
-        config = load_config(options.config, overrides_of(options.set))
+        config = load_config(options.config, named_values(options.set, "--set"))
         pipeline.check(config)
         with start_ray() as runtime:
             print_summary(pipeline.run(config, out, runtime))

@@ -42,7 +42,7 @@ class TestRoundTrip:
         pool=st.one_of(st.text(min_size=1), st.lists(st.text(min_size=1), min_size=1).map(tuple)),
         k=st.one_of(st.just("auto"), st.integers(1, 10**6)),
         tau=st.floats(-1e6, 1e6),
-        seeds=st.lists(st.integers(0, 2**31), min_size=1, max_size=4).map(tuple),
+        seeds=st.lists(st.integers(0, 2**31), min_size=1, max_size=4, unique=True).map(tuple),
         seed=st.integers(0, 2**63),
     )
     def test_any_settings_are_saved_and_loaded(

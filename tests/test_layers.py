@@ -27,8 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {*STAGES, "config", "report"},
     "sweep": {*STAGES, "config", "report", "pipeline"},
     "plan": {*STAGES, "config", "report", "pipeline"},
+    "tasks": {*STAGES, "config", "report", "pipeline"},
     "demo": {*STAGES, "config", "report", "pipeline"},
-    "cli": {*STAGES, "config", "report", "pipeline", "sweep", "plan", "demo"},
+    "cli": {*STAGES, "config", "report", "pipeline", "sweep", "plan", "demo", "tasks"},
     "__main__": {"cli"},
 }
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))

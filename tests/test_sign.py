@@ -17,8 +17,8 @@ from influencespace.estimators.nystrom import CurvatureConfig
 from influencespace.models.training import StudentConfig
 from influencespace.stages.attribute import AttributeConfig, attribute
 from influencespace.stages.cluster import ClusterConfig, cluster
-from influencespace.stages.curate import Scores, decide
 from influencespace.stages.curvature import TargetConfig, curvature
+from influencespace.stages.decide import Scores, decide
 from influencespace.stages.runtime import LocalRuntime
 from influencespace.stages.student import StudentsConfig, students, train_subset
 

@@ -30,7 +30,7 @@ from influencespace.models.tiny_clip import train_tiny_clip
 from influencespace.stages.runtime import LocalRuntime, TaskError, start_ray
 from influencespace.sweep import SweepConfig, best_of, own_settings, retraining, search, search_space, sweep
 
-OWN = own_settings(SelectConfig())
+OWN = own_settings(SelectConfig(weights="uniform"))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ All results are derivatives of the batch loss along the directions, so with v = 
 a predicted fall of the target loss: higher is more worth keeping.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -108,3 +109,91 @@ def bank_influence(pairs: Tangents, context: Context, form: str = "exact") -> tu
     )
     negative = context.own_factor * (negative_text + negative_image) / 2
     return own, negative
+
+
+def anchor_logits(u: Tensor, t: Tensor, scale: float, batch_size: int) -> Tensor:
+    """Logits of a context with its others weighted to a real batch's number of negatives: u, t (M, d) -> (M, M).
+
+    Raises ValueError below two pairs.
+    """
+    size = u.shape[0]
+    if size < 2:
+        raise ValueError(f"a context has {size} pair(s); it needs two or more, or the loss has no negatives")
+    S = scale * u @ t.T
+    factor = (batch_size - 2) / (size - 1)
+    log_factor = math.log(factor) if factor > 0 else -math.inf
+    others = torch.eye(size, dtype=S.dtype, device=S.device) == 0
+    return torch.where(others, S + log_factor, S)
+
+
+def anchor_normalisers(u: Tensor, t: Tensor, scale: float, batch_size: int) -> tuple[Tensor, Tensor]:
+    """log Z of each image over the texts of its context, and of each text over the images: u, t (M, d) -> two (M,).
+
+    Those of `make_context`, as a function that can be differentiated.
+    """
+    S = anchor_logits(u, t, scale, batch_size)
+    return S.logsumexp(1), S.logsumexp(0)
+
+
+def pair_logits(
+    u: Tensor, t: Tensor, context_u: Tensor, context_t: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All that a pair's loss sees of it: u, t (n, d), context (M, d) -> S_zz (n,), S_zk (n, M), S_kz (n, M)."""
+    return scale * (u * t).sum(-1), scale * u @ context_t.T, scale * t @ context_u.T
+
+
+def own_loss_of_logits(own: Tensor, S_image: Tensor, S_text: Tensor, factor: float) -> Tensor:
+    """Loss of each pair as an anchor among a context, from its `pair_logits`: (n,), (n, M), (n, M) -> (n,).
+
+    factor is r = (B-1)/M, the negatives of a real batch that one pair of the context stands for.
+    """
+    images = torch.logaddexp(own, S_image.logsumexp(1) + math.log(factor))
+    texts = torch.logaddexp(own, S_text.logsumexp(1) + math.log(factor))
+    return (images + texts) / 2 - own
+
+
+def negative_loss_of_logits(
+    S_image: Tensor, S_text: Tensor, normalisers: tuple[Tensor, Tensor], factor: float
+) -> Tensor:
+    """What each pair adds to the losses of a context's anchors, from its logits (n, M) and theirs, two (M,): -> (n,).
+
+    The sum over anchors of log(Z_k + e^S_kz) - log Z_k, both ways, halved as the loss is.
+    """
+    log_Z, log_Z_text = normalisers
+    softplus = torch.nn.functional.softplus
+    return factor * (softplus(S_text - log_Z) + softplus(S_image - log_Z_text)).sum(1) / 2
+
+
+def own_loss(
+    u: Tensor, t: Tensor, context_u: Tensor, context_t: Tensor, scale: float, batch_size: int
+) -> Tensor:
+    """`own_loss_of_logits` from embeddings: u, t (n, d), context (M, d) -> (n,)."""
+    factor = (batch_size - 1) / context_u.shape[0]
+    return own_loss_of_logits(*pair_logits(u, t, context_u, context_t, scale), factor)
+
+
+def negative_loss(
+    u: Tensor,
+    t: Tensor,
+    context_u: Tensor,
+    context_t: Tensor,
+    normalisers: tuple[Tensor, Tensor],
+    scale: float,
+    batch_size: int,
+) -> Tensor:
+    """`negative_loss_of_logits` from embeddings: u, t (n, d), context (M, d), its normalisers, two (M,) -> (n,)."""
+    _, S_image, S_text = pair_logits(u, t, context_u, context_t, scale)
+    return negative_loss_of_logits(S_image, S_text, normalisers, (batch_size - 1) / context_u.shape[0])
+
+
+def bank_loss(
+    u: Tensor, t: Tensor, context_u: Tensor, context_t: Tensor, scale: float, batch_size: int
+) -> Tensor:
+    """F_z = B l(C + z) - (B - 1) l(C): what a pair adds to a batch's summed loss. u, t (n, d), context (M, d) -> (n,).
+
+    Its derivative along a direction is own + negative of `bank_influence` (`exact`), and its gradient the per-sample
+    gradient of every estimator that needs one. A smaller context stands for B - 1 pairs as in `make_context`.
+    """
+    normalisers = anchor_normalisers(context_u, context_t, scale, batch_size)
+    own = own_loss(u, t, context_u, context_t, scale, batch_size)
+    return own + negative_loss(u, t, context_u, context_t, normalisers, scale, batch_size)

@@ -52,19 +52,26 @@ def training_batches(
 ) -> Iterator[IntArray]:
     """`steps` batches of `size` pairs for a weighted set: epoch after epoch, distinct images in a batch.
 
-    Batches smaller than `size` (the end of an epoch) are skipped unless the set has fewer images than that.
+    Batches smaller than `size` (the end of an epoch) are skipped. Where an epoch has fewer distinct images than `size`
+    in expectation, batches are as large as that: with all images in every batch, weights would mean nothing.
     Raises ValueError when fewer than two images have weight.
     """
     available = len(np.unique(images[weights > 0]))
     if available < 2:
         raise ValueError(f"{available} image(s) have weight; a contrastive batch needs two or more")
-    size = min(size, available)
+    _, image = np.unique(images, return_inverse=True)
+    expected = np.minimum(np.bincount(image, weights=weights), 1).sum()
+    size = min(size, max(2, int(expected)))
     generator = np.random.default_rng(seed)
     done = 0
+    waiting = np.empty(0, np.int64)  # epochs that by chance had too few images for a batch
     while done < steps:
-        for batch in one_pair_an_image(weighted_order(weights, generator), images, size):
+        order = np.concatenate([waiting, weighted_order(weights, generator)])
+        waiting = order
+        for batch in one_pair_an_image(order, images, size):
             if len(batch) < size:
                 continue
+            waiting = np.empty(0, np.int64)
             yield batch
             done += 1
             if done == steps:

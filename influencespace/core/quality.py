@@ -3,6 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from influencespace.core.regression import standardised
+
 FloatArray = NDArray[np.float64]
 
 
@@ -12,10 +14,4 @@ def quality_axis(seen: FloatArray, held_out: FloatArray) -> FloatArray:
     Either alone has a blind spot: the first has learned some of the wrong pairs, the second lacks the other captions of
     the pair's image. (n,), (n,) -> (n,), mean 0.
     """
-    return (_standardised(seen) + _standardised(held_out)) / 2
-
-
-def _standardised(values: FloatArray) -> FloatArray:
-    spread = values.std()
-    result: FloatArray = (values - values.mean()) / (spread if spread > 0 else 1.0)
-    return result
+    return (standardised(seen) + standardised(held_out)) / 2

@@ -20,19 +20,28 @@ KEPT, HARMFUL, OVER_SIZE, REDUNDANT = "kept", "harmful", "over target size", "re
 class SelectConfig:
     """How scores become a subset. Scores are in units of target loss: higher is more worth keeping."""
 
-    tau_low: float = 0.0
+    tau_low: float = Field(0.0, allow_inf_nan=False)
     """Prune pooled influence below this, as a multiple of the standard deviation of single influences."""
+    margin: float = Field(0.5, ge=0)
+    """Standard errors by which pooled influence must be below `tau_low`: without any, pools with few wrong pairs lose too many
+    right ones (docs/benchmarks.md)."""
     cautious: bool = False
     """Prune only where the upper 95 % bound of the pooled influence is below `tau_low`."""
     target_size: float | None = Field(None, gt=0, le=1)
     """At most this fraction of the pool is kept; what helps least by quality goes first."""
-    weights: Literal["uniform", "influence"] = "uniform"
-    """`influence`: entropy-regularised weights of mean 1. Uniform is the default: order among helpful strata is not
-    confirmed by retraining."""
+    weights: Literal["confirmed", "uniform", "influence"] = "confirmed"
+    """`influence`: entropy-regularised weights of mean 1. `confirmed`: such weights where real retraining confirms them
+    on the choosing half of the target, with the temperature it likes best, else uniform: influence alone can order
+    helpful pairs wrongly."""
     tau_high: float = Field(1.0, gt=0)
-    """Temperature of `influence` weights in standard deviations: larger is nearer to uniform."""
+    """Temperature of `influence` weights in standard deviations: larger is nearer to uniform. `confirmed` finds its own."""
     max_weight: float = Field(5.0, ge=1)
     """Cap of a weight."""
+
+    @property
+    def standard_errors(self) -> float:
+        """How many must be added to a score that is still below the threshold."""
+        return 1.96 if self.cautious else self.margin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +54,21 @@ class Subset:
 
 
 def select(
-    score: FloatArray, se: FloatArray, unit: float, quality: FloatArray, config: SelectConfig
+    score: FloatArray,
+    se: FloatArray,
+    unit: float,
+    quality: FloatArray,
+    predicted: FloatArray,
+    config: SelectConfig,
 ) -> Subset:
     """Decide on every pair from its pooled influence and standard error (n,), and its quality (n,).
 
     `unit` is the standard deviation of single influences, in which thresholds are given. A target size is met from
-    below by quality only after the harmful are gone, because influence cannot order helpful strata.
-    Raises InputError when nothing would be kept.
+    below by quality only after the harmful are gone, because influence cannot order helpful strata. `predicted` (n,) is
+    the influence that `influence` weights follow; `confirmed` weights are uniform here, since it takes retraining to
+    confirm any. Raises InputError when nothing would be kept.
     """
-    bound = score + 1.96 * se if config.cautious else score
+    bound = score + config.standard_errors * se
     harmful = bound < config.tau_low * unit
     reason = np.where(harmful, HARMFUL, KEPT).astype("U20")
     kept = ~harmful
@@ -71,7 +86,7 @@ def select(
         )
     weight = np.zeros(len(score))
     weight[kept] = (
-        capped_weights(score[kept] / (unit * config.tau_high), config.max_weight)
+        capped_weights(predicted[kept] / (unit * config.tau_high), config.max_weight)
         if config.weights == "influence"
         else 1.0
     )

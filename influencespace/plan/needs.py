@@ -12,6 +12,7 @@ from influencespace.config import RunConfig
 from influencespace.data.consolidate import BLOCK_BYTES, BLOCK_PAIRS
 from influencespace.plan.survey import Sizes
 from influencespace.report.pictures import SHOWN
+from influencespace.stages.confirm import SEEDS, candidates
 from influencespace.stages.embed import share, worker_bytes
 from influencespace.stages.importing import PART_PAIRS
 from influencespace.stages.runtime import AHEAD, Runtime
@@ -32,6 +33,7 @@ PROBE_BYTES = 20
 ROW_BYTES = 40
 # Reading and fusing a pair costs about as much as comparing it with this many centroids.
 FUSION_CENTROIDS = 32
+DECISION_WORK = 10_000  # of one pair in the decision, in multiplications
 PAGE_BYTES = 75_000  # report.html without its pictures
 THUMBNAIL_BYTES = 8_000  # as base64
 
@@ -152,6 +154,11 @@ class Needs:
         return 8 * self.D
 
     @property
+    def _step_work(self) -> int:
+        """Multiplications of one training step: heads forward and backward, and the logits."""
+        return self.B * (6 * self.D * self.d + 3 * self.B * self.d)
+
+    @property
     def runs(self) -> int:
         return len(self.config.train.seeds) * len(self.config.train.methods)
 
@@ -189,7 +196,6 @@ class Needs:
     def student(self) -> Need:
         given, (C, M) = self.config.student, self.bank
         forward = 2 * self.D * self.d
-        step = self.B * (3 * forward + 3 * self.B * self.d)
         quality = self.n * 2 * (forward + 2 * C * M * self.d)
         turns = -(-given.folds // min(given.folds, self.runtime.cores))
         path = self.choices.tried + self.choices.steps * turns
@@ -200,7 +206,7 @@ class Needs:
             written=self.students * (8 * self.p + 8 * C * M) + 32 * self.n,
             worker=self._training + self._block(given.block_size, self.pair_bytes + 8 * self.d + 12 * M),
             workers=workers,
-            work=path * step + quality / workers,
+            work=path * self._step_work + quality / workers,
             tasks=self._blocks(given.block_size),
         )
 
@@ -278,19 +284,26 @@ class Needs:
 
     def curate(self) -> Need:
         strata = self.choices.levels[-1] * self.config.attribute.quantiles
+        choices = candidates(self.config.curate)
+        trials = len(choices) * len(SEEDS) if len(choices) > 1 else 0
+        workers = max(1, min(self.runtime.cores, trials))
         return self._need(
-            "curate", read=40 * self.n, written=self._curated + 2 * self.n + 128 * strata, work=self.n
+            "curate",
+            read=40 * self.n + trials * (40 + self.pair_bytes) * self.n,
+            written=self._curated + 2 * self.n + 128 * strata,
+            worker=self._training if trials else 0,
+            workers=workers,
+            work=DECISION_WORK * self.n + trials * self.choices.steps * self._step_work / workers,
         )
 
     def train(self) -> Need:
-        steps = self.runs * self.choices.steps * self.B
         return self._need(
             "train",
             read=self.n * self.pair_bytes,
             written=4 * self.p * self.runs,
             worker=self._training,
             workers=self.config.train.workers,
-            work=steps * (6 * self.D * self.d + 3 * self.B * self.d),
+            work=self.runs * self.choices.steps * self._step_work,
         )
 
     def evaluate(self) -> Need:

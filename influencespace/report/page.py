@@ -31,7 +31,7 @@ EXAMPLES_SHOWN = 3
 MAX_CONFIG = 50_000  # characters
 
 EXPLANATIONS = {
-    "harmful": "the pooled influence of its stratum is below the threshold: training on it raises the target loss",
+    "harmful": "the pooled influence of its stratum is below the threshold, surely enough: training on it raises the target loss",
     "over target size": "nothing is wrong with it, but a target size was asked for and others come first",
     "duplicate": "a copy, or nearly one, of a pair that is kept",
     "redundant": "others that are kept say the same",
@@ -65,16 +65,17 @@ def write_report(run: Path | str) -> Path:
     """
     run = Path(run)
     path = run / REPORT
-    html = _template().render(_content(run))
+    html = environment().get_template("report.html.j2").render(_content(run))
     with atomic_path(path) as aside:
         aside.write_text(html, encoding="utf-8")
     return path
 
 
 @cache
-def _template() -> Any:
+def environment() -> Environment:
+    """The templates of the pages."""
     # Captions come from the open web: everything is escaped unless it is Markup made by ourselves.
-    environment = Environment(
+    templates = Environment(
         loader=PackageLoader("influencespace.report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -82,8 +83,8 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     for show in (table.count, table.percent, table.seconds, table.number, table.signed, table.interval):
-        environment.filters[show.__name__] = show
-    return environment.get_template("report.html.j2")
+        templates.filters[show.__name__] = show
+    return templates
 
 
 def _content(run: Path) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def _content(run: Path) -> dict[str, Any]:
     rows = table.method_rows(summary)
     try:
         decisions = _decisions(curated)
-        pairs = examples(run, threshold)
+        pairs = examples(run, threshold, float(details.get("margin") or 0.0))
     except (pa.ArrowInvalid, KeyError) as error:
         raise InputError(f"{curated} is damaged ({error}): remove it and run again") from None
     return {
@@ -170,7 +171,7 @@ def _strata(path: Path, threshold: float) -> dict[str, Any] | None:
 def _groups(pairs: Mapping[str, list[Example]]) -> list[dict[str, Any]]:
     titles = {
         "best": ("Best", "Kept pairs of the highest score."),
-        "borderline": ("Borderline", "Pairs whose score is nearest to the threshold: a coin toss."),
+        "borderline": ("Borderline", "Pairs nearest to the decision: a coin toss."),
         "worst": ("Worst", "Pairs of the lowest score."),
     }
     return [

@@ -43,14 +43,15 @@ class Example:
     reason: str
 
 
-def examples(run: Path, threshold: float = 0.0) -> dict[str, list[Example]]:
-    """The `best` kept pairs, those of scores nearest to `threshold` (`borderline`), and the `worst`.
+def examples(run: Path, threshold: float = 0.0, margin: float = 0.0) -> dict[str, list[Example]]:
+    """The `best` kept pairs, those nearest to the decision (`borderline`), and the `worst`.
 
-    Both files are read in batches; only candidates are held. Pairs without a score are left out.
+    The decision keeps what is above `threshold` when `margin` standard errors are added. Both files are read in
+    batches; only candidates are held. Pairs without a score are left out.
     """
-    chosen = _choose(run / "curated.parquet", threshold)
+    chosen = _choose(run / "curated.parquet", threshold, margin)
     uids = {row["uid"] for rows in chosen.values() for row in rows}
-    pairs = _find(run / "embed" / "pool" / "pairs.parquet", uids)
+    pairs = find_pairs(run / "embed" / "pool" / "pairs.parquet", uids)
     return {name: list(_shown(rows, pairs)) for name, rows in chosen.items()}
 
 
@@ -61,6 +62,11 @@ def thumbnail(data: bytes) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def shortened(caption: str) -> str:
+    """A caption that fits below a picture."""
+    return caption if len(caption) <= MAX_CAPTION else f"{caption[:MAX_CAPTION]} …"
 
 
 @dataclass
@@ -80,14 +86,15 @@ class _Smallest:
         self.rows, self.ranks = [rows[i] for i in order], ranks[order]
 
 
-def _choose(curated: Path, threshold: float) -> dict[str, list[dict[str, Any]]]:
+def _choose(curated: Path, threshold: float, margin: float) -> dict[str, list[dict[str, Any]]]:
     groups = {name: _Smallest() for name in ("best", "borderline", "worst")}
     for batch in pq.ParquetFile(curated).iter_batches(BATCH_ROWS, columns=list(DECISION)):
         score = pc.fill_null(batch.column("score").cast(pa.float64()), float("nan")).to_numpy()
+        error = pc.fill_null(batch.column("score_se").cast(pa.float64()), 0.0).to_numpy()
         kept = batch.column("kept").to_numpy(zero_copy_only=False)
         ranks = {
             "best": np.where(kept, -score, np.inf),
-            "borderline": np.abs(score - threshold),
+            "borderline": np.abs(score + margin * np.nan_to_num(error) - threshold),
             "worst": score,
         }
         for name, group in groups.items():
@@ -95,7 +102,7 @@ def _choose(curated: Path, threshold: float) -> dict[str, list[dict[str, Any]]]:
     return {name: group.rows for name, group in groups.items()}
 
 
-def _find(pairs: Path, uids: set[str]) -> Mapping[str, dict[str, Any]]:
+def find_pairs(pairs: Path, uids: set[str]) -> Mapping[str, dict[str, Any]]:
     """Caption and place of the picture of each uid."""
     if not pairs.is_file():
         return {}
@@ -116,11 +123,10 @@ def _shown(rows: list[dict[str, Any]], pairs: Mapping[str, dict[str, Any]]) -> I
         if pair is None or pair["image"] in seen:
             continue
         seen.add(pair["image"])
-        caption = pair["caption"]
         yield Example(
             uid=row["uid"],
-            caption=caption if len(caption) <= MAX_CAPTION else f"{caption[:MAX_CAPTION]} …",
-            picture=_picture(pair),
+            caption=shortened(pair["caption"]),
+            picture=picture(pair),
             kept=row["kept"],
             weight=row["weight"],
             score=row["score"],
@@ -132,7 +138,8 @@ def _shown(rows: list[dict[str, Any]], pairs: Mapping[str, dict[str, Any]]) -> I
             return
 
 
-def _picture(pair: dict[str, Any]) -> str | None:
+def picture(pair: Mapping[str, Any]) -> str | None:
+    """A row of pairs.parquet as a small picture in a data URI; None where it cannot be read any more."""
     if not pair["image_path"]:  # embeddings that were imported without pictures
         return None
     ref = ImageRef(

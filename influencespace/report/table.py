@@ -155,7 +155,28 @@ def findings(summary: Summary) -> list[str]:
     ]
     if said:
         sentences.append(f"Among the other methods it is {'; '.join(said)}.")
-    return sentences
+    return sentences + weights_told(summary)
+
+
+def weights_told(summary: Summary) -> list[str]:
+    """Which weights the kept pairs have and what retraining said of them, in a sentence, where there was a choice."""
+    chosen = summary.get("weights") or {}
+    trials = chosen.get("trials")
+    if not trials:
+        return []
+    losses = {(trial["weights"], trial["tau_high"]): trial["target_loss"] for trial in trials}
+    uniform, *weighted = losses.values()
+    if chosen["weights"] == "uniform":
+        best = number(min(weighted), 3)
+        return [
+            "The kept pairs have equal weights: no weights by influence were surely better when retrained "
+            f"(target loss {number(uniform, 3)} with equal ones, {best} with the best others)."
+        ]
+    loss = number(losses[chosen["weights"], chosen["tau_high"]], 3)
+    return [
+        f"The kept pairs are weighted by influence, at a temperature of {chosen['tau_high']:g} standard deviations: "
+        f"retraining confirmed it (target loss {loss} instead of {number(uniform, 3)} with equal weights)."
+    ]
 
 
 def summary_table(summary: Summary, *, wide: bool = False) -> Table:

@@ -207,7 +207,14 @@ class DrawSamples:
         for name, rows in samples.items():
             with atomic_path(self.folder / f"{name}.npy") as aside, aside.open("wb") as file:
                 np.save(file, rows)
-        strata = {"quality": axis, "cluster": cluster, "quantile": quantile}
+        strata = {
+            "quality": axis,
+            "cluster": cluster,
+            "quantile": quantile,
+            "seen": quality["neg_clip_in"],
+            "held_out": quality["neg_clip_out"],
+            "given": self.pool.clip_score,
+        }
         write_columns(self.folder / "strata.parquet", strata)
         return {name: len(rows) for name, rows in samples.items()} | {
             "pairs": len(axis),

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,124 +10,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from influencespace.core.placebo import Placebo, placebo_check
-from influencespace.core.select import SelectConfig, Subset, select, top_fraction
-from influencespace.core.strata import (
-    Means,
-    Pooled,
-    interpolate,
-    means_by,
-    overruled,
-    pool,
-    spread_of_repeats,
-)
+from influencespace.core.select import SelectConfig, Subset, top_fraction
+from influencespace.core.strata import Means, means_by
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
 from influencespace.data.blocks import Columns, read_columns, write_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.similarity import random_score
+from influencespace.stages.confirm import confirm
+from influencespace.stages.decide import Scores, decide
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.runtime import Runtime, run_once
+from influencespace.stages.student import StudentsConfig
 
-FloatArray = NDArray[np.float64]
-# clip_score is the given encoder's, as most people filter; the last two are an early student's, the strongest simple filters
+# clip_score is the given encoder's, as most people filter; the last two are by the student of all pairs
 BASELINES = ("everything", "random", "clip_score", "student_clip_score", "neg_clip_loss")
 METHODS = ("curated", *BASELINES)
 UNSETTLED = 0.1  # |mean I_in| above this many standard deviations: the student is not at rest (algorithms, 6)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The attribute stage's results, opened where they are used."""
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """What a later round is told: the pairs that it does not see stay dropped, with their score and reason."""
 
-    folder: Path
-
-    @cached_property
-    def strata(self) -> Columns:
-        return read_columns(self.folder / "strata.parquet")
-
-    @cached_property
-    def influence(self) -> Columns:
-        return read_columns(self.folder / "influence.parquet")
-
-    @property
-    def clusters(self) -> int:
-        return int(self.strata["cluster"].max()) + 1
-
-    @property
-    def quantiles(self) -> int:
-        return int(self.strata["quantile"].max()) + 1
-
-    @cached_property
-    def unit(self) -> float:
-        """Standard deviation of single balanced influences: what thresholds are given in."""
-        return float(self.influence["influence"].std())
-
-    @cached_property
-    def pooled(self) -> Pooled:
-        rows = self.influence["pair"]
-        return pool(
-            self.influence["influence"],
-            self.strata["cluster"][rows],
-            self.strata["quantile"][rows],
-            self.clusters,
-            self.quantiles,
-        )
-
-    @cached_property
-    def common_variance(self) -> FloatArray:
-        """Squared standard error of each quantile's mean from the target (its folds) and the bank (its contexts): (Q,)."""
-        target = read_columns(self.folder / "target.parquet")
-        by_fold = self._means_of_repeats(target["pair"], target["by_target_fold"])
-        by_context = self._means_of_repeats(self.influence["pair"], self.influence["by_context"])
-        return spread_of_repeats(by_fold) + spread_of_repeats(by_context)
-
-    def _means_of_repeats(self, pairs: NDArray[np.int64], values: FloatArray) -> FloatArray:
-        """Quantile means for each repeat: values (n, R) -> (R, Q); a pair a context cannot judge is left out of it."""
-        quantile = self.strata["quantile"][pairs]
-        means = []
-        for column in values.T:
-            known = np.isfinite(column)
-            means.append(means_by(quantile[known], column[known], self.quantiles).mean)
-        return np.nan_to_num(np.stack(means))
-
-    @cached_property
-    def pair_scores(self) -> tuple[FloatArray, FloatArray]:
-        """Pooled influence and its standard error for every pair of the pool (n,), (n,)."""
-        quality, cluster, quantile = (self.strata[key] for key in ("quality", "cluster", "quantile"))
-        centres = means_by(quantile, quality, self.quantiles).mean
-        mean, se = overruled(self.pooled)
-        variance = se**2 + self.common_variance
-        score = interpolate(mean, centres, cluster, quality)
-        return score, np.sqrt(interpolate(variance, centres, cluster, quality))
-
-    @cached_property
-    def placebo(self) -> Placebo:
-        placebo = read_columns(self.folder / "placebo.parquet")["influence_out"]
-        # judged on a plain sample of the pool: the stratified one would count rare strata too often
-        held_out, rows = self.influence["influence_out"], self.influence["pair"]
-        weight = self._pairs_a_scored_pair()
-        draw = np.random.default_rng(0).choice(len(rows), len(rows), p=weight / weight.sum())
-        return placebo_check(held_out[draw], self.strata["quality"][rows][draw], placebo)
-
-    def _pairs_a_scored_pair(self) -> FloatArray:
-        leaf = self.strata["cluster"] * self.quantiles + self.strata["quantile"]
-        leaves = self.clusters * self.quantiles
-        everywhere = np.bincount(leaf, minlength=leaves)
-        scored_leaf = leaf[self.influence["pair"]]
-        return everywhere[scored_leaf] / np.bincount(scored_leaf, minlength=leaves)[scored_leaf]
-
-    @cached_property
-    def rest(self) -> float:
-        """Mean in-training influence in standard deviations: zero for a student at rest."""
-        values = self.influence["influence_in"]
-        weight = self._pairs_a_scored_pair()
-        return float((values * weight).sum() / weight.sum() / values.std())
-
-
-def decide(scores: Scores, config: SelectConfig) -> Subset:
-    """The subset that a configuration makes of cached scores: cheap, for sweeps."""
-    score, se = scores.pair_scores
-    return select(score, se, scores.unit, scores.strata["quality"], config)
+    pool: PairSet
+    """All pairs."""
+    quality: Path
+    """Of all pairs, by the students of the first round."""
+    curated: Path
+    """The decisions until now, on all pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,16 +50,38 @@ class Curate:
     config: SelectConfig
     folder: Path
     seed: int
+    decided: Path | None = None
+    """The decisions until now, where only the pairs that they keep have scores."""
 
     def __call__(self) -> dict[str, Any]:
         subset = decide(self.scores, self.config)
-        uids = list(map(str, self.pool.column("uid")))
-        self._write_subset(uids, subset)
+        uids = np.array(self.pool.column("uid"), object)
+        rows = np.arange(len(uids))
+        if self.decided is not None:
+            rows = np.flatnonzero(read_columns(self.decided, "kept")["kept"])
+        curated = self._with_others(rows, self._decisions(uids[rows].tolist(), subset))
+        with atomic_path(self.folder / "curated.parquet") as aside:
+            pq.write_table(curated, aside)
         write_columns(self.folder / "strata.parquet", self._strata_table(subset))
+        weight = np.zeros(len(uids))
+        weight[rows] = subset.weight
+        self._write_weights(uids.tolist(), weight)
+        return self._details(curated)
+
+    def _with_others(self, rows: NDArray[np.int64], decisions: pa.Table) -> pa.Table:
+        """The decisions on these rows of the pool amid those that were made before."""
+        if self.decided is None:
+            return decisions
+        table = pq.read_table(self.decided)
+        others = np.delete(np.arange(len(table)), rows)
+        order = np.argsort(np.concatenate([rows, others]))
+        return pa.concat_tables([decisions, table.take(pa.array(others))]).take(pa.array(order))
+
+    def _write_weights(self, uids: list[str], curated: NDArray[np.float64]) -> None:
         quality = read_columns(self.quality, "clip_in", "neg_clip_in")
-        kept = int(subset.kept.sum())
+        kept = int((curated > 0).sum())
         weights = {
-            "curated": subset.weight,
+            "curated": curated,
             "everything": np.ones(len(uids)),
             "random": top_fraction(random_score(uids, self.seed), kept).astype(np.float64),
             "clip_score": top_fraction(self.pool.clip_score, kept).astype(np.float64),
@@ -158,15 +89,14 @@ class Curate:
             "neg_clip_loss": top_fraction(quality["neg_clip_in"], kept).astype(np.float64),
         }
         write_columns(self.folder / "weights.parquet", {name: weights[name] for name in METHODS})
-        return self._details(subset)
 
-    def _write_subset(self, uids: list[str], subset: Subset) -> None:
+    def _decisions(self, uids: list[str], subset: Subset) -> pa.Table:
         score, se = self.scores.pair_scores
         strata = self.scores.strata
         labels = np.char.add(
             np.char.mod("c%03d/q", strata["cluster"]), np.char.mod("%02d", strata["quantile"])
         )
-        table = pa.table(
+        return pa.table(
             {
                 "uid": pa.array(uids, pa.string()),
                 "kept": pa.array(subset.kept),
@@ -177,8 +107,6 @@ class Curate:
                 "reason": pa.array(subset.reason.tolist(), pa.string()),
             }
         )
-        with atomic_path(self.folder / "curated.parquet") as aside:
-            pq.write_table(table, aside)
 
     def _strata_table(self, subset: Subset) -> Columns:
         scores, strata = self.scores, self.scores.strata
@@ -207,19 +135,20 @@ class Curate:
         names = [f"c{c:03d}/q{q:02d}" for c, q in zip(table["cluster"], table["quantile"])]
         return {"stratum": np.array(names), **table}
 
-    def _details(self, subset: Subset) -> dict[str, Any]:
+    def _details(self, curated: pa.Table) -> dict[str, Any]:
         warnings = []
         if abs(self.scores.rest) > UNSETTLED:
             warnings.append(
                 f"the student is not at rest: its mean in-training influence is {self.scores.rest:.2f} standard deviations "
                 f"(should be below {UNSETTLED}); train it longer, or lower its learning rate"
             )
-        reasons, counts = np.unique(subset.reason, return_counts=True)
+        reasons, counts = np.unique(curated["reason"].to_pylist(), return_counts=True)
         return {
-            "rule": "upper bound of T < 0" if self.config.cautious else "T < 0",
+            "rule": "upper bound of T < 0" if self.config.cautious else f"T + {self.config.margin:g} SE < 0",
+            "margin": self.config.standard_errors,
             "threshold": self.config.tau_low * self.scores.unit,
             "unit": self.scores.unit,
-            "kept_fraction": float(subset.kept.mean()),
+            "kept_fraction": float(curated["kept"].to_numpy().mean()),
             "reasons": {str(reason): int(count) for reason, count in zip(reasons, counts)},
             "clusters": self.scores.clusters,
             "quantiles": self.scores.quantiles,
@@ -232,43 +161,55 @@ class Curate:
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Task: the rows of the embedding artifact that a subset kept, as the pool of a next round."""
+    """Task: the rows of the embedding artifact that a subset kept, as the pool of a next round; how many they are."""
 
     pool: PairSet
     curated: Path
     out: Path
 
-    def __call__(self) -> None:
+    def __call__(self) -> int:
         kept = read_columns(self.curated, "kept")["kept"].astype(bool)
         with atomic_path(self.out) as aside, aside.open("wb") as file:
             np.save(file, self.pool.rows[kept])
+        return int(kept.sum())
 
 
 def curate(
     pool: PairSet,
+    target: PairSet,
     attribute_folder: Path,
     student_folder: Path,
     inputs: dict[str, str],
     config: SelectConfig,
+    students: StudentsConfig,
+    steps: int,
     seed: int,
     out: Path,
     runtime: Runtime,
+    earlier: Earlier | None = None,
 ) -> Manifest:
-    """Turn scores into curated.parquet, strata.parquet and weights.parquet."""
+    """Turn scores into curated.parquet, strata.parquet and weights.parquet.
+
+    The scores are those of `pool`; with `earlier`, the files are about all pairs all the same.
+    """
     mark = fingerprint({"stage": "curate", "config": config, "seed": seed, "inputs": inputs})
     if (done := finished_stage(out, mark)) is not None:
         return done
     began = time.monotonic()
     reopen(out)
+    scores = Scores(attribute_folder)
+    confirmed, trials = confirm(pool, target, scores, config, students, steps, out, mark, runtime)
     task = Curate(
-        pool=pool,
-        scores=Scores(attribute_folder),
-        quality=student_folder / "quality.parquet",
-        config=config,
+        pool=earlier.pool if earlier else pool,
+        scores=scores,
+        quality=earlier.quality if earlier else student_folder / "quality.parquet",
+        decided=earlier.curated if earlier else None,
+        config=confirmed,
         folder=out,
         seed=seed,
     )
     details = run_once(runtime, task)
+    details |= {"weights": confirmed.weights, "tau_high": confirmed.tau_high, "trials": trials}
     rows = sum(details["reasons"].values())
     manifest = Manifest(
         stage="curate", fingerprint=mark, inputs=inputs, rows_in=rows, rows_out=rows, details=details

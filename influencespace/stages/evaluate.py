@@ -43,6 +43,19 @@ class EvaluateConfig:
     templates: tuple[str, ...] = ("a photo of a {}.", "a picture of a {}.", "{}")
     """Prompts of a class, averaged."""
 
+    def __post_init__(self) -> None:
+        if not self.templates or not all(self._fits(template) for template in self.templates):
+            raise ValueError(
+                f"templates = {self.templates}: give one or more, each with {{}} for the name of a class"
+            )
+
+    @staticmethod
+    def _fits(template: str) -> bool:
+        try:
+            return template.format("x") != template
+        except (IndexError, KeyError, ValueError):
+            return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:

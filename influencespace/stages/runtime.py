@@ -8,6 +8,7 @@ they finish, so that any number of actors gives the same bits. `LocalRuntime` is
 import logging
 import os
 import pickle
+import socket
 import tempfile
 import traceback
 from collections import Counter, deque
@@ -237,6 +238,8 @@ def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterat
         yield RayRuntime()
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address not in ("local", "auto"):
+        _knock(address)
     _quieten()
     cores = _machine_cores()
     options: dict[str, Any] = {}
@@ -247,6 +250,18 @@ def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterat
         yield RayRuntime(cores if address == "local" else None)
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise InputError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no Ray cluster answers at {address} ({error}): is `ray start --head` running there, "
+            "and is this the HOST:PORT that it told?"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 import time
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
@@ -55,6 +57,7 @@ class Split:
             half = folds_by_image(images, 2, self.config.seed + 1)
             rows["target"], rows["test"] = rows["target"][half == 0], rows["target"][half == 1]
             notes.append("no test set was given: half of the target's images were set apart as test set")
+        notes += self._overlaps()
         counts = {}
         for role, chosen in rows.items():
             images = len(np.unique(PairSet(source[role]).image[chosen]))
@@ -72,6 +75,19 @@ class Split:
             "notes": notes,
             "total": sum(len(PairSet(path)) for path in self.embeddings.values()),
         }
+
+    def _overlaps(self) -> list[str]:
+        """Roles with data of their own that share pairs, by uid."""
+        uids = {role: PairSet(path).table.pairs("uid")["uid"] for role, path in self.embeddings.items()}
+        notes = []
+        for first, second in combinations(uids, 2):
+            shared = pc.sum(pc.is_in(uids[second], value_set=uids[first].combine_chunks())).as_py() or 0
+            if shared:
+                notes.append(
+                    f"{shared:,} of the {len(uids[second]):,} pairs of the {second} are in the {first} too (by uid): "
+                    "the comparison is no proof until they are apart"
+                )
+        return notes
 
     def _advice(self, role: str) -> str:
         missing = [name for name in ("target", "test") if name not in self.embeddings]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from influencespace.core.batches import covering_contexts, disjoint_contexts, folds_by_image, training_batches
-from influencespace.core.contrastive import info_nce
+from influencespace.core.contrastive import info_nce_terms
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen, write_json
 from influencespace.data.blocks import blocks_of, has_block, join_blocks, write_block
 from influencespace.data.pair_set import PairSet
@@ -138,14 +138,23 @@ class TargetHalves:
 
 
 @torch.no_grad()
+def choosing_losses(heads: Heads, halves: TargetHalves, config: StudentConfig, groups: int) -> list[float]:
+    """Mean loss on the choosing half of the target, for each of `groups` groups of its images."""
+    contexts = halves.contexts(halves.choosing, config.batch_size)
+    terms = []
+    for rows in contexts:
+        u, t = heads(*halves.target.inputs(rows))
+        terms.append(info_nce_terms(u @ t.T / config.temperature).double().numpy())
+    image = halves.target.image[np.concatenate(contexts)]
+    group = folds_by_image(image, groups, halves.seed)
+    values = np.concatenate(terms)
+    return [float(values[group == g].mean()) for g in range(groups)]
+
+
 def choosing_loss(heads: Heads, halves: TargetHalves, config: StudentConfig) -> float:
     """Mean loss on the choosing half of the target."""
-    total, pairs = 0.0, 0
-    for rows in halves.contexts(halves.choosing, config.batch_size):
-        u, t = heads(*halves.target.inputs(rows))
-        total += float(info_nce(u @ t.T / config.temperature)) * len(rows)
-        pairs += len(rows)
-    return total / pairs
+    (loss,) = choosing_losses(heads, halves, config, 1)
+    return loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +182,7 @@ class TrainStudent:
         weights = self.weights()
         config = self.config
         steps, tried = self.steps, {}
+        note.unlink(missing_ok=True)  # of another config: never beside weights that are not its own
         trained = self.train(weights, steps)
         halves = TargetHalves(self.target, config.seed)
         loss = choosing_loss(trained.heads, halves, config.train)
@@ -247,6 +257,12 @@ def read_note(path: Path, mark: str) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return note if note.get("mark") == mark else None
+
+
+def student_steps(folder: Path) -> int:
+    """Steps for which the students of a finished stage were trained."""
+    note = json.loads((folder / f"{ALL}.json").read_text(encoding="utf-8"))
+    return int(note["steps"])
 
 
 @dataclass(frozen=True, kw_only=True)

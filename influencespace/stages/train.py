@@ -39,7 +39,18 @@ class TrainConfig:
     workers: int = Field(1, ge=1)
     """Workers of a run; the global batch does not change with them."""
     methods: tuple[str, ...] = plain_field(default=METHODS)
-    """What is trained and compared."""
+    """What is trained and compared; `curated` is always among them."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.methods) - set(METHODS))
+        if unknown or "curated" not in self.methods:
+            raise ValueError(
+                f"methods = {self.methods}: curated and any of {', '.join(METHODS[1:])} are known"
+            )
+        for name in ("seeds", "methods"):
+            given = getattr(self, name)
+            if not given or len(set(given)) < len(given):
+                raise ValueError(f"{name} = {given}: give one or more, each once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +86,8 @@ class Retrain:
         if done is not None:
             return done
         exchange = exchange or Alone()
+        if exchange.rank == 0:
+            self.note.unlink(missing_ok=True)  # of another config: never beside weights that are not its own
         began = time.monotonic()
         weights = read_columns(self.weights, self.method)[self.method]
         pool, config = self.pool, self.student

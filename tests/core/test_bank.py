@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import jvp
 
-from influencespace.core.bank import Tangents, bank_influence, make_context
+from influencespace.core.bank import (
+    Tangents,
+    anchor_normalisers,
+    bank_influence,
+    bank_loss,
+    make_context,
+    negative_loss,
+    own_loss,
+)
 from influencespace.core.contrastive import info_nce
 
 SCALE = 7.0
@@ -110,3 +118,51 @@ def test_taylor_is_the_first_order_in_small_probabilities() -> None:
 def test_a_context_of_one_pair_is_refused() -> None:
     with pytest.raises(ValueError, match="two or more"):
         make_context(random_tangents(1, 0), SCALE, 8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.integers(2, 8), batch_size=st.integers(2, 40), seed=st.integers(0, 2**31))
+def test_the_derivative_of_the_bank_loss_is_own_plus_negative(size: int, batch_size: int, seed: int) -> None:
+    """In each role too, whatever the batch that the context stands for."""
+    context, pairs = random_tangents(size, seed), random_tangents(3, seed + 1)
+    own, negative = bank_influence(pairs, make_context(context, SCALE, batch_size))
+
+    def total(*at: torch.Tensor) -> torch.Tensor:
+        return bank_loss(*at, SCALE, batch_size)
+
+    def as_anchor(*at: torch.Tensor) -> torch.Tensor:
+        return own_loss(*at, SCALE, batch_size)
+
+    def as_negative(*at: torch.Tensor) -> torch.Tensor:
+        normalisers = anchor_normalisers(*at[2:], SCALE, batch_size)
+        return negative_loss(*at, normalisers, SCALE, batch_size)
+
+    position = (pairs.u, pairs.t, context.u, context.t)
+    for v in range(2):
+        direction = (pairs.du[v], pairs.dt[v], context.du[v], context.dt[v])
+        for function, expected in ((total, own + negative), (as_anchor, own), (as_negative, negative)):
+            derivative = jvp(function, position, direction)[1]
+            torch.testing.assert_close(derivative, expected[v], rtol=1e-10, atol=1e-10)
+
+
+def test_the_bank_loss_is_what_a_pair_adds_to_the_summed_loss() -> None:
+    context, pairs = random_tangents(5, 0), random_tangents(4, 1)
+    alone = 5 * info_nce(SCALE * context.u @ context.t.T)
+    found = bank_loss(pairs.u, pairs.t, context.u, context.t, SCALE, batch_size=6)
+    for z in range(4):
+        batch = joined(context, pairs[slice(z, z + 1)])
+        torch.testing.assert_close(found[z], 6 * info_nce(SCALE * batch.u @ batch.t.T) - alone)
+
+
+def test_the_normalisers_are_those_of_the_context() -> None:
+    context = random_tangents(5, 0)
+    made = make_context(context, SCALE, 30)
+    images, texts = anchor_normalisers(context.u, context.t, SCALE, 30)
+    torch.testing.assert_close(images, made.log_Z)
+    torch.testing.assert_close(texts, made.log_Z_text)
+
+
+def test_normalisers_of_a_context_of_one_pair_are_refused() -> None:
+    one = random_tangents(1, 0)
+    with pytest.raises(ValueError, match="two or more"):
+        bank_loss(one.u, one.t, one.u, one.t, SCALE, 8)

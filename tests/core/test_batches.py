@@ -45,10 +45,24 @@ def test_training_batches_are_full_distinct_and_seeded(
     first = list(batches.training_batches(weights, images, size, steps, seed))
     again = list(batches.training_batches(weights, images, size, steps, seed))
     assert len(first) == steps
+    by_image = np.bincount(images, weights=weights)
+    full = min(size, max(2, int(np.minimum(by_image[np.unique(images)], 1).sum())))
     for batch, same in zip(first, again):
         np.testing.assert_array_equal(batch, same)
-        assert len(batch) == min(size, len(np.unique(images)))
+        assert len(batch) == full
         assert len(set(images[batch])) == len(batch)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("spread", [0.1, 1.0, 8.0])
+def test_a_small_weighted_set_has_batches_of_which_some_pairs_are_left_out(spread: float) -> None:
+    """Fewer images than a batch: an epoch never holds all of them."""
+    weights = np.exp(spread * np.random.default_rng(0).normal(size=300))
+    weights /= weights.mean()
+    drawn = list(batches.training_batches(weights, np.arange(300), 512, 50, 0))
+    assert len(drawn) == 50
+    counts = np.bincount(np.concatenate(drawn), minlength=300)
+    assert counts[weights < np.quantile(weights, 0.2)].mean() < counts[weights > 1].mean()
 
 
 @settings(deadline=None)

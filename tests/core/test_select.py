@@ -25,7 +25,7 @@ def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_what_is_below_the_threshold_goes(pairs: tuple[np.ndarray, ...], unit: float, tau_low: float) -> None:
     score, se, quality = pairs
     assume((score >= tau_low * unit).any())
-    subset = select(score, se, unit, quality, SelectConfig(tau_low=tau_low))
+    subset = select(score, se, unit, quality, score, SelectConfig(tau_low=tau_low, margin=0))
     np.testing.assert_array_equal(subset.kept, score >= tau_low * unit)
     np.testing.assert_array_equal(subset.reason, np.where(subset.kept, KEPT, HARMFUL))
     np.testing.assert_array_equal(subset.weight, subset.kept.astype(float))
@@ -37,8 +37,8 @@ def test_caution_keeps_all_that_the_plain_rule_keeps_and_what_is_uncertain(
 ) -> None:
     score, se, quality = pairs
     assume((score >= 0).any())
-    plain = select(score, se, 1.0, quality, SelectConfig())
-    cautious = select(score, se, 1.0, quality, SelectConfig(cautious=True))
+    plain = select(score, se, 1.0, quality, score, SelectConfig(margin=0))
+    cautious = select(score, se, 1.0, quality, score, SelectConfig(cautious=True))
     assert (cautious.kept >= plain.kept).all()
     np.testing.assert_array_equal(cautious.kept, score + 1.96 * se >= 0)
 
@@ -49,7 +49,7 @@ def test_a_target_size_is_met_exactly_and_the_worst_by_quality_go(
 ) -> None:
     score, se, quality = pairs
     assume((score >= 0).any())
-    subset = select(score, se, 1.0, quality, SelectConfig(target_size=size))
+    subset = select(score, se, 1.0, quality, score, SelectConfig(target_size=size, margin=0))
     helpful = score >= 0
     assert subset.kept.sum() == min(helpful.sum(), max(1, round(size * len(score))))
     assert not (subset.kept & ~helpful).any()
@@ -61,7 +61,7 @@ def test_a_target_size_is_met_exactly_and_the_worst_by_quality_go(
 
 def test_a_subset_without_pairs_is_refused() -> None:
     with pytest.raises(InputError, match=r"every pair scores below tau_low = 0\.0"):
-        select(np.array([-1.0, -2.0]), np.zeros(2), 1.0, np.zeros(2), SelectConfig())
+        select(np.array([-1.0, -2.0]), np.zeros(2), 1.0, np.zeros(2), np.zeros(2), SelectConfig())
 
 
 @given(pairs=scored(), tau_high=st.floats(0.05, 10), cap=st.floats(1, 8))
@@ -70,8 +70,8 @@ def test_influence_weights_have_mean_one_rise_with_the_score_and_stay_below_the_
 ) -> None:
     score, se, quality = pairs
     assume((score >= 0).any())
-    config = SelectConfig(weights="influence", tau_high=tau_high, max_weight=cap)
-    subset = select(score, se, 1.0, quality, config)
+    config = SelectConfig(weights="influence", tau_high=tau_high, max_weight=cap, margin=0)
+    subset = select(score, se, 1.0, quality, score, config)
     kept = subset.weight[subset.kept]
     assert kept.mean() == pytest.approx(1, rel=1e-4)
     assert kept.max() <= cap
@@ -110,7 +110,7 @@ def test_utilities_far_apart_have_weights(cap: float) -> None:
 
 def test_a_high_temperature_is_uniform() -> None:
     score = np.linspace(0, 2, 9)
-    subset = select(score, score, 1.0, score, SelectConfig(weights="influence", tau_high=1e9))
+    subset = select(score, score, 1.0, score, score, SelectConfig(weights="influence", tau_high=1e9))
     np.testing.assert_allclose(subset.weight, 1)
 
 
@@ -126,7 +126,15 @@ def test_the_top_fraction_has_its_size_and_no_better_row_outside(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"target_size": 0}, {"target_size": 1.1}, {"max_weight": 0.5}, {"tau_high": 0}]
+    "wrong",
+    [
+        {"target_size": 0},
+        {"target_size": 1.1},
+        {"max_weight": 0.5},
+        {"tau_high": 0},
+        {"margin": -1},
+        {"tau_low": float("nan")},
+    ],
 )
 def test_wrong_options_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError):

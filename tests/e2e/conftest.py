@@ -5,11 +5,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from influencespace import pipeline
+from influencespace.config import load_config
 from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.stages.fit_encoder import FitEncoder
+from influencespace.stages.runtime import LocalRuntime
 
 # Settings under which every stage still has work to do, but little.
 SMALL = (
@@ -76,6 +80,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished(influencespace: Command, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("runs") / "mine"
+    done = influencespace(*run_arguments(world, out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "curated" in done.stdout
+    return out
+
+
 def run_arguments(world: Path, out: Path, *settings: str) -> list[object]:
     """The command that curates the small world into `out`."""
     chosen = [part for setting in (*SMALL, *settings) for part in ("--set", setting)]
@@ -93,3 +107,12 @@ def run_arguments(world: Path, out: Path, *settings: str) -> list[object]:
         out,
         *chosen,
     ]
+
+
+def run_here(world: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    """The same job by the plain loop in this process, and its summary; `data__pool` stands for data.pool."""
+    small = dict(setting.split("=", 1) for setting in SMALL)
+    data = {f"data.{role}": str(world / role) for role in pipeline.ROLES}
+    given = {key.replace("__", "."): value for key, value in settings.items()}
+    config = load_config(None, small | data | {"embed.encoder": str(world / "encoder")} | given)
+    return pipeline.run(config, out, LocalRuntime())

@@ -124,6 +124,11 @@ def test_an_unfinished_run_has_nothing_to_show_or_export(influencespace: Command
     assert not (tmp_path / "out").exists()
 
 
+def test_an_unfinished_run_has_nothing_to_score_or_detect(influencespace: Command, tmp_path: Path) -> None:
+    for command in ("score", "detect"):
+        assert f"{tmp_path} has no finished curate stage" in error_of(influencespace(command, tmp_path))
+
+
 def test_an_unknown_export_format_names_the_known_ones(influencespace: Command, tmp_path: Path) -> None:
     said = usage_of(influencespace("export", tmp_path, "--to", "zip", "--out", tmp_path / "out"))
     for name in ("zip", "npy", "webdataset", "parquet"):

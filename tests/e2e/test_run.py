@@ -21,6 +21,8 @@ pytestmark = pytest.mark.e2e
 METHODS = {"curated", "everything", "random", "clip_score", "student_clip_score", "neg_clip_loss"}
 STAGES = (
     "embed/pool",
+    "embed/target",
+    "embed/test",
     "split",
     "student",
     "cluster",
@@ -30,16 +32,6 @@ STAGES = (
     "train",
     "evaluate",
 )
-
-
-@pytest.fixture(scope="module")
-def finished(influencespace: Command, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run."""
-    out = tmp_path_factory.mktemp("runs") / "mine"
-    done = influencespace(*run_arguments(world, out))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "curated" in done.stdout
-    return out
 
 
 def test_a_run_leaves_subset_summary_and_page(finished: Path) -> None:
@@ -59,8 +51,8 @@ def test_a_run_leaves_subset_summary_and_page(finished: Path) -> None:
     assert summary["methods"]["everything"]["kept_fraction"] == 1
     page = (finished / "report.html").read_text()
     assert "curated" in page
-    for stage in STAGES:
-        assert (finished / stage / "manifest.json").is_file()
+    folders = {path.parent.relative_to(finished).as_posix() for path in finished.rglob("manifest.json")}
+    assert folders - {"sweep"} == set(STAGES)  # tests share the run, and one of them sweeps over it
 
 
 def test_the_same_command_again_does_nothing(influencespace: Command, world: Path, finished: Path) -> None:
@@ -157,7 +149,8 @@ def test_a_kill_in_any_stage_changes_nothing(
     stage: str,
 ) -> None:
     arguments = run_arguments(world, tmp_path / "killed")
-    killed_in(stage, arguments, tmp_path / "killed", environment)
+    if not killed_in(stage, arguments, tmp_path / "killed", environment):
+        pytest.skip(f"{stage} was too quick to be killed in")
     done = influencespace(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert file_digest(tmp_path / "killed" / "curated.parquet") == file_digest(finished / "curated.parquet")

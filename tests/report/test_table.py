@@ -19,6 +19,7 @@ from influencespace.report.table import (
     signed,
     title,
     verdict,
+    weights_told,
 )
 
 
@@ -108,3 +109,19 @@ def test_numbers_as_people_read_them() -> None:
         "–",
         "−1.00 to +2.00",
     )
+
+
+def chosen(weights: str, tau_high: float, losses: dict[tuple[str, float], float]) -> dict[str, Any]:
+    trials = [{"weights": w, "tau_high": t, "target_loss": x} for (w, t), x in losses.items()]
+    return {"weights": {"weights": weights, "tau_high": tau_high, "trials": trials}}
+
+
+def test_the_weights_are_told_with_what_retraining_said() -> None:
+    losses = {("uniform", 1.0): 3.0, ("influence", 1.0): 2.9, ("influence", 0.5): 2.8}
+    (told,) = weights_told(chosen("influence", 0.5, losses))
+    assert "temperature of 0.5" in told
+    assert "2.800 instead of 3.000" in told
+    (told,) = weights_told(chosen("uniform", 1.0, losses | {("influence", 0.5): 3.1}))
+    assert "equal weights" in told
+    assert "3.000 with equal ones, 2.900 with the best others" in told
+    assert weights_told({"weights": {"weights": "uniform", "tau_high": 1.0, "trials": []}}) == []

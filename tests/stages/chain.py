@@ -124,10 +124,13 @@ class Chain:
     def _curate(self) -> Manifest:
         return curate(
             self.sets["pool"],
+            self.sets["target"],
             self.source / "attribute",
             self.source / "student",
             self.given("student", "attribute"),
             self.select,
+            self.student,
+            self.manifest("student").details["steps"],
             0,
             self.out / "curate",
             self.runtime,

@@ -16,7 +16,8 @@ from influencespace.data.artifacts import write_manifest
 from influencespace.data.blocks import read_columns, write_columns
 from influencespace.errors import InputError
 from influencespace.estimators.similarity import random_score
-from influencespace.stages.curate import METHODS, KeptRows, Scores, decide
+from influencespace.stages.curate import METHODS, KeptRows
+from influencespace.stages.decide import Scores, decide
 
 CURATED = pa.schema(
     [
@@ -66,8 +67,10 @@ def test_the_subset_has_a_row_for_every_pair_in_canonical_order(truth: Chain) ->
     kept, weight = curated["kept"].to_numpy(), curated["weight"].to_numpy()
     assert 0 < kept.sum() < len(kept)
     np.testing.assert_array_equal(kept, np.array(curated["reason"].to_pylist()) == KEPT)
-    np.testing.assert_array_equal(kept, curated["score"].to_numpy() >= 0)
-    np.testing.assert_array_equal(weight, kept.astype(np.float32))
+    bound = curated["score"].to_numpy() + 0.5 * curated["score_se"].to_numpy()
+    np.testing.assert_array_equal(kept, bound >= 0)
+    np.testing.assert_array_equal(weight > 0, kept)
+    assert weight[kept].mean() == pytest.approx(1, rel=1e-5)
     assert (curated["score_se"].to_numpy() > 0).all()
 
 
@@ -95,7 +98,7 @@ def test_the_strata_have_the_columns_of_the_contract(truth: Chain) -> None:
 
 def test_the_manifest_tells_the_rule_and_the_placebo(truth: Chain) -> None:
     details = truth.manifest("curate").details
-    assert details["rule"] == "T < 0"
+    assert details["rule"] == "T + 0.5 SE < 0"
     assert details["threshold"] == 0
     assert details["kept_fraction"] == pytest.approx(float(table(truth)["kept"].to_numpy().mean()))
     assert sum(details["reasons"].values()) == len(truth.world.pool)
@@ -135,9 +138,9 @@ def test_the_wrong_captions_go(truth: Chain) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"tau_low": 0.2},
-        {"cautious": True},
-        {"target_size": 0.5},
+        {"weights": "uniform", "tau_low": 0.2},
+        {"weights": "uniform", "cautious": True},
+        {"weights": "uniform", "target_size": 0.5},
         {"weights": "influence", "tau_high": 0.5, "max_weight": 2.0},
     ],
 )
@@ -156,10 +159,11 @@ def test_cached_scores_give_the_stages_decision(
 
 def test_the_threshold_is_in_standard_deviations_of_single_influences(truth: Chain) -> None:
     scores = Scores(truth.out / "attribute")
-    score, _ = scores.pair_scores
+    score, se = scores.pair_scores
     assert scores.unit == pytest.approx(scores.influence["influence"].std())
-    subset = decide(scores, SelectConfig(tau_low=0.3))
-    np.testing.assert_array_equal(subset.kept, score >= 0.3 * scores.unit)
+    for margin in (0.0, 1.0):
+        subset = decide(scores, SelectConfig(tau_low=0.3, margin=margin))
+        np.testing.assert_array_equal(subset.kept, score + margin * se >= 0.3 * scores.unit)
 
 
 def test_a_threshold_that_keeps_nothing_is_said(truth: Chain, tmp_path: Path) -> None:

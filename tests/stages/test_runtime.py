@@ -179,3 +179,9 @@ class Terminal(io.StringIO):
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1", "nowhere"):
+        with pytest.raises(InputError, match="no Ray cluster answers at"):
+            module._knock(address)

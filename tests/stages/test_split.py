@@ -43,13 +43,20 @@ def images(pairs: PairSet) -> set[int]:
 
 
 def test_given_roles_are_taken_whole(pool: Planted, target: Planted, tmp_path: Path) -> None:
-    manifest, sets = cut(tmp_path, pool=pool, target=target, test=target)
-    for role, planted in (("pool", pool), ("target", target), ("test", target)):
+    test = plant(tmp_path / "own", 60, captions=3, seed=3)
+    manifest, sets = cut(tmp_path, pool=pool, target=target, test=test)
+    for role, planted in (("pool", pool), ("target", target), ("test", test)):
         assert sets[role].folder == planted.folder
         np.testing.assert_array_equal(sets[role].rows, np.arange(len(planted)))
     assert manifest.details["notes"] == []
     assert manifest.details["rows"] == {"pool": 800, "target": 180, "test": 180}
     assert (manifest.rows_in, manifest.rows_out, manifest.rejected) == (1160, 1160, 0)
+
+
+def test_pairs_in_two_roles_are_told(pool: Planted, target: Planted, tmp_path: Path) -> None:
+    manifest, _ = cut(tmp_path, pool=pool, target=target, test=target)
+    (note,) = manifest.details["notes"]
+    assert note.startswith("180 of the 180 pairs of the test are in the target too")
 
 
 def test_a_missing_test_set_is_half_of_the_targets_images(

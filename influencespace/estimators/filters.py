@@ -1,0 +1,51 @@
+"""Filters that need no target, behind the same contract: by the student's CLIP score, negCLIPLoss, or chance."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
+from influencespace.estimators.similarity import clip_score, neg_clip_loss, random_score
+
+
+@dataclass(frozen=True)
+class ClipScore:
+    """Cosine of image and caption by the student (Hessel et al. 2021)."""
+
+    def fit(self, problem: Problem) -> Fit:
+        return immediately(partial(_clip_score, problem))
+
+
+@dataclass(frozen=True)
+class NegClipLoss:
+    """Minus the contrastive loss of a pair against the bank, by the student (Wang et al. 2024)."""
+
+    def fit(self, problem: Problem) -> Fit:
+        return immediately(partial(_neg_clip_loss, problem))
+
+
+@dataclass(frozen=True)
+class Random:
+    """Chance, by a hash of the uid: the same for a pair in any set and order."""
+
+    def fit(self, problem: Problem) -> Fit:
+        return immediately(partial(_random, problem.seed))
+
+
+@torch.no_grad()
+def _clip_score(problem: Problem, batch: Batch) -> FloatArray:
+    u, t = problem.space.student(*batch.inputs)
+    return clip_score(u, t)
+
+
+@torch.no_grad()
+def _neg_clip_loss(problem: Problem, batch: Batch) -> FloatArray:
+    student = problem.space.student
+    contexts = [student(*context.inputs) for context in problem.bank]
+    u, t = student(*batch.inputs)
+    return neg_clip_loss(u, t, contexts, problem.scale)
+
+
+def _random(seed: int, batch: Batch) -> FloatArray:
+    return random_score(batch.uid, seed)

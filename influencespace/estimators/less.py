@@ -1,0 +1,100 @@
+"""LESS: cosine of the target gradient with the step that Adam would take on a pair (Xia et al. 2024, definition 3.1).
+
+score(z) = sum_i eta_i cos(grad L_target(theta_i), D^-1 grad F_z(theta_i)) / sum_i eta_i over checkpoints i with learning
+rates eta_i. Positive is a fall of the target loss; within [-1, 1], without its units. Adam's step is taken with its
+second moments held fixed at the problem's preconditioner D, and without the momentum that all pairs share.
+
+The inner product is one exact forward-mode pass; the norm |D^-1 grad F_z| comes from passes along random directions
+(exact where there are no more parameters than directions), so no per-sample gradient is formed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influencespace.core.projection import Dense
+from influencespace.estimators.nystrom import InfluenceScorer
+from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
+from influencespace.models.space import Space
+
+
+def projection_rows(size: int, dimension: int, seed: int) -> Tensor:
+    """Directions along which the derivatives' norm is the gradient's: (k, p), in expectation or, for k = p, exactly."""
+    if size <= dimension:
+        return torch.eye(size, dtype=torch.float64)
+    return Dense(size=size, dimension=dimension, seed=seed, kind="rademacher").rows(0, size).T
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineAt:
+    """The cosine at one checkpoint; its rate is the checkpoint's weight."""
+
+    problem: Problem
+    space: Space
+    rate: float
+    dimension: int
+
+    @cached_property
+    def influence(self) -> InfluenceScorer:
+        """Along D^-1 grad L_target / |grad L_target| and along D^-1 times the random directions."""
+        D = self.problem.preconditioner
+        target = self.problem.gradient_at(self.space).detach()
+        rows = projection_rows(self.space.size, self.dimension, self.problem.seed).to(D)
+        directions = torch.cat([(target / target.norm())[None], rows]) / D
+        return InfluenceScorer(
+            self.space, directions, self.problem.bank, self.problem.scale, self.problem.batch_size
+        )
+
+    def __call__(self, batch: Batch) -> FloatArray:
+        by_context = self.influence(batch.inputs, batch.image).by_context
+        known = np.isfinite(by_context).all(0)
+        judges = known.sum(1)
+        count = np.where(judges > 0, judges, np.nan)
+        means = np.where(known, by_context, 0.0).sum(-1) / count
+        norms = np.linalg.norm(means[1:], axis=0)
+        cosine: FloatArray = means[0] / np.where(norms > 0, norms, np.nan)
+        return cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class LessScorer:
+    """The mean of the cosines, weighted by learning rate."""
+
+    cosines: Sequence[CosineAt]
+
+    def __call__(self, batch: Batch) -> FloatArray:
+        rates = np.array([cosine.rate for cosine in self.cosines])
+        values = np.stack([cosine(batch) for cosine in self.cosines])
+        mean: FloatArray = rates @ values / rates.sum()
+        return mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Less:
+    """Over the kept checkpoints, or at the end of training where none were kept."""
+
+    dimension: int = 64
+    """Random directions for the norm: its relative error is about 1 / sqrt(2 dimension). Each holds the bank's derivatives."""
+    checkpoints: int = 4
+    """At most so many, evenly spaced and the last among them; the paper's four epochs."""
+
+    def fit(self, problem: Problem) -> Fit:
+        kept = problem.checkpoints
+        if kept:
+            chosen = np.unique(np.linspace(len(kept) - 1, 0, self.checkpoints).round().astype(int))
+            spaces = [(kept[i].load(), kept[i].learning_rate) for i in chosen]
+        else:
+            spaces = [(problem.space, 1.0)]
+        alone = replace(problem, checkpoints=(), trajectory=None)  # need not travel with the scorer
+        return immediately(
+            LessScorer(
+                cosines=[
+                    CosineAt(problem=alone, space=space, rate=rate, dimension=self.dimension)
+                    for space, rate in spaces
+                ]
+            )
+        )

@@ -1,0 +1,49 @@
+"""NormSim: how near the target's pairs a pair is, by the given encoder (Wang et al. 2024, NormSim-inf).
+
+score(z) = max over target pairs x of cos(z, x), of images as in the paper, of texts, or the mean of both. Higher is more
+like something in the target. It says nothing of whether image and text belong together: the paper uses it after a
+filter by CLIP score or negCLIPLoss.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
+
+Side = Literal["image", "text", "both"]
+
+
+def largest_cosine(x: Tensor, targets: Tensor, block: int = 4096) -> Tensor:
+    """Largest cosine of each row of x (n, D) with a row of unit targets (T, D), `block` of them at a time: (n,)."""
+    z = F.normalize(x, dim=-1)
+    best = z.new_full((len(z),), -torch.inf)
+    for start in range(0, len(targets), block):
+        best = torch.maximum(best, (z @ targets[start : start + block].T).amax(1))
+    return best
+
+
+def norm_sim(targets: list[tuple[int, Tensor]], batch: Batch) -> FloatArray:
+    """Mean over the sides (index into the inputs, unit targets) of the largest cosine: (n,); nan for what is not finite."""
+    found = torch.stack([largest_cosine(batch.inputs[side], rows) for side, rows in targets]).mean(0)
+    scores: FloatArray = found.double().cpu().numpy()
+    return scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSim:
+    """Needs the target's embeddings alone, no student."""
+
+    side: Side = "image"
+
+    def fit(self, problem: Problem) -> Fit:
+        sides = {"image": [0], "text": [1], "both": [0, 1]}[self.side]
+        targets = [
+            (side, F.normalize(torch.cat([context.inputs[side] for context in problem.target]), dim=-1))
+            for side in sides
+        ]
+        return immediately(partial(norm_sim, targets))

@@ -1,0 +1,140 @@
+"""What every estimator is given, and the one contract that all of them keep.
+
+An estimator is fitted once and then scores any pair: higher is more worth keeping, whatever the sign in its paper. What
+has to see the pool first asks for passes over it, each a mergeable statistic: one core, a loop or a cluster give the same.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from influencespace.estimators.nystrom import RecordedContext, target_gradients
+from influencespace.models.space import Inputs, Space
+from influencespace.models.trajectory import Trajectory
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some pairs of the pool."""
+
+    uid: Sequence[str]  # (n,)
+    inputs: Inputs  # two (n, D), embeddings by the given encoder
+    image: IntArray  # (n,) image of each pair
+    row: IntArray  # (n,) row of each pair in the pool
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The student after `step` steps of its training, loaded where it is used, and the learning rate of the last of them."""
+
+    step: int
+    learning_rate: float
+    load: Callable[[], Space]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A trained student, the pool that it was trained on, and the target whose loss is to fall."""
+
+    space: Space
+    scale: float
+    """1 / temperature."""
+    batch_size: int
+    """The trainer's global batch B."""
+    pool_size: int
+    """N."""
+    bank: Sequence[RecordedContext]
+    target: Sequence[RecordedContext]
+    """The target's pairs, each in one context."""
+    preconditioner: Tensor
+    """AdamW's D = sqrt(v_hat) + eps at the end of training (p,); ones for SGD."""
+    damping: float
+    """mu of H = G + mu D."""
+    checkpoints: Sequence[Checkpoint] = ()
+    """Along the training path, first to last; empty where none were kept."""
+    trajectory: Trajectory | None = None
+    """The whole training path, where it was recorded."""
+    seed: int = 0
+
+    @cached_property
+    def target_gradient(self) -> Tensor:
+        """Gradient of the mean target loss (p,)."""
+        return self.gradient_at(self.space)
+
+    def gradient_at(self, space: Space) -> Tensor:
+        """Gradient of the mean target loss at the parameters of `space` (p,)."""
+        contexts = [context.inputs for context in self.target]
+        one_fold = [np.zeros(len(context.image), np.int64) for context in self.target]
+        return target_gradients(space, contexts, one_fold, 1, self.scale)[0]
+
+
+class Scorer(Protocol):
+    """Scores pairs row by row, whatever the batch they come in."""
+
+    def __call__(self, batch: Batch) -> FloatArray:
+        """Scores (n,): higher is more worth keeping. nan where no context of the bank can judge the pair."""
+
+
+class Fold(Protocol):
+    """One pass over the pool, as a statistic that can be merged."""
+
+    def zero(self) -> Any:
+        """The statistic of no pairs."""
+
+    def observe(self, state: Any, batch: Batch) -> Any:
+        """The statistic with a batch added."""
+
+    def merge(self, left: Any, right: Any) -> Any:
+        """The statistic of both."""
+
+
+Fit = Generator[Fold, Any, Scorer]
+"""Yields each pass that it needs, is sent its result, and returns the scorer."""
+
+
+class Estimator(Protocol):
+    """One idea of what a pair is worth."""
+
+    def fit(self, problem: Problem) -> Fit:
+        """Raises InputError where the problem lacks what the estimator needs."""
+
+
+def fitted(fit: Fit, run: Callable[[Fold], Any]) -> Scorer:
+    """Drive a fit to its scorer; `run` does one pass over the pool."""
+    try:
+        wanted = next(fit)
+        while True:
+            wanted = fit.send(run(wanted))
+    except StopIteration as end:
+        scorer: Scorer = end.value
+        return scorer
+
+
+def scores(estimator: Estimator, problem: Problem, batches: Sequence[Batch]) -> FloatArray:
+    """Fit on the batches and score all of them in the plain loop: the truth that every distribution must equal."""
+
+    def run(statistic: Fold) -> Any:
+        state = statistic.zero()
+        for batch in batches:
+            state = statistic.observe(state, batch)
+        return state
+
+    scorer = fitted(estimator.fit(problem), run)
+    return np.concatenate([scorer(batch) for batch in batches])
+
+
+def immediately(scorer: Scorer) -> Fit:
+    """The fit of an estimator that needs no pass."""
+    yield from ()
+    return scorer

@@ -1,0 +1,60 @@
+"""Self-influence: what training on a pair does to the pair's own loss (Koh and Liang 2017; LoGra's projection).
+
+With P the projection and H = G + mu D, g_z . P (P^T H P)^-1 P^T . g_z, always >= 0. It is large for pairs that the
+student can fit only by itself, so large is suspicious (mislabelled or rare), and the score is its *negative*: higher is
+more worth keeping. It knows nothing of the target.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influencespace.estimators.nystrom import curvature_products
+from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
+from influencespace.models.gradients import PairGradients
+from influencespace.models.projected import ReducedSpace, reduced_space
+
+
+def projected_curvature(problem: Problem, reduced: ReducedSpace) -> Tensor:
+    """P^T (G + mu D) P over the bank's contexts (k, k), in float64."""
+    like = problem.preconditioner
+    rows = torch.eye(reduced.space.size, dtype=like.dtype, device=like.device)
+    ones = torch.ones_like(rows[0])
+    contexts = [context.inputs for context in problem.bank]
+    blocks = [
+        curvature_products(reduced.space, contexts, rows[start : start + 16], problem.scale, ones)
+        for start in range(0, len(rows), 16)
+    ]
+    G = torch.cat(blocks).detach().double().cpu()
+    return (G + G.T) / 2 + problem.damping * reduced.diagonal(like).double().cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfInfluenceScorer:
+    """Minus |L^-1 g_z|^2, L the lower Cholesky factor of the curvature."""
+
+    gradients: PairGradients
+    factor: Tensor
+
+    def __call__(self, batch: Batch) -> FloatArray:
+        rows = self.gradients(batch.inputs, batch.image)
+        solved = torch.linalg.solve_triangular(self.factor, rows.T, upper=False)
+        scores: FloatArray = -solved.square().sum(0).numpy()
+        return scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfInfluence:
+    """Needs no pass over the pool: the curvature is the bank's."""
+
+    dimension: int = 256
+    """Numbers that each parameter tensor's gradient is projected to, where it has more."""
+
+    def fit(self, problem: Problem) -> Fit:
+        reduced = reduced_space(problem.space, self.dimension, problem.seed)
+        gradients = PairGradients(
+            space=reduced.space, bank=problem.bank, scale=problem.scale, batch_size=problem.batch_size
+        )
+        factor: Tensor = torch.linalg.cholesky(projected_curvature(problem, reduced))
+        return immediately(SelfInfluenceScorer(gradients=gradients, factor=factor))

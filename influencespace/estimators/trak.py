@@ -1,0 +1,112 @@
+"""TRAK for contrastive models: influence of a linearised margin, in random features (Park et al. 2023, section 5.1).
+
+A pair's output is its margin against the bank, f_z = [m(image to text) + m(text to image)] / 2 with
+m = S_zz - log(sum over the context of e^S), so that its loss is softplus(-m) both ways and grad loss = -(1 - p) grad f.
+With Phi the pool's projected gradients of f and K = (Phi^T Phi + ridge I)^-1, the score is
+
+    score(z) = grad L_target . K . [-(1 - p_z) grad f_z].
+
+The bracket is the gradient of z's own loss, p_z its mean probability of the right match, as the paper weights by Q = 1 - p;
+grad L_target is the same sum over target pairs. Positive is a fall of the target loss. The published code leaves the
+temperature out of the margin and holds the context's embeddings constant; here the margin is the loss's own, and whole.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influencespace.core.bank import pair_logits
+from influencespace.estimators.datainf import Sums, added, finite_rows
+from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem
+from influencespace.models.gradients import Normalisers, PairGradients
+from influencespace.models.projected import reduced_space
+
+
+def margins(own: Tensor, S_image: Tensor, S_text: Tensor, factor: float) -> Tensor:
+    """Log odds of the right match, image to text and text to image, from `pair_logits`: (n,), (n, M), (n, M) -> (2, n).
+
+    factor is r = (B-1)/M, the negatives that one pair of the context stands for.
+    """
+    return own - torch.stack([S_image.logsumexp(1), S_text.logsumexp(1)]) - math.log(factor)
+
+
+def mean_margin(
+    own: Tensor, S_image: Tensor, S_text: Tensor, normalisers: Normalisers, factor: float
+) -> Tensor:
+    """f_z (n,), as a value of which PairGradients takes gradients."""
+    return margins(own, S_image, S_text, factor).mean(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gram:
+    """One pass: (number of pairs, Phi^T Phi (k, k))."""
+
+    gradients: PairGradients
+
+    def zero(self) -> Sums:
+        size = self.gradients.space.size
+        return 0, torch.zeros(size, size, dtype=torch.float64)
+
+    def observe(self, state: Sums, batch: Batch) -> Sums:
+        rows = finite_rows(self.gradients, batch)
+        return added(state, (len(rows), rows.T @ rows))
+
+    def merge(self, left: Sums, right: Sums) -> Sums:
+        return added(left, right)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrakScorer:
+    """Scores along K grad L_target."""
+
+    gradients: PairGradients
+    direction: Tensor
+
+    def __call__(self, batch: Batch) -> FloatArray:
+        along: FloatArray = (self.gradients(batch.inputs, batch.image) @ self.direction).numpy()
+        return -self._weights(batch) * along
+
+    @torch.no_grad()
+    def _weights(self, batch: Batch) -> FloatArray:
+        """1 - p_z, the mean over both ways and over the contexts without the pair's image: (n,)."""
+        g = self.gradients
+        u, t = g.space.student(*batch.inputs)
+        total, count = np.zeros(len(batch)), np.zeros(len(batch))
+        for context in g.bank:
+            cu, ct = g.space.student(*context.inputs)
+            found = margins(*pair_logits(u, t, cu, ct, g.scale), (g.batch_size - 1) / len(cu))
+            allowed = ~np.isin(batch.image, context.image)
+            total += np.where(allowed, (-found).sigmoid().mean(0).double().cpu().numpy(), 0.0)
+            count += allowed
+        weights: FloatArray = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        return weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trak:
+    """One model in place of the paper's ensemble."""
+
+    dimension: int = 256
+    """Numbers that each parameter tensor's gradient is projected to, where it has more."""
+    relative_ridge: float = 0.1
+    """Ridge over the kernel's mean diagonal. The paper has none, for pools far larger than the features; here it also keeps
+    the sampling noise of the target gradient small, as the damping does in the other estimators."""
+
+    def fit(self, problem: Problem) -> Fit:
+        space = reduced_space(problem.space, self.dimension, problem.seed).space
+        gradients = PairGradients(
+            space=space,
+            bank=problem.bank,
+            scale=problem.scale,
+            batch_size=problem.batch_size,
+            value=mean_margin,
+            centred=False,
+        )
+        target = problem.gradient_at(space).detach().double().cpu()
+        _, gram = yield Gram(gradients=gradients)
+        ridge = max(self.relative_ridge * float(gram.diagonal().mean()), torch.finfo(torch.float64).tiny)
+        kernel = gram + ridge * torch.eye(len(gram), dtype=torch.float64)
+        return TrakScorer(gradients=gradients, direction=torch.linalg.solve(kernel, target))

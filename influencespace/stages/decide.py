@@ -1,0 +1,123 @@
+"""What the scores say about every pair: pooled influence with its standard error, and the decision that a config makes of it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from influencespace.core.placebo import Placebo, placebo_check
+from influencespace.core.regression import single_index, standardised
+from influencespace.core.select import SelectConfig, Subset, select
+from influencespace.core.strata import Pooled, interpolate, means_by, overruled, pool, spread_of_repeats
+from influencespace.data.blocks import Columns, read_columns
+
+FloatArray = NDArray[np.float64]
+QUALITY_AXES = (
+    "seen",
+    "held_out",
+    "given",
+)  # by a student that trained on the pair, one that did not, the given encoder
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The attribute stage's results, opened where they are used."""
+
+    folder: Path
+
+    @cached_property
+    def strata(self) -> Columns:
+        return read_columns(self.folder / "strata.parquet")
+
+    @cached_property
+    def influence(self) -> Columns:
+        return read_columns(self.folder / "influence.parquet")
+
+    @property
+    def clusters(self) -> int:
+        return int(self.strata["cluster"].max()) + 1
+
+    @property
+    def quantiles(self) -> int:
+        return int(self.strata["quantile"].max()) + 1
+
+    @cached_property
+    def unit(self) -> float:
+        """Standard deviation of single balanced influences: what thresholds are given in."""
+        return float(self.influence["influence"].std())
+
+    @cached_property
+    def pooled(self) -> Pooled:
+        rows = self.influence["pair"]
+        return pool(
+            self.influence["influence"],
+            self.strata["cluster"][rows],
+            self.strata["quantile"][rows],
+            self.clusters,
+            self.quantiles,
+        )
+
+    @cached_property
+    def common_variance(self) -> FloatArray:
+        """Squared standard error of each quantile's mean from the target (its folds) and the bank (its contexts): (Q,)."""
+        target = read_columns(self.folder / "target.parquet")
+        by_fold = self._means_of_repeats(target["pair"], target["by_target_fold"])
+        by_context = self._means_of_repeats(self.influence["pair"], self.influence["by_context"])
+        return spread_of_repeats(by_fold) + spread_of_repeats(by_context)
+
+    def _means_of_repeats(self, pairs: NDArray[np.int64], values: FloatArray) -> FloatArray:
+        """Quantile means for each repeat: values (n, R) -> (R, Q); a pair a context cannot judge is left out of it."""
+        quantile = self.strata["quantile"][pairs]
+        means = []
+        for column in values.T:
+            known = np.isfinite(column)
+            means.append(means_by(quantile[known], column[known], self.quantiles).mean)
+        return np.nan_to_num(np.stack(means))
+
+    @cached_property
+    def pair_scores(self) -> tuple[FloatArray, FloatArray]:
+        """Pooled influence and its standard error for every pair of the pool (n,), (n,)."""
+        quality, cluster, quantile = (self.strata[key] for key in ("quality", "cluster", "quantile"))
+        centres = means_by(quantile, quality, self.quantiles).mean
+        mean, se = overruled(self.pooled)
+        variance = se**2 + self.common_variance
+        score = interpolate(mean, centres, cluster, quality)
+        return score, np.sqrt(interpolate(variance, centres, cluster, quality))
+
+    @cached_property
+    def placebo(self) -> Placebo:
+        placebo = read_columns(self.folder / "placebo.parquet")["influence_out"]
+        # judged on a plain sample of the pool: the stratified one would count rare strata too often
+        held_out, rows = self.influence["influence_out"], self.influence["pair"]
+        weight = self._pairs_a_scored_pair()
+        draw = np.random.default_rng(0).choice(len(rows), len(rows), p=weight / weight.sum())
+        return placebo_check(held_out[draw], self.strata["quality"][rows][draw], placebo)
+
+    @cached_property
+    def predicted(self) -> FloatArray:
+        """Influence of every pair from all quality axes at once (n,): what weights follow."""
+        axes = np.stack([standardised(self.strata[name]) for name in QUALITY_AXES], 1)
+        rows, influence = self.influence["pair"], self.influence["influence"]
+        return single_index(axes, rows, influence, self._pairs_a_scored_pair(), self.quantiles)
+
+    def _pairs_a_scored_pair(self) -> FloatArray:
+        leaf = self.strata["cluster"] * self.quantiles + self.strata["quantile"]
+        leaves = self.clusters * self.quantiles
+        everywhere = np.bincount(leaf, minlength=leaves)
+        scored_leaf = leaf[self.influence["pair"]]
+        return everywhere[scored_leaf] / np.bincount(scored_leaf, minlength=leaves)[scored_leaf]
+
+    @cached_property
+    def rest(self) -> float:
+        """Mean in-training influence in standard deviations: zero for a student at rest."""
+        values = self.influence["influence_in"]
+        weight = self._pairs_a_scored_pair()
+        return float((values * weight).sum() / weight.sum() / values.std())
+
+
+def decide(scores: Scores, config: SelectConfig) -> Subset:
+    """The subset that a configuration makes of cached scores: cheap, for sweeps."""
+    score, se = scores.pair_scores
+    return select(score, se, scores.unit, scores.strata["quality"], scores.predicted, config)

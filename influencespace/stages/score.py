@@ -1,0 +1,225 @@
+"""The score stage: any estimator of the table over the whole pool, its passes folded and its scores mapped over blocks."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from dataclasses import field as plain_field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+from pydantic.dataclasses import dataclass as options
+
+from influencespace.core.batches import training_batches
+from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
+from influencespace.data.blocks import blocks_of, has_block, join_blocks, read_columns, write_block
+from influencespace.data.pair_set import PairSet
+from influencespace.errors import InputError
+from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext
+from influencespace.estimators.problem import Batch, Checkpoint, Estimator, Fold, Problem, Scorer, fitted
+from influencespace.estimators.table import TABLE
+from influencespace.models.heads import initial_heads
+from influencespace.models.space import Space
+from influencespace.models.trajectory import Trajectory, space_at
+from influencespace.stages.curvature import StudentSpace, TargetConfig
+from influencespace.stages.finish import finish_stage, finished_stage
+from influencespace.stages.progress import progress
+from influencespace.stages.runtime import Runtime, run_once
+from influencespace.stages.student import ALL, Student, StudentsConfig, TargetHalves, student_steps
+
+Span = tuple[int, int]
+
+
+@options(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Which estimator scores, and how."""
+
+    estimator: str = "ecif"
+    """A name of the table."""
+    options: dict[str, Any] = plain_field(default_factory=dict)
+    """Of the estimator, e.g. {"role": "own"}."""
+    block_size: int = Field(4096, ge=1)
+    """Pairs scored in one task; no score depends on it."""
+
+
+def make_estimator(name: str, given: Mapping[str, Any]) -> Estimator:
+    """An estimator of the table; raises InputError for an unknown name or an option that does not fit."""
+    if name not in TABLE:
+        raise InputError(f"there is no estimator {name!r}; there are {', '.join(sorted(TABLE))}")
+    try:
+        return TABLE[name](**given)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the estimator {name} does not take {dict(given)}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Valued:
+    """A pool with the student that was trained on it and the target: what estimators are given."""
+
+    pool: PairSet
+    target: PairSet
+    students: StudentsConfig
+    curvature: CurvatureConfig
+    student_folder: Path
+
+    def problem(self) -> Problem:
+        """The problem of the student of all pairs, with the half of the target that gives gradients."""
+        space = StudentSpace(
+            pool=self.pool,
+            target=self.target,
+            students=self.students,
+            config=self.curvature,
+            target_config=TargetConfig(),
+            student=Student(self.student_folder, ALL),
+        )
+        path = self.trajectory(space.space)
+        halves = TargetHalves(self.target, self.students.seed)
+        contexts = halves.contexts(halves.gradient, self.students.train.batch_size)
+        return Problem(
+            space=space.space,
+            scale=space.scale,
+            batch_size=self.students.train.batch_size,
+            pool_size=len(self.pool),
+            bank=space.student.recorded_bank(self.pool),
+            target=[
+                RecordedContext(inputs=self.target.inputs(rows), image=self.target.image[rows])
+                for rows in contexts
+            ],
+            preconditioner=space.preconditioner,
+            damping=space.damping,
+            checkpoints=[
+                Checkpoint(
+                    step=step, learning_rate=path.rate(step - 1), load=partial(stored_space, path, step)
+                )
+                for step in range(path.every, len(path.batches), path.every)
+            ],
+            trajectory=path,
+            seed=self.students.seed,
+        )
+
+    def trajectory(self, space: Space) -> Trajectory:
+        """The training of the student of all pairs, replayed from its seed and steps where it is asked for."""
+        student, steps = self.students, student_steps(self.student_folder)
+        train, seed = replace(student.train, steps=steps), student.seed + 1
+        images, texts = self.pool.inputs(slice(0, 1))
+        initial = Space(initial_heads(images.shape[1], texts.shape[1], train.dimension, seed))
+        everything = np.ones(len(self.pool))
+        batches = training_batches(everything, self.pool.image, train.batch_size, steps, seed)
+        return Trajectory(
+            space=space,
+            initial=initial.flatten(initial.parameters),
+            config=train,
+            batches=list(batches),
+            inputs=self.pool.inputs,
+        )
+
+    def batch(self, span: Span) -> Batch:
+        rows = np.arange(*span)
+        place = self.pool.rows[rows]  # rising, so that only the files' part between its ends is read
+        first = int(place[0])
+        uids = self.pool.table.rows(first, int(place[-1]) + 1, "uid")["uid"].take(place - first).to_pylist()
+        return Batch(uid=uids, row=rows, inputs=self.pool.inputs(rows), image=self.pool.image[rows])
+
+
+def stored_space(path: Trajectory, step: int) -> Space:
+    """The student after `step` steps, which is one of those that a trajectory stores."""
+    return space_at(path.space, path.stored[step // path.every].theta)
+
+
+@dataclass(frozen=True)
+class FoldSpan:
+    """One pass of a fit over some of the pairs."""
+
+    statistic: Fold
+
+    def __call__(self, valued: Valued, span: Span) -> Any:
+        return self.statistic.observe(self.statistic.zero(), valued.batch(span))
+
+
+@dataclass(frozen=True)
+class ScoreSpan:
+    """Write the scores of some of the pairs; returns how many."""
+
+    scorer: Scorer
+    folder: Path
+    mark: str
+
+    def __call__(self, valued: Valued, span: Span) -> int:
+        start, stop = span
+        if not has_block(self.folder, "score", start, self.mark):
+            score = self.scorer(valued.batch(span))
+            write_block(self.folder, "score", start, self.mark, {"score": score})
+        return stop - start
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The recipe of a worker that does what it is shared to the spans that it is given."""
+
+    valued: Valued
+
+    def __call__(self) -> Callable[[Span, Any], Any]:
+        return lambda span, job: job(self.valued, span)
+
+
+@dataclass(frozen=True)
+class JoinScores:
+    """Task: scores.parquet from the blocks; the number of pairs without a score."""
+
+    valued: Valued
+    folder: Path
+    starts: list[int]
+
+    def __call__(self) -> int:
+        join_blocks(self.folder, "score", self.starts)
+        score = read_columns(self.folder / "score.parquet")["score"]
+        uids = list(map(str, self.valued.pool.column("uid")))
+        with atomic_path(self.folder / "scores.parquet") as aside:
+            pq.write_table(pa.table({"uid": pa.array(uids, pa.string()), "score": pa.array(score)}), aside)
+        (self.folder / "score.parquet").unlink()
+        return int((~np.isfinite(score)).sum())
+
+
+def score(
+    valued: Valued, inputs: dict[str, str], config: ScoreConfig, out: Path, runtime: Runtime
+) -> Manifest:
+    """Score every pair of the pool by an estimator of the table; writes scores.parquet (uid, score).
+
+    Higher is more worth keeping; nan where no context of the bank can judge a pair, counted in the manifest.
+    """
+    estimator = make_estimator(config.estimator, config.options)
+    mark = fingerprint({"stage": "score", "config": config, "curvature": valued.curvature, "inputs": inputs})
+    if (done := finished_stage(out, mark)) is not None:
+        return done
+    began = time.monotonic()
+    reopen(out)
+    rows = len(valued.pool)
+    spans = list(blocks_of(rows, config.block_size))
+    with runtime.pool(Spans(valued), num_actors=min(runtime.cores, len(spans))) as workers:
+
+        def run(statistic: Fold) -> Any:
+            return workers.fold(spans, statistic.merge, FoldSpan(statistic))
+
+        scorer = fitted(estimator.fit(valued.problem()), run)
+        with progress(f"score ({config.estimator})", rows, "pairs") as bar:
+
+            def add(done: int, more: int) -> int:
+                bar.advance(more)
+                return done + more
+
+            bar.advance(spans[0][1])
+            workers.fold(spans, add, ScoreSpan(scorer, out, mark))
+    without = run_once(runtime, JoinScores(valued, out, [start for start, _ in spans]))
+    manifest = Manifest(
+        stage="score",
+        fingerprint=mark,
+        inputs=inputs,
+        rows_in=rows,
+        rows_out=rows,
+        details={"estimator": config.estimator, "options": config.options, "without_score": without},
+    )
+    return finish_stage(out, manifest, began)

@@ -1,0 +1,151 @@
+"""Tasks on top of a finished run, in the same folder: score by any estimator, detect misaligned pairs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pyarrow import csv
+
+from influencespace.config import RunConfig, load_config
+from influencespace.core.metrics import auroc, average_precision
+from influencespace.data.artifacts import Manifest, atomic_path, read_manifest, write_json
+from influencespace.errors import InputError
+from influencespace.report.sheet import write_sheet
+from influencespace.stages.runtime import Runtime
+from influencespace.stages.score import ScoreConfig, Valued, make_estimator, score
+from influencespace.stages.split import pair_sets
+
+FloatArray = NDArray[np.float64]
+POOLED = "pooled"
+SHOWN = 60
+PRECISION_AT = (0.01, 0.05, 0.1, 0.2, 0.3)
+
+
+def finished(run: Path, stage: str) -> Manifest:
+    """The manifest of a finished stage of a run; raises InputError where there is none."""
+    manifest = read_manifest(run / stage)
+    if manifest is None:
+        raise InputError(
+            f"{run} has no finished {stage} stage: run `influencespace run` with this folder first, or check the path"
+        )
+    return manifest
+
+
+def valued(run: Path | str) -> tuple[Valued, dict[str, str]]:
+    """What estimators are given, from a finished run, and the fingerprints of what it depends on."""
+    run = Path(run).expanduser().absolute()
+    inputs = {stage: finished(run, stage).fingerprint for stage in ("split", "student")}
+    config: RunConfig = load_config(run / "config.yaml", {})
+    sets = pair_sets(run / "split", finished(run, "split"))
+    return (
+        Valued(
+            pool=sets["pool"],
+            target=sets["target"],
+            students=config.student,
+            curvature=config.curvature,
+            student_folder=run / "student",
+        ),
+        inputs,
+    )
+
+
+def check_estimator(run: Path, estimator: str, options: dict[str, Any]) -> None:
+    """Refuse a run that is not finished or an estimator that there is not, before anything starts."""
+    finished(run, "curate")
+    if estimator != POOLED:
+        make_estimator(estimator, options)
+
+
+def score_run(run: Path, estimator: str, options: dict[str, Any], runtime: Runtime) -> tuple[Path, Manifest]:
+    """Score the pool of a finished run by an estimator; returns scores.parquet and the manifest."""
+    given, inputs = valued(run)
+    out = run.expanduser().absolute() / "scores" / estimator
+    manifest = score(given, inputs, ScoreConfig(estimator=estimator, options=options), out, runtime)
+    return out / "scores.parquet", manifest
+
+
+def detect_run(
+    run: Path, estimator: str, options: dict[str, Any], truth: dict[str, bool] | None, runtime: Runtime
+) -> dict[str, Any]:
+    """Rank the pairs of a finished run by how misaligned they seem: the lowest score first.
+
+    `estimator` is `pooled` (the run's own score, for which no work is left) or a name of the table. Writes
+    ranking.parquet (rank, uid, score), detect.html with the first pairs, and detect.json; with the truth (whether each
+    uid is wrong) also AUROC, average precision with the base rate, precision and recall.
+    """
+    run = run.expanduser().absolute()
+    if estimator == POOLED:
+        finished(run, "curate")
+        path = run / "curated.parquet"
+    else:
+        path, _ = score_run(run, estimator, options, runtime)
+    table = pq.read_table(path, columns=["uid", "score"])
+    score = table["score"].to_numpy().astype(np.float64)
+    order = np.argsort(score, kind="stable")  # nan, which no context could judge, comes last
+    uids = table["uid"].to_pylist()
+    out = run / "detect" / estimator
+    out.mkdir(parents=True, exist_ok=True)
+    ranking = {
+        "rank": np.arange(1, len(order) + 1),
+        "uid": [uids[i] for i in order],
+        "score": score[order],
+    }
+    with atomic_path(out / "ranking.parquet") as aside:
+        pq.write_table(pa.table(ranking), aside)
+    found: dict[str, Any] = {"estimator": estimator, "pairs": len(uids)}
+    told = [
+        f"Pairs of lowest score by the estimator {estimator}: they lower the target loss least, or raise it."
+    ]
+    if truth is not None:
+        found |= judged(uids, score, truth)
+        told.append(
+            f"AUROC {found['auroc']:.3f}, average precision {found['average_precision']:.3f} "
+            f"(base rate {found['base_rate']:.3f}) for {found['wrong']:,} wrong pairs among {found['known']:,}."
+        )
+    write_json(out / "detect.json", found)
+    first = [(uids[i], float(score[i])) for i in order[:SHOWN] if np.isfinite(score[i])]
+    write_sheet(out / "detect.html", run, "Pairs that look misaligned", told, first)
+    return found | {
+        "paths": {name: str(out / name) for name in ("ranking.parquet", "detect.html", "detect.json")}
+    }
+
+
+def read_truth(path: Path) -> dict[str, bool]:
+    """Which uids are wrong, from a Parquet or CSV file with the columns uid and wrong; raises InputError."""
+    try:
+        table = csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
+        columns = [table[name].to_pylist() for name in ("uid", "wrong")]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"truth file {path} cannot be read: {str(error).splitlines()[0]}") from None
+    except KeyError:
+        raise InputError(
+            f"truth file {path} has the columns {', '.join(table.column_names)}; uid and wrong (true or false) are needed"
+        ) from None
+    return {str(uid): bool(wrong) for uid, wrong in zip(*columns)}
+
+
+def judged(uids: list[str], score: FloatArray, truth: dict[str, bool]) -> dict[str, Any]:
+    """Scores against the truth of the uids that it knows; raises InputError where it knows too few."""
+    known = np.array([uid in truth for uid in uids]) & np.isfinite(score)
+    wrong = np.array([truth.get(uid, False) for uid in uids])[known]
+    if not wrong.any() or wrong.all():
+        raise InputError(
+            f"the truth file knows {int(known.sum())} of the {len(uids)} scored pairs, {int(wrong.sum())} of them wrong: "
+            "wrong and right ones are needed; do its uids match those of curated.parquet?"
+        )
+    suspicion = -score[known]
+    hits = np.cumsum(wrong[np.argsort(-suspicion, kind="stable")])
+    cuts = {share: max(1, round(share * len(wrong))) for share in PRECISION_AT}
+    return {
+        "known": int(known.sum()),
+        "unknown": int(len(uids) - known.sum()),
+        "wrong": int(wrong.sum()),
+        "base_rate": float(wrong.mean()),
+        "auroc": auroc(suspicion, wrong),
+        "average_precision": average_precision(suspicion, wrong),
+        "precision_at": {f"{share:g}": float(hits[cut - 1] / cut) for share, cut in cuts.items()},
+        "recall_at": {f"{share:g}": float(hits[cut - 1] / wrong.sum()) for share, cut in cuts.items()},
+    }

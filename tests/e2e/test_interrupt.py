@@ -1,0 +1,63 @@
+"""Ctrl-C in the middle of a stage: one plain line, exit code 130, and the same command finishes the same job."""
+
+import os
+import signal
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import Command, command_line, run_arguments
+
+from influencespace.data.artifacts import file_digest
+
+pytestmark = pytest.mark.e2e
+
+
+def interrupted_in(
+    stage: str, arguments: list[object], out: Path, environment: dict[str, str]
+) -> tuple[int, str]:
+    """Start the run and press Ctrl-C while `stage` is at work, as a terminal does: to all that it started.
+
+    Exit code and stderr.
+    """
+    driver = subprocess.Popen(
+        command_line(*arguments),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # tests that run in the background of a shell are deaf to Ctrl-C, and so would be what they start
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 300
+    while not (out / stage).is_dir():
+        assert driver.poll() is None, driver.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(driver.pid, signal.SIGINT)
+    _, said = driver.communicate(timeout=120)
+    assert not (out / stage / "manifest.json").exists(), f"{stage} was too quick to be interrupted"
+    return driver.returncode, said
+
+
+@pytest.mark.parametrize("stage", [pytest.param("embed/pool", marks=pytest.mark.slow), "student"])
+def test_an_interrupted_run_says_so_and_continues_to_the_same_subset(
+    influencespace: Command,
+    environment: dict[str, str],
+    world: Path,
+    finished: Path,
+    tmp_path: Path,
+    stage: str,
+) -> None:
+    out = tmp_path / "interrupted"
+    code, said = interrupted_in(stage, run_arguments(world, out), out, environment)
+    assert code == 130, said
+    assert "Traceback" not in said
+    assert "the same command continues" in said.splitlines()[-1]
+    assert not (out / "curated.parquet").exists()
+    done = influencespace(*run_arguments(world, out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert file_digest(out / "curated.parquet") == file_digest(finished / "curated.parquet")

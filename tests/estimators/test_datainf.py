@@ -1,0 +1,82 @@
+"""DataInf against the paper's double sum and against its mean of inverse matrices, in float64."""
+
+import laws
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from influencespace.core.metrics import auroc
+from influencespace.estimators.datainf import DataInf
+from influencespace.estimators.problem import scores
+from influencespace.models.projected import reduced_space
+
+PROBLEM = laws.SMALL.problem
+GRADIENTS = laws.dense_gradients(PROBLEM, laws.WHOLE[0])
+
+
+def blocks(dimension: int) -> list[tuple[Tensor, Tensor, int]]:
+    """(g_l (n, k_l), v_l (k_l,), d_l) of each block."""
+    reduced = reduced_space(PROBLEM.space, dimension, PROBLEM.seed)
+    matrix = laws.projection_matrix(reduced)
+    g = torch.split(GRADIENTS @ matrix, reduced.sizes, 1)
+    v = torch.split(PROBLEM.target_gradient @ matrix, reduced.sizes)
+    return list(zip(g, v, reduced.original_sizes, strict=True))
+
+
+def as_printed(dimension: int) -> Tensor:
+    """I(k) of equation 5 by loops over blocks and pairs: larger is harmful."""
+    total = torch.zeros(len(GRADIENTS), dtype=torch.float64)
+    for g, v, size in blocks(dimension):
+        n = len(g)
+        lam = 0.1 * sum(float(row @ row) for row in g) / (n * size)
+        L = g @ g.T
+        for k in range(n):
+            inner = sum(float((v @ g[i]) * L[i, k] / (lam + L[i, i])) for i in range(n)) / n
+            total[k] += (inner - float(v @ g[k])) / lam
+    return total
+
+
+@pytest.mark.parametrize("dimension", [6, 256])
+def test_it_is_the_negative_of_the_papers_sum(dimension: int) -> None:
+    """On projected gradients, and on whole ones where they are small."""
+    found = scores(DataInf(dimension=dimension), PROBLEM, laws.WHOLE)
+    np.testing.assert_allclose(found, -as_printed(dimension), rtol=1e-7, atol=1e-7)
+
+
+def test_it_is_the_mean_of_inverse_matrices() -> None:
+    total = torch.zeros(len(GRADIENTS), dtype=torch.float64)
+    for g, v, size in blocks(256):
+        lam = 0.1 * g.square().sum() / (len(g) * size)
+        eye = torch.eye(len(v), dtype=torch.float64)
+        inverse = torch.stack([torch.linalg.inv(torch.outer(row, row) + lam * eye) for row in g]).mean(0)
+        total += g @ inverse @ v
+    found = scores(DataInf(), PROBLEM, laws.WHOLE)
+    np.testing.assert_allclose(found, total, rtol=1e-6, atol=1e-6)
+
+
+def test_large_damping_is_the_gradient_dot_product() -> None:
+    found = scores(DataInf(relative_damping=1e6), PROBLEM, laws.WHOLE)
+    lam = [1e6 * float(g.square().sum()) / (len(g) * size) for g, _, size in blocks(256)]
+    truth = sum(g @ v / by for (g, v, _), by in zip(blocks(256), lam, strict=True))
+    np.testing.assert_allclose(found, truth, rtol=1e-3, atol=1e-3 * float(truth.abs().max()))
+
+
+def test_it_takes_two_passes() -> None:
+    assert len(laws.passes(DataInf(), PROBLEM)) == 2
+
+
+def test_passes_merge() -> None:
+    laws.assert_passes_merge(DataInf(dimension=6))
+
+
+def test_scores_do_not_depend_on_the_partition() -> None:
+    laws.assert_scores_do_not_depend_on_the_partition(DataInf(dimension=6))
+
+
+def test_bad_pairs_are_nan_and_harm_no_other() -> None:
+    laws.assert_bad_pairs_are_nan_and_harm_no_other(DataInf())
+
+
+def test_wrong_captions_score_low() -> None:
+    assert auroc(-scores(DataInf(), PROBLEM, laws.WHOLE), laws.SMALL.wrong) > 0.6

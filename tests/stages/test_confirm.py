@@ -1,0 +1,89 @@
+"""Influence weights are taken only where retraining confirms them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from chain import Chain, Counting, Idle
+
+from influencespace.core.select import SelectConfig
+from influencespace.stages.confirm import GROUPS, SEEDS, TEMPERATURES, best_candidate, candidates, confirm
+from influencespace.stages.decide import Scores, decide
+from influencespace.stages.runtime import LocalRuntime, Runtime
+from influencespace.stages.student import TargetHalves, choosing_losses, train_subset
+
+
+def confirmed(truth: Chain, folder: Path, config: SelectConfig, runtime: Runtime) -> SelectConfig:
+    steps = truth.manifest("student").details["steps"]
+    scores = Scores(truth.out / "attribute")
+    pool, target = truth.sets["pool"], truth.sets["target"]
+    return confirm(pool, target, scores, config, truth.student, steps, folder, "mark", runtime)[0]
+
+
+def test_a_candidate_must_surely_beat_uniform_weights() -> None:
+    generator = np.random.default_rng(0)
+    uniform = 3 + generator.normal(size=20)
+    better, best = uniform - 0.1, uniform - 0.2
+    noisy = uniform - 0.3 + generator.normal(size=20)
+    assert best_candidate(np.stack([uniform, better, best])) == 2
+    assert best_candidate(np.stack([uniform, better, noisy])) == 1
+    assert best_candidate(np.stack([uniform, uniform, uniform + 0.1])) == 0
+    assert best_candidate(uniform[None]) == 0
+
+
+def test_chance_is_confirmed_in_about_one_of_twenty_cases() -> None:
+    generator = np.random.default_rng(0)
+    draws = [best_candidate(generator.normal(size=(4, 20))) > 0 for _ in range(1000)]
+    assert np.mean(draws) < 0.08
+
+
+def test_only_an_open_choice_has_candidates() -> None:
+    assert [c.weights for c in candidates(SelectConfig())] == ["uniform"] + ["influence"] * len(TEMPERATURES)
+    fixed = SelectConfig(weights="influence", tau_high=0.3)
+    assert candidates(fixed) == [fixed]
+
+
+def test_the_choice_is_that_of_the_ray_free_loop(truth: Chain, tmp_path: Path) -> None:
+    scores, config = Scores(truth.out / "attribute"), truth.student
+    steps = truth.manifest("student").details["steps"]
+    pool, halves = truth.sets["pool"], TargetHalves(truth.sets["target"], config.seed)
+    choices = candidates(SelectConfig())
+
+    def losses(choice: SelectConfig) -> np.ndarray:
+        weight = decide(scores, choice).weight
+        runs = [train_subset(pool, weight, config.train, steps, seed).heads for seed in SEEDS]
+        return np.mean([choosing_losses(heads, halves, config.train, GROUPS) for heads in runs], 0)
+
+    choices = candidates(SelectConfig())
+    found = np.stack([losses(choice) for choice in choices])
+    best = best_candidate(found)
+    assert confirmed(truth, tmp_path, SelectConfig(), LocalRuntime()) == choices[best]
+    details = truth.manifest("curate").details
+    np.testing.assert_allclose(
+        [trial["target_loss"] for trial in details["trials"]], found.mean(1), rtol=1e-6
+    )
+    assert details["weights"] == choices[best].weights
+
+
+def test_a_fixed_choice_trains_nothing(truth: Chain, tmp_path: Path) -> None:
+    fixed = SelectConfig(weights="uniform")
+    assert confirmed(truth, tmp_path, fixed, Idle()) == fixed
+
+
+def test_finished_trials_are_not_trained_again(truth: Chain, tmp_path: Path) -> None:
+    first = confirmed(truth, tmp_path, SelectConfig(), LocalRuntime())
+    notes = sorted((tmp_path / "trials").iterdir())
+    assert len(notes) == len(SEEDS) * (1 + len(TEMPERATURES))
+    before = [note.stat().st_mtime_ns for note in notes[1:]]
+    notes[0].unlink()
+    assert confirmed(truth, tmp_path, SelectConfig(), Counting()) == first
+    assert [note.stat().st_mtime_ns for note in notes[1:]] == before
+    assert json.loads(notes[0].read_text())["mark"] == "mark"
+
+
+def test_weights_follow_the_influence_that_is_predicted(truth: Chain) -> None:
+    scores = Scores(truth.out / "attribute")
+    subset = decide(scores, replace(SelectConfig(), weights="influence", tau_high=1.0))
+    order = np.argsort(scores.predicted[subset.kept])
+    assert (np.diff(subset.weight[subset.kept][order]) >= -1e-9).all()

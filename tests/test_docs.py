@@ -1,0 +1,50 @@
+"""The Python of the documents runs as it is written."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import influencespace
+from influencespace.estimators.table import TABLE
+
+DOCS = Path(influencespace.__file__).parents[1] / "docs"
+
+
+def test_every_estimator_is_documented() -> None:
+    text = (DOCS / "estimators.md").read_text(encoding="utf-8")
+    assert set(TABLE) <= set(re.findall(r"`(\w+)`", text))
+
+
+@pytest.mark.e2e
+def test_the_python_of_the_estimators_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from influencespace import pipeline
+    from influencespace.config import load_config
+    from influencespace.data.synthetic import WorldConfig, write_world
+    from influencespace.stages.fit_encoder import FitEncoder
+    from influencespace.stages.runtime import LocalRuntime
+
+    sizes = {"pretrain": 100, "pool": 120, "target": 60, "test": 40}
+    write_world(tmp_path / "world", WorldConfig(seed=1, **sizes))
+    FitEncoder(shards=str(tmp_path / "world" / "pretrain"), out=tmp_path / "encoder", steps=3, seed=0)()
+    small = {"student.train.batch_size": 24, "student.train.steps": 10, "student.choose_steps": False}
+    small |= {
+        "student.folds": 2,
+        "train.seeds": [0],
+        "train.methods": ["curated"],
+        "curate.weights": "uniform",
+    }
+    roles = {f"data.{role}": str(tmp_path / "world" / role) for role in ("pool", "target", "test")}
+    config = load_config(None, small | roles | {"embed.encoder": str(tmp_path / "encoder")})
+    monkeypatch.chdir(tmp_path)
+    pipeline.run(config, Path("runs/mine"), LocalRuntime())
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (DOCS / "estimators.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    names: dict[str, object] = {}
+    exec(code, names)  # our own document
+    value = names["value"]
+    assert isinstance(value, np.ndarray)
+    assert len(value) == 120
+    assert np.isfinite(value).all()
