@@ -23,7 +23,7 @@ from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.models.encoders import load_encoder
 from influencespace.stages.embed import EmbedConfig, embed
 from influencespace.stages.fit_encoder import FitEncoder
-from influencespace.stages.runtime import start_ray
+from influencespace.stages.ray_session import start_ray
 
 
 def bare_rate(pool: Path, encoder: Path, batch_size: int) -> float:

@@ -90,7 +90,7 @@ def run(
     from influencespace import pipeline
     from influencespace.config import load_config
     from influencespace.report.table import print_summary
-    from influencespace.stages.runtime import start_ray
+    from influencespace.stages.ray_session import start_ray
 
     resolved = load_config(config, overrides_of(settings, data, target, test, encoder, embeddings))
     pipeline.check(resolved)
@@ -108,7 +108,7 @@ def demo(
     """The whole job on a synthetic world with 25 % wrong captions: nothing is downloaded."""
     from influencespace.demo import run_demo
     from influencespace.report.table import print_summary
-    from influencespace.stages.runtime import start_ray
+    from influencespace.stages.ray_session import start_ray
 
     with start_ray(address) as runtime:
         print_summary(run_demo(out, runtime, seed=seed))
@@ -131,7 +131,8 @@ def plan(
     from influencespace.config import load_config
     from influencespace.plan import plan as make_plan
     from influencespace.plan import print_plan
-    from influencespace.stages.runtime import LocalRuntime, start_ray
+    from influencespace.stages.ray_session import start_ray
+    from influencespace.stages.runtime import LocalRuntime
 
     resolved = load_config(config, overrides_of(settings, data, target, test, encoder, embeddings))
     if limit is None and address is None and "RAY_ADDRESS" not in os.environ:
@@ -158,7 +159,7 @@ def sweep(
     """Search thresholds and size by Ray Tune, on the scores of the run in --out (which is finished first)."""
     from influencespace import pipeline
     from influencespace.config import load_config
-    from influencespace.stages.runtime import start_ray
+    from influencespace.stages.ray_session import start_ray
     from influencespace.sweep import SweepConfig
     from influencespace.sweep import sweep as search
 
@@ -218,7 +219,7 @@ def score(
     address: Address = None,
 ) -> None:
     """Score every pair of a run's pool by an estimator: higher is more worth keeping."""
-    from influencespace.stages.runtime import start_ray
+    from influencespace.stages.ray_session import start_ray
     from influencespace.tasks import check_estimator, score_run
 
     options = options_of(option)
@@ -241,7 +242,8 @@ def detect(
     address: Address = None,
 ) -> None:
     """Rank the pairs that look misaligned, with a page of the first ones; precision and recall where truth is given."""
-    from influencespace.stages.runtime import LocalRuntime, start_ray
+    from influencespace.stages.ray_session import start_ray
+    from influencespace.stages.runtime import LocalRuntime
     from influencespace.tasks import POOLED, check_estimator, detect_run, read_truth
 
     options = options_of(option)

@@ -48,7 +48,8 @@ from influencespace.errors import InputError
 from influencespace.models.heads import Heads
 from influencespace.stages.decide import Scores, decide
 from influencespace.stages.finish import finish_stage
-from influencespace.stages.runtime import TaskError, start_ray
+from influencespace.stages.ray_session import start_ray
+from influencespace.stages.runtime import TaskError
 from influencespace.stages.split import pair_sets
 from influencespace.stages.student import StudentsConfig, TargetHalves, choosing_loss, train_subset
 

@@ -16,7 +16,7 @@ from influencespace.cli import named_values
 from influencespace.config import load_config
 from influencespace.errors import InputError
 from influencespace.report.table import print_summary
-from influencespace.stages.runtime import start_ray
+from influencespace.stages.ray_session import start_ray
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,7 +27,8 @@ from influencespace.data.artifacts import write_json
 from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.errors import InputError
 from influencespace.models.tiny_clip import train_tiny_clip
-from influencespace.stages.runtime import LocalRuntime, TaskError, start_ray
+from influencespace.stages.ray_session import start_ray
+from influencespace.stages.runtime import LocalRuntime, TaskError
 from influencespace.sweep import SweepConfig, best_of, own_settings, retraining, search, search_space, sweep
 
 OWN = own_settings(SelectConfig(weights="uniform"))

@@ -161,9 +161,7 @@ def cluster(
     with runtime.pool(FoldWorker(pool, config.fusion), num_actors=runtime.cores) as workers:
         parents: Tensor | None = None
         while True:
-            centroids, parent, spare = run_once(
-                runtime, Seeding(pool=pool, config=config, k=k, parents=parents)
-            )
+            centroids, parent, spare = workers.run(Seeding(pool=pool, config=config, k=k, parents=parents))
             centroids = refine(workers, centroids, spare, rows, config)
             index = davies_bouldin(centroids, workers.fold(spans, Assignment.merge, centroids))
             tree.append(parent)

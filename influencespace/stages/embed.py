@@ -132,7 +132,7 @@ def share(config: EmbedConfig, runtime: Runtime, tasks: int) -> Workers:
     else:
         fitting = min(runtime.cores // (config.cpus_per_actor or 1), runtime.memory // worker_bytes(config))
     num_actors = max(1, min(config.num_actors or fitting, tasks))
-    num_cpus = config.cpus_per_actor or max(1, runtime.cores // num_actors)
+    num_cpus = config.cpus_per_actor or max(1, min(runtime.cores_per_task, runtime.cores // num_actors))
     return Workers(num_actors=num_actors, num_cpus=num_cpus, num_gpus=gpus)
 
 

@@ -8,8 +8,6 @@ they finish, so that any number of actors gives the same bits. `LocalRuntime` is
 import logging
 import os
 import pickle
-import socket
-import tempfile
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +27,6 @@ Merge = Callable[[Any, Any], Any]
 TASK_RETRIES = 3
 # How far an actor may run ahead of the slowest task: bounds the states that wait to be merged in order.
 AHEAD = 4
-# Ray puts sockets below its temporary folder, and Linux allows a socket's path no more than 107 bytes.
-LONGEST_TMPDIR = 40
 
 
 class TaskError(RuntimeError):
@@ -46,6 +42,9 @@ class Pool(Protocol):
         Raises ValueError without tasks, TaskError (or the worker's InputError) where a task fails.
         """
 
+    def run(self, job: Callable[[], Any]) -> Any:
+        """One job on one of the workers. While a pool lives it may hold every core: a map would wait for ever."""
+
 
 class Runtime(Protocol):
     """Where the work of the stages is done."""
@@ -53,6 +52,10 @@ class Runtime(Protocol):
     @property
     def cores(self) -> int:
         """CPU cores that there really are, in all machines together."""
+
+    @property
+    def cores_per_task(self) -> int:
+        """The most CPU cores that one task may ask for: a task that asks for more would wait for ever."""
 
     @property
     def gpus(self) -> int:
@@ -105,7 +108,11 @@ class LocalRuntime:
 
     @property
     def cores(self) -> int:
-        return _machine_cores()
+        return machine_cores()
+
+    @property
+    def cores_per_task(self) -> int:
+        return self.cores
 
     @property
     def gpus(self) -> int:
@@ -149,6 +156,14 @@ class RayRuntime:
     @property
     def cores(self) -> int:
         return self._cores or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    @property
+    def cores_per_task(self) -> int:
+        """On a cluster all but one of the largest machine's: a submitted job's driver may hold one itself."""
+        if self._cores:
+            return self._cores
+        machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+        return max(1, int(max(machines, default=1)) - 1)
 
     @property
     def gpus(self) -> int:
@@ -218,50 +233,7 @@ def _call_all(tasks: Sequence[Any], at_once: int, resources: dict[str, float]) -
             task = waiting.popleft()
             running[attempt.remote(task)] = task
         (reference, *_), _ = ray.wait(list(running), num_returns=1)
-        task = running.pop(reference)
-        try:
-            outcome: _Outcome = ray.get(reference)
-        except ray.exceptions.RayError as error:
-            raise TaskError(f"{_lost(task)} Ray says: {error}") from error
-        yield outcome.result()
-
-
-@contextmanager
-def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterator[RayRuntime]:
-    """A RayRuntime: on the Ray that runs already, else on the cluster at `address`, else on a new local Ray.
-
-    The address defaults to RAY_ADDRESS. What was started or joined here is left at the end. `num_cpus`
-    counts the logical CPUs of a new local Ray (default: the cores, but at least 8, so that a small machine
-    has room for a few waiting actors).
-    """
-    if ray.is_initialized():
-        yield RayRuntime()
-        return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    if address not in ("local", "auto"):
-        _knock(address)
-    _quieten()
-    cores = _machine_cores()
-    options: dict[str, Any] = {}
-    if address == "local":
-        options = {"num_cpus": num_cpus or max(8, cores), "include_dashboard": False, **_short_folder()}
-    ray.init(address=address, logging_level="warning", log_to_driver=False, **options)
-    try:
-        yield RayRuntime(cores if address == "local" else None)
-    finally:
-        ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """Raise InputError where nobody listens: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no Ray cluster answers at {address} ({error}): is `ray start --head` running there, "
-            "and is this the HOST:PORT that it told?"
-        ) from None
+        yield _result(reference, running.pop(reference))
 
 
 @dataclass(frozen=True)
@@ -280,12 +252,24 @@ class _Outcome:
         return self.value
 
 
+def _result(reference: Any, task: Any) -> Any:
+    """The worker's result; raises what it raised, and TaskError where no worker survived the task."""
+    try:
+        outcome: _Outcome = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        raise TaskError(f"{_lost(task)} Ray says: {error}") from error
+    return outcome.result()
+
+
 class _Worker:
     """One worker: builds its callable at the first task, and turns exceptions into outcomes."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._call: Callable[..., Any] | None = None
+
+    def start(self) -> None:
+        """Answered as soon as there is a process."""
 
     def attempt(self, task: Any, *shared: Any) -> _Outcome:
         try:
@@ -298,6 +282,9 @@ class _Worker:
                 error=f"task {_brief(task)} failed: {type(error).__name__}: {error}",
                 trace=traceback.format_exc(),
             )
+
+    def run(self, job: Callable[[], Any]) -> _Outcome:
+        return _attempt(job)
 
 
 def _attempt(task: Any) -> _Outcome:
@@ -339,10 +326,16 @@ class _LocalPool:
         states = (self.worker.attempt(task, shared).result() for task in tasks)
         return _merge_all(states, merge)
 
+    def run(self, job: Callable[[], Any]) -> Any:
+        return _attempt(job).result()
 
-@dataclass(frozen=True)
+
 class _RayPool:
-    actors: list[Any]
+    """Actors are given work as they start: on a busy cluster some may never find a place."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self._starting = {actor.start.remote(): actor for actor in actors}
+        self._idle: deque[Any] = deque()
 
     def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None) -> Any:
         return _merge_all(self._states(tasks, ray.put(shared)), merge)
@@ -350,23 +343,31 @@ class _RayPool:
     def _states(self, tasks: Sequence[Any], shared: Any) -> Iterator[Any]:
         """The states in the order of the tasks; an actor gets its next task as soon as it has done one."""
         waiting = deque(range(len(tasks)))
-        idle = deque(self.actors)
         running: dict[Any, tuple[int, Any]] = {}
         finished: dict[int, Any] = {}
-        for turn in range(len(tasks)):
-            while turn not in finished:
-                while idle and waiting and waiting[0] < turn + AHEAD * len(self.actors):
-                    index, actor = waiting.popleft(), idle.popleft()
-                    running[actor.attempt.remote(tasks[index], shared)] = index, actor
-                (reference, *_), _ = ray.wait(list(running), num_returns=1)
-                index, actor = running.pop(reference)
-                finished[index] = reference
-                idle.append(actor)
-            try:
-                outcome: _Outcome = ray.get(finished.pop(turn))
-            except ray.exceptions.RayError as error:
-                raise TaskError(f"{_lost(tasks[turn])} Ray says: {error}") from error
-            yield outcome.result()
+        try:
+            for turn in range(len(tasks)):
+                while turn not in finished:
+                    most = turn + AHEAD * (len(self._idle) + len(running))
+                    while self._idle and waiting and waiting[0] < most:
+                        index, actor = waiting.popleft(), self._idle.popleft()
+                        running[actor.attempt.remote(tasks[index], shared)] = index, actor
+                    (reference, *_), _ = ray.wait([*running, *self._starting], num_returns=1)
+                    if reference in self._starting:
+                        self._idle.append(self._starting.pop(reference))
+                        continue
+                    index, actor = running.pop(reference)
+                    finished[index] = reference
+                    self._idle.append(actor)
+                yield _result(finished.pop(turn), tasks[turn])
+        finally:
+            self._idle.extend(actor for _, actor in running.values())
+
+    def run(self, job: Callable[[], Any]) -> Any:
+        while not self._idle:
+            (reference, *_), _ = ray.wait(list(self._starting), num_returns=1)
+            self._idle.append(self._starting.pop(reference))
+        return _result(self._idle[0].run.remote(job), job)
 
 
 def _merge_all(states: Iterator[Any], merge: Merge) -> Any:
@@ -409,20 +410,7 @@ def _data() -> Any:
     return ray.data
 
 
-def _quieten() -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray Data makes Ray's core complain on the driver's stderr about each of its actor pools.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-
-
-def _short_folder() -> dict[str, str]:
-    if "RAY_TMPDIR" in os.environ or len(tempfile.gettempdir()) <= LONGEST_TMPDIR:
-        return {}
-    return {"_temp_dir": "/tmp/ray"}
-
-
-def _machine_cores() -> int:
+def machine_cores() -> int:
     """Cores this process may use."""
     try:
         return len(os.sched_getaffinity(0))

@@ -323,7 +323,9 @@ def students(
     reopen(out)
     make = partial(TrainStudent, pool=pool, target=target, config=config, folder=out, mark=mark)
     with progress("student", 1 + config.folds, "students") as bar:
-        (first,) = runtime.map(call, [make(steps=config.train.steps, fold=None)], num_cpus=runtime.cores)
+        (first,) = runtime.map(
+            call, [make(steps=config.train.steps, fold=None)], num_cpus=runtime.cores_per_task
+        )
         bar.advance()
         notes = [first]
         tasks = [make(steps=first["steps"], fold=k) for k in range(config.folds)]

@@ -196,11 +196,12 @@ def _train_on_ray(
     from ray.train.torch import TorchTrainer
 
     storage = out / "ray"
+    cores = max(1, min(runtime.cores_per_task, runtime.cores // config.workers))
     trainer = TorchTrainer(
         run_all,
         train_loop_config={"runs": runs},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers, resources_per_worker={"CPU": max(1, runtime.cores // config.workers)}
+            num_workers=config.workers, resources_per_worker={"CPU": cores}
         ),
         run_config=ray.train.RunConfig(
             name=f"train-{mark[:12]}-{time.time_ns()}",

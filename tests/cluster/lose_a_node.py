@@ -10,7 +10,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from influencespace.stages.runtime import start_ray
+from influencespace.stages.ray_session import start_ray
 
 TASKS = 24
 BEFORE_THE_LOSS = 6

@@ -1,6 +1,7 @@
 """The stages after the embedding on a small planted world, as the pipeline calls them; and how their results compare."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from influencespace.stages.curate import curate
 from influencespace.stages.curvature import TargetConfig, curvature
 from influencespace.stages.embed import EmbedConfig
 from influencespace.stages.evaluate import EvaluateConfig, evaluate
-from influencespace.stages.runtime import LocalRuntime, Runtime
+from influencespace.stages.runtime import LocalRuntime, Pool, Recipe, Runtime
 from influencespace.stages.student import StudentsConfig, students
 from influencespace.stages.train import TrainConfig, train
 
@@ -46,13 +47,37 @@ def student_config(**changes: Any) -> StudentsConfig:
     return StudentsConfig(train=StudentConfig(**train), **defaults | changes)
 
 
+class Careful(LocalRuntime):
+    """The plain loop, that fails where a cluster might wait for ever: at workers beside a pool, or for too many cores."""
+
+    def __init__(self) -> None:
+        self._pool_lives = False
+
+    def map(
+        self, recipe: Recipe, tasks: Sequence[Any], *, num_cpus: float = 1, **options: Any
+    ) -> Iterator[Any]:
+        assert not self._pool_lives, "a pool may hold every core: give its workers the job, by pool.run"
+        assert num_cpus <= self.cores_per_task
+        yield from super().map(recipe, tasks, **options)
+
+    @contextmanager
+    def pool(self, recipe: Recipe, **options: Any) -> Iterator[Pool]:
+        assert not self._pool_lives, "a pool may hold every core, and here is another"
+        self._pool_lives = True
+        try:
+            with super().pool(recipe, **options) as pool:
+                yield pool
+        finally:
+            self._pool_lives = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chain:
     """Every stage into `out/<stage>`, from the results of the stages before it in `source`."""
 
     out: Path
     world: World
-    runtime: Runtime = field(default_factory=LocalRuntime)
+    runtime: Runtime = field(default_factory=Careful)
     source_folder: Path | None = None
     student: StudentsConfig = field(default_factory=student_config)
     cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(k=2, batch_size=64, block_size=50))

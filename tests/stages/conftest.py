@@ -9,7 +9,8 @@ import pytest
 from chain import Chain, World
 from planted import plant
 
-from influencespace.stages.runtime import LocalRuntime, RayRuntime, start_ray
+from influencespace.stages.ray_session import start_ray
+from influencespace.stages.runtime import LocalRuntime, RayRuntime
 
 
 @pytest.fixture(scope="session")

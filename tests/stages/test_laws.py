@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from chain import (
     STAGES,
+    Careful,
     Chain,
     Counting,
     Idle,
@@ -29,7 +30,7 @@ from influencespace.stages import attribute, cluster, student
 from influencespace.stages.attribute import AttributeConfig
 from influencespace.stages.cluster import ClusterConfig
 from influencespace.stages.curvature import TargetConfig
-from influencespace.stages.runtime import RayRuntime
+from influencespace.stages.runtime import RayRuntime, call, run_once
 from influencespace.stages.train import TrainConfig
 
 OF_PAIRS = ("student", "cluster", "attribute", "curate")  # stages with a row for every pair of the pool
@@ -222,3 +223,13 @@ def test_results_are_compared_by_their_numbers(truth: Chain) -> None:
     assert len(results(truth.out / "attribute")) > 10
     with pytest.raises(AssertionError):
         assert_equal_results(truth.out / "attribute", truth.out / "student")
+
+
+def test_a_map_beside_a_pool_is_noticed() -> None:
+    """`Careful`, with which every chain here runs, notices what would be a deadlock on a full cluster."""
+    runtime = Careful()
+    with runtime.pool(call) as pool:
+        assert pool.run(int) == 0
+        with pytest.raises(AssertionError, match=r"by pool\.run"):
+            run_once(runtime, int)
+    assert run_once(runtime, int) == 0

@@ -12,7 +12,8 @@ import pytest
 from influencespace.errors import InputError
 from influencespace.stages import runtime as module
 from influencespace.stages.progress import duration, progress
-from influencespace.stages.runtime import LocalRuntime, Runtime, TaskError, run_once, start_ray
+from influencespace.stages.ray_session import _knock, start_ray
+from influencespace.stages.runtime import LocalRuntime, RayRuntime, Runtime, TaskError, run_once
 
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
@@ -123,6 +124,36 @@ def test_a_task_that_kills_every_worker_ends_the_run(
         pool.fold(range(4), add)
 
 
+@pytest.mark.ray
+def test_a_pool_may_hold_every_core_and_still_run_a_job(ray_runtime: Runtime) -> None:
+    with ray_runtime.pool(Square(), num_actors=8) as pool:
+        assert pool.fold(range(32), add) == sum(n * n for n in range(32))
+        assert pool.run(Job(20)) == 22
+
+
+@pytest.mark.ray
+def test_a_pool_works_with_the_actors_that_find_a_place(ray_runtime: Runtime) -> None:
+    with ray_runtime.pool(Square(), num_actors=7) as most:
+        assert most.fold(range(7), add) == 91
+        with ray_runtime.pool(Square(), num_actors=3) as pool:  # one core is left for them
+            assert pool.fold([3, 1, 2], in_a_list) == [9, 1, 4]
+            assert pool.run(Job(20)) == 22
+        assert sorted(ray_runtime.map(Square(), range(5), num_actors=3)) == [0, 1, 4, 9, 16]
+
+
+def test_a_job_of_a_pool_may_fail(runtime: Runtime) -> None:
+    with runtime.pool(Square()) as pool:
+        with pytest.raises(TaskError, match=r"failed: TypeError"):
+            pool.run(Job("nothing"))  # type: ignore[arg-type]
+        assert pool.fold([3, 1, 2], in_a_list) == [9, 1, 4]
+
+
+@pytest.mark.ray
+def test_no_task_may_ask_for_more_than_a_machine_has(ray_runtime: Runtime) -> None:
+    assert RayRuntime().cores_per_task == 7  # of 8: a submitted job's driver may hold one
+    assert RayRuntime(2).cores_per_task == 2
+
+
 def test_one_job_runs_on_one_worker(runtime: Runtime) -> None:
     assert run_once(runtime, Job(20)) == 22
 
@@ -184,4 +215,4 @@ def test_durations_read_well(seconds: float, text: str) -> None:
 def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
     for address in ("127.0.0.1:1", "ray://127.0.0.1:1", "nowhere"):
         with pytest.raises(InputError, match="no Ray cluster answers at"):
-            module._knock(address)
+            _knock(address)

@@ -1,0 +1,68 @@
+"""The Ray that a run works on: one that runs already, a cluster by its address, or a new one on this machine."""
+
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from influencespace.errors import InputError
+from influencespace.stages.runtime import RayRuntime, machine_cores
+
+# Ray puts sockets below its temporary folder, and Linux allows a socket's path no more than 107 bytes.
+LONGEST_TMPDIR = 40
+
+
+@contextmanager
+def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterator[RayRuntime]:
+    """A RayRuntime: on the Ray that runs already, else on the cluster at `address`, else on a new local Ray.
+
+    The address defaults to RAY_ADDRESS. What was started or joined here is left at the end. `num_cpus`
+    counts the logical CPUs of a new local Ray (default: the cores, but at least 8, so that a small machine
+    has room for a few waiting actors).
+    """
+    if ray.is_initialized():
+        yield RayRuntime()
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address not in ("local", "auto"):
+        _knock(address)
+    _quieten()
+    cores = machine_cores()
+    options: dict[str, Any] = {}
+    if address == "local":
+        options = {"num_cpus": num_cpus or max(8, cores), "include_dashboard": False, **_short_folder()}
+    ray.init(address=address, logging_level="warning", log_to_driver=False, **options)
+    try:
+        yield RayRuntime(cores if address == "local" else None)
+    finally:
+        ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise InputError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no Ray cluster answers at {address} ({error}): is `ray start --head` running there, "
+            "and is this the HOST:PORT that it told?"
+        ) from None
+
+
+def _quieten() -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray Data makes Ray's core complain on the driver's stderr about each of its actor pools.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+
+
+def _short_folder() -> dict[str, str]:
+    if "RAY_TMPDIR" in os.environ or len(tempfile.gettempdir()) <= LONGEST_TMPDIR:
+        return {}
+    return {"_temp_dir": "/tmp/ray"}
