@@ -28,7 +28,7 @@ class Head:
     environment: dict[str, str]
 
     def submit(
-        self, *command: str, working_dir: Path = ROOT, timeout: float = 300
+        self, *command: str, working_dir: Path = ROOT, timeout: float = 500
     ) -> "subprocess.CompletedProcess[str]":
         """`ray job submit --working-dir DIR -- COMMAND`, with what it printed."""
         submit = [str(RAY), "job", "submit", "--address", self.dashboard, "--working-dir", str(working_dir)]
@@ -79,7 +79,7 @@ def ray_environment() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def head(ray_environment: dict[str, str]) -> Iterator[Head]:
-    """A head node with 4 logical CPUs and its dashboard."""
+    """A head node with 2 logical CPUs and its dashboard."""
     folder = Path(ray_environment["HOME"])
     port, dashboard, client, agent, exporter, runtime_env = free_ports(6)
     command = [
@@ -94,7 +94,7 @@ def head(ray_environment: dict[str, str]) -> Iterator[Head]:
         *(f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
         *(f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={exporter}"),
         *(f"--runtime-env-agent-port={runtime_env}", f"--temp-dir={folder}"),
-        *("--num-cpus=4", f"--object-store-memory={OBJECT_STORE}", "--disable-usage-stats"),
+        *("--num-cpus=2", f"--object-store-memory={OBJECT_STORE}", "--disable-usage-stats"),
     ]
     log = folder / "head.log"
     with log.open("w") as output:
