@@ -12,6 +12,7 @@ import yaml
 from influencespace.errors import InputError
 
 INTERRUPTED = 130  # exit code after Ctrl-C
+EXAMPLES = {"--set": "cluster.k=200", "--option": "role=own"}
 
 app = typer.Typer(
     add_completion=False,
@@ -37,6 +38,11 @@ Encoder = Annotated[str | None, typer.Option("--encoder", help="Folder or hub id
 Embeddings = Annotated[
     str | None, typer.Option("--embeddings", help="Embeddings of the pool that you have already.")
 ]
+Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
+Options = Annotated[
+    list[str],
+    typer.Option("--option", metavar="KEY=VALUE", help="Of the estimator, e.g. --option role=own."),
+]
 
 
 def named_values(given: list[str], flag: str) -> dict[str, str]:
@@ -48,9 +54,6 @@ def named_values(given: list[str], flag: str) -> dict[str, str]:
             raise InputError(f"{flag} {setting}: give a name and a value, as in {flag} {EXAMPLES[flag]}")
         found[key] = value
     return found
-
-
-EXAMPLES = {"--set": "cluster.k=200", "--option": "role=own"}
 
 
 def overrides_of(
@@ -197,13 +200,6 @@ def export(
     with progress("export", kept, "pairs") as bar:
         manifest = write(folder, to, out, shard_size=shard_size, advance=bar.advance)
     print(f"{manifest.rows_out:,} pairs written to {out}")
-
-
-Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
-Options = Annotated[
-    list[str],
-    typer.Option("--option", metavar="KEY=VALUE", help="Of the estimator, e.g. --option role=own."),
-]
 
 
 def options_of(given: list[str]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from influencespace.data.pair_set import PairSet
 from influencespace.errors import InputError
 from influencespace.models.heads import Heads
 from influencespace.stages.decide import Scores, decide
-from influencespace.stages.finish import finish_stage
+from influencespace.stages.finish import finish_stage, stage_of
 from influencespace.stages.ray_session import start_ray
 from influencespace.stages.runtime import TaskError
 from influencespace.stages.split import pair_sets
@@ -61,6 +61,7 @@ Range = tuple[float, float]
 LOSS, MEAN_RECALL = "loss", "mean_recall"
 DIRECTION = {LOSS: "min", MEAN_RECALL: "max"}
 SETTINGS = ("weights", "tau_low", "tau_high", "target_size")
+TO_SWEEP = "to sweep over"
 TUNE = "tune"  # Tune's own folder, removed at the end
 # A trial whose worker is lost is begun again this often.
 LOST_WORKERS = 2
@@ -159,7 +160,7 @@ def sweep(run: Path, config: SweepConfig, out: Path) -> Best:
     """
     run_config = load_config(run / "config.yaml", {})
     objective = retraining(run, run_config, config.student_seeds)
-    inputs = {name: _finished(run, name).fingerprint for name in ("student", "attribute")}
+    inputs = {name: stage_of(run, name, TO_SWEEP).fingerprint for name in ("student", "attribute")}
     select = confirmed_settings(run, run_config.curate)
     own = own_settings(select)
     mark = fingerprint(
@@ -194,25 +195,16 @@ def sweep(run: Path, config: SweepConfig, out: Path) -> Best:
 def retraining(run: Path, config: RunConfig, seeds: tuple[int, ...]) -> Retraining:
     """The objective of a finished run; raises InputError where a stage is missing."""
     run = run.absolute()  # trials run in a folder of their own
-    sets = pair_sets(run / "split", _finished(run, "split"))
+    sets = pair_sets(run / "split", stage_of(run, "split", TO_SWEEP))
     return Retraining(
         pool=_absolute(sets["pool"]),
         target=_absolute(sets["target"]),
         scores=Scores(run / "attribute"),
         select=config.curate,
         students=config.student,
-        steps=int(_finished(run, "student").details["steps"]),
+        steps=int(stage_of(run, "student", TO_SWEEP).details["steps"]),
         seeds=seeds,
     )
-
-
-def _finished(run: Path, stage: str) -> Manifest:
-    manifest = read_manifest(run / stage)
-    if manifest is None:
-        raise InputError(
-            f"{run} has no finished {stage} stage to sweep over: run `influencespace run` with this folder first"
-        )
-    return manifest
 
 
 def _absolute(pairs: PairSet) -> PairSet:

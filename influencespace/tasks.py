@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from pyarrow import csv
 
 from influencespace.config import RunConfig, load_config
-from influencespace.core.metrics import auroc, average_precision
-from influencespace.data.artifacts import Manifest, atomic_path, read_manifest, write_json
+from influencespace.core.metrics import auroc, average_precision, precision_recall_at
+from influencespace.data.artifacts import Manifest, atomic_path, write_json
 from influencespace.errors import InputError
 from influencespace.report.sheet import write_sheet
+from influencespace.report.table import read_summary
+from influencespace.stages.finish import stage_of
 from influencespace.stages.runtime import Runtime
 from influencespace.stages.score import ScoreConfig, Valued, make_estimator, score
 from influencespace.stages.split import pair_sets
@@ -24,22 +26,12 @@ SHOWN = 60
 PRECISION_AT = (0.01, 0.05, 0.1, 0.2, 0.3)
 
 
-def finished(run: Path, stage: str) -> Manifest:
-    """The manifest of a finished stage of a run; raises InputError where there is none."""
-    manifest = read_manifest(run / stage)
-    if manifest is None:
-        raise InputError(
-            f"{run} has no finished {stage} stage: run `influencespace run` with this folder first, or check the path"
-        )
-    return manifest
-
-
 def valued(run: Path | str) -> tuple[Valued, dict[str, str]]:
     """What estimators are given, from a finished run, and the fingerprints of what it depends on."""
     run = Path(run).expanduser().absolute()
-    inputs = {stage: finished(run, stage).fingerprint for stage in ("split", "student")}
+    inputs = {stage: stage_of(run, stage).fingerprint for stage in ("split", "student")}
     config: RunConfig = load_config(run / "config.yaml", {})
-    sets = pair_sets(run / "split", finished(run, "split"))
+    sets = pair_sets(run / "split", stage_of(run, "split"))
     return (
         Valued(
             pool=sets["pool"],
@@ -54,7 +46,8 @@ def valued(run: Path | str) -> tuple[Valued, dict[str, str]]:
 
 def check_estimator(run: Path, estimator: str, options: dict[str, Any]) -> None:
     """Refuse a run that is not finished or an estimator that there is not, before anything starts."""
-    finished(run, "curate")
+    stage_of(run, "curate")
+    read_summary(run)  # without one the stages may be of two configs
     if estimator != POOLED:
         make_estimator(estimator, options)
 
@@ -78,7 +71,6 @@ def detect_run(
     """
     run = run.expanduser().absolute()
     if estimator == POOLED:
-        finished(run, "curate")
         path = run / "curated.parquet"
     else:
         path, _ = score_run(run, estimator, options, runtime)
@@ -137,8 +129,7 @@ def judged(uids: list[str], score: FloatArray, truth: dict[str, bool]) -> dict[s
             "wrong and right ones are needed; do its uids match those of curated.parquet?"
         )
     suspicion = -score[known]
-    hits = np.cumsum(wrong[np.argsort(-suspicion, kind="stable")])
-    cuts = {share: max(1, round(share * len(wrong))) for share in PRECISION_AT}
+    at = {f"{share:g}": precision_recall_at(suspicion, wrong, share) for share in PRECISION_AT}
     return {
         "known": int(known.sum()),
         "unknown": int(len(uids) - known.sum()),
@@ -146,6 +137,6 @@ def judged(uids: list[str], score: FloatArray, truth: dict[str, bool]) -> dict[s
         "base_rate": float(wrong.mean()),
         "auroc": auroc(suspicion, wrong),
         "average_precision": average_precision(suspicion, wrong),
-        "precision_at": {f"{share:g}": float(hits[cut - 1] / cut) for share, cut in cuts.items()},
-        "recall_at": {f"{share:g}": float(hits[cut - 1] / wrong.sum()) for share, cut in cuts.items()},
+        "precision_at": {share: precision for share, (precision, _) in at.items()},
+        "recall_at": {share: recall for share, (_, recall) in at.items()},
     }

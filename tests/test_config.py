@@ -37,7 +37,7 @@ class TestRoundTrip:
         save_config(load_config(), tmp_path / "config.yaml")
         assert load_config(tmp_path / "config.yaml") == load_config() == RunConfig()
 
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     @given(
         pool=st.one_of(st.text(min_size=1), st.lists(st.text(min_size=1), min_size=1).map(tuple)),
         k=st.one_of(st.just("auto"), st.integers(1, 10**6)),

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -239,7 +239,6 @@ class TestFormulas:
         assert need.worker - least.worker <= SKETCH_BYTES * parameters * rank <= need.worker
         assert need.temporary == 6 * 4 * parameters * (rank if rank < 64 else 2 * rank - 32)
 
-    @settings(deadline=None)
     @given(st.integers(10_000, 10**9), st.sampled_from([64, 512, 1024]))
     def test_more_pairs_never_need_less_and_disk_grows_in_proportion(
         self, pairs: int, dimension: int
@@ -351,7 +350,6 @@ class TestCalibration:
         assert made.sizes.surveys["pool"].pairs == 400
         assert made.stage("embed pool").seconds is not None
 
-    @settings(deadline=None)
     @given(st.floats(0.1, 100), st.floats(0, 10), st.integers(1, 1000))
     def test_seconds_grow_with_the_work_and_start_up_does_not(
         self, seconds: float, startup: float, times: int

@@ -51,18 +51,15 @@ def make_context(tangents: Tangents, scale: float, batch_size: int) -> Context:
     size = tangents.u.shape[0]
     if size < 2:
         raise ValueError(f"a context has {size} pair(s); it needs two or more, or the loss has no negatives")
-    S = scale * tangents.u @ tangents.t.T
-    anchor_factor = (batch_size - 2) / (size - 1)
-    log_weights = torch.full_like(S, anchor_factor).log()
-    log_weights.fill_diagonal_(0.0)
+    S = anchor_logits(tangents.u, tangents.t, scale, batch_size)
     dS = scale * (tangents.du @ tangents.t.T + tangents.u @ tangents.dt.mT)  # (V, M, M)
-    P, Q = (S + log_weights).softmax(1), (S + log_weights).softmax(0)
+    P, Q = S.softmax(1), S.softmax(0)
     return Context(
         tangents=tangents,
         scale=scale,
         own_factor=(batch_size - 1) / size,
-        log_Z=(S + log_weights).logsumexp(1),
-        log_Z_text=(S + log_weights).logsumexp(0),
+        log_Z=S.logsumexp(1),
+        log_Z_text=S.logsumexp(0),
         d_log_Z=(P * dS).sum(-1),
         d_log_Z_text=(Q * dS).sum(-2),
     )

@@ -40,7 +40,7 @@ def own_role_derivative(S: Tensor, dS: Tensor) -> Tensor:
 def negative_role_derivative(S: Tensor, dS: Tensor, form: str = "exact") -> Tensor:
     """Derivative of what pair n does to the others as their negative: S, dS (B, B) -> (B,).
 
-    `exact` differentiates -sum_{k != n} [log(1 - P_kn) + log(1 - Q_nk)], so that own - negative is the derivative
+    `exact` differentiates -sum_{k != n} [log(1 - P_kn) + log(1 - Q_nk)], so that own + negative is the derivative
     of B L_B - (B-1) L_{B without n} times two; `taylor` takes its first order in P and Q. Some digests print a sum
     of inverse probabilities here; the derivative is of the sum of probabilities (ECIF, arXiv 2411.11667, corrected).
     """

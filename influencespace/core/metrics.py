@@ -89,3 +89,10 @@ def average_precision(scores: FloatArray, positive: NDArray[np.bool_]) -> float:
     totals = np.bincount(inverse, minlength=len(values))
     precision = np.cumsum(hits) / np.cumsum(totals)
     return float((precision * hits).sum() / hits.sum())
+
+
+def precision_recall_at(scores: FloatArray, positive: NDArray[np.bool_], share: float) -> tuple[float, float]:
+    """Precision and recall of the highest-scoring `share` of the rows (one at least), equal scores in their order."""
+    cut = max(1, round(share * len(positive)))
+    hits = int(positive[np.argsort(-scores, kind="stable")[:cut]].sum())
+    return hits / cut, hits / max(int(positive.sum()), 1)

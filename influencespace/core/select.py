@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
+from scipy.stats import t as t_distribution
 
 from influencespace.errors import InputError
 
@@ -117,3 +118,18 @@ def top_fraction(score: FloatArray, keep: int) -> BoolArray:
     chosen = np.zeros(len(score), bool)
     chosen[np.argsort(-score, kind="stable")[:keep]] = True
     return chosen
+
+
+def best_candidate(losses: FloatArray) -> int:
+    """The candidate of the lowest mean loss among those that are surely below the first, else 0: (candidates, groups).
+
+    Losses are means over seeds, by group of the target's images. Sure is a t-test over the groups, paired, at 95 % one-sided
+    for all candidates together (Bonferroni).
+    """
+    gains = losses[0] - losses[1:]  # (candidates - 1, groups)
+    count = gains.shape[1]
+    if count < 2 or len(gains) == 0:
+        return 0
+    error = np.maximum(gains.std(1, ddof=1), np.finfo(np.float64).tiny) / np.sqrt(count)
+    sure = gains.mean(1) / error > t_distribution.ppf(1 - 0.05 / len(gains), count - 1)
+    return 1 + int(np.argmax(np.where(sure, gains.mean(1), -np.inf))) if sure.any() else 0

@@ -29,6 +29,12 @@ def stratified_sample(stratum: IntArray, budget: int) -> IntArray:
     return np.sort(order[np.arange(len(order)) - starts < budget])
 
 
+def balance(seen: FloatArray, held_out: FloatArray, folds: int) -> FloatArray:
+    """T = (1 - a) I_in + a I_out, a = (K - 1) / (2 K): the influence integrated from weight 1 to weight 0."""
+    a = (folds - 1) / (2 * folds)
+    return (1 - a) * seen + a * held_out
+
+
 @dataclass(frozen=True, kw_only=True)
 class Means:
     """Means by group with their squared standard errors; nan where a group is empty."""

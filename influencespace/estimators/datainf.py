@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.estimators.ecif import along
@@ -81,13 +83,13 @@ class Corrections:
         return added(left, right)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class DataInf:
     """Blocks are the student's parameter tensors, e.g. image head and text head."""
 
-    dimension: int = 256
+    dimension: int = Field(256, ge=1)
     """Numbers that a block's gradient is projected to, where it has more."""
-    relative_damping: float = 0.1
+    relative_damping: float = Field(0.1, gt=0, allow_inf_nan=False)
     """The paper's 0.1 in lam_l; d_l is the block's own size, as the projection keeps norms."""
 
     def fit(self, problem: Problem) -> Fit:

@@ -5,7 +5,7 @@ is positive where a pair harms; the score is -I. G_z, H_z are gradient and Hessi
 in both roles (bank form, `core.bank`); G_B, H_B those of the mean loss of a batch B; m is the number of checkpoints.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,15 @@ from torch.func import functional_call, jvp
 
 from influencespace.core.bank import anchor_normalisers, negative_loss, own_loss
 from influencespace.estimators.nystrom import RecordedContext
-from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
+from influencespace.estimators.problem import (
+    Batch,
+    Fit,
+    FloatArray,
+    Problem,
+    immediately,
+    mean_of_known,
+    where_strange,
+)
 from influencespace.estimators.tracin import at_checkpoints, require_checkpoints
 from influencespace.models.space import Inputs, Space
 from influencespace.models.trajectory import hessian_product, loss_gradient
@@ -70,15 +78,6 @@ def bracket(
     return through_batch + through_pair
 
 
-def mean_over_strange(values: FloatArray, bank: Sequence[RecordedContext], batch: Batch) -> FloatArray:
-    """Mean (n,) of values (C, n) over the contexts without the pair's image, nan where there is none."""
-    allowed = ~np.stack([np.isin(batch.image, context.image) for context in bank])
-    count = allowed.sum(0)
-    total = np.where(allowed, values, 0.0).sum(0)
-    mean: FloatArray = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return mean
-
-
 @torch.no_grad()
 def interaction(then: Problem, context: RecordedContext, batch: Batch) -> FloatArray:
     """<grad L_target, H_B G_z + H_z G_B> (n,) at the parameters of `then.space`, for the batch B = `context`."""
@@ -87,7 +86,7 @@ def interaction(then: Problem, context: RecordedContext, batch: Batch) -> FloatA
     G_B = loss_gradient(space, theta, context.inputs, then.scale)
     H_B_g = hessian_product(space, theta, context.inputs, then.scale, g)
     found = bracket(presence(then, batch.inputs), theta, g, G_B, H_B_g)
-    return mean_over_strange(found.double().cpu().numpy(), then.bank, batch)
+    return mean_of_known(where_strange(found.T.double().cpu().numpy(), then.bank, batch.image))
 
 
 @dataclass(frozen=True)
@@ -110,11 +109,10 @@ class DiffInScorer:
 class DiffIn:
     """score_z = sum_t t eta_t^2 / (N m) <grad L_target, H_B G_z + H_z G_B>(theta_t): the published formula, sign flipped.
 
-    It leaves the first-order term <grad L_target, G_z> out, which `tracin` is and `unrolled` has, and knows no AdamW: in ten
-    trainings on 40 pairs its Pearson with leave-one-out was .32 to .86 (SGD) and -.17 to .67 (AdamW), where `tracin` had .61
-    to .90 and .51 to .81. A retraining should confirm it before it is trusted. B is a context of the bank, drawn by the
-    problem's seed for each checkpoint; Hessian products are exact, by forward over reverse, where the paper's code takes
-    differences of gradients.
+    It leaves the first-order term <grad L_target, G_z> out, which `tracin` is and `unrolled` has, and knows no AdamW: a
+    retraining should confirm it before it is trusted (tests/estimators/test_diff_in.py holds it against leave-one-out).
+    B is a context of the bank, drawn by the problem's seed for each checkpoint; Hessian products are exact, by forward
+    over reverse, where the paper's code takes differences of gradients.
     """
 
     def fit(self, problem: Problem) -> Fit:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from dataclasses import field as plain_field
 from typing import Literal
 
-import numpy as np
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
@@ -20,7 +19,7 @@ from influencespace.estimators.nystrom import (
     sketch_curvature,
     solve_directions,
 )
-from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
+from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately, mean_of_known
 
 Role = Literal["both", "own", "negative"]
 
@@ -35,11 +34,7 @@ class RoleScorer:
     def __call__(self, batch: Batch) -> FloatArray:
         found = self.influence(batch.inputs, batch.image)
         values = {"both": found.by_context, "own": found.own, "negative": found.negative}[self.role][0]
-        known = np.isfinite(values)
-        total = np.where(known, values, 0.0).sum(1)
-        count = known.sum(1)
-        mean: FloatArray = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-        return mean
+        return mean_of_known(values)
 
 
 def along(problem: Problem, direction: Tensor, role: Role = "both", form: str = "exact") -> RoleScorer:

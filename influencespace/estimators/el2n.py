@@ -6,15 +6,25 @@ it prunes easy pairs of clean data. Wrong captions have high error too, and here
 is -error, so higher is more worth keeping. Ask for `keep="hard"` to have the paper's order.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
+from influencespace.estimators.problem import (
+    Batch,
+    Fit,
+    FloatArray,
+    Problem,
+    immediately,
+    mean_of_known,
+    where_strange,
+)
 from influencespace.models.space import Space
 
 
@@ -36,19 +46,13 @@ def errors(u: Tensor, t: Tensor, cu: Tensor, ct: Tensor, scale: float, batch_siz
 @torch.no_grad()
 def el2n(space: Space, problem: Problem, sign: float, batch: Batch) -> FloatArray:
     """Mean errors (n,) times sign; nan where no context can judge the pair."""
-    u, t = space.student(*batch.inputs)
-    total, count = np.zeros(len(batch)), np.zeros(len(batch))
-    for context in problem.bank:
-        cu, ct = space.student(*context.inputs)
-        found = errors(u, t, cu, ct, problem.scale, problem.batch_size).double().cpu().numpy()
-        allowed = ~np.isin(batch.image, context.image)
-        total += np.where(allowed, found, 0.0)
-        count += allowed
-    mean: FloatArray = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return sign * mean
+    u, t = space.embed(batch.inputs)
+    contexts = [space.embed(context.inputs) for context in problem.bank]
+    found = torch.stack([errors(u, t, *c, problem.scale, problem.batch_size) for c in contexts], 1)
+    return sign * mean_of_known(where_strange(found.double().cpu().numpy(), problem.bank, batch.image))
 
 
-@dataclass(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class El2n:
     """Needs neither the target nor a pass over the pool."""
 

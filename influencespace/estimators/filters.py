@@ -1,15 +1,16 @@
 """Filters that need no target, behind the same contract: by the student's CLIP score, negCLIPLoss, or chance."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as options
 
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
 from influencespace.estimators.similarity import clip_score, neg_clip_loss, random_score
 
 
-@dataclass(frozen=True)
+@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class ClipScore:
     """Cosine of image and caption by the student (Hessel et al. 2021)."""
 
@@ -17,7 +18,7 @@ class ClipScore:
         return immediately(partial(_clip_score, problem))
 
 
-@dataclass(frozen=True)
+@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class NegClipLoss:
     """Minus the contrastive loss of a pair against the bank, by the student (Wang et al. 2024)."""
 
@@ -25,7 +26,7 @@ class NegClipLoss:
         return immediately(partial(_neg_clip_loss, problem))
 
 
-@dataclass(frozen=True)
+@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Random:
     """Chance, by a hash of the uid: the same for a pair in any set and order."""
 
@@ -35,15 +36,15 @@ class Random:
 
 @torch.no_grad()
 def _clip_score(problem: Problem, batch: Batch) -> FloatArray:
-    u, t = problem.space.student(*batch.inputs)
+    u, t = problem.space.embed(batch.inputs)
     return clip_score(u, t)
 
 
 @torch.no_grad()
 def _neg_clip_loss(problem: Problem, batch: Batch) -> FloatArray:
-    student = problem.space.student
-    contexts = [student(*context.inputs) for context in problem.bank]
-    u, t = student(*batch.inputs)
+    space = problem.space
+    contexts = [space.embed(context.inputs) for context in problem.bank]
+    u, t = space.embed(batch.inputs)
     return neg_clip_loss(u, t, contexts, problem.scale)
 
 

@@ -5,13 +5,14 @@ target (the last term of TracIn, Pruthi et al. 2020). Positive is a fall of the 
 the target gradient: no per-sample gradient.
 """
 
-from dataclasses import dataclass
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as options
 
 from influencespace.estimators.ecif import along
 from influencespace.estimators.problem import Fit, Problem, immediately
 
 
-@dataclass(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class GradDot:
     """Needs no pass over the pool."""
 

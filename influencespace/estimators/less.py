@@ -14,11 +14,13 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.projection import Dense
 from influencespace.estimators.nystrom import InfluenceScorer
-from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
+from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately, mean_of_known
 from influencespace.models.space import Space
 
 
@@ -50,11 +52,7 @@ class CosineAt:
         )
 
     def __call__(self, batch: Batch) -> FloatArray:
-        by_context = self.influence(batch.inputs, batch.image).by_context
-        known = np.isfinite(by_context).all(0)
-        judges = known.sum(1)
-        count = np.where(judges > 0, judges, np.nan)
-        means = np.where(known, by_context, 0.0).sum(-1) / count
+        means = mean_of_known(self.influence(batch.inputs, batch.image).by_context)
         norms = np.linalg.norm(means[1:], axis=0)
         cosine: FloatArray = means[0] / np.where(norms > 0, norms, np.nan)
         return cosine
@@ -73,13 +71,13 @@ class LessScorer:
         return mean
 
 
-@dataclass(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Less:
     """Over the kept checkpoints, or at the end of training where none were kept."""
 
-    dimension: int = 64
+    dimension: int = Field(64, ge=1)
     """Random directions for the norm: its relative error is about 1 / sqrt(2 dimension). Each holds the bank's derivatives."""
-    checkpoints: int = 4
+    checkpoints: int = Field(4, ge=1)
     """At most so many, evenly spaced and the last among them; the paper's four epochs."""
 
     def fit(self, problem: Problem) -> Fit:

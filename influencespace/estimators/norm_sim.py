@@ -5,12 +5,13 @@ like something in the target. It says nothing of whether image and text belong t
 filter by CLIP score or negCLIPLoss.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
@@ -34,7 +35,7 @@ def norm_sim(targets: list[tuple[int, Tensor]], batch: Batch) -> FloatArray:
     return scores
 
 
-@dataclass(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class NormSim:
     """Needs the target's embeddings alone, no student."""
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from influencespace.estimators.nystrom import RecordedContext, target_gradients
+from influencespace.models.gradients import Recorded
 from influencespace.models.space import Inputs, Space
 from influencespace.models.trajectory import Trajectory
 
@@ -132,6 +133,20 @@ def scores(estimator: Estimator, problem: Problem, batches: Sequence[Batch]) -> 
 
     scorer = fitted(estimator.fit(problem), run)
     return np.concatenate([scorer(batch) for batch in batches])
+
+
+def mean_of_known(values: FloatArray) -> FloatArray:
+    """Mean over contexts, the last axis, of those that can judge a pair, as the others are nan: (..., C) -> (...)."""
+    known = np.isfinite(values)
+    count = known.sum(-1)
+    mean: FloatArray = np.where(known, values, 0.0).sum(-1) / np.where(count > 0, count, np.nan)
+    return mean
+
+
+def where_strange(values: FloatArray, bank: Sequence[Recorded], image: IntArray) -> FloatArray:
+    """Values (n, C) where the context is without the pair's image, nan where it cannot judge the pair."""
+    strange = ~np.stack([np.isin(image, context.image) for context in bank], 1)
+    return np.where(strange, values, np.nan)
 
 
 def immediately(scorer: Scorer) -> Fit:

@@ -8,6 +8,8 @@ more worth keeping. It knows nothing of the target.
 from dataclasses import dataclass
 
 import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.estimators.nystrom import curvature_products
@@ -44,11 +46,11 @@ class SelfInfluenceScorer:
         return scores
 
 
-@dataclass(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class SelfInfluence:
     """Needs no pass over the pool: the curvature is the bank's."""
 
-    dimension: int = 256
+    dimension: int = Field(256, ge=1)
     """Numbers that each parameter tensor's gradient is projected to, where it has more."""
 
     def fit(self, problem: Problem) -> Fit:

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.bank import pair_logits
 from influencespace.estimators.datainf import Sums, added, finite_rows
-from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem
+from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, mean_of_known, where_strange
 from influencespace.models.gradients import Normalisers, PairGradients
 from influencespace.models.projected import reduced_space
 
@@ -73,25 +75,22 @@ class TrakScorer:
     def _weights(self, batch: Batch) -> FloatArray:
         """1 - p_z, the mean over both ways and over the contexts without the pair's image: (n,)."""
         g = self.gradients
-        u, t = g.space.student(*batch.inputs)
-        total, count = np.zeros(len(batch)), np.zeros(len(batch))
+        u, t = g.space.embed(batch.inputs)
+        found = []
         for context in g.bank:
-            cu, ct = g.space.student(*context.inputs)
-            found = margins(*pair_logits(u, t, cu, ct, g.scale), (g.batch_size - 1) / len(cu))
-            allowed = ~np.isin(batch.image, context.image)
-            total += np.where(allowed, (-found).sigmoid().mean(0).double().cpu().numpy(), 0.0)
-            count += allowed
-        weights: FloatArray = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-        return weights
+            cu, ct = g.space.embed(context.inputs)
+            odds = margins(*pair_logits(u, t, cu, ct, g.scale), (g.batch_size - 1) / len(cu))
+            found.append((-odds).sigmoid().mean(0).double().cpu().numpy())
+        return mean_of_known(where_strange(np.stack(found, 1), g.bank, batch.image))
 
 
-@dataclass(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Trak:
     """One model in place of the paper's ensemble."""
 
-    dimension: int = 256
+    dimension: int = Field(256, ge=1)
     """Numbers that each parameter tensor's gradient is projected to, where it has more."""
-    relative_ridge: float = 0.1
+    relative_ridge: float = Field(0.1, ge=0, allow_inf_nan=False)
     """Ridge over the kernel's mean diagonal. The paper has none, for pools far larger than the features; here it also keeps
     the sampling noise of the target gradient small, as the damping does in the other estimators."""
 

@@ -43,9 +43,13 @@ class Space:
         u, t = functional_call(self.student, parameters, inputs)
         return u, t
 
+    def embed(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Unit embeddings of n pairs at this space's parameters, which need not be those its module holds: two (n, d)."""
+        return self._forward(self.parameters, inputs)
+
     def tangents(self, inputs: Inputs, directions: Tensor) -> Tangents:
         """Embeddings of n pairs and their derivatives along directions (V, p), by forward mode."""
-        u, t = self._forward(self.parameters, inputs)
+        u, t = self.embed(inputs)
 
         def along(direction: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             du, dt = jvp(lambda q: self._forward(q, inputs), (self.parameters,), (direction,))[1]
@@ -74,7 +78,7 @@ class Space:
         The whole context serves as negatives for each row of weights, so that rows that sum to 1/n give the gradient
         of the context's mean loss.
         """
-        u, t = self._forward(self.parameters, inputs)
+        u, t = self.embed(inputs)
         pull = vjp(lambda u, t: weights @ info_nce_terms(scale * u @ t.T), u, t)[1]
         cotangent_u, cotangent_t = vmap(pull)(torch.eye(weights.shape[0], dtype=u.dtype, device=u.device))
         return self.pullback(inputs, cotangent_u, cotangent_t)

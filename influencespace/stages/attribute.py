@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.quality import quality_axis
-from influencespace.core.strata import quantile_of, stratified_sample
+from influencespace.core.strata import balance, quantile_of, stratified_sample
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
 from influencespace.data.blocks import (
     Columns,
@@ -107,12 +107,6 @@ def _scorer(setting: Scorers, fold: int | None, folds_of_target: bool) -> Influe
         setting.students.train.batch_size,
         setting.form,
     )
-
-
-def balance(seen: NDArray[np.float64], held_out: NDArray[np.float64], folds: int) -> NDArray[np.float64]:
-    """T = (1 - a) I_in + a I_out, a = (K - 1) / (2 K): the influence integrated from weight 1 to weight 0."""
-    a = (folds - 1) / (2 * folds)
-    return (1 - a) * seen + a * held_out
 
 
 @dataclass(frozen=True, kw_only=True)

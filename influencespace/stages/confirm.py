@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as t_distribution
 
-from influencespace.core.select import SelectConfig
+from influencespace.core.select import SelectConfig, best_candidate
 from influencespace.data.artifacts import write_json
 from influencespace.data.pair_set import PairSet
 from influencespace.stages.decide import Scores, decide
@@ -24,11 +23,8 @@ from influencespace.stages.student import (
 )
 
 FloatArray = NDArray[np.float64]
-TEMPERATURES = (
-    1.0,
-    0.5,
-    0.25,
-)  # halved from one standard deviation of influence; colder ones leave too few pairs
+# Halved from one standard deviation of influence; colder ones leave too few pairs.
+TEMPERATURES = (1.0, 0.5, 0.25)
 GROUPS = 20  # of the target's images, over which the gain must be sure
 SEEDS = (101, 102)  # not those of the retraining that judges
 
@@ -79,21 +75,6 @@ class TrialStudent:
         }
         write_json(note, result)
         return result
-
-
-def best_candidate(losses: FloatArray) -> int:
-    """The candidate of the lowest mean loss among those that are surely below the first, else 0: (candidates, groups).
-
-    Losses are means over seeds, by group of the target's images. Sure is a t-test over the groups, paired, at 95 % one-sided
-    for all candidates together (Bonferroni).
-    """
-    gains = losses[0] - losses[1:]  # (candidates - 1, groups)
-    count = gains.shape[1]
-    if count < 2 or len(gains) == 0:
-        return 0
-    error = np.maximum(gains.std(1, ddof=1), np.finfo(np.float64).tiny) / np.sqrt(count)
-    sure = gains.mean(1) / error > t_distribution.ppf(1 - 0.05 / len(gains), count - 1)
-    return 1 + int(np.argmax(np.where(sure, gains.mean(1), -np.inf))) if sure.any() else 0
 
 
 def confirm(

@@ -14,11 +14,8 @@ from influencespace.core.strata import Pooled, interpolate, means_by, overruled,
 from influencespace.data.blocks import Columns, read_columns
 
 FloatArray = NDArray[np.float64]
-QUALITY_AXES = (
-    "seen",
-    "held_out",
-    "given",
-)  # by a student that trained on the pair, one that did not, the given encoder
+# By a student that trained on the pair, by one that did not, by the given encoder.
+QUALITY_AXES = ("seen", "held_out", "given")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from influencespace.data.artifacts import (
     read_manifest,
     write_manifest,
 )
+from influencespace.errors import InputError
 
 
 def finish_stage(out: Path, manifest: Manifest, began: float) -> Manifest:
@@ -26,6 +27,17 @@ def finish_stage(out: Path, manifest: Manifest, began: float) -> Manifest:
     )
     write_manifest(out, done)
     return done
+
+
+def stage_of(run: Path, stage: str, purpose: str = "") -> Manifest:
+    """The manifest of a stage of a run that others build on; raises InputError where it is not finished."""
+    manifest = read_manifest(run / stage)
+    if manifest is None:
+        raise InputError(
+            f"{run} has no finished {stage} stage{purpose and f' {purpose}'}: run `influencespace run` with this folder "
+            "first, or check the path"
+        )
+    return manifest
 
 
 def finished_stage(out: Path, mark: str) -> Manifest | None:

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass as options
 
-from influencespace.core.batches import training_batches
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
 from influencespace.data.blocks import blocks_of, has_block, join_blocks, read_columns, write_block
 from influencespace.data.pair_set import PairSet
@@ -22,14 +21,13 @@ from influencespace.errors import InputError
 from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext
 from influencespace.estimators.problem import Batch, Checkpoint, Estimator, Fold, Problem, Scorer, fitted
 from influencespace.estimators.table import TABLE
-from influencespace.models.heads import initial_heads
 from influencespace.models.space import Space
 from influencespace.models.trajectory import Trajectory, space_at
 from influencespace.stages.curvature import StudentSpace, TargetConfig
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.progress import progress
 from influencespace.stages.runtime import Runtime, run_once
-from influencespace.stages.student import ALL, Student, StudentsConfig, TargetHalves, student_steps
+from influencespace.stages.student import ALL, Student, StudentsConfig, TargetHalves, beginning, student_steps
 
 Span = tuple[int, int]
 
@@ -52,8 +50,9 @@ def make_estimator(name: str, given: Mapping[str, Any]) -> Estimator:
         raise InputError(f"there is no estimator {name!r}; there are {', '.join(sorted(TABLE))}")
     try:
         return TABLE[name](**given)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the estimator {name} does not take {dict(given)}: {error}") from None
+    except ValidationError as error:
+        wrong = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise InputError(f"the estimator {name} does not take {dict(given)}: {'; '.join(wrong)}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +104,8 @@ class Valued:
         """The training of the student of all pairs, replayed from its seed and steps where it is asked for."""
         student, steps = self.students, student_steps(self.student_folder)
         train, seed = replace(student.train, steps=steps), student.seed + 1
-        images, texts = self.pool.inputs(slice(0, 1))
-        initial = Space(initial_heads(images.shape[1], texts.shape[1], train.dimension, seed))
-        everything = np.ones(len(self.pool))
-        batches = training_batches(everything, self.pool.image, train.batch_size, steps, seed)
+        heads, batches = beginning(self.pool, np.ones(len(self.pool)), train, seed)
+        initial = Space(heads)
         return Trajectory(
             space=space,
             initial=initial.flatten(initial.parameters),
@@ -211,8 +208,8 @@ def score(
                 bar.advance(more)
                 return done + more
 
-            bar.advance(spans[0][1])
             workers.fold(spans, add, ScoreSpan(scorer, out, mark))
+            bar.advance(spans[0][1])  # which all others were added to
     without = run_once(runtime, JoinScores(valued, out, [start for start, _ in spans]))
     manifest = Manifest(
         stage="score",

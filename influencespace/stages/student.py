@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as plain_field
 from functools import cached_property, partial
@@ -26,7 +26,7 @@ from influencespace.errors import InputError
 from influencespace.estimators.nystrom import RecordedContext
 from influencespace.estimators.similarity import clip_score, neg_clip_loss
 from influencespace.models.heads import Heads, initial_heads
-from influencespace.models.training import StudentConfig, Trained, train_heads
+from influencespace.models.training import Exchange, StudentConfig, Trained, train_heads
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.progress import progress
 from influencespace.stages.runtime import Runtime, call, run_once
@@ -222,13 +222,25 @@ class TrainStudent:
 
 
 def train_subset(
-    pool: PairSet, weights: NDArray[np.float64], config: StudentConfig, steps: int, seed: int
+    pool: PairSet,
+    weights: NDArray[np.float64],
+    config: StudentConfig,
+    steps: int,
+    seed: int,
+    exchange: Exchange | None = None,
 ) -> Trained:
-    """A student trained for `steps` on the pool by weight: the Ray-free loop."""
+    """A student trained for `steps` on the pool by weight (n,), alone or as one of the workers of an exchange."""
     config = replace(config, steps=steps)
+    heads, batches = beginning(pool, weights, config, seed)
+    return train_heads(pool.inputs, batches, heads, config, exchange=exchange)
+
+
+def beginning(
+    pool: PairSet, weights: NDArray[np.float64], config: StudentConfig, seed: int
+) -> tuple[Heads, Iterator[NDArray[np.int64]]]:
+    """Heads before the first step, and the rows of the pool in every batch: with these a training can be replayed."""
     heads = initial_heads(pool.table.images.shape[1], pool.table.texts.shape[1], config.dimension, seed)
-    batches = training_batches(weights, pool.image, config.batch_size, steps, seed)
-    return train_heads(pool.inputs, batches, heads, config)
+    return heads, training_batches(weights, pool.image, config.batch_size, config.steps, seed)
 
 
 def student_name(fold: int | None) -> str:

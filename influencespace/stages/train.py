@@ -17,17 +17,15 @@ from pydantic.dataclasses import dataclass as options
 from safetensors.torch import save_file
 from torch import Tensor
 
-from influencespace.core.batches import training_batches
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen, write_json
 from influencespace.data.blocks import read_columns
 from influencespace.data.pair_set import PairSet
-from influencespace.models.heads import initial_heads
-from influencespace.models.training import Alone, Exchange, StudentConfig, train_heads
+from influencespace.models.training import Alone, Exchange, StudentConfig
 from influencespace.stages.curate import METHODS
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.progress import progress
 from influencespace.stages.runtime import LocalRuntime, Runtime, call
-from influencespace.stages.student import read_note
+from influencespace.stages.student import read_note, train_subset
 
 
 @options(frozen=True, kw_only=True)
@@ -90,11 +88,9 @@ class Retrain:
             self.note.unlink(missing_ok=True)  # of another config: never beside weights that are not its own
         began = time.monotonic()
         weights = read_columns(self.weights, self.method)[self.method]
-        pool, config = self.pool, self.student
-        images, texts = pool.inputs(slice(0, 1))
-        heads = initial_heads(images.shape[1], texts.shape[1], config.dimension, self.seed)
-        batches = training_batches(weights, pool.image, config.batch_size, config.steps, self.seed)
-        trained = train_heads(pool.inputs, batches, heads, config, exchange=exchange)
+        trained = train_subset(
+            self.pool, weights, self.student, self.student.steps, self.seed, exchange=exchange
+        )
         result = {
             "mark": self.mark,
             "method": self.method,

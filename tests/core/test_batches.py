@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from influencespace.core import batches
@@ -34,7 +34,6 @@ def test_weights_are_met_on_average_and_their_whole_part_always() -> None:
     np.testing.assert_allclose(counts.mean(0), weights, atol=0.05)
 
 
-@settings(deadline=None)
 @given(images=image_lists, size=st.integers(2, 8), steps=st.integers(1, 9), seed=st.integers(0, 99))
 def test_training_batches_are_full_distinct_and_seeded(
     images: np.ndarray, size: int, steps: int, seed: int
@@ -65,7 +64,6 @@ def test_a_small_weighted_set_has_batches_of_which_some_pairs_are_left_out(sprea
     assert counts[weights < np.quantile(weights, 0.2)].mean() < counts[weights > 1].mean()
 
 
-@settings(deadline=None)
 @given(images=image_lists, size=st.integers(2, 30), count=st.integers(1, 5))
 def test_contexts_are_disjoint_with_distinct_images_and_skip_weightless_pairs(
     images: np.ndarray, size: int, count: int

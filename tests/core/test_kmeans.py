@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.metrics import davies_bouldin_score
 
@@ -35,7 +35,6 @@ def assert_equal(left: Assignment, right: Assignment) -> None:
     torch.testing.assert_close(left.distance, right.distance, rtol=0, atol=1e-12)
 
 
-@settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, 30), max_size=6), order_seed=seeds, seed=seeds)
 def test_any_partition_in_any_order_gives_the_same_statistic(
     cuts: list[int], order_seed: int, seed: int
@@ -130,8 +129,8 @@ def test_steps_find_planted_bunches(seed: int) -> None:
     assert len({(int(a), int(b)) for a, b in zip(index, own)}) == 5
 
 
-@settings(deadline=None)
 @given(seed=seeds, block=st.integers(1, 6))
+@example(seed=7948, block=1)
 def test_davies_bouldin_is_scikit_learns(seed: int, block: int) -> None:
     """Scikit-learn measures from the means of the clusters: with these as centroids the index is the same."""
     X = unit_rows(60, seed)
@@ -148,7 +147,8 @@ def test_davies_bouldin_is_scikit_learns(seed: int, block: int) -> None:
         distance=torch.zeros(K, dtype=torch.float64).index_add_(0, labels, gap),
     )
     expected = davies_bouldin_score(X.numpy(), labels.numpy())
-    assert kmeans.davies_bouldin(means, statistic, block) == pytest.approx(expected, rel=1e-9)
+    # scikit-learn takes distances from dot products: of a row to itself they are off by the root of the rounding, 1e-8
+    assert kmeans.davies_bouldin(means, statistic, block) == pytest.approx(expected, rel=1e-6)
 
 
 def test_davies_bouldin_leaves_empty_clusters_out_and_prefers_the_planted_number() -> None:

@@ -75,3 +75,13 @@ def test_equal_methods_differ_by_nothing_in_a_paired_bootstrap() -> None:
     values = np.random.default_rng(0).normal(size=(3, 50))
     shifted = metrics.bootstrap_means(values + 2, seed=4) - metrics.bootstrap_means(values, seed=4)
     np.testing.assert_allclose(shifted, 2)
+
+
+def test_precision_and_recall_of_the_first() -> None:
+    positive = np.array([True, False, True, False])
+    scores = np.array([4.0, 3.0, 2.0, 1.0])
+    assert metrics.precision_recall_at(scores, positive, 0.25) == (1.0, 0.5)
+    assert metrics.precision_recall_at(scores, positive, 0.75) == (2 / 3, 1.0)
+    assert metrics.precision_recall_at(scores, positive, 0.01) == (1.0, 0.5)  # one at least
+    assert metrics.precision_recall_at(-scores, positive, 0.5) == (0.5, 0.5)
+    assert metrics.precision_recall_at(scores, np.zeros(4, bool), 0.5) == (0.0, 0.0)

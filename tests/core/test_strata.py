@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from influencespace.core import strata
@@ -65,7 +65,6 @@ def test_the_spread_of_repeats_is_the_squared_error_of_their_mean() -> None:
     np.testing.assert_array_equal(strata.spread_of_repeats(repeats[:1]), np.zeros(4))
 
 
-@settings(deadline=None)
 @given(slope=st.floats(-3, 3), level=st.floats(-3, 3), count=st.integers(4, 40), noise=st.floats(1e-4, 1))
 def test_a_line_stays_a_line(slope: float, level: float, count: int, noise: float) -> None:
     line = level + slope * np.arange(count)
@@ -91,7 +90,6 @@ def test_sharp_means_stay() -> None:
     np.testing.assert_allclose(smoothed.mean, rough, atol=0.02)
 
 
-@settings(deadline=None)
 @given(seed=seeds, count=st.integers(4, 30))
 def test_smoothing_never_loses_certainty(seed: int, count: int) -> None:
     generator = np.random.default_rng(seed)

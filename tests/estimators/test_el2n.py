@@ -12,6 +12,7 @@ from influencespace.core.metrics import auroc
 from influencespace.estimators.el2n import El2n, errors
 from influencespace.estimators.problem import scores
 from influencespace.models.space import Space
+from influencespace.models.trajectory import space_at
 
 PROBLEM = laws.SMALL.problem
 
@@ -47,6 +48,16 @@ def test_early_is_at_the_first_checkpoint_where_there_is_one() -> None:
     np.testing.assert_allclose(scores(early, PROBLEM, laws.WHOLE), -np.array(truth), rtol=1e-9)
     without = scores(early, replace(PROBLEM, checkpoints=()), laws.WHOLE)
     np.testing.assert_array_equal(without, scores(El2n(), PROBLEM, laws.WHOLE))
+
+
+def test_early_reads_a_checkpoint_that_shares_its_module_with_the_trained_student() -> None:
+    """As in a replayed training: the module holds the final parameters, the space those of the checkpoint."""
+    own = PROBLEM.checkpoints[0].load()
+    theta = own.flatten(own.parameters)
+    shared = replace(PROBLEM.checkpoints[0], load=lambda: space_at(PROBLEM.space, theta))
+    found = scores(El2n(when="early"), replace(PROBLEM, checkpoints=[shared]), laws.WHOLE)
+    np.testing.assert_allclose(found, scores(El2n(when="early"), PROBLEM, laws.WHOLE), rtol=1e-9)
+    assert np.abs(found - scores(El2n(), PROBLEM, laws.WHOLE)).max() > 0.01
 
 
 def test_hard_is_the_papers_order() -> None:

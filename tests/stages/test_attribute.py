@@ -9,10 +9,11 @@ from chain import Chain, assert_equal_results, results
 
 from influencespace.core.metrics import auroc
 from influencespace.core.quality import quality_axis
+from influencespace.core.strata import balance
 from influencespace.data.blocks import read_columns
 from influencespace.estimators.nystrom import Influence, InfluenceScorer
 from influencespace.models.space import Space
-from influencespace.stages.attribute import AttributeConfig, balance
+from influencespace.stages.attribute import AttributeConfig
 from influencespace.stages.curvature import directions_of
 from influencespace.stages.student import Student, image_folds, student_name
 

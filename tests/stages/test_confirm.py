@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from chain import Chain, Counting, Idle
 
-from influencespace.core.select import SelectConfig
-from influencespace.stages.confirm import GROUPS, SEEDS, TEMPERATURES, best_candidate, candidates, confirm
+from influencespace.core.select import SelectConfig, best_candidate
+from influencespace.stages.confirm import GROUPS, SEEDS, TEMPERATURES, candidates, confirm
 from influencespace.stages.decide import Scores, decide
 from influencespace.stages.runtime import LocalRuntime, Runtime
 from influencespace.stages.student import TargetHalves, choosing_losses, train_subset

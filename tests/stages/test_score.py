@@ -67,6 +67,10 @@ def test_another_option_is_another_score(truth: Chain, tmp_path: Path) -> None:
         ("eciff", {}, "there is no estimator 'eciff'; there are .*ecif"),
         ("ecif", {"rol": "own"}, "the estimator ecif does not take .*rol"),
         ("ecif", {"role": "mine"}, "the estimator ecif does not take .*mine"),
+        ("el2n", {"keep": "foo"}, "the estimator el2n does not take .*foo"),
+        ("less", {"dimension": 0}, "the estimator less does not take .*greater than or equal to 1"),
+        ("random", {"seed": 3}, "the estimator random does not take .*seed"),
+        ("datainf", {"relative_damping": float("nan")}, "the estimator datainf does not take .*nan"),
     ],
 )
 def test_a_wrong_estimator_is_told(name: str, options: dict[str, str], told: str) -> None:
