@@ -143,6 +143,15 @@ class Trajectory:
         return [*kept, state]
 
     @property
+    def stored_steps(self) -> range:
+        """After how many steps, within the path, states are stored."""
+        return range(self.every, len(self.batches), self.every)
+
+    def space_after(self, step: int) -> Space:
+        """The student after one of the `stored_steps`."""
+        return space_at(self.space, self.stored[step // self.every].theta)
+
+    @property
     def final(self) -> Tensor:
         """Parameters at the end of training (p,)."""
         return self.stored[-1].theta

@@ -22,7 +22,7 @@ from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext
 from influencespace.estimators.problem import Batch, Checkpoint, Estimator, Fold, Problem, Scorer, fitted
 from influencespace.estimators.table import TABLE
 from influencespace.models.space import Space
-from influencespace.models.trajectory import Trajectory, space_at
+from influencespace.models.trajectory import Trajectory
 from influencespace.stages.curvature import StudentSpace, TargetConfig
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.progress import progress
@@ -91,10 +91,8 @@ class Valued:
             preconditioner=space.preconditioner,
             damping=space.damping,
             checkpoints=[
-                Checkpoint(
-                    step=step, learning_rate=path.rate(step - 1), load=partial(stored_space, path, step)
-                )
-                for step in range(path.every, len(path.batches), path.every)
+                Checkpoint(step=step, learning_rate=path.rate(step - 1), load=partial(path.space_after, step))
+                for step in path.stored_steps
             ],
             trajectory=path,
             seed=self.students.seed,
@@ -120,11 +118,6 @@ class Valued:
         first = int(place[0])
         uids = self.pool.table.rows(first, int(place[-1]) + 1, "uid")["uid"].take(place - first).to_pylist()
         return Batch(uid=uids, row=rows, inputs=self.pool.inputs(rows), image=self.pool.image[rows])
-
-
-def stored_space(path: Trajectory, step: int) -> Space:
-    """The student after `step` steps, which is one of those that a trajectory stores."""
-    return space_at(path.space, path.stored[step // path.every].theta)
 
 
 @dataclass(frozen=True)

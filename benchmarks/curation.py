@@ -1,0 +1,252 @@
+"""Real pairs with captions shuffled on purpose, curated stage by stage with the plain loop, and judged by the planted truth."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from common import SCORING, code_version
+
+from influencespace.core.metrics import auroc, average_precision, mean_recall_by_image, retrieval_ranks
+from influencespace.core.select import SelectConfig, top_fraction
+from influencespace.core.strata import means_by
+from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, read_manifest, reopen
+from influencespace.data.blocks import read_columns
+from influencespace.data.dirt import shuffle_captions
+from influencespace.data.pair_set import PairSet
+from influencespace.data.readers import list_shards
+from influencespace.estimators.nystrom import CurvatureConfig
+from influencespace.estimators.similarity import random_score
+from influencespace.models.training import StudentConfig
+from influencespace.stages.attribute import AttributeConfig, attribute
+from influencespace.stages.cluster import ClusterConfig, cluster
+from influencespace.stages.confirm import confirm
+from influencespace.stages.curvature import TargetConfig, curvature
+from influencespace.stages.decide import Scores, decide
+from influencespace.stages.embed import EmbedConfig, embed
+from influencespace.stages.finish import finish_stage
+from influencespace.stages.runtime import LocalRuntime
+from influencespace.stages.student import StudentsConfig, TargetHalves, choosing_loss, students, train_subset
+
+RUNTIME = LocalRuntime()
+METHODS = ("curated", "everything", "random", "clip_score", "student_clip_score", "neg_clip_loss", "oracle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One corrupted pool with one student and one target."""
+
+    wrong: float
+    captions: int
+    steps: int
+    noise_seed: int = 1
+    target: int = 0
+    """Which tar of dev is the target; the other is the test set."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The real pairs, embedded once."""
+
+    data: Path
+    cache: Path
+
+    def embedded(self, name: str, shards: str) -> Path:
+        folder = self.cache / "embed" / name
+        config = EmbedConfig(encoder=str(self.data.parent / "models" / "mobilenetv2-minilm"))
+        embed(list_shards(str(self.data / "flickr8k" / shards)), config, folder, RUNTIME)
+        return folder
+
+    @cached_property
+    def pool(self) -> Path:
+        return self.embedded("pool", "pool/*.tar")
+
+    def dev(self, tar: int) -> PairSet:
+        return PairSet(self.embedded(f"dev{tar}", f"dev/{tar:05d}.tar"))
+
+    def corrupted(self, setting: Setting) -> tuple[PairSet, np.ndarray]:
+        """The pool with some captions moved between images, and which pairs are wrong."""
+        mark = fingerprint(["corrupted", setting.wrong, setting.captions, setting.noise_seed])
+        folder = self.cache / "pools" / mark
+        if read_manifest(folder) is None:
+            self._corrupt(setting, reopen(folder), mark)
+        return PairSet(folder), np.load(folder / "wrong.npy")
+
+    def _corrupt(self, setting: Setting, folder: Path, mark: str) -> None:
+        table = pq.read_table(self.pool / "pairs.parquet")
+        number = np.array([int(uid.rsplit("#", 1)[1]) for uid in table["uid"].to_pylist()])
+        table = table.take(np.flatnonzero(number < setting.captions))
+        image = table["image"].to_numpy()
+        rows = [
+            str(i) for i in range(len(table))
+        ]  # row numbers stand for captions, so that embeddings move along
+        moved, wrong = shuffle_captions(rows, image.tolist(), setting.wrong, setting.noise_seed)
+        source = np.array([int(row) for row in moved])
+        for column in ("text", "caption", "truncated"):
+            table = table.set_column(table.column_names.index(column), column, table[column].take(source))
+        for name in ("images.npy", "texts.npy"):
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to((self.pool / name).absolute())
+        images, texts = (np.load(folder / name, mmap_mode="r") for name in ("images.npy", "texts.npy"))
+        score = (images[table["image"].to_numpy()] * texts[table["text"].to_numpy()]).sum(1)
+        table = table.set_column(table.column_names.index("clip_score"), "clip_score", pa.array(score))
+        with atomic_path(folder / "pairs.parquet") as aside:
+            pq.write_table(table, aside)
+        np.save(folder / "wrong.npy", wrong)
+        manifest = Manifest(stage="embed", fingerprint=mark, rows_in=len(table), rows_out=len(table))
+        finish_stage(folder, manifest, 0.0)
+
+
+@dataclass(frozen=True)
+class Curation:
+    """The stages up to the decision, for one setting."""
+
+    world: World
+    setting: Setting
+
+    @property
+    def config(self) -> StudentsConfig:
+        return StudentsConfig(train=StudentConfig(steps=self.setting.steps), choose_steps=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.world.cache / "curations" / fingerprint([self.setting, code_version(SCORING)])
+
+    @cached_property
+    def pool(self) -> PairSet:
+        return self.world.corrupted(self.setting)[0]
+
+    @cached_property
+    def wrong(self) -> np.ndarray:
+        return self.world.corrupted(self.setting)[1]
+
+    @cached_property
+    def target(self) -> PairSet:
+        return self.world.dev(self.setting.target)
+
+    @cached_property
+    def test(self) -> PairSet:
+        return self.world.dev(1 - self.setting.target)
+
+    def run(self) -> Scores:
+        names = ("student", "cluster", "curvature", "attribute")
+        at = {name: self.folder / name for name in names}
+        inputs = {
+            "pool": self.pool.table.manifest.fingerprint,
+            "target": self.target.table.manifest.fingerprint,
+        }
+        done = students(self.pool, self.target, inputs, self.config, at["student"], RUNTIME)
+        inputs |= {"student": done.fingerprint}
+        clusters = cluster(self.pool, done.rows_out, inputs, ClusterConfig(), at["cluster"], RUNTIME)
+        solved = curvature(
+            self.pool,
+            self.target,
+            self.config,
+            at["student"],
+            inputs,
+            CurvatureConfig(),
+            TargetConfig(),
+            at["curvature"],
+            RUNTIME,
+        )
+        inputs |= {"cluster": clusters.fingerprint, "curvature": solved.fingerprint}
+        attribute(self.pool, self.config, at, inputs, AttributeConfig(), at["attribute"], RUNTIME)
+        return Scores(at["attribute"])
+
+    def judge(self) -> dict[str, Any]:
+        """The decision against the planted truth."""
+        scores = self.run()
+        subset = decide(scores, SelectConfig())
+        score, _ = scores.pair_scores
+        pruned = ~subset.kept
+        single = np.full(len(score), np.nan)
+        single[scores.influence["pair"]] = scores.influence["influence"]
+        known = np.isfinite(single)
+        return {
+            "pairs": len(score),
+            "wrong": float(self.wrong.mean()),
+            "pruned": float(pruned.mean()),
+            "precision": float(self.wrong[pruned].mean()) if pruned.any() else None,
+            "auroc": auroc(-score, self.wrong) if self.wrong.any() else None,
+            "average_precision": average_precision(-score, self.wrong) if self.wrong.any() else None,
+            "auroc_quality": auroc(-scores.strata["quality"], self.wrong) if self.wrong.any() else None,
+            "auroc_single_pair": auroc(-single[known], self.wrong[known]) if self.wrong.any() else None,
+            "placebo_share": scores.placebo.estimated_wrong_share,
+            "rest": scores.rest,
+        }
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Each method's subset: ours as it decides, the others at the true fraction."""
+        scores = self.run()
+        keep = round(len(self.wrong) * (1 - self.wrong.mean()))
+        quality = read_columns(self.folder / "student" / "quality.parquet")
+        uids = [str(uid) for uid in self.pool.column("uid")]
+        chosen = {
+            "curated": self.curated(scores),
+            "everything": np.ones(len(uids), bool),
+            "random": top_fraction(random_score(uids), keep),
+            "clip_score": top_fraction(self.pool.clip_score, keep),
+            "student_clip_score": top_fraction(quality["clip_in"], keep),
+            "neg_clip_loss": top_fraction(quality["neg_clip_in"], keep),
+            "oracle": ~self.wrong,
+        }
+        return {name: chosen[name].astype(np.float64) for name in METHODS}
+
+    def curated(self, scores: Scores) -> np.ndarray:
+        """Our weights, the temperature confirmed on the choosing half of the target."""
+        config, _ = confirm(
+            self.pool,
+            self.target,
+            scores,
+            SelectConfig(),
+            self.config,
+            self.setting.steps,
+            self.folder / "curate",
+            code_version(),
+            RUNTIME,
+        )
+        return decide(scores, config).weight
+
+    def retrained(self, seeds: tuple[int, ...]) -> dict[str, Any]:
+        """Recall by test image of students retrained on each method's subset, (seeds, images) for each."""
+        weights = self.weights()
+        train = replace(self.config.train, steps=self.setting.steps)
+        shares: dict[str, list[list[float]]] = {}
+        for name, weight in weights.items():
+            shares[name] = []
+            for seed in seeds:
+                trained = train_subset(self.pool, weight, train, train.steps, seed)
+                shares[name].append(by_image(trained.heads, self.test).tolist())
+        return {"shares": shares, "kept": {name: float((w > 0).mean()) for name, w in weights.items()}}
+
+    def removals(self, groups: int, seeds: tuple[int, ...]) -> dict[str, Any]:
+        """Predicted influence and real change of the target loss for each quality group of the pool, removed for real."""
+        scores = self.run()
+        quantile = scores.strata["quantile"] * groups // scores.quantiles
+        halves = TargetHalves(self.target, self.config.seed)
+        train = self.config.train
+
+        def loss(weight: np.ndarray) -> float:
+            runs = [train_subset(self.pool, weight, train, train.steps, seed) for seed in seeds]
+            return float(np.mean([choosing_loss(run.heads, halves, train) for run in runs]))
+
+        whole = loss(np.ones(len(quantile)))
+        change = [loss((quantile != group).astype(np.float64)) - whole for group in range(groups)]
+        rows = scores.influence["pair"]
+        predicted = means_by(quantile[rows], scores.influence["influence"], groups).mean
+        wrong = means_by(quantile, self.wrong.astype(np.float64), groups).mean
+        return {"predicted": predicted.tolist(), "change_of_loss": change, "wrong": wrong.tolist()}
+
+
+@torch.no_grad()
+def by_image(heads: torch.nn.Module, test: PairSet) -> np.ndarray:
+    distinct, own = np.unique(test.image, return_inverse=True)
+    first = np.array([np.argmax(test.image == image) for image in distinct])
+    u, _ = heads(*test.inputs(first))
+    _, t = heads(*test.inputs(slice(None)))
+    ranks = retrieval_ranks(u, t, torch.from_numpy(own))
+    return mean_recall_by_image(*ranks, torch.from_numpy(own)).numpy()

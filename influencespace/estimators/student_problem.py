@@ -1,0 +1,92 @@
+"""From embeddings alone to a problem: heads trained on a pool, with all that an estimator may ask for."""
+
+from functools import partial
+
+import numpy as np
+import torch
+
+from influencespace.core.batches import covering_contexts, disjoint_contexts, training_batches
+from influencespace.errors import InputError
+from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext, damping_of, floored
+from influencespace.estimators.problem import Batch, Checkpoint, IntArray, Problem
+from influencespace.models.heads import initial_heads
+from influencespace.models.space import Inputs, Space
+from influencespace.models.training import StudentConfig
+from influencespace.models.trajectory import Rule, Trajectory, preconditioner, space_at
+
+FEWEST_IMAGES = 4  # two contexts of two pairs
+
+
+def rows_of(inputs: Inputs, rows: IntArray) -> Inputs:
+    """Embeddings of some pairs: two (m, D)."""
+    index = torch.from_numpy(rows).to(inputs[0].device)
+    return inputs[0][index], inputs[1][index]
+
+
+def student_problem(
+    pool: RecordedContext,
+    target: RecordedContext,
+    config: StudentConfig,
+    *,
+    curvature: CurvatureConfig | None = None,
+    rule: Rule = "adamw",
+    contexts: int = 4,
+    seed: int = 0,
+) -> Problem:
+    """Train heads on the pool's embeddings and state how its pairs influence the target loss.
+
+    `pool` and `target` are pairs by embeddings (two (n, D)) and image (n,); the student has their dtype and device. It is
+    trained by AdamW as `train_heads` does, or by plain SGD; the bank has `contexts` contexts of batch_size - 1 pairs.
+    Raises InputError where the pool has too few images for a bank.
+    """
+    images, texts = pool.inputs
+    distinct = len(np.unique(pool.image))
+    if distinct < FEWEST_IMAGES:
+        raise InputError(
+            f"the pool has {distinct} image(s); a bank of two contexts needs {FEWEST_IMAGES} or more"
+        )
+    batches = list(training_batches(np.ones(len(images)), pool.image, config.batch_size, config.steps, seed))
+    size = len(batches[0])
+    bank = disjoint_contexts(pool.image, size - 1, contexts, seed + 1)
+    # mypy does not see the defaults of pydantic's fields
+    curvature = curvature or CurvatureConfig()  # type: ignore[call-arg]
+    heads = initial_heads(images.shape[1], texts.shape[1], config.dimension, seed).to(images)
+    initial = Space(heads)
+    path = Trajectory(
+        space=initial,
+        initial=initial.flatten(initial.parameters),
+        config=config,
+        batches=batches,
+        inputs=partial(rows_of, pool.inputs),
+        rule=rule,
+    )
+    end = path.stored[-1]
+    D = torch.ones_like(end.theta) if rule == "sgd" else floored(preconditioner(end.v, len(batches) - 1))
+    rates = sum(path.rate(index) for index in range(len(batches)))
+    covering = covering_contexts(target.image, size, seed)
+    return Problem(
+        space=space_at(initial, end.theta),
+        scale=path.scale,
+        batch_size=size,
+        pool_size=len(images),
+        bank=[RecordedContext(inputs=rows_of(pool.inputs, rows), image=pool.image[rows]) for rows in bank],
+        target=[
+            RecordedContext(inputs=rows_of(target.inputs, rows), image=target.image[rows])
+            for rows in covering
+        ],
+        preconditioner=D,
+        damping=damping_of(curvature, rates, config.weight_decay),
+        checkpoints=[
+            Checkpoint(step=step, learning_rate=path.rate(step - 1), load=partial(path.space_after, step))
+            for step in path.stored_steps
+        ],
+        trajectory=path,
+        seed=seed,
+    )
+
+
+def batch_of(pool: RecordedContext, rows: IntArray | None = None) -> Batch:
+    """Some pairs of a pool, or all, as an estimator scores them; a pair's uid is its row."""
+    rows = np.arange(len(pool.image)) if rows is None else rows
+    uids = [str(row) for row in rows]
+    return Batch(uid=uids, inputs=rows_of(pool.inputs, rows), image=pool.image[rows], row=rows)
