@@ -66,6 +66,20 @@ class Benchmark:
         self.commits = {part: sha for part, sha in found["commits"].items() if part not in parts}
         self.incomplete += [part for part in found["incomplete"] if part not in parts]
 
+    def measure(self, parts: Sequence[str], work: Callable[[str], None]) -> None:
+        """Measure these parts anew, keep the others, and write after each."""
+        self.incomplete = list(parts)
+        self.go_on(parts)
+        for part in parts:
+            try:
+                self.begin(part)
+                work(part)
+                self.incomplete.remove(part)
+            except OutOfTimeError:
+                print(f"out of time in {part}", flush=True)
+            self.write()
+        print(f"written: {self.out}")
+
     def begin(self, part: str) -> None:
         self.part = part
         self.commits[part] = commit()
@@ -161,6 +175,12 @@ DECIDING = (
     *_files("core", "strata", "select", "placebo", "metrics"),
     *_files("data", "pair_set", "dirt"),
     *_files("stages", "decide", "confirm", "train", "evaluate"),
+)
+ESTIMATING = (
+    *_files("core", "contrastive", "bank", "linalg", "batches", "projection", "regression"),
+    *_files("models", "heads", "space", "training", "gradients", "projected", "trajectory"),
+    *(f"estimators/{path.name}" for path in sorted((ROOT / "influencespace" / "estimators").glob("*.py"))),
+    *_files("data", "pair_set", "dirt"),
 )
 
 

@@ -6,7 +6,7 @@ The truth is used for judging only. Needs the real data (INFLUENCESPACE_DATA or 
 import sys
 
 import numpy as np
-from common import Benchmark, OutOfTimeError, arguments, cached, code_version, real_data
+from common import Benchmark, arguments, cached, code_version, real_data
 from curation import METHODS, RUNTIME, Curation, Setting, World
 
 from influencespace.core.metrics import bootstrap_means, interval
@@ -161,18 +161,7 @@ def main() -> int:
         print("skipped: no real data; set INFLUENCESPACE_DATA to a folder that holds flickr8k/")
         return 0
     bench = Benchmark("quality", options.quick, options.out, seeds=(0,) if options.quick else (0, 1, 2))
-    world = World(data, options.cache)
-    bench.incomplete = list(options.parts)
-    bench.go_on(options.parts)
-    for part in options.parts:
-        try:
-            bench.begin(part)
-            PARTS[part](bench, world, options.quick)
-            bench.incomplete.remove(part)
-        except OutOfTimeError:
-            print(f"out of time in {part}", flush=True)
-        bench.write()
-    print(f"written: {options.out}")
+    bench.measure(options.parts, lambda part: PARTS[part](bench, World(data, options.cache), options.quick))
     return 0
 
 

@@ -48,3 +48,32 @@ def test_the_python_of_the_estimators_page(tmp_path: Path, monkeypatch: pytest.M
     assert isinstance(value, np.ndarray)
     assert len(value) == 120
     assert np.isfinite(value).all()
+
+
+@pytest.mark.e2e
+def test_the_python_of_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from influencespace.data.readers import list_shards, read_shard
+    from influencespace.data.schema import Sample
+    from influencespace.data.synthetic import WorldConfig, write_world
+    from influencespace.stages.fit_encoder import FitEncoder
+
+    write_world(tmp_path / "world", WorldConfig(seed=1, pretrain=100, pool=60, target=30, test=0))
+    FitEncoder(shards=str(tmp_path / "world" / "pretrain"), out=tmp_path / "my-clip", steps=3, seed=0)()
+    for role, folder in (("pool", "pairs"), ("target", "target")):
+        (tmp_path / folder).mkdir()
+        for shard in list_shards(str(tmp_path / "world" / role)):
+            for number, sample in enumerate(read_shard(shard)):
+                assert isinstance(sample, Sample)
+                (tmp_path / folder / f"{number:04d}.jpg").write_bytes(sample.image)
+                (tmp_path / folder / f"{number:04d}.txt").write_text(sample.captions[0])
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (DOCS / "tutorial.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert len(code.strip().splitlines()) <= 40
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(code, names)  # our own document
+    worth = names["worth"]
+    assert isinstance(worth, np.ndarray)
+    assert len(worth) == 60
+    assert np.isfinite(worth).all()

@@ -45,7 +45,9 @@ def test_every_estimator_scores_it(name: str) -> None:
     found = scores(TABLE[name](), PROBLEM, [batch_of(POOL)])
     assert np.isfinite(found).all()
     parts = [batch_of(POOL, rows) for rows in np.split(np.arange(SMALL.pairs), [5, 40])]
-    np.testing.assert_allclose(scores(TABLE[name](), PROBLEM, parts), found, rtol=1e-6, atol=1e-9 * found.std())
+    np.testing.assert_allclose(
+        scores(TABLE[name](), PROBLEM, parts), found, rtol=1e-6, atol=1e-9 * found.std()
+    )
     if name in ("ecif", "unrolled", "tracin"):
         assert auroc(-found, SMALL.wrong) > 0.7
 

@@ -1,0 +1,496 @@
+"""How true the estimators are to retraining, on a student over real pairs: every line of the table, in one run.
+
+Parts: exact leave-one-out, the linear datamodeling score over half subsets, detection of planted wrong captions, and the
+price of a score. Truth is always a student that was really trained again. Needs the real data; see docs/benchmarks.md.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from common import ESTIMATING, Benchmark, arguments, cached, code_version, real_data
+from curation import Setting, World
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from influencespace.core.bank import bank_loss
+from influencespace.core.batches import folds_by_image, training_batches
+from influencespace.core.contrastive import info_nce, info_nce_terms
+from influencespace.core.metrics import auroc, average_precision, precision_recall_at
+from influencespace.data.artifacts import fingerprint
+from influencespace.data.images import decode_image
+from influencespace.data.pair_set import PairSet
+from influencespace.data.readers import list_shards, read_shard
+from influencespace.data.schema import Sample
+from influencespace.estimators.ecif import Ecif
+from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext, damping_of
+from influencespace.estimators.problem import Estimator, Problem, fitted, scores
+from influencespace.estimators.student_problem import batch_of, rows_of, student_problem
+from influencespace.estimators.table import TABLE
+from influencespace.estimators.unrolled import Unrolled
+from influencespace.models.encoders import load_encoder
+from influencespace.models.heads import Heads, initial_heads
+from influencespace.models.space import Space
+from influencespace.models.training import StudentConfig, train_heads
+from influencespace.models.trajectory import Rule, Trajectory, space_at
+
+FloatArray = np.ndarray
+SGD_RATE = 1.0
+OURS = ("ecif", "nystrom", "unrolled")
+IN_UNITS = ("ecif", "ecif, early stopping", "ecif, taylor", "unrolled", "unrolled, whole", "unrolled, taylor")
+"""Estimators whose scores are changes of the target loss, so that a slope means something."""
+PER_PAIR = ("ecif", "ecif, early stopping", "ecif, taylor")
+"""Scores of these are for a weight of one in a batch's mean; the others' already for the whole training."""
+BLIND = ("clip_score", "neg_clip_loss", "el2n", "self_influence", "random")
+"""What never looks at the target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Some real pairs of which a share is wrong, a clean target, and how a student is trained."""
+
+    world: World
+    pairs: int | None
+    wrong: float
+    config: StudentConfig
+    rule: Rule = "adamw"
+    noise_seed: int = 1
+    dtype: torch.dtype = torch.float32
+
+    @cached_property
+    def _chosen(self) -> tuple[PairSet, np.ndarray, np.ndarray]:
+        setting = Setting(wrong=self.wrong, captions=1, steps=0, noise_seed=self.noise_seed)
+        pool, wrong = self.world.corrupted(setting)
+        count = len(pool) if self.pairs is None else self.pairs
+        return pool, np.sort(np.random.default_rng(self.noise_seed).permutation(len(pool))[:count]), wrong
+
+    @cached_property
+    def pool(self) -> RecordedContext:
+        pool, rows, _ = self._chosen
+        return recorded(pool, rows, self.dtype)
+
+    @cached_property
+    def is_wrong(self) -> np.ndarray:
+        _, rows, wrong = self._chosen
+        return wrong[rows]
+
+    @cached_property
+    def target(self) -> RecordedContext:
+        """One caption of each image of dev's first tar."""
+        dev = self.world.dev(0)
+        return recorded(dev, np.unique(dev.image, return_index=True)[1], self.dtype)
+
+    @property
+    def size(self) -> int:
+        return len(self.pool.image)
+
+    @property
+    def key(self) -> str:
+        """What its results depend on, beside the seeds of students."""
+        parts = [self.pairs, self.wrong, self.config, self.rule, self.noise_seed, str(self.dtype)]
+        return fingerprint([parts, code_version(ESTIMATING)])
+
+    def problem(self, seed: int, target: RecordedContext | None = None) -> Problem:
+        return student_problem(self.pool, target or self.target, self.config, rule=self.rule, seed=seed)
+
+    def target_group(self, group: int, groups: int) -> RecordedContext:
+        rows = np.flatnonzero(folds_by_image(self.target.image, groups, 0) == group)
+        return RecordedContext(inputs=rows_of(self.target.inputs, rows), image=self.target.image[rows])
+
+
+def recorded(pairs: PairSet, rows: np.ndarray, dtype: torch.dtype) -> RecordedContext:
+    """Pairs of distinct images, numbered as they come."""
+    images, texts = pairs.inputs(rows)
+    return RecordedContext(inputs=(images.to(dtype), texts.to(dtype)), image=np.arange(len(rows)))
+
+
+@torch.no_grad()
+def losses_on(problem: Problem, space: Space) -> FloatArray:
+    """Loss of every target pair in the problem's contexts (T,)."""
+    terms = []
+    for context in problem.target:
+        u, t = space.embed(context.inputs)
+        terms.append(info_nce_terms(problem.scale * u @ t.T).double().cpu().numpy())
+    return np.concatenate(terms)
+
+
+def target_loss(problem: Problem, path: Trajectory) -> float:
+    """The target loss at the end of a path."""
+    return float(losses_on(problem, space_at(path.space, path.final)).mean())
+
+
+def table() -> dict[str, Callable[[Problem], FloatArray]]:
+    """What is measured: the whole table, and other forms of those in units of the loss."""
+
+    def of(make: Callable[[], Estimator]) -> Callable[[Problem], FloatArray]:
+        return lambda problem: score_all(make(), problem)
+
+    def early_stopping(problem: Problem) -> FloatArray:
+        path = problem.trajectory
+        assert path is not None
+        rates = sum(path.rate(index) for index in range(len(path.batches)))
+        damping = damping_of(CurvatureConfig(damping_factor=1.0), rates, path.config.weight_decay)
+        return score_all(Ecif(), replace(problem, damping=damping))
+
+    found = {name: of(make) for name, make in TABLE.items()}
+    return found | {
+        "ecif, early stopping": early_stopping,
+        "ecif, taylor": of(partial(Ecif, form="taylor")),
+        "ecif, own role": of(partial(Ecif, role="own")),
+        "unrolled, whole": of(partial(Unrolled, form="whole")),
+        "unrolled, taylor": of(partial(Unrolled, form="taylor")),
+    }
+
+
+def score_all(estimator: Estimator, problem: Problem) -> FloatArray:
+    """Scores of the whole pool, whose pairs the problem's own path holds."""
+    path = problem.trajectory
+    assert path is not None
+    rows = np.arange(problem.pool_size)
+    pool = RecordedContext(inputs=path.inputs(rows), image=rows)
+    return scores(
+        estimator, problem, [batch_of(pool, part) for part in np.array_split(rows, max(1, len(rows) // 1024))]
+    )
+
+
+def leave_one_out(study: Study, seed: int) -> dict[str, Any]:
+    """Change of the target loss when each pair is left out of its batches and the student trained again; all scores."""
+    problem = study.problem(seed)
+    path = problem.trajectory
+    assert path is not None
+    whole = target_loss(problem, path)
+    truth = [
+        target_loss(problem, replace(path, batches=[rows[rows != pair] for rows in path.batches])) - whole
+        for pair in range(problem.pool_size)
+    ]
+    found = {name: score(problem).tolist() for name, score in table().items()}
+    return {"truth": truth, "scores": found, "target_loss": whole}
+
+
+def leave_one_out_part(bench: Benchmark, world: World, quick: bool) -> None:
+    """Pearson and slope with exact leave-one-out retraining, SGD and AdamW, single students and their ensemble."""
+    config = StudentConfig(dimension=64, steps=20 if quick else 60, batch_size=32)
+    for rule, rate in (("sgd", SGD_RATE), ("adamw", 1e-3)):
+        study = Study(
+            world=world,
+            pairs=40 if quick else 100,
+            wrong=0.3,
+            config=replace(config, learning_rate=rate),
+            rule=rule,
+            dtype=torch.float64,
+        )
+        runs = [
+            cached(world.cache, ["loo", study.key, seed], partial(leave_one_out, study, seed))
+            for seed in bench.seeds
+        ]
+        truths = np.array([run["truth"] for run in runs])
+        bench.row(
+            estimator="(retraining, from seed to seed)",
+            rule=rule,
+            pearson=reliability(truths),
+            lowest=None,
+            ensemble=None,
+            slope=None,
+        )
+        for name in runs[0]["scores"]:
+            found = np.array([run["scores"][name] for run in runs])
+            single = [float(np.corrcoef(a, b)[0, 1]) for a, b in zip(found, truths)]
+            predicted = found / study.size if name in PER_PAIR else found
+            slope = float(np.polyfit(predicted.mean(0), truths.mean(0), 1)[0]) if name in IN_UNITS else None
+            ensemble = float(np.corrcoef(found.mean(0), truths.mean(0))[0, 1])
+            bench.row(
+                estimator=name,
+                rule=rule,
+                pearson=float(np.mean(single)),
+                lowest=min(single),
+                ensemble=ensemble,
+                slope=slope,
+            )
+            if name in ("ecif", "unrolled", "unrolled, whole"):
+                bench.target(
+                    name=f"leave-one-out, {rule}, Pearson of `{name}` (single students)",
+                    target="at least 0.97",
+                    measured=float(np.mean(single)),
+                    interval=(min(single), max(single)),
+                    reached=float(np.mean(single)) >= 0.97,
+                )
+                assert slope is not None
+                bench.target(
+                    name=f"leave-one-out, {rule}, slope of the truth over `{name}`",
+                    target="0.8 to 1.2",
+                    measured=slope,
+                    reached=0.8 <= slope <= 1.2,
+                )
+
+
+def reliability(repeats: FloatArray) -> float:
+    """Mean Pearson between two repeats (R, n); nan for one."""
+    pairs = [np.corrcoef(repeats[i], repeats[j])[0, 1] for i in range(len(repeats)) for j in range(i)]
+    return float(np.mean(pairs)) if pairs else float("nan")
+
+
+GROUPS = 4  # of the target's images, each an output whose rise and fall is to be foretold
+CHUNK = 10  # subsets that are one cached result
+
+
+def half_subsets(pairs: int, count: int) -> FloatArray:
+    """Random halves (count, N) of 0 and 1."""
+    generator = np.random.default_rng(2024)
+    return np.stack([generator.permutation(pairs) < pairs // 2 for _ in range(count)]).astype(np.float64)
+
+
+def subset_losses(study: Study, subsets: FloatArray, seed: int) -> dict[str, Any]:
+    """Loss of each target group of a student trained on each subset, with batches of its own: (S, G)."""
+    images, texts = study.pool.inputs
+    config = study.config
+    groups = [study.target_group(g, GROUPS) for g in range(GROUPS)]
+    found = []
+    for weights in subsets:
+        heads = initial_heads(images.shape[1], texts.shape[1], config.dimension, seed)
+        batches = training_batches(weights, study.pool.image, config.batch_size, config.steps, seed)
+        trained = train_heads(partial(rows_of, study.pool.inputs), batches, heads, config).heads
+        found.append([group_loss(trained, group, config) for group in groups])
+    return {"losses": found}
+
+
+@torch.no_grad()
+def group_loss(heads: Heads, group: RecordedContext, config: StudentConfig) -> float:
+    u, t = heads(*group.inputs)
+    return float(info_nce(u @ t.T / config.temperature))
+
+
+def group_scores(study: Study, seed: int, group: int) -> dict[str, Any]:
+    """Scores of the pool for one group of the target; the blind ones once."""
+    problem = study.problem(seed, study.target_group(group, GROUPS))
+    names = [name for name in table() if group == 0 or name not in BLIND]
+    return {name: table()[name](problem).tolist() for name in names}
+
+
+def lds_part(bench: Benchmark, world: World, quick: bool) -> None:
+    """Rank correlation, over random halves of the pool, of the sum of scores with the loss of students trained on them."""
+    config = StudentConfig(batch_size=64, steps=20 if quick else 100)
+    study = Study(world=world, pairs=200 if quick else 400, wrong=0.3, config=config)
+    subsets = half_subsets(study.size, 20 if quick else 120)
+    parts = [
+        [
+            cached(
+                world.cache,
+                ["subsets", study.key, len(subsets), start, seed],
+                partial(subset_losses, study, subsets[start : start + CHUNK], seed),
+            )["losses"]
+            for start in range(0, len(subsets), CHUNK)
+        ]
+        for seed in bench.seeds
+    ]
+    losses = np.array([np.concatenate(part) for part in parts])  # (seeds, subsets, groups)
+    found = [
+        [
+            cached(world.cache, ["scores", study.key, seed, g, GROUPS], partial(group_scores, study, seed, g))
+            for g in range(GROUPS)
+        ]
+        for seed in bench.seeds
+    ]
+    truth = -losses.mean(0)
+    bench.row(
+        estimator="(retraining, from seed to seed)",
+        lds=float(np.mean([reliability(losses[:, :, g]) for g in range(GROUPS)])),
+        interval=None,
+        single_student=None,
+    )
+    results: dict[str, tuple[float, list[float]]] = {}
+    for name in table():
+        by_seed = np.array(
+            [[run[0 if name in BLIND else g][name] for g in range(GROUPS)] for run in found]
+        )  # (seeds, groups, N)
+        ensemble = subsets @ np.nan_to_num(by_seed.mean(0)).T  # (subsets, groups)
+        value = lds(ensemble, truth)
+        singles = [lds(subsets @ np.nan_to_num(one).T, truth) for one in by_seed]
+        draws = []
+        for draw in range(500):
+            rows = np.random.default_rng(draw).integers(0, len(subsets), len(subsets))
+            draws.append(lds(ensemble[rows], truth[rows]))
+        limits = [float(q) for q in np.quantile(draws, (0.025, 0.975))]
+        results[name] = value, limits
+        bench.row(estimator=name, lds=value, interval=limits, single_student=float(np.mean(singles)))
+    ours = max(OURS, key=lambda name: results[name][0])
+    peers = [name for name in TABLE if name not in OURS]
+    best = max(peers, key=lambda name: results[name][0])
+    low, high = results[ours][1]
+    bench.target(
+        name=f"LDS of the best of ours ({ours}) against the best peer method ({best}, {results[best][0]:.3f})",
+        target="above every peer method's",
+        measured=results[ours][0],
+        interval=(low, high),
+        reached=results[ours][0] > results[best][0],
+    )
+
+
+def lds(predicted: FloatArray, truth: FloatArray) -> float:
+    """Spearman over subsets, mean over outputs: two (S, G)."""
+    return float(np.mean([spearmanr(predicted[:, g], truth[:, g]).statistic for g in range(truth.shape[1])]))
+
+
+def detection_of(study: Study) -> dict[str, Any]:
+    """How well each estimator finds the wrong captions of a whole pool, and its seconds."""
+    problem = study.problem(0)
+    wrong = study.is_wrong
+    found = {}
+    for name, score in table().items():
+        if name in SLOW_AND_ALIKE:
+            continue
+        began = time.monotonic()
+        suspicion = -score(problem)
+        seconds = time.monotonic() - began
+        known = np.isfinite(suspicion)
+        precision, recall = precision_recall_at(suspicion[known], wrong[known], float(wrong.mean()))
+        found[name] = {
+            "auroc": auroc(suspicion[known], wrong[known]),
+            "average_precision": average_precision(suspicion[known], wrong[known]),
+            "precision": precision,
+            "recall": recall,
+            "without_score": int((~known).sum()),
+            "seconds": seconds,
+        }
+    return found
+
+
+SLOW_AND_ALIKE = ("unrolled, whole", "unrolled, taylor")  # one backward pass a pair and step; as `unrolled`
+
+
+def detection_part(bench: Benchmark, world: World, quick: bool) -> None:
+    """Planted wrong captions, 10 to 40 %: AUROC and average precision of single-pair scores, one caption an image."""
+    config = StudentConfig(steps=30 if quick else 100)
+    for wrong in (0.3,) if quick else (0.1, 0.2, 0.3, 0.4):
+        runs = []
+        for seed in bench.seeds:
+            study = Study(
+                world=world, pairs=1000 if quick else None, wrong=wrong, config=config, noise_seed=1 + seed
+            )
+            runs.append(cached(world.cache, ["detection", study.key], partial(detection_of, study)))
+        for name in runs[0]:
+            values = {key: [run[name][key] for run in runs] for key in runs[0][name]}
+            bench.row(
+                estimator=name,
+                wrong=wrong,
+                auroc=float(np.mean(values["auroc"])),
+                lowest_auroc=min(values["auroc"]),
+                average_precision=float(np.mean(values["average_precision"])),
+                precision_at_share=float(np.mean(values["precision"])),
+            )
+
+
+def speed_part(bench: Benchmark, world: World, quick: bool) -> None:
+    """Seconds a pair of scoring through heads, beside per-sample gradients by a loop, by vmap, and embedding by the towers."""
+    config = StudentConfig(steps=10)
+    study = Study(world=world, pairs=None, wrong=0.3, config=config)
+    problem = study.problem(0)
+    direction = Ecif()
+    scorer = fitted(direction.fit(problem), lambda statistic: None)
+    pool = batch_of(study.pool)
+    count = 64 if quick else 256
+    few = batch_of(study.pool, np.arange(count))
+    context = problem.bank[0]
+    strange = ~np.isin(few.image, context.image)
+
+    def bank_gradient(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        u, t = functional_call(problem.space.student, parameters, (x[None], y[None]))
+        cu, ct = functional_call(problem.space.student, parameters, context.inputs)
+        return bank_loss(u, t, cu, ct, problem.scale, problem.batch_size)[0]
+
+    v = problem.space.unflatten(problem.target_gradient)
+
+    def along(tree: dict[str, Tensor]) -> Tensor:
+        return torch.stack([(tree[name] * v[name]).sum() for name in v]).sum()
+
+    def loop() -> None:
+        for x, y in zip(*(side[strange] for side in few.inputs)):
+            along(grad(bank_gradient)(problem.space.parameters, x, y))
+
+    def mapped() -> None:
+        x, y = (side[strange] for side in few.inputs)
+        one = vmap(lambda x, y: along(grad(bank_gradient)(problem.space.parameters, x, y)), chunk_size=16)
+        one(x, y)
+
+    one_context = replace(problem, bank=[context, problem.bank[1]])
+    seconds = {
+        "scoring, tangents through the heads (4 contexts)": best_of(lambda: scorer(pool), 3) / len(pool),
+        "per-sample gradients, a loop (1 context)": best_of(loop, 2) / int(strange.sum()),
+        "per-sample gradients, vmap (1 context)": best_of(mapped, 2) / int(strange.sum()),
+        "embedding by the given towers": embedding_seconds(world, 16 if quick else 128),
+    }
+    two = fitted(Ecif().fit(one_context), lambda statistic: None)
+    seconds["scoring, tangents through the heads (2 contexts)"] = best_of(lambda: two(pool), 3) / len(pool)
+    for name, value in seconds.items():
+        bench.row(what=name, milliseconds_a_pair=1000 * value)
+    a_context = seconds["scoring, tangents through the heads (4 contexts)"] / 4
+    bench.target(
+        name="scoring through heads over stored embeddings, as a share of embedding",
+        target="at most 0.1",
+        measured=4 * a_context / seconds["embedding by the given towers"],
+        reached=4 * a_context <= 0.1 * seconds["embedding by the given towers"],
+    )
+    for what, least in (("a loop", 8.0), ("vmap", 1.5)):
+        ratio = seconds[f"per-sample gradients, {what} (1 context)"] / a_context
+        bench.target(
+            name=f"per-sample gradients by {what} over scoring, a context",
+            target=f"at least {least}",
+            measured=ratio,
+            reached=ratio >= least,
+        )
+
+
+def best_of(work: Callable[[], Any], times: int) -> float:
+    """Seconds of the quickest of some calls, the first to warm up."""
+    work()
+    found = []
+    for _ in range(times):
+        began = time.monotonic()
+        work()
+        found.append(time.monotonic() - began)
+    return min(found)
+
+
+def embedding_seconds(world: World, pairs: int) -> float:
+    """Seconds a pair of the given towers over pictures and captions that are decoded already."""
+    encoder = load_encoder(str(world.data.parent / "models" / "mobilenetv2-minilm"))
+    (shard, *_) = list_shards(str(world.data / "flickr8k" / "dev" / "00000.tar"))
+    samples = [sample for sample in islice(read_shard(shard), pairs) if isinstance(sample, Sample)]
+    images = encoder.preprocess_images([decode_image(sample.image) for sample in samples])
+    tokens = encoder.tokenize([sample.captions[0] for sample in samples])[0]
+
+    def work() -> None:
+        for part in torch.split(images, 32):
+            encoder.encode_image(part)
+        encoder.encode_text(tokens)
+
+    return best_of(work, 2) / len(samples)
+
+
+PARTS = {
+    "leave_one_out": leave_one_out_part,
+    "lds": lds_part,
+    "detection": detection_part,
+    "speed": speed_part,
+}
+
+
+def main() -> int:
+    options = arguments(__doc__ or "", "attribution", parts=tuple(PARTS))
+    data = real_data()
+    if data is None:
+        print("skipped: no real data; set INFLUENCESPACE_DATA to a folder that holds flickr8k/")
+        return 0
+    bench = Benchmark("attribution", options.quick, options.out, seeds=(0, 1) if options.quick else (0, 1, 2))
+    bench.measure(options.parts, lambda part: PARTS[part](bench, World(data, options.cache), options.quick))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
