@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
-from scipy.stats import t as t_distribution
+from scipy.special import stdtrit
 
 from influencespace.errors import InputError
 
@@ -131,5 +131,5 @@ def best_candidate(losses: FloatArray) -> int:
     if count < 2 or len(gains) == 0:
         return 0
     error = np.maximum(gains.std(1, ddof=1), np.finfo(np.float64).tiny) / np.sqrt(count)
-    sure = gains.mean(1) / error > t_distribution.ppf(1 - 0.05 / len(gains), count - 1)
+    sure = gains.mean(1) / error > stdtrit(count - 1, 1 - 0.05 / len(gains))
     return 1 + int(np.argmax(np.where(sure, gains.mean(1), -np.inf))) if sure.any() else 0

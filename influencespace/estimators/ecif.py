@@ -60,6 +60,7 @@ def curvature_of(problem: Problem, config: CurvatureConfig) -> Sketch:
 
 def direction_of(problem: Problem, config: CurvatureConfig) -> Tensor:
     """v = (G + mu D)^-1 grad L_target (p,), by preconditioned conjugate gradients on the bank's contexts."""
+    gradient = problem.target_gradient  # first, because it says what is wrong with a broken student
     solution = solve_directions(
         problem.space,
         [context.inputs for context in problem.bank],
@@ -67,7 +68,7 @@ def direction_of(problem: Problem, config: CurvatureConfig) -> Tensor:
         problem.preconditioner,
         curvature_of(problem, config),
         problem.damping,
-        problem.target_gradient[None],
+        gradient[None],
         config,
     )
     return solution.x[0]

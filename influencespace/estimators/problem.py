@@ -10,9 +10,11 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from influencespace.errors import InputError
 from influencespace.estimators.nystrom import RecordedContext, target_gradients
 from influencespace.models.gradients import Recorded
 from influencespace.models.space import Inputs, Space
@@ -74,10 +76,24 @@ class Problem:
         return self.gradient_at(self.space)
 
     def gradient_at(self, space: Space) -> Tensor:
-        """Gradient of the mean target loss at the parameters of `space` (p,)."""
+        """Gradient of the mean target loss at the parameters of `space` (p,).
+
+        Raises InputError where the target has fewer than two pairs, or where the gradient is not finite.
+        """
+        pairs = sum(len(context.image) for context in self.target)
+        if pairs < 2:
+            raise InputError(
+                f"the target has {pairs} pair(s): a contrastive loss needs two, and a useful target a hundred or more"
+            )
         contexts = [context.inputs for context in self.target]
         one_fold = [np.zeros(len(context.image), np.int64) for context in self.target]
-        return target_gradients(space, contexts, one_fold, 1, self.scale)[0]
+        gradient = target_gradients(space, contexts, one_fold, 1, self.scale)[0]
+        if not bool(torch.isfinite(gradient).all()):
+            raise InputError(
+                "the gradient of the target loss is not finite: the student's parameters or the target's embeddings hold "
+                "nan or infinity, or the temperature is too low; train it again with a lower learning rate"
+            )
+        return gradient
 
 
 class Scorer(Protocol):

@@ -10,12 +10,22 @@ from hypothesis import strategies as st
 from problems import Small
 
 from influencespace.core.metrics import auroc
+from influencespace.errors import InputError
 from influencespace.estimators.nystrom import RecordedContext
 from influencespace.estimators.problem import scores
 from influencespace.estimators.table import TABLE
+from influencespace.models.trajectory import space_at
 
 SMALL = Small()
 BLIND = {"random", "norm_sim"}  # neither sees whether image and caption belong together
+BLIND_TO_TARGET = {
+    "random",
+    "norm_sim",
+    "el2n",
+    "clip_score",
+    "neg_clip_loss",
+    "self_influence",
+}  # to its loss
 GRADIENTS = {
     "nystrom",
     "ecif",
@@ -91,3 +101,38 @@ def test_scores_are_linear_in_the_target(name: str, found: dict[str, np.ndarray]
     apart = (score(parts[:1]) + score(parts[1:])) / 2
     # conjugate gradients stop at a relative residual of a thousandth
     np.testing.assert_allclose(score(parts), apart, atol=5e-3 * apart.std())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+@pytest.mark.parametrize("name", sorted(set(TABLE) - {"unrolled", "random"}))
+def test_a_bad_pair_has_no_score_and_harms_no_other(name: str, value: float) -> None:
+    """A pair whose picture has embedding nan, infinity or zero. (Unrolled scores trained pairs, random reads nothing.)"""
+    images, texts = SMALL.pool
+    bad = images.clone()
+    bad[3] = value
+    (whole,) = SMALL.cut()
+    good = [i for i in range(SMALL.pairs) if i != 3]
+    found = scores(TABLE[name](), SMALL.problem, [replace(whole, inputs=(bad, texts))])
+    assert np.isnan(found[3]) == (not np.isfinite(value))
+    alone = scores(TABLE[name](), SMALL.problem, SMALL.cut(None, np.array(good)))
+    # a zero is still a pair: it counts in the passes of trak and datainf
+    tolerance = 0.05 if value == 0 else 1e-9
+    np.testing.assert_allclose(found[good], alone, rtol=tolerance, atol=tolerance * np.abs(alone).max())
+
+
+@pytest.mark.parametrize("name", sorted(set(TABLE) - {"random"}))
+def test_a_target_of_one_pair_is_an_error_for_people(name: str) -> None:
+    one = RecordedContext(inputs=(SMALL.target[0][:1], SMALL.target[1][:1]), image=np.arange(1))
+    if name in BLIND_TO_TARGET:
+        assert np.isfinite(scores(TABLE[name](), replace(SMALL.problem, target=[one]), SMALL.cut())).all()
+        return
+    with pytest.raises(InputError, match="the target has 1 pair"):
+        scores(TABLE[name](), replace(SMALL.problem, target=[one]), SMALL.cut())
+
+
+def test_parameters_that_are_not_finite_are_an_error_for_people() -> None:
+    theta = SMALL.problem.space.flatten(SMALL.problem.space.parameters).clone()
+    theta[0] = torch.nan
+    broken = replace(SMALL.problem, space=space_at(SMALL.problem.space, theta))
+    with pytest.raises(InputError, match="gradient of the target loss is not finite"):
+        scores(TABLE["ecif"](), broken, SMALL.cut())
