@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Command, command_line, run_arguments
+from conftest import Command, command_line, run_arguments, run_here
 
 from influencespace.data.artifacts import file_digest
 from influencespace.data.readers import list_shards, read_shard
@@ -62,24 +61,20 @@ def test_the_same_command_again_does_nothing(influencespace: Command, world: Pat
     assert before == {stage: (finished / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
 
 
-def test_a_changed_decision_recomputes_only_what_follows(
-    influencespace: Command, world: Path, finished: Path, tmp_path: Path
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    # the artifacts name their folders, so a copy is a run of its own from the split on
-    before = {stage: (finished / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
-    done = influencespace(*run_arguments(world, finished, "curate.target_size=0.5"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    after = {stage: (finished / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
-    changed = {stage for stage in STAGES if before[stage] != after[stage]}
-    assert changed == {"curate", "train", "evaluate"}
-    assert json.loads((finished / "summary.json").read_text())["kept_fraction"] == pytest.approx(
-        0.5, abs=0.01
-    )
-    undone = influencespace(*run_arguments(world, finished))
-    assert undone.returncode == 0, undone.stderr[-3000:]
-    assert file_digest(finished / "curated.parquet") == file_digest(copy / "curated.parquet")
+def test_a_changed_decision_recomputes_only_what_follows(world: Path, tmp_path: Path) -> None:
+    """In this process, by the plain loop: three runs in one folder."""
+
+    def finish(**settings: float) -> tuple[dict[str, int], str, float]:
+        kept = run_here(world, tmp_path, **settings)["kept_fraction"]
+        times = {stage: (tmp_path / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+        return times, file_digest(tmp_path / "curated.parquet"), kept
+
+    before, digest, _ = finish()
+    after, halved, kept = finish(curate__target_size=0.5)
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == {"curate", "train", "evaluate"}
+    assert kept == pytest.approx(0.5, abs=0.01)
+    assert halved != digest
+    assert finish()[1] == digest
 
 
 @pytest.mark.parametrize("format", ["npy", "webdataset", "parquet"])

@@ -1,0 +1,140 @@
+"""Choosing sets, where what a pair is worth depends on what is chosen already: coverage, coresets, duplicates.
+
+Rows X (n, d) are of unit length, similarity is their cosine and distance is Euclidean. Orders list rows, the most wanted
+first, so that any size is a prefix. Ties go to the first row.
+"""
+
+import heapq
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from influencespace.core.kmeans import unit_rows
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+
+def k_center(X: Tensor, size: int) -> IntArray:
+    """Farthest first: each row is the one farthest from all before it (Gonzalez 1985; Sener and Savarese 2018): (size,).
+
+    Begins at the row nearest to the mean. Covers every row within twice the least possible radius.
+    """
+    size = _checked(X, size)
+    chosen = [int(torch.argmax(X @ X.mean(0)))]
+    nearest = X @ X[chosen[0]]  # similarity to the nearest of the chosen
+    for _ in range(size - 1):
+        nearest[chosen[-1]] = torch.inf
+        chosen.append(int(torch.argmin(nearest)))
+        nearest = torch.maximum(nearest, X @ X[chosen[-1]])
+    return np.array(chosen)
+
+
+def herding(X: Tensor, size: int) -> IntArray:
+    """The mean of every prefix is near the mean of all rows (Welling 2009), each row at most once: (size,)."""
+    size = _checked(X, size)
+    mean = X.mean(0)
+    weight, left, chosen = mean.clone(), torch.zeros(len(X), dtype=X.dtype, device=X.device), []
+    for _ in range(size):
+        row = int(torch.argmax(X @ weight + left))
+        chosen.append(row)
+        left[row] = -torch.inf
+        weight += mean - X[row]
+    return np.array(chosen)
+
+
+def diversity(X: Tensor, size: int) -> IntArray:
+    """Facility location: greedily raise sum_i max_{j chosen} cos(i, j), lazily evaluated (Minoux 1978): (size,).
+
+    At least 1 - 1/e of the best possible (Nemhauser et al. 1978). Time n^2 d at least: for tens of thousands of rows.
+    """
+    size = _checked(X, size)
+    covered = torch.full((len(X),), -1.0, dtype=X.dtype, device=X.device)  # the least a cosine can be
+
+    def gain(row: int) -> float:
+        return float((X @ X[row] - covered).clamp_min(0).sum())
+
+    # sum_i cos(i, j) + 1 is the first gain of all rows at once
+    first = (X @ X.sum(0) + len(X)).double().tolist()
+    waiting = [(-value, row) for row, value in enumerate(first)]
+    heapq.heapify(waiting)
+    chosen: list[int] = []
+    while len(chosen) < size:
+        _, row = heapq.heappop(waiting)
+        now = gain(row)  # gains only fall, so the first of the queue that is still first is the best
+        if waiting and now < -waiting[0][0]:
+            heapq.heappush(waiting, (-now, row))
+            continue
+        chosen.append(row)
+        covered = torch.maximum(covered, X @ X[row])
+    return np.array(chosen)
+
+
+def semdedup(X: Tensor, cluster: IntArray, threshold: float) -> NDArray[np.bool_]:
+    """What is kept when pairs of cosine above `threshold` within a cluster (n,) are one: (n,) (Abbas et al. 2023).
+
+    Of duplicates the row farthest from the centroid stays, as in the paper. Memory: the largest cluster's rows squared.
+    """
+    kept = np.ones(len(X), bool)
+    for label in np.unique(cluster):
+        rows = np.flatnonzero(cluster == label)
+        members = X[torch.from_numpy(rows).to(X.device)]
+        centroid = unit_rows(members.mean(0, keepdim=True))[0]
+        order = torch.argsort(members @ centroid, stable=True)
+        S = (members[order] @ members[order].T).triu(1)  # of each row with those that lie farther out
+        again = (threshold < S).any(0).cpu().numpy()
+        kept[rows[order.cpu().numpy()[again]]] = False
+    return kept
+
+
+def d2(
+    X: Tensor, score: FloatArray, size: int, neighbours: int = 10, forward: float = 1.0, reverse: float = 1.0
+) -> IntArray:
+    """D2 pruning: worth (n,) passed along the graph of nearest rows, then rows of most worth that are not alike: (size,).
+
+    Each row first gathers its neighbours' scores by e^(-forward d^2); whatever is chosen then takes its score by
+    e^(-reverse d^2) from its neighbours (Maharana et al. 2023, equations 3 and 4; their graph of distance d, one pass).
+    A score that is not finite is never gathered, and its row comes last.
+    """
+    size = _checked(X, size)
+    near, distance = nearest_rows(X, min(neighbours, len(X) - 1))
+    known = np.isfinite(score)
+    value = np.where(known, score, 0.0)
+    worth = value + (np.exp(-forward * distance**2) * value[near]).sum(1)
+    worth[~known] = -np.inf
+    chosen: list[int] = []
+    left = np.ones(len(X), bool)
+    for _ in range(size):
+        rows = np.flatnonzero(left)
+        row = int(rows[np.argmax(worth[rows])])
+        left[row] = False
+        chosen.append(row)
+        worth[near[row]] -= np.exp(-reverse * distance[row] ** 2) * max(worth[row], 0.0)
+    return np.array(chosen)
+
+
+def nearest_rows(X: Tensor, count: int) -> tuple[IntArray, FloatArray]:
+    """Each row's nearest others and their Euclidean distances, by exact search: (n, count), (n, count)."""
+    import faiss
+
+    rows = np.ascontiguousarray(X.cpu().numpy(), np.float32)
+    index = faiss.IndexFlatIP(rows.shape[1])
+    index.add(rows)
+    cosine, found = index.search(rows, count + 1)
+    # a row is its own nearest, but among exact copies not always the first
+    own = found == np.arange(len(rows))[:, None]
+    own[~own.any(1), -1] = True
+    shape = len(rows), count
+    return found[~own].reshape(shape), np.sqrt(np.maximum(2 - 2 * cosine[~own], 0)).reshape(shape).astype(
+        float
+    )
+
+
+def _checked(X: Tensor, size: int) -> int:
+    if not 1 <= size <= len(X):
+        raise ValueError(f"{size} of {len(X)} rows cannot be chosen; ask for 1 to {len(X)}")
+    if not bool(torch.isfinite(X).all()):
+        raise ValueError("rows to choose from hold nan or infinity; leave those out before")
+    return size
