@@ -1,15 +1,19 @@
 """The command line: parse, validate, save the resolved config, dispatch."""
 
+import math
 import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
 
 from influencespace.errors import InputError
+
+if TYPE_CHECKING:
+    from influencespace.tasks.choose import Choice
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 EXAMPLES = {"--set": "cluster.k=200", "--option": "role=own"}
@@ -216,7 +220,7 @@ def score(
 ) -> None:
     """Score every pair of a run's pool by an estimator: higher is more worth keeping."""
     from influencespace.stages.ray_session import start_ray
-    from influencespace.tasks import check_estimator, score_run
+    from influencespace.tasks.score import check_estimator, score_run
 
     options = options_of(option)
     check_estimator(folder, estimator, options)
@@ -240,7 +244,8 @@ def detect(
     """Rank the pairs that look misaligned, with a page of the first ones; precision and recall where truth is given."""
     from influencespace.stages.ray_session import start_ray
     from influencespace.stages.runtime import LocalRuntime
-    from influencespace.tasks import POOLED, check_estimator, detect_run, read_truth
+    from influencespace.tasks.detect import detect_run, read_truth
+    from influencespace.tasks.score import POOLED, check_estimator
 
     options = options_of(option)
     check_estimator(folder, estimator, options)
@@ -252,6 +257,52 @@ def detect(
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     for name, path in found["paths"].items():
         print(f"{name}: {path}")
+
+
+@app.command()
+def clean(
+    folder: Run,
+    fraction: Annotated[
+        str,
+        typer.Option(
+            help="Share of pairs to remove, those of lowest score; auto: those the run found harmful."
+        ),
+    ] = "auto",
+) -> None:
+    """Clean the pool of a run: write which pairs stay, in the columns of curated.parquet, each with weight 1 or 0."""
+    from influencespace.tasks.choose import clean as choose
+
+    print_choice(choose(folder, None if fraction == "auto" else number(fraction, "--fraction")))
+
+
+@app.command()
+def coreset(
+    folder: Run,
+    size: Annotated[str, typer.Option(help="Share of the pool (at most 1), or a number of pairs.")] = "0.1",
+    method: Annotated[
+        Literal["d2", "k_center", "herding", "diversity"],
+        typer.Option(help="d2 weighs influence against likeness; the others look at embeddings alone."),
+    ] = "d2",
+) -> None:
+    """Choose pairs that stand for all that a run kept, the most wanted first."""
+    from influencespace.tasks.choose import coreset as choose
+
+    print_choice(choose(folder, number(size, "--size"), method))
+
+
+def number(text: str, flag: str) -> float:
+    """A finite number; raises InputError for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{flag} {text}: a number is needed, such as 0.2")
+    return value
+
+
+def print_choice(choice: "Choice") -> None:
+    print(f"{choice.chosen:,} of {choice.of:,} pairs: {choice.path}")
 
 
 def main() -> None:

@@ -1,0 +1,97 @@
+"""Choices from a finished run: what is cleaned away, what stands for the rest, and refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from influencespace import pipeline
+from influencespace.config import load_config
+from influencespace.data.synthetic import WorldConfig, write_world
+from influencespace.errors import InputError
+from influencespace.stages.fit_encoder import FitEncoder
+from influencespace.stages.runtime import LocalRuntime
+from influencespace.tasks.choose import Method, clean, coreset
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run over 150 pairs, by the plain loop."""
+    folder = tmp_path_factory.mktemp("choose")
+    sizes = {"pretrain": 100, "pool": 150, "target": 60, "test": 40}
+    write_world(folder / "world", WorldConfig(seed=1, **sizes))
+    FitEncoder(shards=str(folder / "world" / "pretrain"), out=folder / "encoder", steps=3, seed=0)()
+    small: dict[str, Any] = {"student.train.batch_size": 24, "student.train.steps": 10}
+    small |= {"student.choose_steps": False, "student.folds": 2, "train.seeds": [0]}
+    small |= {"train.methods": ["curated"], "curate.weights": "uniform", "curate.target_size": 0.8}
+    roles = {f"data.{role}": str(folder / "world" / role) for role in ("pool", "target", "test")}
+    config = load_config(None, small | roles | {"embed.encoder": str(folder / "encoder")})
+    pipeline.run(config, folder / "run", LocalRuntime())
+    return folder / "run"
+
+
+def columns(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = pq.read_table(path).to_pydict()
+    return found
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.2, 0.95])
+def test_the_lowest_scores_are_cleaned_away(run: Path, fraction: float) -> None:
+    choice = clean(run, fraction)
+    found, before = columns(choice.path), columns(run / "curated.parquet")
+    assert found["uid"] == before["uid"]
+    assert found.keys() == before.keys()
+    kept, score = np.array(found["kept"]), np.array(found["score"])
+    assert choice.chosen == kept.sum() == 150 - round(fraction * 150)
+    assert choice.of == 150
+    if fraction:
+        assert score[kept].min() >= score[~kept].max()
+    assert (np.array(found["weight"]) == kept).all()
+    assert {reason for reason, keep in zip(found["reason"], found["kept"]) if not keep} <= {"lowest score"}
+
+
+def test_auto_is_the_decision_of_the_run(run: Path) -> None:
+    choice = clean(run, None)
+    assert columns(choice.path) == columns(run / "curated.parquet")
+    assert choice.chosen == sum(columns(run / "curated.parquet")["kept"])
+
+
+@pytest.mark.parametrize("method", ["d2", "k_center", "herding", "diversity"])
+def test_a_coreset_is_of_kept_pairs_and_a_smaller_one_is_its_prefix(run: Path, method: Method) -> None:
+    curated = columns(run / "curated.parquet")
+    kept = {uid for uid, keep in zip(curated["uid"], curated["kept"]) if keep}
+    large, small = coreset(run, 30, method), coreset(run, 0.1, method)
+    found = columns(large.path)
+    assert (large.chosen, large.of, small.chosen) == (30, 150, 15)
+    assert found["rank"] == list(range(1, 31))
+    assert len(set(found["uid"])) == 30
+    assert set(found["uid"]) <= kept
+    assert columns(small.path)["uid"] == found["uid"][:15]
+    of_uid = dict(zip(curated["uid"], curated["score"]))
+    assert found["score"] == [of_uid[uid] for uid in found["uid"]]
+
+
+def test_d2_prefers_pairs_that_help_more_than_coverage_alone_does(run: Path) -> None:
+    means = {name: np.mean(columns(coreset(run, 20, name).path)["score"]) for name in ("d2", "k_center")}
+    assert means["d2"] > means["k_center"]
+
+
+def test_refusals(run: Path, tmp_path: Path) -> None:
+    for fraction in (-0.1, 1.0, 7.0):
+        with pytest.raises(InputError, match="fraction is"):
+            clean(run, fraction)
+    for size in (0.001, 149, 0):
+        with pytest.raises(InputError, match="pairs, and the run kept"):
+            coreset(run, size)
+    with pytest.raises(InputError, match="has no finished curate stage"):
+        clean(tmp_path, None)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").unlink()
+    try:
+        with pytest.raises(InputError, match="holds no finished run"):
+            coreset(run, 10)
+    finally:
+        (run / "summary.json").write_text(json.dumps(summary))
