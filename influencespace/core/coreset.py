@@ -90,19 +90,27 @@ def semdedup(X: Tensor, cluster: IntArray, threshold: float) -> NDArray[np.bool_
 
 
 def d2(
-    X: Tensor, score: FloatArray, size: int, neighbours: int = 10, forward: float = 1.0, reverse: float = 1.0
+    X: Tensor,
+    score: FloatArray,
+    size: int,
+    neighbours: int = 10,
+    forward: float | None = 1.0,
+    reverse: float = 1.0,
 ) -> IntArray:
     """D2 pruning: worth (n,) passed along the graph of nearest rows, then rows of most worth that are not alike: (size,).
 
     Each row first gathers its neighbours' scores by e^(-forward d^2); whatever is chosen then takes its score by
     e^(-reverse d^2) from its neighbours (Maharana et al. 2023, equations 3 and 4; their graph of distance d, one pass).
-    A score that is not finite is never gathered, and its row comes last.
+    `forward=None` gathers nothing, for scores that are means over like rows already. A score that is not finite is never
+    gathered, and its row comes last.
     """
     size = _checked(X, size)
     near, distance = nearest_rows(X, min(neighbours, len(X) - 1))
     known = np.isfinite(score)
     value = np.where(known, score, 0.0)
-    worth = value + (np.exp(-forward * distance**2) * value[near]).sum(1)
+    worth = value.copy()
+    if forward is not None:
+        worth += (np.exp(-forward * distance**2) * value[near]).sum(1)
     worth[~known] = -np.inf
     chosen: list[int] = []
     left = np.ones(len(X), bool)

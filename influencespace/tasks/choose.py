@@ -74,7 +74,8 @@ def coreset(run: Path, size: float, method: Method = "d2") -> Choice:
     X = fuse(*pool.inputs(_rows_of(pool, table, rows)), FusionConfig(), query=None)
     score = table["score"].to_numpy().astype(np.float64)[rows]
     if method == "d2":
-        chosen = d2(X, score - np.nanmin(score), count)
+        # pooled influence is a mean over like pairs already
+        chosen = d2(X, score - np.nanmin(score), count, forward=None)
     else:
         chosen = {"k_center": k_center, "herding": herding, "diversity": diversity}[method](X, count)
     uids = table["uid"].take(rows[chosen])

@@ -135,7 +135,7 @@ def test_d2_spreads_over_what_is_alike() -> None:
     score = np.array([2.0, 1.9, 1.8, 1.7, 1.0, 0.9, 0.8, 0.7])
     found = coreset.d2(X, score, 2, neighbours=3)
     assert sorted(found // 4) == [0, 1]
-    assert coreset.d2(X, score, 4, neighbours=3, forward=np.inf, reverse=np.inf).tolist()[0] == 0
+    assert coreset.d2(X, score, 2, neighbours=3, forward=None).tolist() == [0, 4]
 
 
 def test_d2_without_neighbours_is_the_order_of_scores() -> None:
