@@ -9,12 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import torch
-from common import Benchmark, arguments
+from common import Benchmark, arguments, real_data
 
 from influencespace.data.images import decode_image
 from influencespace.data.readers import list_shards, read_shard
@@ -26,28 +25,65 @@ from influencespace.stages.fit_encoder import FitEncoder
 from influencespace.stages.ray_session import start_ray
 
 
-def bare_rate(pool: Path, encoder: Path, batch_size: int) -> float:
-    """Pairs a second of a loop over batches that are decoded already, with all cores."""
+def bare_rates(pool: Path, encoder: str, batch_size: int) -> dict[str, float]:
+    """Pairs a second with all cores: of a loop over batches that are decoded already, and of decoding them first."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = load_encoder(str(encoder))
-    images, texts = [], []
-    for shard in list_shards(str(pool)):
-        samples = [sample for sample in read_shard(shard) if isinstance(sample, Sample)]
-        images += [model.preprocess_images([decode_image(sample.image)]) for sample in samples]
-        texts += [caption for sample in samples for caption in sample.captions]
-    batches = [torch.cat(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+    model = load_encoder(encoder)
+    shards = [read_shard(shard) for shard in list_shards(str(pool))]
+    samples = [sample for shard in shards for sample in shard if isinstance(sample, Sample)]
+    texts = [caption for sample in samples for caption in sample.captions]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    began = time.monotonic()
+    images = [
+        model.preprocess_images([decode_image(sample.image) for sample in samples[i : i + batch_size]])
+        for i in range(0, len(samples), batch_size)
+    ]
     tokens = [
         model.tokenize([texts[j] for j in order[i : i + batch_size]])[0]
         for i in range(0, len(order), batch_size)
     ]
-    model.encode_image(batches[0])
+    decoding = time.monotonic() - began
+    model.encode_image(images[0])
     began = time.monotonic()
-    for batch in batches:
+    for batch in images:
         model.encode_image(batch).cpu().numpy()
     for batch in tokens:
         model.encode_text(batch).cpu().numpy()
-    return len(texts) / (time.monotonic() - began)
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "bare_pairs_a_second": len(texts) / (time.monotonic() - began),
+        "decoding_pairs_a_second": len(texts) / (decoding / cores),
+    }
+
+
+def embed_part(bench: Benchmark, name: str, pool: Path, encoder: str, folder: Path, rounds: int) -> None:
+    """The stage and the bare loop in turn, on the same pairs."""
+    bench.begin(name)
+    config = EmbedConfig(encoder=encoder)
+    ratios, bounds = [], []
+    with start_ray() as runtime:
+        for turn in range(rounds):
+            bare = bare_rates(pool, encoder, config.batch_size)
+            out = folder / f"{name}-{turn}"
+            details = embed(list_shards(str(pool)), config, out, runtime).details
+            ratios.append(details["pairs_per_second"] / bare["bare_pairs_a_second"])
+            bounds.append(1 / (1 + bare["bare_pairs_a_second"] / bare["decoding_pairs_a_second"]))
+            told = ("workers", "startup_seconds", "steady_seconds", "pairs_per_second")
+            bench.row(turn=turn, **bare, **{key: details[key] for key in told})
+    bench.target(
+        name=f"throughput of the embed stage, as a share of a bare loop over decoded batches ({name}, median)",
+        target="at least 0.85",
+        measured=median(ratios),
+        interval=(min(ratios), max(ratios)),
+        reached=median(ratios) >= 0.85,
+    )
+    bench.target(
+        name=f"the most it could be on these cores, which decode as well ({name}, median)",
+        target="report",
+        measured=median(bounds),
+        interval=(min(bounds), max(bounds)),
+        reached=True,
+    )
 
 
 def driver_memory(pairs: int, out: Path, encoder: Path) -> float:
@@ -75,7 +111,6 @@ def as_driver(pool: str, encoder: str, out: str) -> None:
 def main() -> None:
     options = arguments(__doc__ or "", "throughput")
     bench = Benchmark("throughput", options.quick, options.out, seeds=(0,))
-    bench.begin("embed")
     pairs, rounds = (1000, 1) if options.quick else (4000, 3)
     sizes = (500, 2000) if options.quick else (10_000, 100_000)
     with tempfile.TemporaryDirectory() as temporary:
@@ -83,22 +118,10 @@ def main() -> None:
         write_world(folder, WorldConfig(pretrain=200, pool=pairs, target=0, test=0, shard_size=250))
         encoder = folder / "encoder"
         FitEncoder(shards=str(folder / "pretrain"), out=encoder, steps=2, seed=0)()
-        config = EmbedConfig(encoder=str(encoder))
-        ratios = []
-        with start_ray() as runtime:
-            for turn in range(rounds):
-                bare = bare_rate(folder / "pool", encoder, config.batch_size)
-                out = folder / f"embedded-{turn}"
-                details = embed(list_shards(str(folder / "pool")), replace(config), out, runtime).details
-                ratios.append(details["pairs_per_second"] / bare)
-                bench.row(turn=turn, bare_pairs_a_second=bare, **details)
-        bench.target(
-            name="throughput of the embed stage, as a share of a bare loop (median)",
-            target="at least 0.85",
-            measured=median(ratios),
-            interval=(min(ratios), max(ratios)),
-            reached=median(ratios) >= 0.85,
-        )
+        embed_part(bench, "synthetic", folder / "pool", str(encoder), folder, rounds)
+        if (data := real_data()) is not None:
+            given = str(data.parent / "models" / "mobilenetv2-minilm")
+            embed_part(bench, "real", data / "flickr8k" / "dev", given, folder, 1 if options.quick else 2)
         bench.begin("driver")
         small, large = (driver_memory(size, folder, encoder) for size in sizes)
         bench.row(pairs=list(sizes), peak_mb=[small, large])
