@@ -7,157 +7,45 @@ price of a score. Truth is always a student that was really trained again. Needs
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from common import ESTIMATING, Benchmark, arguments, cached, code_version, real_data
-from curation import Setting, World
+from common import Benchmark, arguments, cached, real_data
+from curation import World
 from scipy.stats import spearmanr
+from study import (
+    BLIND,
+    IN_UNITS,
+    OURS,
+    RATES,
+    FloatArray,
+    Study,
+    table,
+    target_loss,
+    tuned,
+)
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from influencespace.core.bank import bank_loss
-from influencespace.core.batches import folds_by_image, training_batches
-from influencespace.core.contrastive import info_nce, info_nce_terms
+from influencespace.core.batches import training_batches
+from influencespace.core.contrastive import info_nce
 from influencespace.core.metrics import auroc, average_precision, precision_recall_at
-from influencespace.data.artifacts import fingerprint
 from influencespace.data.images import decode_image
-from influencespace.data.pair_set import PairSet
 from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import Sample
 from influencespace.estimators.ecif import Ecif
-from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext, damping_of
-from influencespace.estimators.problem import Estimator, Problem, fitted, scores
-from influencespace.estimators.student_problem import batch_of, rows_of, student_problem
+from influencespace.estimators.nystrom import RecordedContext
+from influencespace.estimators.problem import fitted
+from influencespace.estimators.student_problem import batch_of, rows_of
 from influencespace.estimators.table import TABLE
-from influencespace.estimators.unrolled import Unrolled
 from influencespace.models.encoders import load_encoder
 from influencespace.models.heads import Heads, initial_heads
-from influencespace.models.space import Space
 from influencespace.models.training import StudentConfig, train_heads
-from influencespace.models.trajectory import Rule, Trajectory, space_at
-
-FloatArray = np.ndarray
-SGD_RATE = 1.0
-OURS = ("ecif", "nystrom", "unrolled")
-IN_UNITS = ("ecif", "ecif, early stopping", "ecif, taylor", "unrolled", "unrolled, whole", "unrolled, taylor")
-"""Estimators whose scores are changes of the target loss, so that a slope means something."""
-PER_PAIR = ("ecif", "ecif, early stopping", "ecif, taylor")
-"""Scores of these are for a weight of one in a batch's mean; the others' already for the whole training."""
-BLIND = ("clip_score", "neg_clip_loss", "el2n", "self_influence", "random")
-"""What never looks at the target."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """Some real pairs of which a share is wrong, a clean target, and how a student is trained."""
-
-    world: World
-    pairs: int | None
-    wrong: float
-    config: StudentConfig
-    rule: Rule = "adamw"
-    noise_seed: int = 1
-    dtype: torch.dtype = torch.float32
-
-    @cached_property
-    def _chosen(self) -> tuple[PairSet, np.ndarray, np.ndarray]:
-        setting = Setting(wrong=self.wrong, captions=1, steps=0, noise_seed=self.noise_seed)
-        pool, wrong = self.world.corrupted(setting)
-        count = len(pool) if self.pairs is None else self.pairs
-        return pool, np.sort(np.random.default_rng(self.noise_seed).permutation(len(pool))[:count]), wrong
-
-    @cached_property
-    def pool(self) -> RecordedContext:
-        pool, rows, _ = self._chosen
-        return recorded(pool, rows, self.dtype)
-
-    @cached_property
-    def is_wrong(self) -> np.ndarray:
-        _, rows, wrong = self._chosen
-        return wrong[rows]
-
-    @cached_property
-    def target(self) -> RecordedContext:
-        """One caption of each image of dev's first tar."""
-        dev = self.world.dev(0)
-        return recorded(dev, np.unique(dev.image, return_index=True)[1], self.dtype)
-
-    @property
-    def size(self) -> int:
-        return len(self.pool.image)
-
-    @property
-    def key(self) -> str:
-        """What its results depend on, beside the seeds of students."""
-        parts = [self.pairs, self.wrong, self.config, self.rule, self.noise_seed, str(self.dtype)]
-        return fingerprint([parts, code_version(ESTIMATING)])
-
-    def problem(self, seed: int, target: RecordedContext | None = None) -> Problem:
-        return student_problem(self.pool, target or self.target, self.config, rule=self.rule, seed=seed)
-
-    def target_group(self, group: int, groups: int) -> RecordedContext:
-        rows = np.flatnonzero(folds_by_image(self.target.image, groups, 0) == group)
-        return RecordedContext(inputs=rows_of(self.target.inputs, rows), image=self.target.image[rows])
-
-
-def recorded(pairs: PairSet, rows: np.ndarray, dtype: torch.dtype) -> RecordedContext:
-    """Pairs of distinct images, numbered as they come."""
-    images, texts = pairs.inputs(rows)
-    return RecordedContext(inputs=(images.to(dtype), texts.to(dtype)), image=np.arange(len(rows)))
-
-
-@torch.no_grad()
-def losses_on(problem: Problem, space: Space) -> FloatArray:
-    """Loss of every target pair in the problem's contexts (T,)."""
-    terms = []
-    for context in problem.target:
-        u, t = space.embed(context.inputs)
-        terms.append(info_nce_terms(problem.scale * u @ t.T).double().cpu().numpy())
-    return np.concatenate(terms)
-
-
-def target_loss(problem: Problem, path: Trajectory) -> float:
-    """The target loss at the end of a path."""
-    return float(losses_on(problem, space_at(path.space, path.final)).mean())
-
-
-def table() -> dict[str, Callable[[Problem], FloatArray]]:
-    """What is measured: the whole table, and other forms of those in units of the loss."""
-
-    def of(make: Callable[[], Estimator]) -> Callable[[Problem], FloatArray]:
-        return lambda problem: score_all(make(), problem)
-
-    def early_stopping(problem: Problem) -> FloatArray:
-        path = problem.trajectory
-        assert path is not None
-        rates = sum(path.rate(index) for index in range(len(path.batches)))
-        damping = damping_of(CurvatureConfig(damping_factor=1.0), rates, path.config.weight_decay)
-        return score_all(Ecif(), replace(problem, damping=damping))
-
-    found = {name: of(make) for name, make in TABLE.items()}
-    return found | {
-        "ecif, early stopping": early_stopping,
-        "ecif, taylor": of(partial(Ecif, form="taylor")),
-        "ecif, own role": of(partial(Ecif, role="own")),
-        "unrolled, whole": of(partial(Unrolled, form="whole")),
-        "unrolled, taylor": of(partial(Unrolled, form="taylor")),
-    }
-
-
-def score_all(estimator: Estimator, problem: Problem) -> FloatArray:
-    """Scores of the whole pool, whose pairs the problem's own path holds."""
-    path = problem.trajectory
-    assert path is not None
-    rows = np.arange(problem.pool_size)
-    pool = RecordedContext(inputs=path.inputs(rows), image=rows)
-    return scores(
-        estimator, problem, [batch_of(pool, part) for part in np.array_split(rows, max(1, len(rows) // 1024))]
-    )
 
 
 def leave_one_out(study: Study, seed: int) -> dict[str, Any]:
@@ -177,15 +65,18 @@ def leave_one_out(study: Study, seed: int) -> dict[str, Any]:
 def leave_one_out_part(bench: Benchmark, world: World, quick: bool) -> None:
     """Pearson and slope with exact leave-one-out retraining, SGD and AdamW, single students and their ensemble."""
     config = StudentConfig(dimension=64, steps=20 if quick else 60, batch_size=32)
-    for rule, rate in (("sgd", SGD_RATE), ("adamw", 1e-3)):
-        study = Study(
-            world=world,
-            pairs=40 if quick else 100,
-            wrong=0.3,
-            config=replace(config, learning_rate=rate),
-            rule=rule,
-            dtype=torch.float64,
+    for rule in RATES:
+        study = tuned(
+            Study(
+                world=world,
+                pairs=40 if quick else 200,
+                wrong=0.3,
+                config=config,
+                rule=rule,
+                dtype=torch.float64,
+            )
         )
+        rate = study.config.learning_rate
         runs = [
             cached(world.cache, ["loo", study.key, seed], partial(leave_one_out, study, seed))
             for seed in bench.seeds
@@ -193,7 +84,7 @@ def leave_one_out_part(bench: Benchmark, world: World, quick: bool) -> None:
         truths = np.array([run["truth"] for run in runs])
         bench.row(
             estimator="(retraining, from seed to seed)",
-            rule=rule,
+            rule=f"{rule}, {rate:g}",
             pearson=reliability(truths),
             lowest=None,
             ensemble=None,
@@ -202,18 +93,19 @@ def leave_one_out_part(bench: Benchmark, world: World, quick: bool) -> None:
         for name in runs[0]["scores"]:
             found = np.array([run["scores"][name] for run in runs])
             single = [float(np.corrcoef(a, b)[0, 1]) for a, b in zip(found, truths)]
-            predicted = found / study.size if name in PER_PAIR else found
+            # a pair's weight in the mean over the pool is 1 / N
+            predicted = found / study.size if name == "ecif, early stopping" else found
             slope = float(np.polyfit(predicted.mean(0), truths.mean(0), 1)[0]) if name in IN_UNITS else None
             ensemble = float(np.corrcoef(found.mean(0), truths.mean(0))[0, 1])
             bench.row(
                 estimator=name,
-                rule=rule,
+                rule=f"{rule}, {rate:g}",
                 pearson=float(np.mean(single)),
                 lowest=min(single),
                 ensemble=ensemble,
                 slope=slope,
             )
-            if name in ("ecif", "unrolled", "unrolled, whole"):
+            if name in ("ecif", "ecif, early stopping", "unrolled", "unrolled, whole"):
                 bench.target(
                     name=f"leave-one-out, {rule}, Pearson of `{name}` (single students)",
                     target="at least 0.97",
@@ -221,7 +113,7 @@ def leave_one_out_part(bench: Benchmark, world: World, quick: bool) -> None:
                     interval=(min(single), max(single)),
                     reached=float(np.mean(single)) >= 0.97,
                 )
-                assert slope is not None
+            if slope is not None:
                 bench.target(
                     name=f"leave-one-out, {rule}, slope of the truth over `{name}`",
                     target="0.8 to 1.2",
@@ -238,6 +130,13 @@ def reliability(repeats: FloatArray) -> float:
 
 GROUPS = 4  # of the target's images, each an output whose rise and fall is to be foretold
 CHUNK = 10  # subsets that are one cached result
+
+
+SLOW_AND_ALIKE = ("unrolled, whole", "unrolled, taylor")  # one backward pass a pair and step; as `unrolled`
+
+
+def measured() -> list[str]:
+    return [name for name in table() if name not in SLOW_AND_ALIKE]
 
 
 def half_subsets(pairs: int, count: int) -> FloatArray:
@@ -269,14 +168,14 @@ def group_loss(heads: Heads, group: RecordedContext, config: StudentConfig) -> f
 def group_scores(study: Study, seed: int, group: int) -> dict[str, Any]:
     """Scores of the pool for one group of the target; the blind ones once."""
     problem = study.problem(seed, study.target_group(group, GROUPS))
-    names = [name for name in table() if group == 0 or name not in BLIND]
+    names = [name for name in measured() if group == 0 or name not in BLIND]
     return {name: table()[name](problem).tolist() for name in names}
 
 
 def lds_part(bench: Benchmark, world: World, quick: bool) -> None:
     """Rank correlation, over random halves of the pool, of the sum of scores with the loss of students trained on them."""
     config = StudentConfig(batch_size=64, steps=20 if quick else 100)
-    study = Study(world=world, pairs=200 if quick else 400, wrong=0.3, config=config)
+    study = tuned(Study(world=world, pairs=200 if quick else 400, wrong=0.3, config=config))
     subsets = half_subsets(study.size, 20 if quick else 120)
     parts = [
         [
@@ -305,7 +204,7 @@ def lds_part(bench: Benchmark, world: World, quick: bool) -> None:
         single_student=None,
     )
     results: dict[str, tuple[float, list[float]]] = {}
-    for name in table():
+    for name in measured():
         by_seed = np.array(
             [[run[0 if name in BLIND else g][name] for g in range(GROUPS)] for run in found]
         )  # (seeds, groups, N)
@@ -342,9 +241,8 @@ def detection_of(study: Study) -> dict[str, Any]:
     problem = study.problem(0)
     wrong = study.is_wrong
     found = {}
-    for name, score in table().items():
-        if name in SLOW_AND_ALIKE:
-            continue
+    for name in measured():
+        score = table()[name]
         began = time.monotonic()
         suspicion = -score(problem)
         seconds = time.monotonic() - began
@@ -359,9 +257,6 @@ def detection_of(study: Study) -> dict[str, Any]:
             "seconds": seconds,
         }
     return found
-
-
-SLOW_AND_ALIKE = ("unrolled, whole", "unrolled, taylor")  # one backward pass a pair and step; as `unrolled`
 
 
 def detection_part(bench: Benchmark, world: World, quick: bool) -> None:
