@@ -90,6 +90,7 @@ def _embed_shards(
     load_encoder: EncoderLoader,
 ) -> list[ShardResult]:
     workers = share(config, runtime, len(tasks))
+    config = replace(config, decode_threads=config.decode_threads or workers.num_cpus)
     recipe = partial(
         EmbedWorker, config=config, encoder=encoder, device=workers.device, load_encoder=load_encoder
     )

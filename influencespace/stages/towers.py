@@ -49,8 +49,9 @@ class EmbedConfig:
     """CPU cores of one worker; 0 shares the cores among the workers."""
     gpus_per_actor: float | None = Field(None, ge=0)
     """GPUs of one worker, a fraction for small models; None means one where there are GPUs."""
-    decode_threads: int = Field(2, ge=1)
-    """Threads of one worker that decode the next images meanwhile."""
+    decode_threads: int = Field(0, ge=0)
+    """Threads of one worker that decode the next images meanwhile; 0 means one for each of its CPU cores. More than these
+    are slower: a thread that decodes and the one that runs the towers take the interpreter from each other."""
     max_pixels: int = Field(64_000_000, ge=1)
     """Larger images are rejected, unread."""
     trust_remote_code: bool = False
@@ -181,7 +182,7 @@ class EmbedWorker:
         return [row for row, _ in batch], tokens, truncated
 
     def _ahead(self, batches: Iterator[Any], work: Callable[[Any], Any]) -> Iterator[Any]:
-        threads = self.config.decode_threads
+        threads = max(1, self.config.decode_threads)
         return prefetch(batches, work, threads=threads, ahead=threads + 1)
 
     def _dimension(self, owned: Digests) -> int:
