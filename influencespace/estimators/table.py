@@ -6,6 +6,7 @@ from functools import partial
 from influencespace.estimators.datainf import DataInf
 from influencespace.estimators.diff_in import DiffIn
 from influencespace.estimators.ecif import Ecif
+from influencespace.estimators.ekfac import EkFac
 from influencespace.estimators.el2n import El2n
 from influencespace.estimators.filters import ClipScore, NegClipLoss, Random
 from influencespace.estimators.grad_dot import GradDot
@@ -20,6 +21,7 @@ from influencespace.estimators.unrolled import Unrolled
 TABLE: dict[str, Callable[..., Estimator]] = {
     "nystrom": partial(Ecif, solver="woodbury"),
     "ecif": Ecif,
+    "ekfac": EkFac,
     "grad_dot": GradDot,
     "unrolled": Unrolled,
     "tracin": TracIn,

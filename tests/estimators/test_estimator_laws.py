@@ -29,6 +29,7 @@ BLIND_TO_TARGET = {
 GRADIENTS = {
     "nystrom",
     "ecif",
+    "ekfac",
     "grad_dot",
     "datainf",
     "tracin",
