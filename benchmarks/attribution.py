@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Benchmark, arguments, cached, real_data
+from common import ESTIMATING, TRAINING, Benchmark, arguments, cached, real_data
 from curation import World
 from scipy.stats import spearmanr
 from study import (
@@ -49,7 +49,7 @@ from influencespace.models.training import StudentConfig, train_heads
 
 
 def leave_one_out(study: Study, seed: int) -> dict[str, Any]:
-    """Change of the target loss when each pair is left out of its batches and the student trained again; all scores."""
+    """Change of the target loss when each pair is left out of its batches and the student trained again."""
     problem = study.problem(seed)
     path = problem.trajectory
     assert path is not None
@@ -58,8 +58,13 @@ def leave_one_out(study: Study, seed: int) -> dict[str, Any]:
         target_loss(problem, replace(path, batches=[rows[rows != pair] for rows in path.batches])) - whole
         for pair in range(problem.pool_size)
     ]
-    found = {name: score(problem).tolist() for name, score in table().items()}
-    return {"truth": truth, "scores": found, "target_loss": whole}
+    return {"truth": truth, "target_loss": whole}
+
+
+def all_scores(study: Study, seed: int) -> dict[str, Any]:
+    """Of every pair by every estimator, other forms included."""
+    problem = study.problem(seed)
+    return {name: score(problem).tolist() for name, score in table().items()}
 
 
 def leave_one_out_part(bench: Benchmark, world: World, quick: bool) -> None:
@@ -77,11 +82,18 @@ def leave_one_out_part(bench: Benchmark, world: World, quick: bool) -> None:
             )
         )
         rate = study.config.learning_rate
+        truths = np.array(
+            [
+                cached(world.cache, ["loo", study.key, seed], partial(leave_one_out, study, seed), TRAINING)[
+                    "truth"
+                ]
+                for seed in bench.seeds
+            ]
+        )
         runs = [
-            cached(world.cache, ["loo", study.key, seed], partial(leave_one_out, study, seed))
+            cached(world.cache, ["all scores", study.key, seed], partial(all_scores, study, seed), ESTIMATING)
             for seed in bench.seeds
         ]
-        truths = np.array([run["truth"] for run in runs])
         bench.row(
             estimator="(retraining, from seed to seed)",
             rule=f"{rule}, {rate:g}",
@@ -90,8 +102,8 @@ def leave_one_out_part(bench: Benchmark, world: World, quick: bool) -> None:
             ensemble=None,
             slope=None,
         )
-        for name in runs[0]["scores"]:
-            found = np.array([run["scores"][name] for run in runs])
+        for name in runs[0]:
+            found = np.array([run[name] for run in runs])
             single = [float(np.corrcoef(a, b)[0, 1]) for a, b in zip(found, truths)]
             # a pair's weight in the mean over the pool is 1 / N
             predicted = found / study.size if name == "ecif, early stopping" else found
@@ -183,6 +195,7 @@ def lds_part(bench: Benchmark, world: World, quick: bool) -> None:
                 world.cache,
                 ["subsets", study.key, len(subsets), start, seed],
                 partial(subset_losses, study, subsets[start : start + CHUNK], seed),
+                TRAINING,
             )["losses"]
             for start in range(0, len(subsets), CHUNK)
         ]
@@ -191,7 +204,12 @@ def lds_part(bench: Benchmark, world: World, quick: bool) -> None:
     losses = np.array([np.concatenate(part) for part in parts])  # (seeds, subsets, groups)
     found = [
         [
-            cached(world.cache, ["scores", study.key, seed, g, GROUPS], partial(group_scores, study, seed, g))
+            cached(
+                world.cache,
+                ["scores", study.key, seed, g, GROUPS],
+                partial(group_scores, study, seed, g),
+                ESTIMATING,
+            )
             for g in range(GROUPS)
         ]
         for seed in bench.seeds
@@ -268,7 +286,9 @@ def detection_part(bench: Benchmark, world: World, quick: bool) -> None:
             study = Study(
                 world=world, pairs=1000 if quick else None, wrong=wrong, config=config, noise_seed=1 + seed
             )
-            runs.append(cached(world.cache, ["detection", study.key], partial(detection_of, study)))
+            runs.append(
+                cached(world.cache, ["detection", study.key], partial(detection_of, study), ESTIMATING)
+            )
         for name in runs[0]:
             values = {key: [run[name][key] for run in runs] for key in runs[0][name]}
             bench.row(

@@ -147,9 +147,11 @@ class OutOfTimeError(RuntimeError):
 deadline = float("inf")
 
 
-def cached(cache: Path, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def cached(
+    cache: Path, key: Any, make: Callable[[], dict[str, Any]], code: Sequence[str] | None = None
+) -> dict[str, Any]:
     """The JSON result of `make` for this key and this code, computed once: a killed benchmark goes on where it was."""
-    path = cache / "results" / f"{fingerprint([key, code_version()])}.json"
+    path = cache / "results" / f"{fingerprint([key, code_version(DECIDING if code is None else code)])}.json"
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
@@ -176,11 +178,17 @@ DECIDING = (
     *_files("data", "pair_set", "dirt"),
     *_files("stages", "decide", "confirm", "train", "evaluate"),
 )
-ESTIMATING = (
-    *_files("core", "contrastive", "bank", "linalg", "batches", "projection", "regression"),
-    *_files("models", "heads", "space", "training", "gradients", "projected", "trajectory"),
-    *(f"estimators/{path.name}" for path in sorted((ROOT / "influencespace" / "estimators").glob("*.py"))),
+TRAINING = (
+    *_files("core", "contrastive", "batches"),
+    *_files("models", "heads", "space", "training", "trajectory"),
+    *_files("estimators", "student_problem"),
     *_files("data", "pair_set", "dirt"),
+)
+ESTIMATING = (
+    *TRAINING,
+    *_files("core", "bank", "linalg", "projection"),
+    *_files("models", "gradients", "projected"),
+    *(f"estimators/{path.name}" for path in sorted((ROOT / "influencespace" / "estimators").glob("*.py"))),
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ESTIMATING, cached, code_version
+from common import TRAINING, cached
 from curation import Setting, World
 
 from influencespace.core.batches import folds_by_image
@@ -79,9 +79,9 @@ class Study:
 
     @property
     def key(self) -> str:
-        """What its results depend on, beside the seeds of students."""
+        """What its results depend on, beside the seeds of students and the code."""
         parts = [self.pairs, self.wrong, self.config, self.rule, self.noise_seed, str(self.dtype)]
-        return fingerprint([parts, code_version(ESTIMATING)])
+        return fingerprint(parts)
 
     def problem(self, seed: int, target: RecordedContext | None = None) -> Problem:
         return student_problem(self.pool, target or self.target, self.config, rule=self.rule, seed=seed)
@@ -161,6 +161,6 @@ def tuned(study: Study) -> Study:
             found[str(rate)] = float(losses_on(problem, problem.space).mean())
         return found
 
-    found = cached(study.world.cache, ["rates", study.key], losses)
+    found = cached(study.world.cache, ["rates", study.key], losses, TRAINING)
     best = min(found, key=lambda rate: found[rate])
     return replace(study, config=replace(study.config, learning_rate=float(best)))
