@@ -158,6 +158,15 @@ def test_one_job_runs_on_one_worker(runtime: Runtime) -> None:
     assert run_once(runtime, Job(20)) == 22
 
 
+def wait_policy() -> str:
+    return os.environ["OMP_WAIT_POLICY"]
+
+
+def test_threads_of_workers_sleep_while_they_wait(runtime: Runtime) -> None:
+    """Spinning threads make a training on a busy machine several times slower."""
+    assert run_once(runtime, wait_policy) == "PASSIVE"
+
+
 @dataclass(frozen=True)
 class Job:
     number: int
