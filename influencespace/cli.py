@@ -5,7 +5,7 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 import yaml
@@ -15,6 +15,8 @@ from influencespace.errors import InputError
 if TYPE_CHECKING:
     from influencespace.tasks.choose import Choice
 
+# Click's, whether typer takes the installed one or brings its own.
+UsageError: Any = typer.BadParameter.__mro__[1]
 INTERRUPTED = 130  # exit code after Ctrl-C
 EXAMPLES = {"--set": "cluster.k=200", "--option": "role=own"}
 
@@ -101,9 +103,11 @@ def run(
 
     resolved = load_config(config, overrides_of(settings, data, target, test, encoder, embeddings))
     pipeline.check(resolved)
-    pipeline.open_folder(resolved, out)
-    with start_ray(address) as runtime:
-        print_summary(pipeline.run(resolved, out, runtime))
+    out = out.expanduser().absolute()
+    with pipeline.alone_in(out):  # before Ray starts: what is refused is refused at once
+        pipeline.open_folder(resolved, out)
+        with start_ray(address) as runtime:
+            print_summary(pipeline.run(resolved, out, runtime))
 
 
 @app.command()
@@ -172,7 +176,7 @@ def sweep(
 
     resolved = load_config(config, overrides_of(settings, data, target, test, encoder, embeddings))
     pipeline.check(resolved)
-    with start_ray(address) as runtime:
+    with pipeline.alone_in(out.expanduser().absolute()), start_ray(address) as runtime:
         pipeline.run(resolved, out, runtime)
         best = search(out.absolute(), SweepConfig(trials=trials), out.absolute() / "sweep")
     print(f"best of {best.trials} trials: {best.settings}, {best.value:.4f} (the run's own: {best.own:.4f})")
@@ -272,13 +276,20 @@ def clean(
     """Clean the pool of a run: write which pairs stay, in the columns of curated.parquet, each with weight 1 or 0."""
     from influencespace.tasks.choose import clean as choose
 
-    print_choice(choose(folder, None if fraction == "auto" else number(fraction, "--fraction")))
+    print_choice(
+        choose(
+            folder,
+            None if fraction == "auto" else number(fraction, "--fraction", "a share such as 0.2, or auto"),
+        )
+    )
 
 
 @app.command()
 def coreset(
     folder: Run,
-    size: Annotated[str, typer.Option(help="Share of the pool (at most 1), or a number of pairs.")] = "0.1",
+    size: Annotated[
+        str, typer.Option(help="Share of the whole pool (1 or less), or a number of pairs.")
+    ] = "0.1",
     method: Annotated[
         Literal["d2", "k_center", "herding", "diversity"],
         typer.Option(help="d2 weighs influence against likeness; the others look at embeddings alone."),
@@ -287,17 +298,21 @@ def coreset(
     """Choose pairs that stand for all that a run kept, the most wanted first."""
     from influencespace.tasks.choose import coreset as choose
 
-    print_choice(choose(folder, number(size, "--size"), method))
+    print_choice(
+        choose(
+            folder, number(size, "--size", "a share such as 0.1, or a number of pairs such as 500"), method
+        )
+    )
 
 
-def number(text: str, flag: str) -> float:
+def number(text: str, flag: str, wanted: str) -> float:
     """A finite number; raises InputError for anything else."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise InputError(f"{flag} {text}: a number is needed, such as 0.2")
+        raise InputError(f"{flag} is {text!r}: give {wanted}")
     return value
 
 
@@ -311,14 +326,24 @@ def main() -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # silences a warning of Ray on machines without GPU
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        refuse(str(error))
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(2)
+        refuse(error.format_message())
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer's answer to Ctrl-C, without a word
             print("interrupted; the same command continues", file=sys.stderr)
         raise
+
+
+def refuse(told: str) -> NoReturn:
+    """End with one line for the user and exit code 2."""
+    print(f"error: {' '.join(told.split()).replace('Value error, ', '')}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from typing import Any
 
 from influencespace import pipeline
 from influencespace.config import load_config
-from influencespace.data.synthetic import WorldConfig, write_world
+from influencespace.data.synthetic import SPLITS, WorldConfig, count_shards, write_world
 from influencespace.stages.fit_encoder import FitEncoder
+from influencespace.stages.progress import progress
 from influencespace.stages.runtime import Runtime, run_once
 
 # a student for 6,000 pairs on two cores; everything else is the default
@@ -26,7 +27,10 @@ def run_demo(
     }  # the demo shows one dirt: wrong captions
     # The encoder has seen far less of this world than the pool holds, as one from the web has of anybody's own domain.
     size = {"pool": pairs} | {role: max(100, pairs // 6) for role in ("pretrain", "target", "test")}
-    write_world(world, WorldConfig(seed=seed, wrong_captions=0.25, **size, **dirt))
+    scenes = WorldConfig(seed=seed, wrong_captions=0.25, **size, **dirt)
+    shards = sum(count_shards(scenes, split) for split in SPLITS)
+    with progress("world", shards, "shards") as bar:
+        write_world(world, scenes, bar.advance)
     encoder = out / "encoder"
     run_once(runtime, FitEncoder(shards=str(world / "pretrain"), out=encoder, steps=steps, seed=seed))
     overrides = {f"data.{role}": str(world / role) for role in ("pool", "target", "test")}

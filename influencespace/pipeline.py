@@ -1,9 +1,12 @@
 """The ordered stages of a run; what is finished is skipped, so the same command continues a killed run."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from influencespace.config import RunConfig, save_config
 from influencespace.data.artifacts import Manifest, copy_file, installed_versions, write_json
@@ -33,11 +36,16 @@ RESULTS = ("curated.parquet", "summary.json", "report.html")
 def run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
     """Do the whole job into the folder `out` and return its summary.
 
-    Raises InputError for data or settings that cannot be used.
+    Raises InputError for data or settings that cannot be used, and where another run works in the folder.
     """
     out = out.expanduser().absolute()
     check(config)
-    open_folder(config, out)
+    with alone_in(out):
+        open_folder(config, out)
+        return _run(config, out, runtime)
+
+
+def _run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
     embedded = embed_roles(config, out, runtime)
     roles_folder = out / "split"
     roles = split(
@@ -57,23 +65,38 @@ def run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
     return summary
 
 
-def open_folder(config: RunConfig, out: Path) -> None:
-    """Make the run folder and write its config; results of another config are removed, lest they pass for this one's.
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Make the run folder and keep other runs out of it until the block ends, however it ends.
 
-    Raises InputError where the folder cannot be written.
+    A process may enter again. Raises InputError where another run works in it, or where it cannot be written.
     """
-    path = out / "config.yaml"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        before = path.read_bytes() if path.exists() else None
-        save_config(config, path)
-        if before != path.read_bytes():
-            for name in RESULTS:
-                (out / name).unlink(missing_ok=True)
+        lock = FileLock(out / ".lock", is_singleton=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another run is working in {out}: wait until it has ended, or give another --out"
+        ) from None
     except OSError as error:
         raise InputError(
             f"--out {out} cannot be written ({error.strerror}): it must be a folder, or a path where one can be made"
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_folder(config: RunConfig, out: Path) -> None:
+    """Write the config into the run folder; results of another config are removed, lest they pass for this one's."""
+    path = out / "config.yaml"
+    before = path.read_bytes() if path.exists() else None
+    save_config(config, path)
+    if before != path.read_bytes():
+        for name in RESULTS:
+            (out / name).unlink(missing_ok=True)
 
 
 def check(config: RunConfig) -> None:

@@ -83,10 +83,13 @@ def test_refusals(run: Path, tmp_path: Path) -> None:
     for fraction in (-0.1, 1.0, 7.0):
         with pytest.raises(InputError, match="fraction is"):
             clean(run, fraction)
-    for size in (0.001, 149, 0):
+    for size in (0, -3, np.inf, np.nan):
+        with pytest.raises(InputError, match="give a share of the pool"):
+            coreset(run, size)
+    for size in (0.001, 149):
         with pytest.raises(InputError, match="pairs, and the run kept"):
             coreset(run, size)
-    with pytest.raises(InputError, match="has no finished curate stage"):
+    with pytest.raises(InputError, match="holds no finished run"):
         clean(tmp_path, None)
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").unlink()

@@ -149,7 +149,7 @@ def quiet() -> Iterator[None]:
 
 def embedding_dimension(path_or_hub_id: str, trust_remote_code: bool = False) -> int:
     """D by an encoder's config.json, without its weights; raises InputError where it is no dual encoder."""
-    name = str(Path(path_or_hub_id).expanduser())
+    name = _existing(str(path_or_hub_id))
     try:
         with quiet():
             found = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)

@@ -56,6 +56,13 @@ class Meter:
         return self.done / max(time.monotonic() - self.started, 1e-9)
 
     @property
+    def pace(self) -> str:
+        """The rate as people read it: `12.3/s`, or `25s each` where it takes seconds."""
+        if not self.done or self.rate >= 0.5:
+            return f"{self.rate:,.1f}/s"
+        return f"{duration(1 / self.rate)} each"
+
+    @property
     def left(self) -> float:
         """Seconds left at this rate; infinite before the first unit."""
         return (self.total - self.done) / self.rate if self.done else float("inf")
@@ -69,7 +76,7 @@ class _RichBar:
 
     def advance(self, count: int = 1) -> None:
         self.meter.done += count
-        self.progress.update(self.task, advance=count, rate=f"{self.meter.rate:,.1f}/s")
+        self.progress.update(self.task, advance=count, rate=self.meter.pace)
 
 
 @dataclass
@@ -89,7 +96,7 @@ class _LineBar:
         meter = self.meter
         self.written = time.monotonic()
         print(
-            f"{self.stage}: {meter.done:,} of {meter.total:,} {self.unit}, {meter.rate:,.1f}/s, {ending}",
+            f"{self.stage}: {meter.done:,} of {meter.total:,} {self.unit}, {meter.pace}, {ending}",
             file=self.stream,
             flush=True,
         )

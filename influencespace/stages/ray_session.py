@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterat
     options: dict[str, Any] = {}
     if address == "local":
         options = {"num_cpus": num_cpus or max(8, cores), "include_dashboard": False, **_short_folder()}
-    ray.init(address=address, logging_level="warning", log_to_driver=False, **options)
+    with _native_stderr_held():
+        ray.init(address=address, logging_level="warning", log_to_driver=False, **options)
     try:
         yield RayRuntime(cores if address == "local" else None)
     finally:
@@ -60,6 +62,24 @@ def _quieten() -> None:
     # Ray Data makes Ray's core complain on the driver's stderr about each of its actor pools.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _native_stderr_held() -> Iterator[None]:
+    """Hold back what Ray's core writes past Python, e.g. that it was told to be quiet; shown only if the block fails."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _short_folder() -> dict[str, str]:

@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from dataclasses import field as plain_field
@@ -165,8 +166,7 @@ def train(
     )
     runs = [make(method=method, seed=seed) for seed in config.seeds for method in config.methods]
     left = [run for run in runs if run.done() is None]
-    with progress("train", len(runs), "students") as bar:
-        bar.advance(len(runs) - len(left))
+    with progress("train", len(left), "students") as bar:
         if isinstance(runtime, LocalRuntime):
             for _ in runtime.map(call, left):
                 bar.advance()
@@ -206,8 +206,26 @@ def _train_on_ray(
         ),
     )
     with _watching(runs, advance):
-        trainer.fit()
+        _in_a_thread(trainer.fit)
     shutil.rmtree(storage, ignore_errors=True)
+
+
+def _in_a_thread(work: Callable[[], object]) -> None:
+    """Do the work in a thread and wait: Ctrl-C then interrupts this run as in every stage.
+
+    In the main thread Ray Train answers it itself, by an end of the process without a word.
+    """
+    ended: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            ended.set_result(None)
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    ended.result()
 
 
 @contextmanager

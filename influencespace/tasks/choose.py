@@ -1,5 +1,6 @@
 """Other choices from a finished run's scores: a cleaned pool of a given size, and a coreset that spreads over the pool."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +64,10 @@ def coreset(run: Path, size: float, method: Method = "d2") -> Choice:
     Writes coreset/<method>-<size>/coreset.parquet (rank, uid, score), the most wanted first: a smaller one is a prefix.
     Raises InputError for a size that the kept pairs cannot fill.
     """
+    if not 0 < size < math.inf:
+        raise InputError(
+            f"size is {size:g}: give a share of the pool, above 0 and at most 1, or a number of pairs"
+        )
     table = _curated(run)
     rows = np.flatnonzero(table["kept"].to_numpy())
     count = round(size * len(table)) if size <= 1 else round(size)
@@ -86,7 +91,6 @@ def coreset(run: Path, size: float, method: Method = "d2") -> Choice:
 
 
 def _curated(run: Path) -> pa.Table:
-    stage_of(run, "curate")
     read_summary(run)  # without one the stages may be of two configs
     return pq.read_table(run / "curated.parquet")
 

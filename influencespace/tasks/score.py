@@ -35,10 +35,9 @@ def valued(run: Path | str) -> tuple[Valued, dict[str, str]]:
 
 def check_estimator(run: Path, estimator: str, options: dict[str, Any]) -> None:
     """Refuse a run that is not finished or an estimator that there is not, before anything starts."""
-    stage_of(run, "curate")
-    read_summary(run)  # without one the stages may be of two configs
     if estimator != POOLED:
         make_estimator(estimator, options)
+    read_summary(run)  # without one the stages may be of two configs
 
 
 def score_run(run: Path, estimator: str, options: dict[str, Any], runtime: Runtime) -> tuple[Path, Manifest]:

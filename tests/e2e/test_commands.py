@@ -12,6 +12,7 @@ import pytest
 from conftest import SMALL, Command, run_arguments, run_here
 from scipy.stats import spearmanr
 
+from influencespace import pipeline
 from influencespace.config import load_config
 from influencespace.data.pair_set import PairSet
 
@@ -148,3 +149,12 @@ def test_a_file_is_no_run_folder(influencespace: Command, world: Path, tmp_path:
     assert done.returncode == 2
     assert "cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_two_runs_do_not_share_a_folder(influencespace: Command, world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pipeline.alone_in(out), pipeline.alone_in(out):  # the process itself may enter again
+        done = influencespace(*run_arguments(world, out))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: another run is working in {out}")
+    assert not (out / "config.yaml").exists()

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,8 +33,12 @@ TRUTH_SCHEMA = pa.schema(
 ROW_GROUP = 5_000  # images whose truth is held in memory at once
 
 
-def write_world(out: Path, config: WorldConfig | None = None) -> Path:
+def write_world(
+    out: Path, config: WorldConfig | None = None, advance: Callable[[int], None] = lambda shards: None
+) -> Path:
     """Writes all splits under `out` and returns it; finished files of an interrupted run are kept.
+
+    `advance` is told of each shard that is there.
 
     Memory does not grow with the number of pairs, and the same config gives the same bytes.
     Raises InputError where `out` holds a world of another config.
@@ -43,6 +48,7 @@ def write_world(out: Path, config: WorldConfig | None = None) -> Path:
     for split in SPLITS:
         for shard in range(count_shards(config, split)):
             write_shard(out, config, split, shard)
+            advance(1)
         write_truth(out, config, split)
     return out
 
