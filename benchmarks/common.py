@@ -66,10 +66,11 @@ class Benchmark:
         self.commits = {part: sha for part, sha in found["commits"].items() if part not in parts}
         self.incomplete += [part for part in found["incomplete"] if part not in parts]
 
-    def measure(self, parts: Sequence[str], work: Callable[[str], None]) -> None:
-        """Measure these parts anew, keep the others, and write after each."""
+    def measure(self, parts: Sequence[str], work: Callable[[str], None], every: Sequence[str]) -> None:
+        """Measure these parts of `every` part anew, keep the others, and write after each."""
         self.incomplete = list(parts)
         self.go_on(parts)
+        self.incomplete += [part for part in every if part not in {*self.incomplete, *self.commits}]
         for part in parts:
             try:
                 self.begin(part)

@@ -161,7 +161,11 @@ def main() -> int:
         print("skipped: no real data; set INFLUENCESPACE_DATA to a folder that holds flickr8k/")
         return 0
     bench = Benchmark("quality", options.quick, options.out, seeds=(0,) if options.quick else (0, 1, 2))
-    bench.measure(options.parts, lambda part: PARTS[part](bench, World(data, options.cache), options.quick))
+    bench.measure(
+        options.parts,
+        lambda part: PARTS[part](bench, World(data, options.cache), options.quick),
+        tuple(PARTS),
+    )
     return 0
 
 

@@ -45,7 +45,7 @@ def part_table(result: dict[str, Any], part: str) -> str:
         lines[0], key=lambda name: not isinstance(lines[0][name], str)
     )  # what a row is about first
     rows = [tuple(name.replace("_", " ") for name in names)]
-    rows += [tuple(cell(line[name]) for name in names) for line in lines]
+    rows += [tuple(cell(line.get(name)) for name in names) for line in lines]
     return markdown(rows)
 
 

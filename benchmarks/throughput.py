@@ -24,6 +24,8 @@ from influencespace.stages.embed import EmbedConfig, embed
 from influencespace.stages.fit_encoder import FitEncoder
 from influencespace.stages.ray_session import start_ray
 
+PARTS = ("synthetic", "real", "driver")
+
 
 def bare_rates(pool: Path, encoder: str, batch_size: int) -> dict[str, float]:
     """Pairs a second with all cores: of a loop over batches that are decoded already, and of decoding them first."""
@@ -68,7 +70,8 @@ def embed_part(bench: Benchmark, name: str, pool: Path, encoder: str, folder: Pa
             ratios.append(details["pairs_per_second"] / bare["bare_pairs_a_second"])
             bounds.append(1 / (1 + bare["bare_pairs_a_second"] / bare["decoding_pairs_a_second"]))
             told = ("workers", "startup_seconds", "steady_seconds", "pairs_per_second")
-            bench.row(turn=turn, **bare, **{key: details[key] for key in told})
+            share = details["pairs_per_second"] / bare["bare_pairs_a_second"]
+            bench.row(turn=turn, share_of_bare_loop=share, **bare, **{key: details[key] for key in told})
     bench.target(
         name=f"throughput of the embed stage, as a share of a bare loop over decoded batches ({name}, median)",
         target="at least 0.85",
@@ -76,13 +79,7 @@ def embed_part(bench: Benchmark, name: str, pool: Path, encoder: str, folder: Pa
         interval=(min(ratios), max(ratios)),
         reached=median(ratios) >= 0.85,
     )
-    bench.target(
-        name=f"the most it could be on these cores, which decode as well ({name}, median)",
-        target="report",
-        measured=median(bounds),
-        interval=(min(bounds), max(bounds)),
-        reached=True,
-    )
+    bench.row(turn="most that decoding leaves", share_of_bare_loop=median(bounds))
 
 
 def driver_memory(pairs: int, out: Path, encoder: Path) -> float:
@@ -123,7 +120,7 @@ def driver_part(bench: Benchmark, encoder: str, folder: Path, sizes: tuple[int, 
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", "throughput", parts=("synthetic", "real", "driver"))
+    options = arguments(__doc__ or "", "throughput", parts=PARTS)
     bench = Benchmark("throughput", options.quick, options.out, seeds=(0,))
     data = real_data()
     if data is None:
@@ -145,7 +142,7 @@ def main() -> None:
             else:
                 driver_part(bench, tiny, folder, (500, 2000) if options.quick else (10_000, 100_000))
 
-        bench.measure(options.parts, part)
+        bench.measure(options.parts, part, PARTS)
 
 
 if __name__ == "__main__":

@@ -176,9 +176,10 @@ def sweep(
 
     resolved = load_config(config, overrides_of(settings, data, target, test, encoder, embeddings))
     pipeline.check(resolved)
-    with pipeline.alone_in(out.expanduser().absolute()), start_ray(address) as runtime:
+    out = out.expanduser().absolute()
+    with pipeline.alone_in(out), start_ray(address) as runtime:
         pipeline.run(resolved, out, runtime)
-        best = search(out.absolute(), SweepConfig(trials=trials), out.absolute() / "sweep")
+        best = search(out, SweepConfig(trials=trials), out / "sweep")
     print(f"best of {best.trials} trials: {best.settings}, {best.value:.4f} (the run's own: {best.own:.4f})")
     print(f"use it: influencespace run {best.config} --out {out}")
 
@@ -223,12 +224,14 @@ def score(
     address: Address = None,
 ) -> None:
     """Score every pair of a run's pool by an estimator: higher is more worth keeping."""
+    from influencespace.pipeline import alone_in
     from influencespace.stages.ray_session import start_ray
     from influencespace.tasks.score import check_estimator, score_run
 
     options = options_of(option)
+    folder = folder.expanduser().absolute()
     check_estimator(folder, estimator, options)
-    with start_ray(address) as runtime:
+    with alone_in(folder), start_ray(address) as runtime:
         path, manifest = score_run(folder, estimator, options, runtime)
     print(f"{manifest.rows_out:,} pairs, {manifest.details['without_score']:,} without a score: {path}")
 
@@ -246,6 +249,7 @@ def detect(
     address: Address = None,
 ) -> None:
     """Rank the pairs that look misaligned, with a page of the first ones; precision and recall where truth is given."""
+    from influencespace.pipeline import alone_in
     from influencespace.stages.ray_session import start_ray
     from influencespace.stages.runtime import LocalRuntime
     from influencespace.tasks.detect import detect_run, read_truth
@@ -254,7 +258,8 @@ def detect(
     options = options_of(option)
     check_estimator(folder, estimator, options)
     known = None if truth is None else read_truth(truth)
-    with nullcontext(LocalRuntime()) if estimator == POOLED else start_ray(address) as runtime:
+    ray = nullcontext(LocalRuntime()) if estimator == POOLED else start_ray(address)
+    with alone_in(folder.expanduser().absolute()), ray as runtime:
         found = detect_run(folder, estimator, options, known, runtime)
     for name, value in found.items():
         if name != "paths":
@@ -273,7 +278,7 @@ def clean(
         ),
     ] = "auto",
 ) -> None:
-    """Clean the pool of a run: write which pairs stay, in the columns of curated.parquet, each with weight 1 or 0."""
+    """Clean the pool of a run: write which pairs stay, in the columns of curated.parquet, all that stay with weight 1."""
     from influencespace.tasks.choose import clean as choose
 
     print_choice(
@@ -333,7 +338,7 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
             sys.exit(2)
-        refuse(error.format_message())
+        refuse(error.format_message().replace("Value error, ", ""))  # pydantic's words, by way of typer
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer's answer to Ctrl-C, without a word
             print("interrupted; the same command continues", file=sys.stderr)
@@ -342,7 +347,7 @@ def main() -> None:
 
 def refuse(told: str) -> NoReturn:
     """End with one line for the user and exit code 2."""
-    print(f"error: {' '.join(told.split()).replace('Value error, ', '')}", file=sys.stderr)
+    print(f"error: {' '.join(told.split())}", file=sys.stderr)
     sys.exit(2)
 
 

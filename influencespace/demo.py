@@ -18,7 +18,12 @@ def run_demo(
     out: Path, runtime: Runtime, *, seed: int = 0, pairs: int = 6000, steps: int = 300
 ) -> dict[str, Any]:
     """Write the world and its encoder below `out`, curate it there, and return the summary."""
-    out = out.absolute()
+    out = out.expanduser().absolute()
+    with pipeline.alone_in(out):
+        return _demo(out, runtime, seed, pairs, steps)
+
+
+def _demo(out: Path, runtime: Runtime, seed: int, pairs: int, steps: int) -> dict[str, Any]:
     world = out / "world"
     dirt = {
         "near_duplicates": 0.0,

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = absolute(options.out)
         config = load_config(options.config, named_values(options.set, "--set"))
         pipeline.check(config)
-        with start_ray() as runtime:
+        with pipeline.alone_in(out), start_ray() as runtime:
             print_summary(pipeline.run(config, out, runtime))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     FitEncoder(shards=str(folder / "world" / "pretrain"), out=folder / "encoder", steps=3, seed=0)()
     small: dict[str, Any] = {"student.train.batch_size": 24, "student.train.steps": 10}
     small |= {"student.choose_steps": False, "student.folds": 2, "train.seeds": [0]}
-    small |= {"train.methods": ["curated"], "curate.weights": "uniform", "curate.target_size": 0.8}
+    small |= {"train.methods": ["curated"], "curate.weights": "influence", "curate.target_size": 0.8}
     roles = {f"data.{role}": str(folder / "world" / role) for role in ("pool", "target", "test")}
     config = load_config(None, small | roles | {"embed.encoder": str(folder / "encoder")})
     pipeline.run(config, folder / "run", LocalRuntime())
@@ -55,8 +55,11 @@ def test_the_lowest_scores_are_cleaned_away(run: Path, fraction: float) -> None:
 
 def test_auto_is_the_decision_of_the_run(run: Path) -> None:
     choice = clean(run, None)
-    assert columns(choice.path) == columns(run / "curated.parquet")
-    assert choice.chosen == sum(columns(run / "curated.parquet")["kept"])
+    found, curated = columns(choice.path), columns(run / "curated.parquet")
+    assert found.pop("weight") == [float(keep) for keep in curated["kept"]]
+    assert len(set(curated.pop("weight"))) > 2  # the run's own weights follow influence
+    assert found == curated
+    assert choice.chosen == sum(curated["kept"])
 
 
 @pytest.mark.parametrize("method", ["d2", "k_center", "herding", "diversity"])

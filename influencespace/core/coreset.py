@@ -64,7 +64,7 @@ def diversity(X: Tensor, size: int) -> IntArray:
     while len(chosen) < size:
         _, row = heapq.heappop(waiting)
         now = gain(row)  # gains only fall, so the first of the queue that is still first is the best
-        if waiting and now < -waiting[0][0]:
+        if waiting and (-now, row) > waiting[0]:
             heapq.heappush(waiting, (-now, row))
             continue
         chosen.append(row)

@@ -63,9 +63,10 @@ def kronecker_blocks(
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {"image": [], "text": []}
     for images, texts in contexts:
         outputs = images @ heads["image"], texts @ heads["text"]
+        inputs = images.double(), texts.double()
         for deltas in label_gradients(outputs, scale, draws, generator):
-            for name, x, delta in zip(parts, (images, texts), deltas):
-                parts[name].append((x.double(), delta.double()))
+            for name, x, delta in zip(parts, inputs, deltas):
+                parts[name].append((x, delta.double()))
     return {name: _block(rows) for name, rows in parts.items()}
 
 

@@ -6,7 +6,7 @@ has to see the pool first asks for passes over it, each a mergeable statistic: o
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,6 +44,14 @@ class Checkpoint:
     step: int
     learning_rate: float
     load: Callable[[], Space]
+
+
+def checkpoints_of(path: Trajectory) -> list[Checkpoint]:
+    """The students along a recorded path whose states are stored."""
+    return [
+        Checkpoint(step=step, learning_rate=path.rate(step - 1), load=partial(path.space_after, step))
+        for step in path.stored_steps
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 from influencespace.core.batches import covering_contexts, disjoint_contexts, training_batches
 from influencespace.errors import InputError
 from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext, damping_of, floored
-from influencespace.estimators.problem import Batch, Checkpoint, IntArray, Problem
+from influencespace.estimators.problem import Batch, IntArray, Problem, checkpoints_of
 from influencespace.models.heads import initial_heads
 from influencespace.models.space import Inputs, Space
 from influencespace.models.training import StudentConfig
@@ -36,7 +36,8 @@ def student_problem(
     """Train heads on the pool's embeddings and state how its pairs influence the target loss.
 
     `pool` and `target` are pairs by embeddings (two (n, D)) and image (n,); the student has their dtype and device. It is
-    trained by AdamW as `train_heads` does, or by plain SGD; the bank has `contexts` contexts of batch_size - 1 pairs.
+    trained by AdamW as `train_heads` does, or by plain SGD; the bank has up to `contexts` contexts of batch_size - 1 pairs,
+    fewer and smaller ones where the pool is small.
     Raises InputError where the pool has too few images for a bank.
     """
     images, texts = pool.inputs
@@ -76,10 +77,7 @@ def student_problem(
         ],
         preconditioner=D,
         damping=damping_of(curvature, rates, config.weight_decay),
-        checkpoints=[
-            Checkpoint(step=step, learning_rate=path.rate(step - 1), load=partial(path.space_after, step))
-            for step in path.stored_steps
-        ],
+        checkpoints=checkpoints_of(path),
         trajectory=path,
         seed=seed,
     )

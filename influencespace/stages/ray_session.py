@@ -40,7 +40,7 @@ def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterat
     with _native_stderr_held():
         ray.init(address=address, logging_level="warning", log_to_driver=False, **options)
     try:
-        yield RayRuntime(cores if address == "local" else None)
+        yield RayRuntime(min(cores, num_cpus or cores) if address == "local" else None)
     finally:
         ray.shutdown()
 
@@ -66,20 +66,21 @@ def _quieten() -> None:
 
 @contextmanager
 def _native_stderr_held() -> Iterator[None]:
-    """Hold back what Ray's core writes past Python, e.g. that it was told to be quiet; shown only if the block fails."""
+    """Leave out the line of Ray's core that it was told to be quiet; all else that is written meanwhile is shown after."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         try:
             yield
-        except BaseException:
-            held.seek(0)
-            os.write(stderr, held.read())
-            raise
         finally:
+            sys.stderr.flush()
             os.dup2(stderr, 2)
             os.close(stderr)
+            held.seek(0)
+            for line in held:
+                if b"RAY_BACKEND_LOG_LEVEL" not in line:
+                    os.write(2, line)
 
 
 def _short_folder() -> dict[str, str]:

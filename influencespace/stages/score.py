@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from dataclasses import field as plain_field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from influencespace.data.blocks import blocks_of, has_block, join_blocks, read_c
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import InputError
 from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext
-from influencespace.estimators.problem import Batch, Checkpoint, Estimator, Fold, Problem, Scorer, fitted
+from influencespace.estimators.problem import Batch, Estimator, Fold, Problem, Scorer, checkpoints_of, fitted
 from influencespace.estimators.table import TABLE
 from influencespace.models.space import Space
 from influencespace.models.trajectory import Trajectory
@@ -90,10 +89,7 @@ class Valued:
             ],
             preconditioner=space.preconditioner,
             damping=space.damping,
-            checkpoints=[
-                Checkpoint(step=step, learning_rate=path.rate(step - 1), load=partial(path.space_after, step))
-                for step in path.stored_steps
-            ],
+            checkpoints=checkpoints_of(path),
             trajectory=path,
             seed=self.students.seed,
         )

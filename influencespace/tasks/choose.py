@@ -37,12 +37,13 @@ class Choice:
 def clean(run: Path, fraction: float | None) -> Choice:
     """Remove the share of pairs that score lowest; None removes those that the run itself found harmful.
 
-    Writes clean/<fraction>/cleaned.parquet with the columns of curated.parquet: what is kept has weight 1. Raises InputError
+    Writes clean/<fraction>/cleaned.parquet with the columns of curated.parquet; all that is kept has weight 1. Raises InputError
     for a fraction that is not within [0, 1) and for a run that is not finished.
     """
     if fraction is not None and not 0 <= fraction < 1:
         raise InputError(f"fraction is {fraction}: give the share of pairs to remove, 0 to below 1, or auto")
     table = _curated(run)
+    reason = table["reason"].to_pylist()
     if fraction is None:
         kept = table["kept"].to_numpy()
     else:
@@ -51,8 +52,8 @@ def clean(run: Path, fraction: float | None) -> Choice:
         # nan, which nothing could judge, sorts last: it is kept longest
         kept[np.argsort(score, kind="stable")[: round(fraction * len(score))]] = False
         reason = np.where(kept, KEPT, LOWEST).tolist()
-        for name, values in (("kept", kept), ("weight", kept.astype(np.float64)), ("reason", reason)):
-            table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    for name, values in (("kept", kept), ("weight", kept.astype(np.float64)), ("reason", reason)):
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
     name = "auto" if fraction is None else f"{fraction:g}"
     return _written(table, run, Path("clean") / name / "cleaned.parquet", int(kept.sum()))
 
@@ -60,7 +61,8 @@ def clean(run: Path, fraction: float | None) -> Choice:
 def coreset(run: Path, size: float, method: Method = "d2") -> Choice:
     """Choose pairs that stand for all kept ones: `size` is a share of the pool (at most 1) or a number of pairs.
 
-    `d2` weighs influence against likeness; the others look at the fused embeddings alone. Harmful pairs are never chosen.
+    `d2` weighs influence against likeness; the others look at likeness alone, of image and text embeddings side by side.
+    Harmful pairs are never chosen.
     Writes coreset/<method>-<size>/coreset.parquet (rank, uid, score), the most wanted first: a smaller one is a prefix.
     Raises InputError for a size that the kept pairs cannot fill.
     """

@@ -40,6 +40,7 @@ def interrupted_in(
     if stage == "train":  # when Ray Train is at work
         while not list((out / stage).glob("*.safetensors")):
             assert driver.poll() is None, driver.communicate()[1][-3000:]
+            assert time.monotonic() < deadline
             time.sleep(0.01)
     os.killpg(driver.pid, signal.SIGINT)
     _, said = driver.communicate(timeout=120)

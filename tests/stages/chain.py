@@ -53,6 +53,10 @@ class Careful(LocalRuntime):
     def __init__(self) -> None:
         self._pool_lives = False
 
+    @property
+    def cores_per_task(self) -> int:
+        return max(1, self.cores - 1)
+
     def map(
         self, recipe: Recipe, tasks: Sequence[Any], *, num_cpus: float = 1, **options: Any
     ) -> Iterator[Any]:

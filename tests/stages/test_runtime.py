@@ -162,8 +162,8 @@ def wait_policy() -> str:
     return os.environ["OMP_WAIT_POLICY"]
 
 
-def test_threads_of_workers_sleep_while_they_wait(runtime: Runtime) -> None:
-    """Spinning threads make a training on a busy machine several times slower."""
+def test_workers_are_told_that_threads_sleep_while_they_wait(runtime: Runtime) -> None:
+    """OpenMP reads it from the environment. Spinning threads make a training on a busy machine several times slower."""
     assert run_once(runtime, wait_policy) == "PASSIVE"
 
 
