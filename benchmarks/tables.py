@@ -66,8 +66,9 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
 def render(match: re.Match[str]) -> str:
     result = read(match["name"])
     table = part_table(result, match["part"]) if match["part"] else targets_table(result)
-    if result["incomplete"]:
-        table += f"\nNot all was measured yet: {', '.join(result['incomplete'])}.\n"
+    missing = [part for part in result["incomplete"] if match["part"] in (None, part)]
+    if missing:
+        table += f"\nNot all was measured yet: {', '.join(missing)}.\n"
     cores = result["machine"]["cpus"]
     commits = {part: sha[:10] for part, sha in result["commits"].items() if match["part"] in (None, part)}
     measured = ", ".join(
