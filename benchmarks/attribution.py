@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ESTIMATING, TRAINING, Benchmark, arguments, cached, real_data
-from curation import World
+from common import ESTIMATING, TRAINING, Benchmark, cached
+from curation import World, measure_on_real_pairs
 from scipy.stats import spearmanr
 from study import (
     BLIND,
@@ -391,20 +391,5 @@ PARTS = {
 }
 
 
-def main() -> int:
-    options = arguments(__doc__ or "", "attribution", parts=tuple(PARTS))
-    data = real_data()
-    if data is None:
-        print("skipped: no real data; set INFLUENCESPACE_DATA to a folder that holds flickr8k/")
-        return 0
-    bench = Benchmark("attribution", options.quick, options.out, seeds=(0, 1) if options.quick else (0, 1, 2))
-    bench.measure(
-        options.parts,
-        lambda part: PARTS[part](bench, World(data, options.cache), options.quick),
-        tuple(PARTS),
-    )
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure_on_real_pairs(__doc__ or "", "attribution", ((0, 1), (0, 1, 2)), PARTS))

@@ -1,5 +1,6 @@
 """Real pairs with captions shuffled on purpose, curated stage by stage with the plain loop, and judged by the planted truth."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from common import SCORING, code_version
+from common import SCORING, Benchmark, arguments, code_version, real_data
 
 from influencespace.core.metrics import auroc, average_precision, mean_recall_by_image, retrieval_ranks
 from influencespace.core.select import SelectConfig, top_fraction
@@ -250,3 +251,21 @@ def by_image(heads: torch.nn.Module, test: PairSet) -> np.ndarray:
     _, t = heads(*test.inputs(slice(None)))
     ranks = retrieval_ranks(u, t, torch.from_numpy(own))
     return mean_recall_by_image(*ranks, torch.from_numpy(own)).numpy()
+
+
+def measure_on_real_pairs(
+    description: str,
+    name: str,
+    seeds: tuple[Sequence[int], Sequence[int]],
+    parts: dict[str, Callable[[Benchmark, World, bool], None]],
+) -> int:
+    """The command line of a benchmark on real pairs; `seeds` of a quick run and of a full one. Says where it has no data."""
+    options = arguments(description, name, parts=tuple(parts))
+    data = real_data()
+    if data is None:
+        print("skipped: no real data; set INFLUENCESPACE_DATA to a folder that holds flickr8k/")
+        return 0
+    bench = Benchmark(name, options.quick, options.out, seeds=seeds[0] if options.quick else seeds[1])
+    world = World(data, options.cache)
+    bench.measure(options.parts, lambda part: parts[part](bench, world, options.quick), tuple(parts))
+    return 0

@@ -6,8 +6,8 @@ The truth is used for judging only. Needs the real data (INFLUENCESPACE_DATA or 
 import sys
 
 import numpy as np
-from common import Benchmark, arguments, cached, code_version, real_data
-from curation import METHODS, RUNTIME, Curation, Setting, World
+from common import Benchmark, cached, code_version
+from curation import METHODS, RUNTIME, Curation, Setting, World, measure_on_real_pairs
 
 from influencespace.core.metrics import bootstrap_means, interval
 from influencespace.data.artifacts import fingerprint
@@ -154,20 +154,5 @@ PARTS = {
 }
 
 
-def main() -> int:
-    options = arguments(__doc__ or "", "quality", parts=tuple(PARTS))
-    data = real_data()
-    if data is None:
-        print("skipped: no real data; set INFLUENCESPACE_DATA to a folder that holds flickr8k/")
-        return 0
-    bench = Benchmark("quality", options.quick, options.out, seeds=(0,) if options.quick else (0, 1, 2))
-    bench.measure(
-        options.parts,
-        lambda part: PARTS[part](bench, World(data, options.cache), options.quick),
-        tuple(PARTS),
-    )
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure_on_real_pairs(__doc__ or "", "quality", ((0,), (0, 1, 2)), PARTS))
