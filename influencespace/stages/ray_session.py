@@ -12,7 +12,8 @@ from typing import Any
 import ray
 
 from influencespace.errors import InputError
-from influencespace.stages.runtime import RayRuntime, machine_cores
+from influencespace.stages.ray_runtime import RayRuntime
+from influencespace.stages.runtime import machine_cores
 
 # Ray puts sockets below its temporary folder, and Linux allows a socket's path no more than 107 bytes.
 LONGEST_TMPDIR = 40

@@ -9,8 +9,9 @@ import pytest
 from chain import Chain, World
 from planted import plant
 
+from influencespace.stages.ray_runtime import RayRuntime
 from influencespace.stages.ray_session import start_ray
-from influencespace.stages.runtime import LocalRuntime, RayRuntime
+from influencespace.stages.runtime import LocalRuntime
 
 
 @pytest.fixture(scope="session")

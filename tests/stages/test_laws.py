@@ -30,7 +30,8 @@ from influencespace.stages import attribute, cluster, student
 from influencespace.stages.attribute import AttributeConfig
 from influencespace.stages.cluster import ClusterConfig
 from influencespace.stages.curvature import TargetConfig
-from influencespace.stages.runtime import RayRuntime, call, run_once
+from influencespace.stages.ray_runtime import RayRuntime
+from influencespace.stages.runtime import call, run_once
 from influencespace.stages.train import TrainConfig
 
 OF_PAIRS = ("student", "cluster", "attribute", "curate")  # stages with a row for every pair of the pool

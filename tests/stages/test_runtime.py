@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from influencespace.errors import InputError
-from influencespace.stages import runtime as module
+from influencespace.stages import ray_runtime as module
 from influencespace.stages.progress import duration, progress
+from influencespace.stages.ray_runtime import RayRuntime
 from influencespace.stages.ray_session import _knock, start_ray
-from influencespace.stages.runtime import LocalRuntime, RayRuntime, Runtime, TaskError, run_once
+from influencespace.stages.runtime import LocalRuntime, Runtime, TaskError, run_once
 
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from influencespace.data.blocks import read_columns, write_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.stages.curate import METHODS
-from influencespace.stages.runtime import RayRuntime
+from influencespace.stages.ray_runtime import RayRuntime
 from influencespace.stages.student import train_subset
 from influencespace.stages.train import TrainConfig, train
 
