@@ -6,10 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from nonlinear import towers
+from torch import Tensor
 
 from influencespace.core.bank import bank_loss
 from influencespace.estimators.nystrom import InfluenceScorer, RecordedContext
@@ -19,23 +19,6 @@ from influencespace.models.projected import reduced_space
 from influencespace.models.space import Inputs, Space
 
 SCALE, BATCH = 5.0, 12
-
-
-class Towers(nn.Module):
-    """A student that is not linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-        self.text = nn.Linear(5, 2)
-
-    def forward(self, images: Tensor, texts: Tensor) -> Inputs:
-        return F.normalize(self.image(images), dim=-1), F.normalize(self.text(texts), dim=-1)
-
-
-def towers() -> nn.Module:
-    torch.manual_seed(0)
-    return Towers().double()
 
 
 STUDENTS = {

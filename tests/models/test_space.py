@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nonlinear import towers
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev
 
@@ -16,23 +16,6 @@ from influencespace.models.space import Inputs, Space
 
 SCALE = 5.0
 EXACT = {"rtol": 1e-8, "atol": 1e-8}
-
-
-class Towers(nn.Module):
-    """A student that is not linear, to show that a Space does not need heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-        self.text = nn.Linear(5, 2)
-
-    def forward(self, images: Tensor, texts: Tensor) -> Inputs:
-        return F.normalize(self.image(images), dim=-1), F.normalize(self.text(texts), dim=-1)
-
-
-def towers() -> nn.Module:
-    torch.manual_seed(0)
-    return Towers().double()
 
 
 def heads() -> nn.Module:
