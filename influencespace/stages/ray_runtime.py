@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from influencespace.stages.runtime import (
+    AHEAD,
     Merge,
     Outcome,
     Pool,
@@ -24,8 +25,6 @@ from influencespace.stages.runtime import (
 
 # A worker that dies (killed node, out of memory) is always replaced, but a task may lose only so many.
 TASK_RETRIES = 3
-# How far an actor may run ahead of the slowest task: bounds the states that wait to be merged in order.
-AHEAD = 4
 
 
 class RayRuntime:

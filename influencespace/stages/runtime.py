@@ -18,6 +18,9 @@ from influencespace.errors import InputError
 Recipe = Callable[[], Callable[..., Any]]
 Merge = Callable[[Any, Any], Any]
 
+# How far a worker may run ahead of the slowest task: bounds the states that wait to be merged in order.
+AHEAD = 4
+
 
 class TaskError(RuntimeError):
     """A task raised an unexpected exception: names the task and carries the worker's traceback."""
