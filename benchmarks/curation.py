@@ -1,6 +1,6 @@
 """Real pairs with captions shuffled on purpose, curated stage by stage with the plain loop, and judged by the planted truth."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,10 +28,11 @@ from influencespace.stages.cluster import ClusterConfig, cluster
 from influencespace.stages.confirm import confirm
 from influencespace.stages.curvature import TargetConfig, curvature
 from influencespace.stages.decide import Scores, decide
-from influencespace.stages.embed import EmbedConfig, embed
+from influencespace.stages.embed import embed
 from influencespace.stages.finish import finish_stage
 from influencespace.stages.runtime import LocalRuntime
 from influencespace.stages.student import StudentsConfig, TargetHalves, choosing_loss, students, train_subset
+from influencespace.stages.towers import EmbedConfig
 
 RUNTIME = LocalRuntime()
 METHODS = ("curated", "everything", "random", "clip_score", "student_clip_score", "neg_clip_loss", "oracle")
@@ -257,7 +258,7 @@ def measure_on_real_pairs(
     description: str,
     name: str,
     seeds: tuple[Sequence[int], Sequence[int]],
-    parts: dict[str, Callable[[Benchmark, World, bool], None]],
+    parts: Mapping[str, Callable[[Benchmark, World, bool], None]],
 ) -> int:
     """The command line of a benchmark on real pairs; `seeds` of a quick run and of a full one. Says where it has no data."""
     options = arguments(description, name, parts=tuple(parts))

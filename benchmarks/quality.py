@@ -4,6 +4,7 @@ The truth is used for judging only. Needs the real data (INFLUENCESPACE_DATA or 
 """
 
 import sys
+from functools import partial
 
 import numpy as np
 from common import Benchmark, cached, code_version
@@ -60,7 +61,7 @@ def recall(bench: Benchmark, world: World, quick: bool) -> None:
         result = cached(
             world.cache,
             ["retrained", setting, bench.seeds],
-            lambda c=curation: c.retrained(tuple(bench.seeds)),
+            partial(curation.retrained, tuple(bench.seeds)),
         )
         for name in METHODS:
             shares[name].append(np.array(result["shares"][name]))
@@ -123,7 +124,7 @@ def demo(bench: Benchmark, world: World, quick: bool) -> None:
     """What `make demo` ends in, for several synthetic worlds with 25 % wrong captions."""
     for seed in (0,) if quick else (0, 1, 2):
         folder = world.cache / "demo" / fingerprint([seed, code_version()])
-        summary = cached(world.cache, ["demo", seed], lambda s=seed, f=folder: run_demo(f, RUNTIME, seed=s))
+        summary = cached(world.cache, ["demo", seed], partial(run_demo, folder, RUNTIME, seed=seed))
         for method, found in summary["methods"].items():
             compared = summary["comparisons"].get(method, {})
             bench.row(

@@ -20,9 +20,10 @@ from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import Sample
 from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.models.encoders import load_encoder
-from influencespace.stages.embed import EmbedConfig, embed
+from influencespace.stages.embed import embed
 from influencespace.stages.fit_encoder import FitEncoder
 from influencespace.stages.ray_session import start_ray
+from influencespace.stages.towers import EmbedConfig
 
 PARTS = ("synthetic", "real", "driver")
 
@@ -47,8 +48,8 @@ def bare_rates(pool: Path, encoder: str, batch_size: int) -> dict[str, float]:
     decoding = time.monotonic() - began
     model.encode_image(images[0])
     began = time.monotonic()
-    for batch in images:
-        model.encode_image(batch).cpu().numpy()
+    for pixels in images:
+        model.encode_image(pixels).cpu().numpy()
     for batch in tokens:
         model.encode_text(batch).cpu().numpy()
     cores = len(os.sched_getaffinity(0))

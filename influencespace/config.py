@@ -18,10 +18,10 @@ from influencespace.estimators.nystrom import CurvatureConfig
 from influencespace.stages.attribute import AttributeConfig
 from influencespace.stages.cluster import ClusterConfig
 from influencespace.stages.curvature import TargetConfig
-from influencespace.stages.embed import EmbedConfig
 from influencespace.stages.evaluate import EvaluateConfig
 from influencespace.stages.split import SplitConfig
 from influencespace.stages.student import StudentsConfig
+from influencespace.stages.towers import EmbedConfig
 from influencespace.stages.train import TrainConfig
 
 
@@ -56,7 +56,7 @@ class RunConfig:
     curate: SelectConfig = plain_field(default_factory=SelectConfig)
     train: TrainConfig = plain_field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = plain_field(default_factory=EvaluateConfig)
-    iterate: int = Field(1, ge=1)
+    iterate: int = Field(default=1, ge=1)
     """Rounds of student, cluster, score, curate and retrain at most; they end when the target loss stops falling."""
     seed: int = 0
     """Of the random baseline."""

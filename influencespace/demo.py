@@ -25,7 +25,7 @@ def run_demo(
 
 def _demo(out: Path, runtime: Runtime, seed: int, pairs: int, steps: int) -> dict[str, Any]:
     world = out / "world"
-    dirt = {
+    dirt: dict[str, Any] = {
         "near_duplicates": 0.0,
         "boilerplate": 0.0,
         "irrelevant": 0.0,

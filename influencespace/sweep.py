@@ -71,11 +71,11 @@ LOST_WORKERS = 2
 class SweepConfig:
     """What is tried."""
 
-    trials: int = Field(20, ge=1)
+    trials: int = Field(default=20, ge=1)
     """Settings to try; the first are the run's own."""
     seed: int = 0
     """Of the search; with one trial at a time it decides every trial."""
-    max_concurrent: int = Field(2, ge=1)
+    max_concurrent: int = Field(default=2, ge=1)
     """Trials at a time, one CPU core each."""
     tau_low: Range = (-0.25, 0.25)
     """Pruning threshold, in standard deviations of single influences."""
@@ -85,7 +85,7 @@ class SweepConfig:
     """Largest share of the pool that is kept."""
     measure: Literal["loss", "mean_recall"] = "loss"
     """Of the choosing half of the target."""
-    student_seeds: tuple[int, ...] = Field((0,), min_length=1)
+    student_seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     """A trial trains one student for each and takes the mean."""
 
     def __post_init__(self) -> None:

@@ -21,22 +21,22 @@ KEPT, HARMFUL, OVER_SIZE, REDUNDANT = "kept", "harmful", "over target size", "re
 class SelectConfig:
     """How scores become a subset. Scores are in units of target loss: higher is more worth keeping."""
 
-    tau_low: float = Field(0.0, allow_inf_nan=False)
+    tau_low: float = Field(default=0.0, allow_inf_nan=False)
     """Prune pooled influence below this, as a multiple of the standard deviation of single influences."""
-    margin: float = Field(0.5, ge=0)
+    margin: float = Field(default=0.5, ge=0)
     """Standard errors by which pooled influence must be below `tau_low`: without any, pools with few wrong pairs lose too many
     right ones (docs/benchmarks.md)."""
     cautious: bool = False
     """Prune only where the upper 95 % bound of the pooled influence is below `tau_low`."""
-    target_size: float | None = Field(None, gt=0, le=1)
+    target_size: float | None = Field(default=None, gt=0, le=1)
     """At most this fraction of the pool is kept; what helps least by quality goes first."""
     weights: Literal["confirmed", "uniform", "influence"] = "confirmed"
     """`influence`: entropy-regularised weights of mean 1. `confirmed`: such weights where real retraining confirms them
     on the choosing half of the target, with the temperature it likes best, else uniform: influence alone can order
     helpful pairs wrongly."""
-    tau_high: float = Field(1.0, gt=0)
+    tau_high: float = Field(default=1.0, gt=0)
     """Temperature of `influence` weights in standard deviations: larger is nearer to uniform. `confirmed` finds its own."""
-    max_weight: float = Field(5.0, ge=1)
+    max_weight: float = Field(default=5.0, ge=1)
     """Cap of a weight."""
 
     @property

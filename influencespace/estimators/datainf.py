@@ -87,9 +87,9 @@ class Corrections:
 class DataInf:
     """Blocks are the student's parameter tensors, e.g. image head and text head."""
 
-    dimension: int = Field(256, ge=1)
+    dimension: int = Field(default=256, ge=1)
     """Numbers that a block's gradient is projected to, where it has more."""
-    relative_damping: float = Field(0.1, gt=0, allow_inf_nan=False)
+    relative_damping: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     """The paper's 0.1 in lam_l; d_l is the block's own size, as the projection keeps norms."""
 
     def fit(self, problem: Problem) -> Fit:

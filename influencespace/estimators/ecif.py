@@ -83,8 +83,7 @@ class Ecif:
     """Of the negative role: `exact` equals the leave-one-out difference of the batch loss; `taylor` is its first order."""
     solver: Literal["conjugate_gradients", "woodbury"] = "conjugate_gradients"
     """`woodbury` inverts the sketch alone, its tail taken as the damping: quick; the other is preconditioned by it."""
-    # mypy does not see the defaults of pydantic's fields
-    curvature: CurvatureConfig = plain_field(default_factory=CurvatureConfig)  # type: ignore[arg-type]
+    curvature: CurvatureConfig = plain_field(default_factory=CurvatureConfig)
 
     def fit(self, problem: Problem) -> Fit:
         config = self.curvature if self.solver != "woodbury" else replace(self.curvature, max_iterations=0)

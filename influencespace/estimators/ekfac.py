@@ -87,7 +87,7 @@ def _block(rows: Sequence[tuple[Tensor, Tensor]]) -> Block:
 class EkFac:
     """Needs no pass over the pool: the factors are the bank's. For students that are heads."""
 
-    draws: int = Field(8, ge=1)
+    draws: int = Field(default=8, ge=1)
     """Labels drawn for each anchor of each context."""
 
     def fit(self, problem: Problem) -> Fit:

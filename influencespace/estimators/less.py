@@ -75,9 +75,9 @@ class LessScorer:
 class Less:
     """Over the kept checkpoints, or at the end of training where none were kept."""
 
-    dimension: int = Field(64, ge=1)
+    dimension: int = Field(default=64, ge=1)
     """Random directions for the norm: its relative error is about 1 / sqrt(2 dimension). Each holds the bank's derivatives."""
-    checkpoints: int = Field(4, ge=1)
+    checkpoints: int = Field(default=4, ge=1)
     """At most so many, evenly spaced and the last among them; the paper's four epochs."""
 
     def fit(self, problem: Problem) -> Fit:

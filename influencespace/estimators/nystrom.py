@@ -27,15 +27,15 @@ IntArray = NDArray[np.int64]
 class CurvatureConfig:
     """The Hessian's sketch and damping."""
 
-    rank: int = Field(32, ge=1)
+    rank: int = Field(default=32, ge=1)
     """Probes of the sketch; doubled up to `max_rank` until the smallest kept eigenvalue is below the damping."""
-    max_rank: int = Field(256, ge=1)
-    damping_factor: float = Field(100.0, gt=0)
+    max_rank: int = Field(default=256, ge=1)
+    damping_factor: float = Field(default=100.0, gt=0)
     """c in mu = c / (sum of learning rates) + weight decay. 1 is early stopping's own response; larger values trust the
     curvature less. Too small a value amplifies the sampling noise of the target gradient."""
-    tolerance: float = Field(1e-3, gt=0)
+    tolerance: float = Field(default=1e-3, gt=0)
     """Relative residual at which conjugate gradients stop."""
-    max_iterations: int = Field(50, ge=0)
+    max_iterations: int = Field(default=50, ge=0)
     seed: int = 0
 
 

@@ -50,7 +50,7 @@ class SelfInfluenceScorer:
 class SelfInfluence:
     """Needs no pass over the pool: the curvature is the bank's."""
 
-    dimension: int = Field(256, ge=1)
+    dimension: int = Field(default=256, ge=1)
     """Numbers that each parameter tensor's gradient is projected to, where it has more."""
 
     def fit(self, problem: Problem) -> Fit:

@@ -49,8 +49,7 @@ def student_problem(
     batches = list(training_batches(np.ones(len(images)), pool.image, config.batch_size, config.steps, seed))
     size = len(batches[0])
     bank = disjoint_contexts(pool.image, size - 1, contexts, seed + 1)
-    # mypy does not see the defaults of pydantic's fields
-    curvature = curvature or CurvatureConfig()  # type: ignore[call-arg]
+    curvature = curvature or CurvatureConfig()
     heads = initial_heads(images.shape[1], texts.shape[1], config.dimension, seed).to(images)
     initial = Space(heads)
     path = Trajectory(

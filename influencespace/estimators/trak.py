@@ -88,9 +88,9 @@ class TrakScorer:
 class Trak:
     """One model in place of the paper's ensemble."""
 
-    dimension: int = Field(256, ge=1)
+    dimension: int = Field(default=256, ge=1)
     """Numbers that each parameter tensor's gradient is projected to, where it has more."""
-    relative_ridge: float = Field(0.1, ge=0, allow_inf_nan=False)
+    relative_ridge: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """Ridge over the kernel's mean diagonal. The paper has none, for pools far larger than the features; here it also keeps
     the sampling noise of the target gradient small, as the damping does in the other estimators."""
 

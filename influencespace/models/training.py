@@ -19,16 +19,16 @@ from influencespace.models.heads import Heads
 class StudentConfig:
     """How a student is trained; the retraining that judges uses the same."""
 
-    dimension: int = Field(256, ge=2)
+    dimension: int = Field(default=256, ge=2)
     """Width of the heads' output."""
-    steps: int = Field(100, ge=1)
+    steps: int = Field(default=100, ge=1)
     """Optimiser steps, annealed to zero by a cosine."""
-    batch_size: int = Field(512, ge=4)
+    batch_size: int = Field(default=512, ge=4)
     """Global batch B, whatever the number of workers: it decides how many negatives a pair meets."""
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled, as AdamW's."""
-    temperature: float = Field(0.07, gt=0)
+    temperature: float = Field(default=0.07, gt=0)
     """Frozen; the logits are cosines divided by it."""
 
 

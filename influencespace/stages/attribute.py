@@ -40,17 +40,17 @@ IntArray = NDArray[np.int64]
 class AttributeConfig:
     """Which pairs are scored, and how."""
 
-    quantiles: int = Field(40, ge=2)
+    quantiles: int = Field(default=40, ge=2)
     """Quality quantiles Q over the pool; a stratum is a cluster at a quantile."""
-    budget: int = Field(500, ge=2)
+    budget: int = Field(default=500, ge=2)
     """Pairs scored in a stratum at most; the others take the stratum's influence."""
-    target_budget: int = Field(64, ge=2)
+    target_budget: int = Field(default=64, ge=2)
     """Pairs of a quantile scored along every fold of the target, for the target's standard error."""
-    placebo: int = Field(2000, ge=0)
+    placebo: int = Field(default=2000, ge=0)
     """Pairs whose captions are permuted between images, scored beside the rest."""
     form: Literal["exact", "taylor"] = "exact"
     """Of the negative role."""
-    block_size: int = Field(4096, ge=1)
+    block_size: int = Field(default=4096, ge=1)
     """Pairs scored in one task; no score depends on it."""
 
 

@@ -41,19 +41,19 @@ class ClusterConfig:
 
     k: int | Literal["auto"] = "auto"
     """Clusters; `auto` doubles them until the Davies-Bouldin index settles."""
-    first: int = Field(4, ge=1)
+    first: int = Field(default=4, ge=1)
     """Clusters of the first level of `auto`."""
-    least_size: int = Field(800, ge=1)
+    least_size: int = Field(default=800, ge=1)
     """Mean pairs a cluster must have: a leaf needs enough pairs for each of its quality quantiles."""
-    tolerance: float = Field(0.02, gt=0)
+    tolerance: float = Field(default=0.02, gt=0)
     """`auto` stops when the index changes by less than this share."""
-    epochs: int = Field(2, ge=1)
+    epochs: int = Field(default=2, ge=1)
     """Passes over the pool at each level."""
-    batch_size: int = Field(8192, ge=1)
+    batch_size: int = Field(default=8192, ge=1)
     """Pairs of a mini-batch."""
-    sample: int = Field(20_000, ge=2)
+    sample: int = Field(default=20_000, ge=2)
     """Pairs that seed centroids: the first of the canonical order, which is random."""
-    block_size: int = Field(16_384, ge=1)
+    block_size: int = Field(default=16_384, ge=1)
     """Pairs assigned in one task; no centroid depends on it."""
     fusion: FusionConfig = plain_field(default_factory=FusionConfig)
     seed: int = 0
@@ -194,4 +194,5 @@ def write_arrays(out: Path, levels: Sequence[Tensor], tree: Sequence[NDArray[np.
     with atomic_path(out / "centroids.npy") as aside, aside.open("wb") as file:
         np.save(file, levels[-1].numpy())
     with atomic_path(out / "tree.npz") as aside, aside.open("wb") as file:
-        np.savez(file, **{f"parents_of_level_{i}": parent for i, parent in enumerate(tree)})
+        parents: dict[str, Any] = {f"parents_of_level_{i}": parent for i, parent in enumerate(tree)}
+        np.savez(file, **parents)

@@ -42,7 +42,7 @@ from influencespace.stages.student import Student, StudentsConfig, TargetHalves,
 class TargetConfig:
     """The target's own uncertainty."""
 
-    folds: int = Field(10, ge=2)
+    folds: int = Field(default=10, ge=2)
     """Folds of the target's images, one direction each: their spread is the target's standard error."""
 
 

@@ -25,11 +25,11 @@ from influencespace.data.blocks import read_columns, write_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.models.heads import Heads
 from influencespace.models.training import StudentConfig
-from influencespace.stages.embed import EmbedConfig, EncoderLoader, load
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.progress import progress
 from influencespace.stages.runtime import Runtime, call, run_once
 from influencespace.stages.student import StudentsConfig, TargetHalves, choosing_loss
+from influencespace.stages.towers import EmbedConfig, EncoderLoader, load
 
 FloatArray = NDArray[np.float64]
 
@@ -69,7 +69,7 @@ class Prompts:
         encoder = self.load_encoder(self.embed, "cpu")
         texts = [template.format(name) for name in self.config.classes for template in self.config.templates]
         embedded: torch.Tensor = encoder.encode_text(encoder.tokenize(texts)[0])
-        return embedded.unflatten(0, (len(self.config.classes), len(self.config.templates)))
+        return embedded.reshape(len(self.config.classes), len(self.config.templates), -1)
 
 
 @dataclass(frozen=True, kw_only=True)

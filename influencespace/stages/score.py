@@ -39,7 +39,7 @@ class ScoreConfig:
     """A name of the table."""
     options: dict[str, Any] = plain_field(default_factory=dict)
     """Of the estimator, e.g. {"role": "own"}."""
-    block_size: int = Field(4096, ge=1)
+    block_size: int = Field(default=4096, ge=1)
     """Pairs scored in one task; no score depends on it."""
 
 

@@ -27,7 +27,7 @@ FEWEST_IMAGES = 16
 class SplitConfig:
     """What is done where no target or no test set is given."""
 
-    target_share: float = Field(0.1, gt=0, lt=0.5)
+    target_share: float = Field(default=0.1, gt=0, lt=0.5)
     """Without a target: this share of the pool's images is drawn, and its better half by quality becomes the target."""
     seed: int = 0
 
@@ -60,10 +60,10 @@ class Split:
         notes += self._overlaps()
         counts = {}
         for role, chosen in rows.items():
-            images = len(np.unique(PairSet(source[role]).image[chosen]))
-            if images < FEWEST_IMAGES:
+            distinct = len(np.unique(PairSet(source[role]).image[chosen]))
+            if distinct < FEWEST_IMAGES:
                 raise InputError(
-                    f"the {role} has {len(chosen)} pair(s) of {images} image(s); {FEWEST_IMAGES} images or more are needed. "
+                    f"the {role} has {len(chosen)} pair(s) of {distinct} image(s); {FEWEST_IMAGES} images or more are needed. "
                     + self._advice(role)
                 )
             counts[role] = len(chosen)

@@ -42,14 +42,14 @@ class StudentsConfig:
     train: StudentConfig = plain_field(default_factory=StudentConfig)
     choose_steps: bool = True
     """Double `train.steps` while that lowers the loss on the choosing half of the target by at least `least_gain`."""
-    least_gain: float = Field(0.01, ge=0)
+    least_gain: float = Field(default=0.01, ge=0)
     """Relative fall of the loss that a doubling must bring."""
-    most_doublings: int = Field(3, ge=0)
-    folds: int = Field(5, ge=2)
+    most_doublings: int = Field(default=3, ge=0)
+    folds: int = Field(default=5, ge=2)
     """K: students that hold out one fold of the images each."""
-    contexts: int = Field(4, ge=2)
+    contexts: int = Field(default=4, ge=2)
     """Contexts of the bank of each student, of batch_size - 1 pairs."""
-    block_size: int = Field(16_384, ge=1)
+    block_size: int = Field(default=16_384, ge=1)
     """Pairs scored in one task; no score depends on it."""
     seed: int = 0
 

@@ -39,20 +39,20 @@ class EmbedConfig:
 
     encoder: str
     """Folder or hub id of a dual encoder."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Images, or captions, in one pass of a tower."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the towers; embeddings are stored as float32."""
-    num_actors: int = Field(0, ge=0)
+    num_actors: int = Field(default=0, ge=0)
     """Workers, each with its own encoder; 0 means one for each GPU, or for each CPU core where memory allows."""
-    cpus_per_actor: int = Field(0, ge=0)
+    cpus_per_actor: int = Field(default=0, ge=0)
     """CPU cores of one worker; 0 shares the cores among the workers."""
-    gpus_per_actor: float | None = Field(None, ge=0)
+    gpus_per_actor: float | None = Field(default=None, ge=0)
     """GPUs of one worker, a fraction for small models; None means one where there are GPUs."""
-    decode_threads: int = Field(0, ge=0)
+    decode_threads: int = Field(default=0, ge=0)
     """Threads of one worker that decode the next images meanwhile; 0 means one for each of its CPU cores. More than these
     are slower: a thread that decodes and the one that runs the towers take the interpreter from each other."""
-    max_pixels: int = Field(64_000_000, ge=1)
+    max_pixels: int = Field(default=64_000_000, ge=1)
     """Larger images are rejected, unread."""
     trust_remote_code: bool = False
     """Run code that comes with the encoder."""

@@ -35,7 +35,7 @@ class TrainConfig:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each method is trained once for each."""
-    workers: int = Field(1, ge=1)
+    workers: int = Field(default=1, ge=1)
     """Workers of a run; the global batch does not change with them."""
     methods: tuple[str, ...] = plain_field(default=METHODS)
     """What is trained and compared; `curated` is always among them."""

@@ -20,8 +20,9 @@ from influencespace.data.embeddings import EmbeddingTable, read_rejected
 from influencespace.data.readers import list_shards
 from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.data.uids import digest
-from influencespace.stages.embed import EmbedConfig, embed
+from influencespace.stages.embed import embed
 from influencespace.stages.runtime import LocalRuntime
+from influencespace.stages.towers import EmbedConfig
 
 HOSTILE = (
     '<script>alert(1)</script><img src=https://evil.example/x.png onerror=alert(2)> & "quoted" {{ 7 * 7 }}'

@@ -22,10 +22,10 @@ from influencespace.stages.attribute import AttributeConfig, attribute
 from influencespace.stages.cluster import ClusterConfig, cluster
 from influencespace.stages.curate import curate
 from influencespace.stages.curvature import TargetConfig, curvature
-from influencespace.stages.embed import EmbedConfig
 from influencespace.stages.evaluate import EvaluateConfig, evaluate
 from influencespace.stages.runtime import LocalRuntime, Pool, Recipe, Runtime
 from influencespace.stages.student import StudentsConfig, students
+from influencespace.stages.towers import EmbedConfig
 from influencespace.stages.train import TrainConfig, train
 
 STAGES = ("student", "cluster", "curvature", "attribute", "curate", "train", "evaluate")

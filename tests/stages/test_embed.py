@@ -27,9 +27,10 @@ from influencespace.data.embeddings import EmbeddingTable, read_rejected
 from influencespace.data.readers import list_shards
 from influencespace.data.uids import digest
 from influencespace.errors import InputError
-from influencespace.stages.embed import EmbedConfig, Workers, embed, share
+from influencespace.stages.embed import Workers, embed, share
 from influencespace.stages.importing import import_embeddings
 from influencespace.stages.runtime import LocalRuntime, Runtime
+from influencespace.stages.towers import EmbedConfig
 
 SIDE = 4
 DIMENSION = SIDE * SIDE * 3
