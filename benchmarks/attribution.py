@@ -31,10 +31,9 @@ from study import (
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from influencespace.core.bank import bank_loss
 from influencespace.core.batches import training_batches
-from influencespace.core.contrastive import info_nce
 from influencespace.core.metrics import auroc, average_precision, interval, precision_recall_at
+from influencespace.core.objective import added_loss, contrastive
 from influencespace.data.images import decode_image
 from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import Sample
@@ -174,7 +173,7 @@ def subset_losses(study: Study, subsets: FloatArray, seed: int) -> dict[str, Any
 @torch.no_grad()
 def group_loss(heads: Heads, group: RecordedContext, config: StudentConfig) -> float:
     u, t = heads(*group.inputs)
-    return float(info_nce(u @ t.T / config.temperature))
+    return float(config.objective.terms(u, t).mean())
 
 
 def group_scores(study: Study, seed: int, group: int) -> dict[str, Any]:
@@ -314,16 +313,18 @@ def speed_part(bench: Benchmark, world: World, quick: bool) -> None:
     few = batch_of(study.pool, np.setdiff1d(np.arange(study.size), inside)[:count])
     v = problem.space.unflatten(problem.target_gradient)
 
-    def added_loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    objective = contrastive(problem.objective, "a bank")
+
+    def added(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         u, t = functional_call(problem.space.student, parameters, (x[None], y[None]))
         parts = []
         for context in problem.bank:
             cu, ct = functional_call(problem.space.student, parameters, context.inputs)
-            parts.append(bank_loss(u, t, cu, ct, problem.scale, problem.batch_size)[0])
+            parts.append(added_loss(objective, u, t, cu, ct, problem.batch_size)[0])
         return torch.stack(parts).mean()
 
     def one(x: Tensor, y: Tensor) -> Tensor:
-        tree = grad(added_loss)(problem.space.parameters, x, y)
+        tree = grad(added)(problem.space.parameters, x, y)
         return torch.stack([(tree[name] * v[name]).sum() for name in v]).sum()
 
     def loop() -> None:

@@ -11,7 +11,6 @@ from common import TRAINING, cached
 from curation import Setting, World
 
 from influencespace.core.batches import folds_by_image
-from influencespace.core.contrastive import info_nce_terms
 from influencespace.data.artifacts import fingerprint
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.ecif import Ecif
@@ -107,7 +106,7 @@ def losses_on(problem: Problem, space: Space) -> FloatArray:
     terms = []
     for context in problem.target:
         u, t = space.embed(context.inputs)
-        terms.append(info_nce_terms(problem.scale * u @ t.T).double().cpu().numpy())
+        terms.append(problem.objective.terms(u, t).double().cpu().numpy())
     return np.concatenate(terms)
 
 

@@ -28,6 +28,11 @@ class Tangents:
         return Tangents(u=self.u[rows], t=self.t[rows], du=self.du[:, rows], dt=self.dt[:, rows])
 
 
+def logits_along(a: Tangents, scale: float) -> tuple[Tensor, Tensor]:
+    """Logits of a batch, and their derivatives along the directions: S (n, n), dS (V, n, n)."""
+    return scale * a.u @ a.t.T, scale * (a.du @ a.t.T + a.u @ a.dt.mT)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """One context of M pairs with what every score against it needs, computed once."""
@@ -159,38 +164,3 @@ def negative_loss_of_logits(
     log_Z, log_Z_text = normalisers
     softplus = torch.nn.functional.softplus
     return factor * (softplus(S_text - log_Z) + softplus(S_image - log_Z_text)).sum(1) / 2
-
-
-def own_loss(
-    u: Tensor, t: Tensor, context_u: Tensor, context_t: Tensor, scale: float, batch_size: int
-) -> Tensor:
-    """`own_loss_of_logits` from embeddings: u, t (n, d), context (M, d) -> (n,)."""
-    factor = (batch_size - 1) / context_u.shape[0]
-    return own_loss_of_logits(*pair_logits(u, t, context_u, context_t, scale), factor)
-
-
-def negative_loss(
-    u: Tensor,
-    t: Tensor,
-    context_u: Tensor,
-    context_t: Tensor,
-    normalisers: tuple[Tensor, Tensor],
-    scale: float,
-    batch_size: int,
-) -> Tensor:
-    """`negative_loss_of_logits` from embeddings: u, t (n, d), context (M, d), its normalisers, two (M,) -> (n,)."""
-    _, S_image, S_text = pair_logits(u, t, context_u, context_t, scale)
-    return negative_loss_of_logits(S_image, S_text, normalisers, (batch_size - 1) / context_u.shape[0])
-
-
-def bank_loss(
-    u: Tensor, t: Tensor, context_u: Tensor, context_t: Tensor, scale: float, batch_size: int
-) -> Tensor:
-    """F_z = B l(C + z) - (B - 1) l(C): what a pair adds to a batch's summed loss. u, t (n, d), context (M, d) -> (n,).
-
-    Its derivative along a direction is own + negative of `bank_influence` (`exact`), and its gradient the per-sample
-    gradient of every estimator that needs one. A smaller context stands for B - 1 pairs as in `make_context`.
-    """
-    normalisers = anchor_normalisers(context_u, context_t, scale, batch_size)
-    own = own_loss(u, t, context_u, context_t, scale, batch_size)
-    return own + negative_loss(u, t, context_u, context_t, normalisers, scale, batch_size)

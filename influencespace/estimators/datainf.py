@@ -19,14 +19,14 @@ from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.estimators.ecif import along
-from influencespace.estimators.problem import Batch, Fit, Problem
-from influencespace.models.gradients import PairGradients
+from influencespace.estimators.problem import Batch, Fit, Problem, per_sample_gradients
+from influencespace.models.gradients import Gradients
 from influencespace.models.projected import reduced_space
 
 Sums = tuple[int, Tensor]
 
 
-def finite_rows(gradients: PairGradients, batch: Batch) -> Tensor:
+def finite_rows(gradients: Gradients, batch: Batch) -> Tensor:
     """Gradients of a batch's pairs (m, p) that can be judged: the others count in no statistic."""
     rows = gradients(batch.inputs, batch.image)
     return rows[torch.isfinite(rows).all(1)]
@@ -41,7 +41,7 @@ def added(left: Sums, right: Sums) -> Sums:
 class SquaredNorms:
     """First pass: (number of pairs, sum of |g_l|^2 for each block (L,))."""
 
-    gradients: PairGradients
+    gradients: Gradients
     sizes: Sequence[int]
 
     def zero(self) -> Sums:
@@ -60,7 +60,7 @@ class SquaredNorms:
 class Corrections:
     """Second pass: (number of pairs, sum_i g_li (v_l . g_li) / (lam_l + |g_li|^2) over all blocks (p,))."""
 
-    gradients: PairGradients
+    gradients: Gradients
     sizes: Sequence[int]
     target: Tensor
     """v (p,)."""
@@ -94,9 +94,7 @@ class DataInf:
 
     def fit(self, problem: Problem) -> Fit:
         reduced = reduced_space(problem.space, self.dimension, problem.seed)
-        gradients = PairGradients(
-            space=reduced.space, bank=problem.bank, scale=problem.scale, batch_size=problem.batch_size
-        )
+        gradients = per_sample_gradients(problem, reduced.space)
         target = problem.gradient_at(reduced.space).detach().double().cpu()
         norms = SquaredNorms(gradients=gradients, sizes=reduced.sizes)
         count, squares = yield norms

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 from torch.func import functional_call, jvp
 
-from influencespace.core.bank import anchor_normalisers, negative_loss, own_loss
+from influencespace.core.objective import Pointwise, negative_loss, own_loss
 from influencespace.estimators.nystrom import RecordedContext
 from influencespace.estimators.problem import (
     Batch,
@@ -39,20 +39,23 @@ def presence(problem: Problem, inputs: Inputs) -> Callable[[Tensor], Tensor]:
     Its derivative along a direction is `InfluenceScorer.by_context`: the mean negative loss of bank pairs in the contexts
     that are not theirs is subtracted.
     """
-    space, scale, size = problem.space, problem.scale, problem.batch_size
+    space, objective, size = problem.space, problem.objective, problem.batch_size
+    if isinstance(objective, Pointwise):
+        return lambda theta: objective.terms(*embed(space, theta, inputs))[None]
 
     def values(theta: Tensor) -> Tensor:
         u, t = embed(space, theta, inputs)
         bank = [embed(space, theta, context.inputs) for context in problem.bank]
-        normalisers = [anchor_normalisers(*context, scale, size) for context in bank]
+        normalisers = [objective.normalisers(*context, size) for context in bank]
         rows = [
-            own_loss(u, t, *context, scale, size) + negative_loss(u, t, *context, normaliser, scale, size)
+            own_loss(objective, u, t, *context, size)
+            + negative_loss(objective, u, t, *context, normaliser, size)
             for context, normaliser in zip(bank, normalisers)
         ]
         strangers = []
         for k, (context, normaliser) in enumerate(zip(bank, normalisers)):
             others = [
-                negative_loss(*x, *context, normaliser, scale, size) for j, x in enumerate(bank) if j != k
+                negative_loss(objective, *x, *context, normaliser, size) for j, x in enumerate(bank) if j != k
             ]
             strangers.append(torch.cat(others).mean())
         return torch.stack(rows) - torch.stack(strangers).mean()
@@ -83,10 +86,13 @@ def interaction(then: Problem, context: RecordedContext, batch: Batch) -> FloatA
     """<grad L_target, H_B G_z + H_z G_B> (n,) at the parameters of `then.space`, for the batch B = `context`."""
     space, g = then.space, then.target_gradient
     theta = space.flatten(space.parameters)
-    G_B = loss_gradient(space, theta, context.inputs, then.scale)
-    H_B_g = hessian_product(space, theta, context.inputs, then.scale, g)
+    G_B = loss_gradient(space, theta, context.inputs, then.objective)
+    H_B_g = hessian_product(space, theta, context.inputs, then.objective, g)
     found = bracket(presence(then, batch.inputs), theta, g, G_B, H_B_g)
-    return mean_of_known(where_strange(found.T.double().cpu().numpy(), then.bank, batch.image))
+    by_context = found.T.double().cpu().numpy()
+    if isinstance(then.objective, Pointwise):
+        return mean_of_known(by_context)
+    return mean_of_known(where_strange(by_context, then.bank, batch.image))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class RoleScorer:
 def along(problem: Problem, direction: Tensor, role: Role = "both", form: str = "exact") -> RoleScorer:
     """The scorer of influences along one direction (p,) at the end of training."""
     scorer = InfluenceScorer(
-        problem.space, direction[None], problem.bank, problem.scale, problem.batch_size, form
+        problem.space, direction[None], problem.bank, problem.objective, problem.batch_size, form
     )
     return RoleScorer(scorer, role)
 
@@ -51,7 +51,7 @@ def curvature_of(problem: Problem, config: CurvatureConfig) -> Sketch:
     rank, most = (min(size, problem.space.size) for size in (config.rank, config.max_rank))
     while True:
         sketch = sketch_curvature(
-            problem.space, contexts, problem.scale, problem.preconditioner, rank, config.seed
+            problem.space, contexts, problem.objective, problem.preconditioner, rank, config.seed
         )
         if sketch.tail_ratio(problem.damping) <= 1 or 2 * rank > most:
             return sketch
@@ -64,7 +64,7 @@ def direction_of(problem: Problem, config: CurvatureConfig) -> Tensor:
     solution = solve_directions(
         problem.space,
         [context.inputs for context in problem.bank],
-        problem.scale,
+        problem.objective,
         problem.preconditioner,
         curvature_of(problem, config),
         problem.damping,

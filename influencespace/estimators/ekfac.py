@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
+from influencespace.core.objective import info_nce_only
 from influencespace.errors import InputError
 from influencespace.estimators.ecif import along
 from influencespace.estimators.problem import Fit, Problem, immediately
@@ -91,16 +92,17 @@ class EkFac:
     """Labels drawn for each anchor of each context."""
 
     def fit(self, problem: Problem) -> Fit:
-        """Raises InputError where the parameters are not those of two linear heads."""
+        """Raises InputError where the parameters are not those of two linear heads, or the loss is not InfoNCE."""
         space = problem.space
         if not isinstance(space.student, Heads) or set(space.parameters) != {"image", "text"}:
             raise InputError(
                 "ekfac is for students that are linear heads; use ecif, which takes any parameters"
             )
+        scale = info_nce_only(problem.objective, "ekfac").scale
         g, D = (
             space.unflatten(value.double()) for value in (problem.target_gradient, problem.preconditioner)
         )
         contexts = [context.inputs for context in problem.bank]
-        blocks = kronecker_blocks(space.parameters, contexts, problem.scale, self.draws, problem.seed)
+        blocks = kronecker_blocks(space.parameters, contexts, scale, self.draws, problem.seed)
         solved = {name: block.solve(g[name], D[name], problem.damping) for name, block in blocks.items()}
         return immediately(along(problem, space.flatten(solved).to(problem.preconditioner)))

@@ -1,7 +1,8 @@
 """EL2N for contrastive models: the length of a pair's error vectors against the bank (Paul et al. 2021).
 
 error(z) = sqrt(|P_z - e_z|^2 + |Q_z - e_z|^2), P the softmax of z's image over its own text and the context's, Q that of
-its text over images, averaged over the contexts without the pair's image. The paper keeps the pairs of *high* error, as
+its text over images, averaged over the contexts without the pair's image. Of a pointwise loss it is the length of its
+derivative by the predictions, |p - y| for cross-entropy. The paper keeps the pairs of *high* error, as
 it prunes easy pairs of clean data. Wrong captions have high error too, and here they are what is to be found: the score
 is -error, so higher is more worth keeping. Ask for `keep="hard"` to have the paper's order.
 """
@@ -16,6 +17,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
+from influencespace.core.objective import Pointwise, info_nce_only
 from influencespace.estimators.problem import (
     Batch,
     Fit,
@@ -47,8 +49,12 @@ def errors(u: Tensor, t: Tensor, cu: Tensor, ct: Tensor, scale: float, batch_siz
 def el2n(space: Space, problem: Problem, sign: float, batch: Batch) -> FloatArray:
     """Mean errors (n,) times sign; nan where no context can judge the pair."""
     u, t = space.embed(batch.inputs)
+    if isinstance(problem.objective, Pointwise):
+        lengths: FloatArray = problem.objective.slopes(u, t).norm(dim=-1).double().cpu().numpy()
+        return sign * lengths
+    scale = info_nce_only(problem.objective, "el2n").scale
     contexts = [space.embed(context.inputs) for context in problem.bank]
-    found = torch.stack([errors(u, t, *c, problem.scale, problem.batch_size) for c in contexts], 1)
+    found = torch.stack([errors(u, t, *c, scale, problem.batch_size) for c in contexts], 1)
     return sign * mean_of_known(where_strange(found.double().cpu().numpy(), problem.bank, batch.image))
 
 

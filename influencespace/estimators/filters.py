@@ -6,6 +6,7 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 
+from influencespace.core.objective import contrastive
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
 from influencespace.estimators.similarity import clip_score, neg_clip_loss, random_score
 
@@ -15,6 +16,7 @@ class ClipScore:
     """Cosine of image and caption by the student (Hessel et al. 2021)."""
 
     def fit(self, problem: Problem) -> Fit:
+        contrastive(problem.objective, "clip_score")
         return immediately(partial(_clip_score, problem))
 
 
@@ -23,6 +25,7 @@ class NegClipLoss:
     """Minus the contrastive loss of a pair against the bank, by the student (Wang et al. 2024)."""
 
     def fit(self, problem: Problem) -> Fit:
+        contrastive(problem.objective, "neg_clip_loss")
         return immediately(partial(_neg_clip_loss, problem))
 
 
@@ -45,7 +48,7 @@ def _neg_clip_loss(problem: Problem, batch: Batch) -> FloatArray:
     space = problem.space
     contexts = [space.embed(context.inputs) for context in problem.bank]
     u, t = space.embed(batch.inputs)
-    return neg_clip_loss(u, t, contexts, problem.scale)
+    return neg_clip_loss(u, t, contexts, contrastive(problem.objective, "neg_clip_loss").scale)
 
 
 def _random(seed: int, batch: Batch) -> FloatArray:

@@ -48,7 +48,7 @@ class CosineAt:
         rows = projection_rows(self.space.size, self.dimension, self.problem.seed).to(D)
         directions = torch.cat([(target / target.norm())[None], rows]) / D
         return InfluenceScorer(
-            self.space, directions, self.problem.bank, self.problem.scale, self.problem.batch_size
+            self.space, directions, self.problem.bank, self.problem.objective, self.problem.batch_size
         )
 
     def __call__(self, batch: Batch) -> FloatArray:

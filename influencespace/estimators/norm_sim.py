@@ -14,6 +14,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
+from influencespace.core.objective import contrastive
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
 
 Side = Literal["image", "text", "both"]
@@ -42,6 +43,7 @@ class NormSim:
     side: Side = "image"
 
     def fit(self, problem: Problem) -> Fit:
+        contrastive(problem.objective, "norm_sim")
         sides = {"image": [0], "text": [1], "both": [0, 1]}[self.side]
         targets = [
             (side, F.normalize(torch.cat([context.inputs[side] for context in problem.target]), dim=-1))

@@ -8,6 +8,7 @@ H = G~ + mu I. score(z) = grad L_target . H^-1 . grad l_z, so positive is a pred
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.core.bank import Context, Tangents, bank_influence, make_context
+from influencespace.core.bank import Tangents
 from influencespace.core.linalg import Sketch, Solution, conjugate_gradients, nystrom, probes
+from influencespace.core.objective import Objective, Pointwise, contrastive
 from influencespace.models.space import Inputs, Space
 
 IntArray = NDArray[np.int64]
@@ -48,7 +50,7 @@ class RecordedContext:
 
 
 def target_gradients(
-    space: Space, contexts: Sequence[Inputs], folds: Sequence[IntArray], count: int, scale: float
+    space: Space, contexts: Sequence[Inputs], folds: Sequence[IntArray], count: int, objective: Objective
 ) -> Tensor:
     """Gradient of the target loss by fold of the target's images: (F, p), whose mean is the gradient of the mean loss.
 
@@ -58,18 +60,18 @@ def target_gradients(
     total = torch.zeros(count, space.size, dtype=torch.float64)
     for inputs, fold in zip(contexts, folds):
         weights = torch.nn.functional.one_hot(torch.from_numpy(fold), count).T.double() * (count / pairs)
-        total += space.loss_gradients(inputs, weights.to(inputs[0]), scale).double().cpu()
+        total += space.loss_gradients(inputs, weights.to(inputs[0]), objective).double().cpu()
     return total.to(contexts[0][0])
 
 
 def curvature_products(
-    space: Space, contexts: Sequence[Inputs], rows: Tensor, scale: float, D: Tensor
+    space: Space, contexts: Sequence[Inputs], rows: Tensor, objective: Objective, D: Tensor
 ) -> Tensor:
     """G~ = D^-1/2 G D^-1/2 times rows (V, p), averaged over contexts in their order in float64: (V, p)."""
     root = D.rsqrt()
     total = torch.zeros(rows.shape, dtype=torch.float64)
     for inputs in contexts:
-        total += space.gauss_newton(inputs, rows * root, scale).double().cpu()
+        total += space.gauss_newton(inputs, rows * root, objective).double().cpu()
     return (total / len(contexts)).to(rows) * root
 
 
@@ -87,12 +89,12 @@ def floored(D: Tensor) -> Tensor:
 
 
 def sketch_curvature(
-    space: Space, contexts: Sequence[Inputs], scale: float, D: Tensor, rank: int, seed: int
+    space: Space, contexts: Sequence[Inputs], objective: Objective, D: Tensor, rank: int, seed: int
 ) -> Sketch:
     """Nystrom sketch of G~ from `rank` seeded probes, all in one pass over the contexts."""
     Omega = probes(space.size, min(rank, space.size), seed, D.dtype).to(D.device)
     Y = torch.cat(
-        [curvature_products(space, contexts, block, scale, D) for block in torch.split(Omega.T, 16)]
+        [curvature_products(space, contexts, block, objective, D) for block in torch.split(Omega.T, 16)]
     ).T
     return nystrom(Omega, Y)
 
@@ -100,7 +102,7 @@ def sketch_curvature(
 def solve_directions(
     space: Space,
     contexts: Sequence[Inputs],
-    scale: float,
+    objective: Objective,
     D: Tensor,
     sketch: Sketch,
     damping: float,
@@ -110,7 +112,7 @@ def solve_directions(
     """v = H^-1 g for each row of gradients (F, p), in the parameters' own coordinates."""
     root = D.rsqrt()
     solution = conjugate_gradients(
-        lambda x: curvature_products(space, contexts, x, scale, D),
+        lambda x: curvature_products(space, contexts, x, objective, D),
         sketch,
         damping,
         gradients * root,
@@ -122,7 +124,10 @@ def solve_directions(
 
 @dataclass(frozen=True, kw_only=True)
 class Influence:
-    """Influence of n pairs along V directions in each of C contexts; nan where the context holds the pair's image."""
+    """Influence of n pairs along V directions in each of C contexts; nan where the context holds the pair's image.
+
+    A pointwise loss asks no context: C is 1, and nothing is negative.
+    """
 
     own: NDArray[np.float64]  # (V, n, C)
     negative: NDArray[np.float64]  # (V, n, C), its mean over bank pairs subtracted
@@ -139,15 +144,9 @@ class InfluenceScorer:
     space: Space
     directions: Tensor  # (V, p)
     bank: Sequence[RecordedContext]
-    scale: float
+    objective: Objective
     batch_size: int
     form: str = "exact"
-
-    @cached_property
-    def contexts(self) -> list[Context]:
-        return [
-            make_context(self._tangents(context.inputs), self.scale, self.batch_size) for context in self.bank
-        ]
 
     @cached_property
     def offset(self) -> NDArray[np.float64]:
@@ -156,25 +155,38 @@ class InfluenceScorer:
         One extra negative lifts every loss: an artefact of asking for z's presence rather than for another pair's.
         """
         means = []
-        for k, context in enumerate(self.contexts):
-            others = [c.tangents for j, c in enumerate(self.contexts) if j != k]
-            means.append(
-                torch.cat([bank_influence(other, context, self.form)[1] for other in others], 1)
-                .double()
-                .mean(1)
-            )
+        for k in range(len(self.bank)):
+            others = [tangents for j, tangents in enumerate(self._bank_tangents) if j != k]
+            negative = [self._in_context(k, other)[1] for other in others]
+            means.append(torch.cat(negative, 1).double().mean(1))
         return torch.stack(means).mean(0).cpu().numpy()
 
     def __call__(self, inputs: Inputs, image: IntArray) -> Influence:
         """Influence of pairs given by their inputs (two (n, D)) and the image of each (n,)."""
         pairs = self._tangents(inputs)
+        if isinstance(self.objective, Pointwise):
+            alone = self.objective.influence(pairs).double().cpu().numpy()[..., None]
+            return Influence(own=alone, negative=np.zeros_like(alone))
         own, negative = [], []
-        for recorded, context in zip(self.bank, self.contexts):
-            a, b = (x.double().cpu().numpy() for x in bank_influence(pairs, context, self.form))
+        for k, recorded in enumerate(self.bank):
+            a, b = (x.double().cpu().numpy() for x in self._in_context(k, pairs))
             shared = np.isin(image, recorded.image)
             own.append(np.where(shared, np.nan, a))
             negative.append(np.where(shared, np.nan, b - self.offset[:, None]))
         return Influence(own=np.stack(own, -1), negative=np.stack(negative, -1))
+
+    @cached_property
+    def _bank_tangents(self) -> list[Tangents]:
+        return [self._tangents(context.inputs) for context in self.bank]
+
+    @cached_property
+    def _contexts(self) -> list[Any]:
+        """What scores against each context need, computed once."""
+        objective = contrastive(self.objective, "a bank")
+        return [objective.context(tangents, self.batch_size) for tangents in self._bank_tangents]
+
+    def _in_context(self, k: int, pairs: Tangents) -> tuple[Tensor, Tensor]:
+        return contrastive(self.objective, "a bank").influence(pairs, self._contexts[k], self.form)
 
     @torch.no_grad()
     def _tangents(self, inputs: Inputs) -> Tangents:

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from influencespace.core.objective import Objective, Pointwise
 from influencespace.errors import InputError
 from influencespace.estimators.nystrom import RecordedContext, target_gradients
-from influencespace.models.gradients import Recorded
+from influencespace.models.gradients import Gradients, PairGradients, Recorded, SampleGradients
 from influencespace.models.space import Inputs, Space
 from influencespace.models.trajectory import Trajectory
 
@@ -59,8 +60,7 @@ class Problem:
     """A trained student, the pool that it was trained on, and the target whose loss is to fall."""
 
     space: Space
-    scale: float
-    """1 / temperature."""
+    objective: Objective
     batch_size: int
     """The trainer's global batch B."""
     pool_size: int
@@ -95,7 +95,7 @@ class Problem:
             )
         contexts = [context.inputs for context in self.target]
         one_fold = [np.zeros(len(context.image), np.int64) for context in self.target]
-        gradient = target_gradients(space, contexts, one_fold, 1, self.scale)[0]
+        gradient = target_gradients(space, contexts, one_fold, 1, self.objective)[0]
         if not bool(torch.isfinite(gradient).all()):
             raise InputError(
                 "the gradient of the target loss is not finite: the student's parameters or the target's embeddings hold "
@@ -171,6 +171,14 @@ def where_strange(values: FloatArray, bank: Sequence[Recorded], image: IntArray)
     """Values (n, C) where the context is without the pair's image, nan where it cannot judge the pair."""
     strange = ~np.stack([np.isin(image, context.image) for context in bank], 1)
     return np.where(strange, values, np.nan)
+
+
+def per_sample_gradients(problem: Problem, space: Space) -> Gradients:
+    """Gradients of what each sample adds to the summed loss, by the parameters of `space`, which may be a projected one."""
+    objective = problem.objective
+    if isinstance(objective, Pointwise):
+        return SampleGradients(space=space, value=objective.loss)
+    return PairGradients(space=space, bank=problem.bank, objective=objective, batch_size=problem.batch_size)
 
 
 def immediately(scorer: Scorer) -> Fit:

@@ -13,8 +13,15 @@ from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.estimators.nystrom import curvature_products
-from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
-from influencespace.models.gradients import PairGradients
+from influencespace.estimators.problem import (
+    Batch,
+    Fit,
+    FloatArray,
+    Problem,
+    immediately,
+    per_sample_gradients,
+)
+from influencespace.models.gradients import Gradients
 from influencespace.models.projected import ReducedSpace, reduced_space
 
 
@@ -25,7 +32,7 @@ def projected_curvature(problem: Problem, reduced: ReducedSpace) -> Tensor:
     ones = torch.ones_like(rows[0])
     contexts = [context.inputs for context in problem.bank]
     blocks = [
-        curvature_products(reduced.space, contexts, rows[start : start + 16], problem.scale, ones)
+        curvature_products(reduced.space, contexts, rows[start : start + 16], problem.objective, ones)
         for start in range(0, len(rows), 16)
     ]
     G = torch.cat(blocks).detach().double().cpu()
@@ -36,7 +43,7 @@ def projected_curvature(problem: Problem, reduced: ReducedSpace) -> Tensor:
 class SelfInfluenceScorer:
     """Minus |L^-1 g_z|^2, L the lower Cholesky factor of the curvature."""
 
-    gradients: PairGradients
+    gradients: Gradients
     factor: Tensor
 
     def __call__(self, batch: Batch) -> FloatArray:
@@ -55,8 +62,6 @@ class SelfInfluence:
 
     def fit(self, problem: Problem) -> Fit:
         reduced = reduced_space(problem.space, self.dimension, problem.seed)
-        gradients = PairGradients(
-            space=reduced.space, bank=problem.bank, scale=problem.scale, batch_size=problem.batch_size
-        )
+        gradients = per_sample_gradients(problem, reduced.space)
         factor: Tensor = torch.linalg.cholesky(projected_curvature(problem, reduced))
         return immediately(SelfInfluenceScorer(gradients=gradients, factor=factor))

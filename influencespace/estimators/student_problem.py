@@ -4,8 +4,10 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 from influencespace.core.batches import covering_contexts, disjoint_contexts, training_batches
+from influencespace.core.objective import Objective
 from influencespace.errors import InputError
 from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext, damping_of, floored
 from influencespace.estimators.problem import Batch, IntArray, Problem, checkpoints_of
@@ -29,15 +31,18 @@ def student_problem(
     config: StudentConfig,
     *,
     curvature: CurvatureConfig | None = None,
+    student: nn.Module | None = None,
+    objective: Objective | None = None,
     rule: Rule = "adamw",
     contexts: int = 4,
     seed: int = 0,
 ) -> Problem:
-    """Train heads on the pool's embeddings and state how its pairs influence the target loss.
+    """Train a student on the pool and state how its pairs influence the target loss.
 
-    `pool` and `target` are pairs by embeddings (two (n, D)) and image (n,); the student has their dtype and device. It is
-    trained by AdamW as `train_heads` does, or by plain SGD; the bank has up to `contexts` contexts of batch_size - 1 pairs,
-    fewer and smaller ones where the pool is small.
+    `pool` and `target` are pairs by embeddings (two (n, D)) and image (n,); the student has their dtype and device. By
+    default it is heads under the config's loss; for a `Pointwise` objective give a module that maps inputs and labels to
+    predictions and labels (`models.predictor.Predictor`). It is trained by AdamW as `train_heads` does, or by plain SGD;
+    the bank has up to `contexts` contexts of batch_size - 1 pairs, fewer and smaller ones where the pool is small.
     Raises InputError where the pool has too few images for a bank.
     """
     images, texts = pool.inputs
@@ -50,14 +55,16 @@ def student_problem(
     size = len(batches[0])
     bank = disjoint_contexts(pool.image, size - 1, contexts, seed + 1)
     curvature = curvature or CurvatureConfig()
-    heads = initial_heads(images.shape[1], texts.shape[1], config.dimension, seed).to(images)
-    initial = Space(heads)
+    if student is None:
+        student = initial_heads(images.shape[1], texts.shape[1], config.dimension, seed)
+    initial = Space(student.to(images))
     path = Trajectory(
         space=initial,
         initial=initial.flatten(initial.parameters),
         config=config,
         batches=batches,
         inputs=partial(rows_of, pool.inputs),
+        objective=objective or config.objective,
         rule=rule,
     )
     end = path.stored[-1]
@@ -66,7 +73,7 @@ def student_problem(
     covering = covering_contexts(target.image, size, seed)
     return Problem(
         space=space_at(initial, end.theta),
-        scale=path.scale,
+        objective=path.objective,
         batch_size=size,
         pool_size=len(images),
         bank=[RecordedContext(inputs=rows_of(pool.inputs, rows), image=pool.image[rows]) for rows in bank],

@@ -9,6 +9,7 @@ With Phi the pool's projected gradients of f and K = (Phi^T Phi + ridge I)^-1, t
 The bracket is the gradient of z's own loss, p_z its mean probability of the right match, as the paper weights by Q = 1 - p;
 grad L_target is the same sum over target pairs. Positive is a fall of the target loss. The published code leaves the
 temperature out of the margin and holds the context's embeddings constant; here the margin is the loss's own, and whole.
+For a classifier f is the log odds of the right class, as in the paper's section 3.
 """
 
 import math
@@ -21,10 +22,13 @@ from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.bank import pair_logits
+from influencespace.core.objective import Normalisers, Pointwise, cross_entropy, info_nce_only
+from influencespace.errors import InputError
 from influencespace.estimators.datainf import Sums, added, finite_rows
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, mean_of_known, where_strange
-from influencespace.models.gradients import Normalisers, PairGradients
+from influencespace.models.gradients import Gradients, PairGradients, SampleGradients
 from influencespace.models.projected import reduced_space
+from influencespace.models.space import Space
 
 
 def margins(own: Tensor, S_image: Tensor, S_text: Tensor, factor: float) -> Tensor:
@@ -42,11 +46,17 @@ def mean_margin(
     return margins(own, S_image, S_text, factor).mean(0)
 
 
+def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """A classifier's margin log p_y - log(1 - p_y): logits (n, K), one-hot labels (n, K) -> (n,) (the paper's eq. 7)."""
+    right = (logits * labels).sum(-1)
+    return right - torch.where(labels > 0, -torch.inf, logits).logsumexp(-1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gram:
     """One pass: (number of pairs, Phi^T Phi (k, k))."""
 
-    gradients: PairGradients
+    gradients: Gradients
 
     def zero(self) -> Sums:
         size = self.gradients.space.size
@@ -64,24 +74,53 @@ class Gram:
 class TrakScorer:
     """Scores along K grad L_target."""
 
-    gradients: PairGradients
+    gradients: Gradients
     direction: Tensor
 
+    @torch.no_grad()
     def __call__(self, batch: Batch) -> FloatArray:
         along: FloatArray = (self.gradients(batch.inputs, batch.image) @ self.direction).numpy()
-        return -self._weights(batch) * along
-
-    @torch.no_grad()
-    def _weights(self, batch: Batch) -> FloatArray:
-        """1 - p_z, the mean over both ways and over the contexts without the pair's image: (n,)."""
         g = self.gradients
-        u, t = g.space.embed(batch.inputs)
-        found = []
-        for context in g.bank:
-            cu, ct = g.space.embed(context.inputs)
-            odds = margins(*pair_logits(u, t, cu, ct, g.scale), (g.batch_size - 1) / len(cu))
-            found.append((-odds).sigmoid().mean(0).double().cpu().numpy())
-        return mean_of_known(where_strange(np.stack(found, 1), g.bank, batch.image))
+        weights = pair_weights(g, batch) if isinstance(g, PairGradients) else sample_weights(g, batch)
+        return -weights * along
+
+
+def pair_weights(gradients: PairGradients, batch: Batch) -> FloatArray:
+    """1 - p_z, the mean over both ways and over the contexts without the pair's image: (n,)."""
+    g, scale = gradients, gradients.objective.scale
+    u, t = g.space.embed(batch.inputs)
+    found = []
+    for context in g.bank:
+        cu, ct = g.space.embed(context.inputs)
+        odds = margins(*pair_logits(u, t, cu, ct, scale), (g.batch_size - 1) / len(cu))
+        found.append((-odds).sigmoid().mean(0).double().cpu().numpy())
+    return mean_of_known(where_strange(np.stack(found, 1), g.bank, batch.image))
+
+
+def sample_weights(gradients: SampleGradients, batch: Batch) -> FloatArray:
+    """1 - p_z of a classifier: (n,)."""
+    logits, labels = gradients.space.embed(batch.inputs)
+    weights: FloatArray = (-log_odds(logits, labels)).sigmoid().double().cpu().numpy()
+    return weights
+
+
+def margin_gradients(problem: Problem, space: Space) -> Gradients:
+    """Per-sample gradients of the margin. Raises InputError for losses other than InfoNCE and cross-entropy."""
+    objective = problem.objective
+    if isinstance(objective, Pointwise):
+        if objective.loss is not cross_entropy:
+            raise InputError(
+                "trak is for classifiers: its margin needs the cross-entropy among pointwise losses"
+            )
+        return SampleGradients(space=space, value=log_odds)
+    return PairGradients(
+        space=space,
+        bank=problem.bank,
+        objective=info_nce_only(objective, "trak"),
+        batch_size=problem.batch_size,
+        value=mean_margin,
+        centred=False,
+    )
 
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -96,14 +135,7 @@ class Trak:
 
     def fit(self, problem: Problem) -> Fit:
         space = reduced_space(problem.space, self.dimension, problem.seed).space
-        gradients = PairGradients(
-            space=space,
-            bank=problem.bank,
-            scale=problem.scale,
-            batch_size=problem.batch_size,
-            value=mean_margin,
-            centred=False,
-        )
+        gradients = margin_gradients(problem, space)
         target = problem.gradient_at(space).detach().double().cpu()
         _, gram = yield Gram(gradients=gradients)
         ridge = max(self.relative_ridge * float(gram.diagonal().mean()), torch.finfo(torch.float64).tiny)

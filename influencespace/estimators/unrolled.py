@@ -2,8 +2,8 @@
 
 The target loss at the end of the recorded training is differentiated backwards along the path (`models.trajectory`).
 
-The loss of a batch with weights w (B,) is l(w) = sum_i w_i term_i(w) / sum_i w_i, where w_z multiplies z's term as an anchor
-and z's exponential in the normalisers of the other anchors: w_z = 1 is the batch, w_z = 0 the batch without z.
+A batch's loss with weights w (B,) is that of the objective (`core.objective`): w_z = 1 is the batch, w_z = 0 the batch
+without z.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from influencespace.core.contrastive import negative_role_derivative, own_role_derivative
+from influencespace.core.objective import Objective
 from influencespace.errors import InputError
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
 from influencespace.models.space import Inputs, Space
@@ -26,37 +26,23 @@ Form = Literal["exact", "taylor", "whole"]
 CHUNK = 64  # gradients without a pair that are held at once: 64 p numbers
 
 
-def weighted_loss(S: Tensor, w: Tensor) -> Tensor:
-    """l(w) of a batch, above: S (B, B) logits, w (B,) >= 0 with two or more above zero -> scalar."""
-    others = torch.eye(len(w), dtype=S.dtype, device=S.device) == 0
-    images = torch.where(others, S + w.log(), S).logsumexp(1)
-    texts = torch.where(others, S + w.log()[:, None], S).logsumexp(0)
-    return (w * ((images + texts) / 2 - S.diagonal())).sum() / w.sum()
-
-
 @torch.no_grad()
 def removal_derivative(
-    space: Space, inputs: Inputs, direction: Tensor, scale: float, form: Form = "exact"
+    space: Space, inputs: Inputs, direction: Tensor, objective: Objective, form: Form = "exact"
 ) -> Tensor:
     """Change of the batch loss's slope along a direction (p,) when a pair leaves the batch: (B,), one for each pair.
 
     `exact`: D_direction [l(w_z = 0) - l(w_z = 1)], the whole removal. `taylor`: -d/dw_z D_direction l at w_z = 1.
     """
-    tangents = space.tangents(inputs, direction[None])
-    S = scale * tangents.u @ tangents.t.T
-    dS = scale * (tangents.du[0] @ tangents.t.T + tangents.u @ tangents.dt[0].T)
-    own = own_role_derivative(S, dS) / 2
-    presence = own + negative_role_derivative(S, dS, form) / 2  # of B l(batch) - (B-1) l(batch without z)
-    left = len(own) - 1 if form == "exact" else len(own)
-    return (own.mean() - presence) / left
+    return objective.removal(space.tangents(inputs, direction[None]), form)[0]
 
 
-def gradients_without(space: Space, theta: Tensor, inputs: Inputs, scale: float) -> Tensor:
+def gradients_without(space: Space, theta: Tensor, inputs: Inputs, objective: Objective) -> Tensor:
     """Gradient of the batch loss without each pair in turn, at theta: (B, p), by a backward pass for each pair."""
 
     def loss(x: Tensor, w: Tensor) -> Tensor:
         u, t = functional_call(space.student, space.unflatten(x), inputs)
-        return weighted_loss(scale * u @ t.T, w)
+        return objective.weighted_loss(u, t, w)
 
     without = 1 - torch.eye(len(inputs[0]), dtype=theta.dtype, device=theta.device)
     gradients: Tensor = vmap(grad(loss), in_dims=(None, 0), chunk_size=CHUNK)(theta, without)
@@ -67,7 +53,7 @@ def removal_through_step(trajectory: Trajectory, answer: Answer) -> Tensor:
     """Change of the target loss when step t is taken without each of its pairs in turn: (B,), exact in the step itself."""
     index, rows = answer.index, trajectory.batches[answer.index]
     inputs = trajectory.inputs(rows)
-    without = gradients_without(trajectory.space, answer.state.theta, inputs, trajectory.scale)
+    without = gradients_without(trajectory.space, answer.state.theta, inputs, trajectory.objective)
     change = torch.zeros(len(rows), dtype=without.dtype, device=without.device)
     rate, decay, rule = trajectory.rate(index), trajectory.config.weight_decay, trajectory.rule
     as_it_was = step(answer.state, answer.gradient, index, rate, decay, rule)
@@ -83,7 +69,7 @@ def removals(trajectory: Trajectory, answer: Answer, form: Form) -> Tensor:
         return removal_through_step(trajectory, answer)
     space = space_at(trajectory.space, answer.state.theta)
     inputs = trajectory.inputs(trajectory.batches[answer.index])
-    return removal_derivative(space, inputs, answer.of_gradient, trajectory.scale, form)
+    return removal_derivative(space, inputs, answer.of_gradient, trajectory.objective, form)
 
 
 def removal_scores(problem: Problem, trajectory: Trajectory, form: Form = "exact") -> FloatArray:

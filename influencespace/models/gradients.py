@@ -1,4 +1,4 @@
-"""Per-sample gradients of what a pair adds to a batch's loss, against a recorded bank.
+"""Per-sample gradients: of what a pair adds to a batch's loss, against a recorded bank, or of a loss of its own.
 
 For the few estimators that cannot do with a derivative along given directions. Over a reduced space
 (`models.projected`) these are projected gradients, made without the whole ones.
@@ -15,19 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call, grad, vjp, vmap
 
-from influencespace.core.bank import (
-    anchor_logits,
-    anchor_normalisers,
-    negative_loss,
-    negative_loss_of_logits,
-    own_loss_of_logits,
-    pair_logits,
-)
+from influencespace.core.bank import pair_logits
+from influencespace.core.objective import Contrastive, Normalisers, negative_loss
 from influencespace.models.projected import ProjectedHeads
 from influencespace.models.space import Inputs, Space
 
 IntArray = NDArray[np.int64]
-Normalisers = tuple[Tensor, Tensor]
 Value = Callable[[Tensor, Tensor, Tensor, Normalisers, float], Tensor]
 """A pair's logits S_zz (n,), S_zk (n, M), S_kz (n, M), the context's log normalisers and r = (B-1)/M -> (n,), row by row."""
 
@@ -44,12 +37,35 @@ class Recorded(Protocol):
         """Image of each pair (M,)."""
 
 
-def added_loss(
-    own: Tensor, S_image: Tensor, S_text: Tensor, normalisers: Normalisers, factor: float
-) -> Tensor:
-    """F_z of `core.bank.bank_loss`, from the logits."""
-    own_part = own_loss_of_logits(own, S_image, S_text, factor)
-    return own_part + negative_loss_of_logits(S_image, S_text, normalisers, factor)
+def through_sample(space: Space, inputs: Inputs, by_u: Tensor, by_t: Tensor) -> Tensor:
+    """J_z^T (by_u, by_t) for each sample's own outputs: (n, d) each -> (n, p)."""
+
+    def one(x: Tensor, y: Tensor, by_u: Tensor, by_t: Tensor) -> dict[str, Tensor]:
+        outputs = lambda q: functional_call(space.student, q, (x[None], y[None]))  # noqa: E731
+        tree: dict[str, Tensor] = vjp(outputs, space.parameters)[1]((by_u[None], by_t[None]))[0]
+        return tree
+
+    return space.flatten(vmap(one)(*inputs, by_u, by_t))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleGradients:
+    """Gradient of each sample's value by the space's parameters, for losses of each sample by itself."""
+
+    space: Space
+    value: Callable[[Tensor, Tensor], Tensor]
+    """Predictions (n, K), labels (n, K) -> (n,), row by row."""
+
+    @torch.no_grad()
+    def __call__(self, inputs: Inputs, image: IntArray) -> Tensor:
+        """Gradients (n, p) of samples given by inputs and labels; a row that is not finite is nan."""
+        if not len(image):
+            return torch.zeros(0, self.space.size, dtype=torch.float64)
+        u, y = self.space.embed(inputs)
+        by_u = grad(lambda x: self.value(x, y).sum())(u)
+        rows = through_sample(self.space, inputs, by_u, torch.zeros_like(y)).double().cpu()
+        rows[~torch.isfinite(rows).all(1)] = torch.nan
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +76,8 @@ class Summary:
     u: Tensor  # (M, d)
     t: Tensor  # (M, d)
     factor: float  # r = (B-1)/M
-    normalisers: Normalisers  # two (M,)
-    jacobians: tuple[Tensor, Tensor]  # of the normalisers, two (M, p)
+    normalisers: Normalisers  # each (M,)
+    jacobians: Normalisers  # of the normalisers, each (M, p)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +90,10 @@ class PairGradients:
 
     space: Space
     bank: Sequence[Recorded]
-    scale: float
+    objective: Contrastive
     batch_size: int
-    value: Value = added_loss
+    value: Value | None = None
+    """None: F_z, what the pair adds to its batch's summed loss in both roles (`core.objective.added_loss`)."""
     centred: bool = True
     memory: int = 2**28
     """Bytes that intermediate results may take beside the gradients, where the space is not of projected heads."""
@@ -116,8 +133,8 @@ class PairGradients:
         def mean(parameters: dict[str, Tensor]) -> Tensor:
             cu, ct = self._embed(parameters, self.bank[index].inputs)
             u, t = self._embed(parameters, (images, texts))
-            normalisers = anchor_normalisers(cu, ct, self.scale, self.batch_size)
-            return negative_loss(u, t, cu, ct, normalisers, self.scale, self.batch_size).mean()
+            normalisers = self.objective.normalisers(cu, ct, self.batch_size)
+            return negative_loss(self.objective, u, t, cu, ct, normalisers, self.batch_size).mean()
 
         return self.space.flatten(grad(mean)(self.space.parameters))
 
@@ -131,56 +148,61 @@ class PairGradients:
         found = []
         for context in self.bank:
             u, t = self._embed(self.space.parameters, context.inputs)
-            S = anchor_logits(u, t, self.scale, self.batch_size)
-            P, Q = self.scale * S.softmax(1), self.scale * S.softmax(0).T
-            none_u, none_P = torch.zeros_like(u), torch.zeros_like(P)
-            images = self._through_pair(context.inputs, P @ t, none_u)
-            images = images + self._through_context(context.inputs, none_P, t, P, u)
-            texts = self._through_pair(context.inputs, none_u, Q @ u)
-            texts = texts + self._through_context(context.inputs, Q, t, none_P, u)
+            jacobians = []
+            for side, W in enumerate(self.objective.normaliser_weights(u, t, self.batch_size)):
+                jacobians.append(self._of_normalisers(context.inputs, u, t, self.objective.scale * W, side))
             found.append(
                 Summary(
                     inputs=context.inputs,
                     u=u,
                     t=t,
                     factor=(self.batch_size - 1) / len(u),
-                    normalisers=(S.logsumexp(1), S.logsumexp(0)),
-                    jacobians=(images, texts),
+                    normalisers=self.objective.normalisers(u, t, self.batch_size),
+                    jacobians=tuple(jacobians),
                 )
             )
         return found
+
+    def _of_normalisers(self, inputs: Inputs, u: Tensor, t: Tensor, W: Tensor, side: int) -> Tensor:
+        """Jacobian of log Z of the images (side 0) or texts (side 1), W (M, M) its slope by S, image by text: (M, p)."""
+        none_u, none_W = torch.zeros_like(u), torch.zeros_like(W)
+        if side == 0:
+            rows = self._through_pair(inputs, W @ t, none_u)
+            return rows + self._through_context(inputs, none_W, t, W, u)
+        rows = self._through_pair(inputs, none_u, W.T @ u)
+        return rows + self._through_context(inputs, W.T, t, none_W, u)
 
     def _against(self, context: Summary, inputs: Inputs) -> Tensor:
         """Gradients against one context: (n, p)."""
         if not len(inputs[0]):
             return inputs[0].new_zeros(0, self.space.size)
         u, t = self._embed(self.space.parameters, inputs)
-        logits = pair_logits(u, t, context.u, context.t, self.scale)
-        log_Z, log_Z_text = (row.expand(len(u), -1) for row in context.normalisers)
+        scale = self.objective.scale
+        logits = pair_logits(u, t, context.u, context.t, scale)
+        normalisers = tuple(row.expand(len(u), -1) for row in context.normalisers)
 
         def total(own: Tensor, S_image: Tensor, S_text: Tensor, normalisers: Normalisers) -> Tensor:
-            return self.value(own, S_image, S_text, normalisers, context.factor).sum()
+            return self._value(own, S_image, S_text, normalisers, context.factor).sum()
 
         # rows do not meet, so the gradient of the sum is each row's own
-        by_own, C_image, C_text, by_normalisers = grad(total, argnums=(0, 1, 2, 3))(
-            *logits, (log_Z, log_Z_text)
-        )
-        by_own, C_image, C_text = (self.scale * by for by in (by_own[:, None], C_image, C_text))
+        by_own, C_image, C_text, by_normalisers = grad(total, argnums=(0, 1, 2, 3))(*logits, normalisers)
+        by_own, C_image, C_text = (scale * by for by in (by_own[:, None], C_image, C_text))
         rows = self._through_pair(inputs, by_own * t + C_image @ context.t, by_own * u + C_text @ context.u)
         rows = rows + self._through_context(context.inputs, C_text, t, C_image, u)
         for by, jacobian in zip(by_normalisers, context.jacobians):
             rows = rows + by @ jacobian
         return rows
 
+    def _value(
+        self, own: Tensor, S_image: Tensor, S_text: Tensor, normalisers: Normalisers, factor: float
+    ) -> Tensor:
+        if self.value is not None:
+            return self.value(own, S_image, S_text, normalisers, factor)
+        mine = self.objective.own_loss(own, S_image, S_text, factor)
+        return mine + self.objective.negative_loss(S_image, S_text, normalisers, factor)
+
     def _through_pair(self, inputs: Inputs, by_u: Tensor, by_t: Tensor) -> Tensor:
-        """J_z^T (by_u, by_t) for each pair's own embeddings: (n, d) each -> (n, p)."""
-
-        def one(x: Tensor, y: Tensor, by_u: Tensor, by_t: Tensor) -> dict[str, Tensor]:
-            pull = vjp(lambda q: self._embed(q, (x[None], y[None])), self.space.parameters)[1]
-            tree: dict[str, Tensor] = pull((by_u[None], by_t[None]))[0]
-            return tree
-
-        return self.space.flatten(vmap(one)(*inputs, by_u, by_t))
+        return through_sample(self.space, inputs, by_u, by_t)
 
     def _through_context(self, inputs: Inputs, C_u: Tensor, t: Tensor, C_t: Tensor, u: Tensor) -> Tensor:
         """Gradient of sum_k C_u_zk <u_k, t_z> + C_t_zk <u_z, t_k> by a context's embeddings: C (n, M) -> (n, p)."""
@@ -194,3 +216,6 @@ class PairGradients:
             by_u, by_t = C_u[part, :, None] * t[part, None], C_t[part, :, None] * u[part, None]
             rows.append(self.space.pullback(inputs, by_u, by_t))
         return torch.cat(rows)
+
+
+Gradients = PairGradients | SampleGradients

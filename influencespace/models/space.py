@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
 from influencespace.core.bank import Tangents
-from influencespace.core.contrastive import gauss_newton_logits, info_nce_terms
+from influencespace.core.objective import Objective
 
 Inputs = tuple[Tensor, Tensor]
 
@@ -64,21 +64,17 @@ class Space:
         (tree,) = vmap(pull)((cotangent_u, cotangent_t))
         return self.flatten(tree)
 
-    def gauss_newton(self, inputs: Inputs, directions: Tensor, scale: float) -> Tensor:
-        """Gauss-Newton matrix of the InfoNCE loss of one context times directions: (V, p) -> (V, p)."""
-        a = self.tangents(inputs, directions)
-        S = scale * a.u @ a.t.T
-        dS = scale * (a.du @ a.t.T + a.u @ a.dt.mT)
-        R = gauss_newton_logits(S, dS)  # (V, n, n)
-        return self.pullback(inputs, scale * R @ a.t, scale * R.mT @ a.u)
+    def gauss_newton(self, inputs: Inputs, directions: Tensor, objective: Objective) -> Tensor:
+        """Gauss-Newton matrix of the loss of one context times directions: (V, p) -> (V, p)."""
+        return self.pullback(inputs, *objective.curvature(self.tangents(inputs, directions)))
 
-    def loss_gradients(self, inputs: Inputs, weights: Tensor, scale: float) -> Tensor:
-        """Gradients of weighted InfoNCE terms of one context: weights (F, n) -> (F, p), the gradient of weights @ terms.
+    def loss_gradients(self, inputs: Inputs, weights: Tensor, objective: Objective) -> Tensor:
+        """Gradients of weighted loss terms of one context: weights (F, n) -> (F, p), the gradient of weights @ terms.
 
         The whole context serves as negatives for each row of weights, so that rows that sum to 1/n give the gradient
         of the context's mean loss.
         """
         u, t = self.embed(inputs)
-        pull = vjp(lambda u, t: weights @ info_nce_terms(scale * u @ t.T), u, t)[1]
+        pull = vjp(lambda u, t: weights @ objective.terms(u, t), u, t)[1]
         cotangent_u, cotangent_t = vmap(pull)(torch.eye(weights.shape[0], dtype=u.dtype, device=u.device))
         return self.pullback(inputs, cotangent_u, cotangent_t)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.core.contrastive import info_nce
+from influencespace.core.objective import Contrastive, InfoNce, Sigmoid
 from influencespace.models.heads import Heads
 
 
@@ -30,6 +30,18 @@ class StudentConfig:
     """Decoupled, as AdamW's."""
     temperature: float = Field(default=0.07, gt=0)
     """Frozen; the logits are cosines divided by it."""
+    loss: Literal["info_nce", "sigmoid"] = "info_nce"
+    """CLIP's or SigLIP's."""
+    bias: float = Field(default=-10.0, allow_inf_nan=False)
+    """Of `sigmoid`, added to its logits; frozen. SigLIP begins with -10 and a temperature of 0.1. The loss adds negatives up,
+    so a bias is right for one batch size: keep the target's contexts as large as the batch, or its gradient says no more
+    than "be less confident"."""
+
+    @property
+    def objective(self) -> Contrastive:
+        """The loss over unit embeddings."""
+        scale = 1 / self.temperature
+        return InfoNce(scale) if self.loss == "info_nce" else Sigmoid(scale, self.bias)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +103,7 @@ def train_heads(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     exchange: Exchange | None = None,
 ) -> Trained:
-    """Fit heads by symmetric InfoNCE on the given batches; `inputs(rows)` gives a batch's embeddings.
+    """Fit heads by the configured loss on the given batches; `inputs(rows)` gives a batch's embeddings.
 
     All workers of an `exchange` are given the same batches, and each embeds its share of every one.
     Raises FloatingPointError when the loss is not finite, naming the step.
@@ -104,8 +116,7 @@ def train_heads(
     losses, rates = [], 0.0
     for step, rows in enumerate(batches):
         u, t = heads(*inputs(np.array_split(rows, exchange.size)[exchange.rank]))
-        S = _whole_batch(u, exchange) @ _whole_batch(t, exchange).T / config.temperature
-        loss = info_nce(S)
+        loss = config.objective.terms(_whole_batch(u, exchange), _whole_batch(t, exchange)).mean()
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
                 f"the student's loss is {float(loss.detach())} at step {step}; lower learning_rate"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vjp
 
-from influencespace.core.contrastive import info_nce
+from influencespace.core.objective import Objective
 from influencespace.models.space import Inputs, Space
 from influencespace.models.training import StudentConfig, cosine_factor
 
@@ -53,20 +53,20 @@ def space_at(space: Space, theta: Tensor) -> Space:
     return moved
 
 
-def loss_gradient(space: Space, theta: Tensor, inputs: Inputs, scale: float) -> Tensor:
-    """Gradient of the mean InfoNCE loss of one batch at theta: (p,) -> (p,)."""
+def loss_gradient(space: Space, theta: Tensor, inputs: Inputs, objective: Objective) -> Tensor:
+    """Gradient of the mean loss of one batch at theta: (p,) -> (p,)."""
 
     def loss(x: Tensor) -> Tensor:
         u, t = functional_call(space.student, space.unflatten(x), inputs)
-        return info_nce(scale * u @ t.T)
+        return objective.terms(u, t).mean()
 
     gradient: Tensor = grad(loss)(theta)
     return gradient
 
 
-def hessian_product(space: Space, theta: Tensor, inputs: Inputs, scale: float, x: Tensor) -> Tensor:
-    """Hessian of the mean InfoNCE loss of one batch at theta times x (p,) -> (p,): the whole Hessian, forward over reverse."""
-    product: Tensor = jvp(lambda q: loss_gradient(space, q, inputs, scale), (theta,), (x,))[1]
+def hessian_product(space: Space, theta: Tensor, inputs: Inputs, objective: Objective, x: Tensor) -> Tensor:
+    """Hessian of the mean loss of one batch at theta times x (p,) -> (p,): the whole Hessian, forward over reverse."""
+    product: Tensor = jvp(lambda q: loss_gradient(space, q, inputs, objective), (theta,), (x,))[1]
     return product
 
 
@@ -107,11 +107,8 @@ class Trajectory:
     """Rows of the pool in each step's batch, in their order."""
     inputs: Callable[[IntArray], Inputs]
     """Embeddings of the given rows of the pool."""
+    objective: Objective
     rule: Rule = "adamw"
-
-    @property
-    def scale(self) -> float:
-        return 1 / self.config.temperature
 
     def rate(self, index: int) -> float:
         """eta of step `index`."""
@@ -119,7 +116,7 @@ class Trajectory:
 
     def gradient(self, state: State, index: int) -> Tensor:
         """g_t at a state (p,)."""
-        return loss_gradient(self.space, state.theta, self.inputs(self.batches[index]), self.scale)
+        return loss_gradient(self.space, state.theta, self.inputs(self.batches[index]), self.objective)
 
     def after(self, state: State, index: int) -> State:
         """The state after step `index`."""
@@ -193,7 +190,9 @@ def adjoint(trajectory: Trajectory, target_gradient: Tensor) -> Iterator[Answer]
         before, of_gradient = step_pullback(trajectory, state, gradient, index, ahead)
         yield Answer(index, state, gradient, of_gradient, ahead)
         inputs = trajectory.inputs(trajectory.batches[index])
-        through_loss = hessian_product(trajectory.space, state.theta, inputs, trajectory.scale, of_gradient)
+        through_loss = hessian_product(
+            trajectory.space, state.theta, inputs, trajectory.objective, of_gradient
+        )
         ahead = before._replace(theta=before.theta + through_loss)
         if not bool(torch.isfinite(ahead.theta).all()):
             raise FloatingPointError(

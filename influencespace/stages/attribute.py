@@ -103,7 +103,7 @@ def _scorer(setting: Scorers, fold: int | None, folds_of_target: bool) -> Influe
         Space(student.heads),
         directions if folds_of_target else directions.mean(0, keepdim=True),
         student.recorded_bank(setting.pool),
-        1 / setting.students.train.temperature,
+        setting.students.train.objective,
         setting.students.train.batch_size,
         setting.form,
     )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from influencespace.core.batches import folds_by_image
 from influencespace.core.linalg import nystrom, probes
+from influencespace.core.objective import Objective
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen, write_json
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.nystrom import (
@@ -58,8 +59,8 @@ class StudentSpace:
     student: Student
 
     @property
-    def scale(self) -> float:
-        return 1 / self.students.train.temperature
+    def objective(self) -> Objective:
+        return self.students.train.objective
 
     @cached_property
     def space(self) -> Space:
@@ -86,7 +87,7 @@ class StudentSpace:
         fold = np.zeros(len(self.target), np.int64)
         fold[halves.gradient] = folds_by_image(image[halves.gradient], count, self.students.seed)
         inputs = [self.target.inputs(rows) for rows in contexts]
-        return target_gradients(self.space, inputs, [fold[rows] for rows in contexts], count, self.scale)
+        return target_gradients(self.space, inputs, [fold[rows] for rows in contexts], count, self.objective)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ class SketchBlock:
         if not self.path.exists():
             s = self.space
             Omega = probes(s.space.size, self.rank, s.config.seed)[:, self.start : self.stop]
-            Y = curvature_products(s.space, s.contexts, Omega.T.contiguous(), s.scale, s.preconditioner)
+            Y = curvature_products(s.space, s.contexts, Omega.T.contiguous(), s.objective, s.preconditioner)
             with atomic_path(self.path) as aside:
                 save_file({"Y": Y}, aside)
         return self.stop - self.start
@@ -137,7 +138,7 @@ class SolveStudent:
         solution = solve_directions(
             s.space,
             s.contexts,
-            s.scale,
+            s.objective,
             s.preconditioner,
             sketch,
             s.damping,

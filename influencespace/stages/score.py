@@ -79,7 +79,7 @@ class Valued:
         contexts = halves.contexts(halves.gradient, self.students.train.batch_size)
         return Problem(
             space=space.space,
-            scale=space.scale,
+            objective=space.objective,
             batch_size=self.students.train.batch_size,
             pool_size=len(self.pool),
             bank=space.student.recorded_bank(self.pool),
@@ -106,6 +106,7 @@ class Valued:
             config=train,
             batches=list(batches),
             inputs=self.pool.inputs,
+            objective=train.objective,
         )
 
     def batch(self, span: Span) -> Batch:

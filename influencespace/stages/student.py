@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from influencespace.core.batches import covering_contexts, disjoint_contexts, folds_by_image, training_batches
-from influencespace.core.contrastive import info_nce_terms
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen, write_json
 from influencespace.data.blocks import blocks_of, has_block, join_blocks, write_block
 from influencespace.data.pair_set import PairSet
@@ -144,7 +143,7 @@ def choosing_losses(heads: Heads, halves: TargetHalves, config: StudentConfig, g
     terms = []
     for rows in contexts:
         u, t = heads(*halves.target.inputs(rows))
-        terms.append(info_nce_terms(u @ t.T / config.temperature).double().numpy())
+        terms.append(config.objective.terms(u, t).double().numpy())
     image = halves.target.image[np.concatenate(contexts)]
     group = folds_by_image(image, groups, halves.seed)
     values = np.concatenate(terms)

@@ -10,14 +10,13 @@ from influencespace.core.bank import (
     Tangents,
     anchor_normalisers,
     bank_influence,
-    bank_loss,
     make_context,
-    negative_loss,
-    own_loss,
 )
-from influencespace.core.contrastive import info_nce
+from influencespace.core.info_nce import info_nce
+from influencespace.core.objective import InfoNce, added_loss, negative_loss, own_loss
 
 SCALE = 7.0
+LOSS = InfoNce(SCALE)
 
 
 def random_tangents(n: int, seed: int, directions: int = 2, d: int = 5) -> Tangents:
@@ -128,14 +127,14 @@ def test_the_derivative_of_the_bank_loss_is_own_plus_negative(size: int, batch_s
     own, negative = bank_influence(pairs, make_context(context, SCALE, batch_size))
 
     def total(*at: torch.Tensor) -> torch.Tensor:
-        return bank_loss(*at, SCALE, batch_size)
+        return added_loss(LOSS, *at, batch_size)
 
     def as_anchor(*at: torch.Tensor) -> torch.Tensor:
-        return own_loss(*at, SCALE, batch_size)
+        return own_loss(LOSS, *at, batch_size)
 
     def as_negative(*at: torch.Tensor) -> torch.Tensor:
         normalisers = anchor_normalisers(*at[2:], SCALE, batch_size)
-        return negative_loss(*at, normalisers, SCALE, batch_size)
+        return negative_loss(LOSS, *at, normalisers, batch_size)
 
     position = (pairs.u, pairs.t, context.u, context.t)
     for v in range(2):
@@ -148,7 +147,7 @@ def test_the_derivative_of_the_bank_loss_is_own_plus_negative(size: int, batch_s
 def test_the_bank_loss_is_what_a_pair_adds_to_the_summed_loss() -> None:
     context, pairs = random_tangents(5, 0), random_tangents(4, 1)
     alone = 5 * info_nce(SCALE * context.u @ context.t.T)
-    found = bank_loss(pairs.u, pairs.t, context.u, context.t, SCALE, batch_size=6)
+    found = added_loss(LOSS, pairs.u, pairs.t, context.u, context.t, batch_size=6)
     for z in range(4):
         batch = joined(context, pairs[slice(z, z + 1)])
         torch.testing.assert_close(found[z], 6 * info_nce(SCALE * batch.u @ batch.t.T) - alone)
@@ -165,4 +164,4 @@ def test_the_normalisers_are_those_of_the_context() -> None:
 def test_normalisers_of_a_context_of_one_pair_are_refused() -> None:
     one = random_tangents(1, 0)
     with pytest.raises(ValueError, match="two or more"):
-        bank_loss(one.u, one.t, one.u, one.t, SCALE, 8)
+        added_loss(LOSS, one.u, one.t, one.u, one.t, 8)

@@ -21,7 +21,7 @@ WHOLE = SMALL.cut()
 def dense_gradients(problem: Problem, batch: Batch) -> Tensor:
     """Centred gradients of F_z (n, p), one forward-mode direction for each parameter; nan where no context judges."""
     eye = torch.eye(problem.space.size, dtype=torch.float64)
-    scorer = InfluenceScorer(problem.space, eye, problem.bank, problem.scale, problem.batch_size)
+    scorer = InfluenceScorer(problem.space, eye, problem.bank, problem.objective, problem.batch_size)
     return torch.from_numpy(np.nanmean(scorer(batch.inputs, batch.image).by_context, -1).T)
 
 

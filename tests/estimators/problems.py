@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from influencespace.core.batches import disjoint_contexts, training_batches
-from influencespace.core.contrastive import info_nce
 from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext, damping_of, floored
 from influencespace.estimators.problem import Batch, Checkpoint, Problem
 from influencespace.models.heads import Heads, initial_heads
@@ -33,6 +33,7 @@ class Small:
     targets: int = 64
     kept_checkpoints: int = 6
     temperature: float = 0.2
+    loss: Literal["info_nce", "sigmoid"] = "info_nce"
     seed: int = 0
     config: StudentConfig = field(init=False)
 
@@ -43,6 +44,8 @@ class Small:
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             temperature=self.temperature,
+            loss=self.loss,
+            bias=-10.0,
         )
         object.__setattr__(self, "config", config)
 
@@ -77,10 +80,20 @@ class Small:
         heads = initial_heads(INPUT, INPUT, OUTPUT, seed).double()
         return train_heads(self.rows, self.batches(weights, seed), heads, self.config).heads
 
+    @property
+    def target_contexts(self) -> list[RecordedContext]:
+        """One for InfoNCE. The sigmoid loss adds negatives up: as many as in training, or its bias is wrong for the target."""
+        size = self.targets if self.loss == "info_nce" else self.batch_size
+        chosen = torch.arange(self.targets).split(size)
+        return [
+            RecordedContext(inputs=(self.target[0][rows], self.target[1][rows]), image=rows.numpy())
+            for rows in chosen
+        ]
+
     @torch.no_grad()
     def target_loss(self, heads: Heads) -> float:
-        u, t = heads(*self.target)
-        return float(info_nce(u @ t.T / self.config.temperature))
+        terms = [self.config.objective.terms(*heads(*context.inputs)) for context in self.target_contexts]
+        return float(torch.cat(terms).mean())
 
     @cached_property
     def problem(self) -> Problem:
@@ -99,11 +112,11 @@ class Small:
         contexts = disjoint_contexts(np.arange(self.pairs), self.batch_size - 1, 4, seed=7)
         return Problem(
             space=Space(trained.heads),
-            scale=1 / self.config.temperature,
+            objective=self.config.objective,
             batch_size=self.batch_size,
             pool_size=self.pairs,
             bank=[RecordedContext(inputs=self.rows(rows), image=rows) for rows in contexts],
-            target=[RecordedContext(inputs=self.target, image=np.arange(self.targets))],
+            target=self.target_contexts,
             preconditioner=floored(trained.preconditioner),
             damping=damping_of(CurvatureConfig(damping_factor=1.0), trained.sum_of_learning_rates, 0.0),
             checkpoints=[self._checkpoint(step, state) for step, state in kept],
@@ -119,6 +132,7 @@ class Small:
             config=self.config,
             batches=self.batches(np.ones(self.pairs), 0),
             inputs=self.rows,
+            objective=self.config.objective,
         )
 
     def _checkpoint(self, step: int, state: dict[str, Tensor]) -> Checkpoint:

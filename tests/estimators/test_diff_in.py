@@ -10,7 +10,7 @@ from problems import Small
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev
 
-from influencespace.core.contrastive import info_nce
+from influencespace.core.info_nce import info_nce
 from influencespace.errors import InputError
 from influencespace.estimators.diff_in import DiffIn, interaction, presence
 from influencespace.estimators.nystrom import InfluenceScorer
@@ -30,13 +30,13 @@ def found() -> np.ndarray:
 
 def loss(theta: Tensor, space: Space, inputs: Inputs) -> Tensor:
     u, t = functional_call(space.student, space.unflatten(theta), inputs)
-    return info_nce(PROBLEM.scale * u @ t.T)
+    return info_nce(PROBLEM.objective.scale * u @ t.T)
 
 
 def test_the_derivative_of_presence_is_what_the_influence_scorer_computes() -> None:
     v = torch.randn(3, PROBLEM.space.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     inputs = SMALL.rows(np.arange(9))
-    scorer = InfluenceScorer(PROBLEM.space, v, PROBLEM.bank, PROBLEM.scale, PROBLEM.batch_size)
+    scorer = InfluenceScorer(PROBLEM.space, v, PROBLEM.bank, PROBLEM.objective, PROBLEM.batch_size)
     jacobian = jacrev(presence(PROBLEM, inputs))(THETA)  # (C, 9, p)
     truth = scorer(inputs, np.full(9, -1)).by_context  # (3, 9, C)
     np.testing.assert_allclose(torch.einsum("cnp,vp->vnc", jacobian, v), truth, atol=1e-10)

@@ -22,12 +22,12 @@ CONTEXTS = [context.inputs for context in PROBLEM.bank]
 def curvature() -> torch.Tensor:
     """The Gauss-Newton matrix over the bank (p, p)."""
     eye = torch.eye(PROBLEM.space.size, dtype=torch.float64)
-    return curvature_products(PROBLEM.space, CONTEXTS, eye, PROBLEM.scale, torch.ones_like(eye[0]))
+    return curvature_products(PROBLEM.space, CONTEXTS, eye, PROBLEM.objective, torch.ones_like(eye[0]))
 
 
 def rotation(draws: int) -> tuple[torch.Tensor, torch.Tensor]:
     """U (p, p) and lam (p,) of both heads together."""
-    blocks = kronecker_blocks(PROBLEM.space.parameters, CONTEXTS, PROBLEM.scale, draws, 0)
+    blocks = kronecker_blocks(PROBLEM.space.parameters, CONTEXTS, PROBLEM.objective.scale, draws, 0)
     found = [blocks[name] for name in PROBLEM.space.parameters]
     U = torch.block_diag(*(torch.kron(block.U_A, block.U_S) for block in found))
     return U, torch.cat([block.lam.flatten() for block in found])
@@ -60,7 +60,7 @@ def test_the_direction_is_nearer_to_the_exact_one_than_the_gradient_is() -> None
         D = problem.preconditioner
         return float((x * D * exact).sum() / ((x * D * x).sum() * (exact * D * exact).sum()).sqrt())
 
-    blocks = kronecker_blocks(problem.space.parameters, CONTEXTS, problem.scale, 200, 0)
+    blocks = kronecker_blocks(problem.space.parameters, CONTEXTS, problem.objective.scale, 200, 0)
     g, D = (problem.space.unflatten(v) for v in (problem.target_gradient, problem.preconditioner))
     found = problem.space.flatten({k: blocks[k].solve(g[k], D[k], problem.damping) for k in blocks})
     plain = problem.target_gradient / problem.preconditioner

@@ -30,7 +30,10 @@ def loop(space: Space) -> list[float]:
             assert len(context.image) == PROBLEM.batch_size - 1
             u, t = space.student(images[z : z + 1], texts[z : z + 1])
             cu, ct = space.student(*context.inputs)
-            rows = (PROBLEM.scale * u @ torch.cat([t, ct]).T, PROBLEM.scale * t @ torch.cat([u, cu]).T)
+            rows = (
+                PROBLEM.objective.scale * u @ torch.cat([t, ct]).T,
+                PROBLEM.objective.scale * t @ torch.cat([u, cu]).T,
+            )
             right = torch.eye(len(cu) + 1, dtype=torch.float64)[0]
             squares = [float((row[0].softmax(0) - right).square().sum()) for row in rows]
             lengths.append(np.sqrt(sum(squares)))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev
 
-from influencespace.core.contrastive import info_nce
+from influencespace.core.info_nce import info_nce
+from influencespace.core.objective import InfoNce
 from influencespace.estimators.nystrom import (
     CurvatureConfig,
     Influence,
@@ -30,6 +31,7 @@ from influencespace.models.heads import initial_heads
 from influencespace.models.space import Inputs, Space
 
 SCALE, D_IN, D_OUT = 6.0, 4, 3
+LOSS = InfoNce(SCALE)
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
 
 
@@ -79,7 +81,7 @@ def directions(count: int = 2) -> Tensor:
 
 
 def scorer(count: int = 2, batch_size: int = 8, sizes: tuple[int, ...] = (7, 7, 7)) -> InfluenceScorer:
-    return InfluenceScorer(SPACE, directions(count), bank(sizes), SCALE, batch_size)
+    return InfluenceScorer(SPACE, directions(count), bank(sizes), LOSS, batch_size)
 
 
 PAIRS, IMAGES = embeddings(11, 3), np.arange(100, 111)
@@ -104,7 +106,7 @@ def test_own_and_negative_are_what_a_pair_does_as_an_anchor_and_to_the_others() 
     for z in range(8):
         rest = [k for k in range(8) if k != z]
         recorded = RecordedContext(inputs=(batch[0][rest], batch[1][rest]), image=np.array(rest))
-        single = InfluenceScorer(SPACE, directions(), [recorded, *bank()[:1]], SCALE, 8)
+        single = InfluenceScorer(SPACE, directions(), [recorded, *bank()[:1]], LOSS, 8)
         owns.append(single(one(batch, z), np.array([z])).own[:, 0, 0])
     derivative = directions() @ grad(loss_of(batch))(POSITION)
     np.testing.assert_allclose(np.mean(owns, axis=0), derivative, atol=1e-8)
@@ -148,13 +150,13 @@ def test_contexts_with_the_pairs_image_do_not_judge_it() -> None:
 
 
 def test_influence_is_linear_in_the_direction() -> None:
-    summed = InfluenceScorer(SPACE, directions().sum(0, keepdim=True), bank(), SCALE, 8)
+    summed = InfluenceScorer(SPACE, directions().sum(0, keepdim=True), bank(), LOSS, 8)
     both = scorer()(PAIRS, IMAGES).by_context.sum(0)
     np.testing.assert_allclose(summed(PAIRS, IMAGES).by_context[0], both, atol=1e-10)
 
 
 def test_taylor_is_another_form() -> None:
-    taylor = InfluenceScorer(SPACE, directions(), bank(), SCALE, 8, "taylor")
+    taylor = InfluenceScorer(SPACE, directions(), bank(), LOSS, 8, "taylor")
     exact = scorer()(PAIRS, IMAGES)
     np.testing.assert_array_equal(taylor(PAIRS, IMAGES).own, exact.own)
     assert not np.allclose(taylor(PAIRS, IMAGES).negative, exact.negative)
@@ -190,13 +192,13 @@ def dense_curvature() -> Tensor:
 def test_products_are_those_of_the_scaled_dense_curvature() -> None:
     rows = directions(3)
     scaled = dense_curvature() / torch.outer(D.sqrt(), D.sqrt())
-    torch.testing.assert_close(curvature_products(SPACE, CONTEXTS, rows, SCALE, D), rows @ scaled, **EXACT)
+    torch.testing.assert_close(curvature_products(SPACE, CONTEXTS, rows, LOSS, D), rows @ scaled, **EXACT)
 
 
 def test_products_do_not_depend_on_what_is_multiplied_beside() -> None:
     rows = directions(5)
-    whole = curvature_products(SPACE, CONTEXTS, rows, SCALE, D)
-    parts = [curvature_products(SPACE, CONTEXTS, part, SCALE, D) for part in rows.split(2)]
+    whole = curvature_products(SPACE, CONTEXTS, rows, LOSS, D)
+    parts = [curvature_products(SPACE, CONTEXTS, part, LOSS, D) for part in rows.split(2)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-12)
 
 
@@ -206,15 +208,15 @@ def test_the_solved_direction_is_the_dense_solution_whatever_the_rank(rank: int,
     """(G + mu D) v = g."""
     g = directions(2)
     config = CurvatureConfig(tolerance=1e-12, max_iterations=300)
-    sketch = sketch_curvature(SPACE, CONTEXTS, SCALE, D, rank, seed=0)
-    solution = solve_directions(SPACE, CONTEXTS, SCALE, D, sketch, damping, g, config)
+    sketch = sketch_curvature(SPACE, CONTEXTS, LOSS, D, rank, seed=0)
+    solution = solve_directions(SPACE, CONTEXTS, LOSS, D, sketch, damping, g, config)
     dense = torch.linalg.solve(dense_curvature() + damping * torch.diag(D), g.T).T
     assert solution.residual < 1e-12
     torch.testing.assert_close(solution.x, dense, rtol=1e-6, atol=1e-8)
 
 
 def test_a_sketch_of_full_rank_is_the_curvature() -> None:
-    sketch = sketch_curvature(SPACE, CONTEXTS, SCALE, D, rank=10 * SPACE.size, seed=0)
+    sketch = sketch_curvature(SPACE, CONTEXTS, LOSS, D, rank=10 * SPACE.size, seed=0)
     scaled = dense_curvature() / torch.outer(D.sqrt(), D.sqrt())
     torch.testing.assert_close(sketch.U @ torch.diag(sketch.lam) @ sketch.U.T, scaled, rtol=0, atol=1e-8)
 
@@ -229,7 +231,7 @@ def test_target_gradients_of_the_folds_average_to_the_whole(sizes: list[int], co
     contexts = [embeddings(size, 40 + k) for k, size in enumerate(sizes)]
     generator = np.random.default_rng(seed)
     folds = [generator.integers(0, count, size) for size in sizes]
-    found = target_gradients(SPACE, contexts, folds, count, SCALE)
+    found = target_gradients(SPACE, contexts, folds, count, LOSS)
     whole = sum(size * grad(loss_of(inputs))(POSITION) for size, inputs in zip(sizes, contexts, strict=True))
     torch.testing.assert_close(found.mean(0), whole / sum(sizes), **EXACT)
 
@@ -237,7 +239,7 @@ def test_target_gradients_of_the_folds_average_to_the_whole(sizes: list[int], co
 def test_a_fold_without_pairs_has_no_gradient() -> None:
     """With all pairs in one fold of two, the other has none, and the first has twice the mean."""
     inputs = embeddings(6, 50)
-    found = target_gradients(SPACE, [inputs], [np.zeros(6, np.int64)], 2, SCALE)
+    found = target_gradients(SPACE, [inputs], [np.zeros(6, np.int64)], 2, LOSS)
     torch.testing.assert_close(found[0], 2 * grad(loss_of(inputs))(POSITION), **EXACT)
     torch.testing.assert_close(found[1], torch.zeros(SPACE.size, dtype=torch.float64))
 
@@ -257,7 +259,7 @@ def test_the_score_predicts_the_change_of_the_target_loss() -> None:
     g = grad(loss_of(target))(POSITION)
     H = dense_curvature() + torch.diag(D)
     v = torch.linalg.solve(H, g)
-    scored = InfluenceScorer(SPACE, v[None], bank(), SCALE, 8)
+    scored = InfluenceScorer(SPACE, v[None], bank(), LOSS, 8)
     scores = scored(PAIRS, IMAGES).by_context[0, :, 0] + scored.offset[0]
     context, step = CONTEXTS[0], 1e-4
     for z in range(4):

@@ -16,7 +16,7 @@ PROBLEM = laws.SMALL.problem
 @pytest.mark.parametrize("dimension", [6, 256])
 def test_it_is_minus_the_inverse_curvature_between_a_gradient_and_itself(dimension: int) -> None:
     eye = torch.eye(PROBLEM.space.size, dtype=torch.float64)
-    products = [PROBLEM.space.gauss_newton(c.inputs, eye, PROBLEM.scale) for c in PROBLEM.bank]
+    products = [PROBLEM.space.gauss_newton(c.inputs, eye, PROBLEM.objective) for c in PROBLEM.bank]
     H = torch.stack(products).mean(0) + PROBLEM.damping * torch.diag(PROBLEM.preconditioner)
     matrix = laws.projection_matrix(reduced_space(PROBLEM.space, dimension, PROBLEM.seed))
     g = laws.dense_gradients(PROBLEM, laws.WHOLE[0]) @ matrix

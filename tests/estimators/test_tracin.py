@@ -10,7 +10,7 @@ from problems import Small
 from torch import Tensor
 from torch.func import functional_call, grad
 
-from influencespace.core.contrastive import info_nce
+from influencespace.core.info_nce import info_nce
 from influencespace.errors import InputError
 from influencespace.estimators.nystrom import InfluenceScorer
 from influencespace.estimators.problem import Checkpoint, Problem, scores
@@ -29,7 +29,7 @@ def found(preconditioned: bool = True) -> np.ndarray:
 def loss_gradient(space: Space, inputs: Inputs) -> Tensor:
     def loss(theta: Tensor) -> Tensor:
         u, t = functional_call(space.student, space.unflatten(theta), inputs)
-        return info_nce(SMALL.problem.scale * u @ t.T)
+        return info_nce(SMALL.problem.objective.scale * u @ t.T)
 
     gradient: Tensor = grad(loss)(space.flatten(space.parameters))
     return gradient
@@ -41,7 +41,9 @@ def slow(problem: Problem, pair: int, D: Tensor) -> float:
     for checkpoint, then in at_checkpoints(problem):
         v = loss_gradient(then.space, SMALL.target) / D
         offset = float(
-            InfluenceScorer(then.space, v[None], problem.bank, problem.scale, problem.batch_size).offset[0]
+            InfluenceScorer(then.space, v[None], problem.bank, problem.objective, problem.batch_size).offset[
+                0
+            ]
         )
         values = []
         for context in problem.bank:

@@ -31,9 +31,9 @@ def loop() -> tuple[Tensor, Tensor]:
             u, t = student(images[z : z + 1], texts[z : z + 1])
             cu, ct = student(*context.inputs)
             r = (PROBLEM.batch_size - 1) / len(cu)
-            own = PROBLEM.scale * u[0] @ t[0]
+            own = PROBLEM.objective.scale * u[0] @ t[0]
             for others in (ct @ u[0], cu @ t[0]):
-                odds = own.exp() / (r * (PROBLEM.scale * others).exp().sum())
+                odds = own.exp() / (r * (PROBLEM.objective.scale * others).exp().sum())
                 values.append(odds.log())
                 wrong.append(float(1 / (1 + odds.detach())))
         g = torch.autograd.grad(torch.stack(values).mean(), list(student.parameters()))
@@ -63,7 +63,7 @@ def test_the_loss_is_the_softplus_of_minus_the_margin() -> None:
     with torch.no_grad():
         u, t = PROBLEM.space.student(images, texts)
         cu, ct = PROBLEM.space.student(*PROBLEM.bank[0].inputs)
-    logits = pair_logits(u, t, cu, ct, PROBLEM.scale)
+    logits = pair_logits(u, t, cu, ct, PROBLEM.objective.scale)
     found = torch.nn.functional.softplus(-margins(*logits, 2.5)).mean(0)
     torch.testing.assert_close(found, own_loss_of_logits(*logits, 2.5))
 

@@ -9,7 +9,7 @@ import torch
 from problems import INPUT, OUTPUT, Small
 from torch import Tensor
 
-from influencespace.core.contrastive import info_nce
+from influencespace.core.info_nce import info_nce, weighted_info_nce
 from influencespace.errors import InputError
 from influencespace.estimators.problem import Problem, scores
 from influencespace.estimators.unrolled import (
@@ -17,7 +17,6 @@ from influencespace.estimators.unrolled import (
     Unrolled,
     gradients_without,
     removal_derivative,
-    weighted_loss,
 )
 from influencespace.models.heads import Heads, initial_heads
 from influencespace.models.training import cosine_factor, train_heads
@@ -55,7 +54,7 @@ def retrained(rule: Rule, weights: Tensor, seed: int = 0) -> float:
         optimizer.param_groups[0]["lr"] = of.learning_rate * cosine_factor(index, of.steps)
         u, t = heads(*of.rows(rows))
         optimizer.zero_grad()
-        weighted_loss(u @ t.T / of.temperature, weights[rows]).backward()
+        of.config.objective.weighted_loss(u, t, weights[rows]).backward()
         optimizer.step()
     return of.target_loss(heads)
 
@@ -92,11 +91,11 @@ def agreement(rule: Rule, form: Form, seed: int) -> tuple[float, float]:
 def test_a_weight_of_zero_is_the_batch_without_the_pair() -> None:
     S = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ones = torch.ones(6, dtype=torch.float64)
-    assert float(weighted_loss(S, ones)) == pytest.approx(float(info_nce(S)))
+    assert float(weighted_info_nce(S, ones)) == pytest.approx(float(info_nce(S)))
     rest = torch.tensor([0, 1, 3, 4, 5])
     less = ones.clone()
     less[2] = 0
-    assert float(weighted_loss(S, less)) == pytest.approx(float(info_nce(S[rest][:, rest])))
+    assert float(weighted_info_nce(S, less)) == pytest.approx(float(info_nce(S[rest][:, rest])))
 
 
 def test_removals_are_those_of_gradients_pair_by_pair() -> None:
@@ -106,22 +105,22 @@ def test_removals_are_those_of_gradients_pair_by_pair() -> None:
     space, inputs = path.space, path.inputs(path.batches[0])
     theta = space.flatten(space.parameters)
     c = torch.randn(space.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    base = loss_gradient(space, theta, inputs, path.scale)
-    exact = removal_derivative(space, inputs, c, path.scale, "exact")
-    taylor = removal_derivative(space, inputs, c, path.scale, "taylor")
-    every = gradients_without(space, theta, inputs, path.scale)
+    base = loss_gradient(space, theta, inputs, path.objective)
+    exact = removal_derivative(space, inputs, c, path.objective, "exact")
+    taylor = removal_derivative(space, inputs, c, path.objective, "taylor")
+    every = gradients_without(space, theta, inputs, path.objective)
 
     def slope(w: Tensor) -> Tensor:
         x = theta.clone().requires_grad_()
         u, t = torch.func.functional_call(space.student, space.unflatten(x), inputs)
-        loss = weighted_loss(path.scale * u @ t.T, w)
+        loss = path.objective.weighted_loss(u, t, w)
         return torch.autograd.grad(loss, x, create_graph=True)[0] @ c
 
     w = torch.ones(len(base[:16]), dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(taylor, -torch.autograd.grad(slope(w), w)[0])
     for z in range(16):
         rest = [k for k in range(16) if k != z]
-        less = loss_gradient(space, theta, (inputs[0][rest], inputs[1][rest]), path.scale)
+        less = loss_gradient(space, theta, (inputs[0][rest], inputs[1][rest]), path.objective)
         torch.testing.assert_close(every[z], less)
         torch.testing.assert_close(exact[z], c @ (less - base))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nonlinear import towers
 from torch import Tensor
 
-from influencespace.core.bank import bank_loss
+from influencespace.core.objective import InfoNce, added_loss
 from influencespace.estimators.nystrom import InfluenceScorer, RecordedContext
 from influencespace.models.gradients import PairGradients
 from influencespace.models.heads import initial_heads
@@ -19,6 +19,7 @@ from influencespace.models.projected import reduced_space
 from influencespace.models.space import Inputs, Space
 
 SCALE, BATCH = 5.0, 12
+LOSS = InfoNce(SCALE)
 
 
 STUDENTS = {
@@ -49,7 +50,7 @@ IMAGES = np.array([100, 101, 12, 20, 104, 105, 106])  # the third and fourth sha
 
 
 def gradients(space: Space, **options: object) -> PairGradients:
-    return PairGradients(space=space, bank=BANK, scale=SCALE, batch_size=BATCH, **options)
+    return PairGradients(space=space, bank=BANK, objective=LOSS, batch_size=BATCH, **options)
 
 
 def loop(space: Space) -> Tensor:
@@ -61,7 +62,7 @@ def loop(space: Space) -> Tensor:
     for z, image in enumerate(IMAGES):
         u, t = student(PAIRS[0][z : z + 1], PAIRS[1][z : z + 1])
         allowed = [context for context in BANK if image not in context.image]
-        values = [bank_loss(u, t, *student(*c.inputs), SCALE, BATCH)[0] for c in allowed]
+        values = [added_loss(LOSS, u, t, *student(*c.inputs), BATCH)[0] for c in allowed]
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(torch.stack(values).mean(), chosen)]))
     return torch.stack(rows)
 
@@ -75,7 +76,7 @@ def test_gradients_are_those_of_a_loop(space: Space, memory: int) -> None:
 
 def test_along_a_direction_they_are_the_influences(space: Space) -> None:
     v = torch.randn(3, space.size, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    scorer = InfluenceScorer(space, v, BANK, SCALE, BATCH)
+    scorer = InfluenceScorer(space, v, BANK, LOSS, BATCH)
     found = gradients(space)
     influence = np.nanmean(scorer(PAIRS, IMAGES).by_context, -1)
     np.testing.assert_allclose((found(PAIRS, IMAGES) @ v.T).T, influence, rtol=1e-9, atol=1e-10)
@@ -115,7 +116,7 @@ def test_a_batch_can_lie_in_one_context_or_be_empty() -> None:
 
 def test_a_pair_that_no_context_can_judge_is_a_row_of_nan() -> None:
     shared = [RecordedContext(inputs=c.inputs, image=np.append(c.image[1:], 104)) for c in BANK]
-    found = PairGradients(space=STUDENTS["heads"](), bank=shared, scale=SCALE, batch_size=BATCH)
+    found = PairGradients(space=STUDENTS["heads"](), bank=shared, objective=LOSS, batch_size=BATCH)
     rows = found(PAIRS, IMAGES)
     assert torch.isnan(rows).all(1).nonzero().flatten().tolist() == [4]
     assert not torch.isnan(rows[[0, 1, 2, 3, 5, 6]]).any()
@@ -146,8 +147,8 @@ def test_the_projected_curvature_is_the_projection_of_the_curvature(space: Space
     reduced = reduced_space(space, 3, seed=2)
     matrix = torch.block_diag(*(torch.kron(*projection.matrices) for projection in reduced.projections))
     inputs = BANK[0].inputs
-    whole = space.gauss_newton(inputs, torch.eye(space.size, dtype=torch.float64), SCALE)
-    small = reduced.space.gauss_newton(inputs, torch.eye(reduced.space.size, dtype=torch.float64), SCALE)
+    whole = space.gauss_newton(inputs, torch.eye(space.size, dtype=torch.float64), LOSS)
+    small = reduced.space.gauss_newton(inputs, torch.eye(reduced.space.size, dtype=torch.float64), LOSS)
     torch.testing.assert_close(small, matrix.T @ whole @ matrix, rtol=1e-9, atol=1e-10)
 
 

@@ -10,7 +10,8 @@ from nonlinear import towers
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev
 
-from influencespace.core.contrastive import info_nce, info_nce_terms
+from influencespace.core.info_nce import info_nce, info_nce_terms
+from influencespace.core.objective import InfoNce
 from influencespace.models.heads import initial_heads
 from influencespace.models.space import Inputs, Space
 
@@ -115,11 +116,13 @@ def dense_gauss_newton(space: Space, inputs: Inputs) -> Tensor:
 def test_gauss_newton_is_the_dense_product(space: Space) -> None:
     inputs, directions = context(), random((3, space.size), 9)
     dense = dense_gauss_newton(space, inputs)
-    torch.testing.assert_close(space.gauss_newton(inputs, directions, SCALE), directions @ dense, **EXACT)
+    torch.testing.assert_close(
+        space.gauss_newton(inputs, directions, InfoNce(SCALE)), directions @ dense, **EXACT
+    )
 
 
 def test_gauss_newton_is_symmetric_and_positive(space: Space) -> None:
-    G = space.gauss_newton(context(), torch.eye(space.size, dtype=torch.float64), SCALE).detach()
+    G = space.gauss_newton(context(), torch.eye(space.size, dtype=torch.float64), InfoNce(SCALE)).detach()
     torch.testing.assert_close(G, G.T, **EXACT)
     assert float(torch.linalg.eigvalsh(G)[0]) > -1e-10
 
@@ -128,7 +131,7 @@ def test_loss_gradients_are_autograds(space: Space) -> None:
     inputs, weights = context(), random((3, 6), 10)
     terms = logits(space, inputs)
     dense = jacrev(lambda vector: weights @ info_nce_terms(terms(vector)))(position(space))
-    torch.testing.assert_close(space.loss_gradients(inputs, weights, SCALE), dense, **EXACT)
+    torch.testing.assert_close(space.loss_gradients(inputs, weights, InfoNce(SCALE)), dense, **EXACT)
 
 
 def test_equal_weights_give_the_gradient_of_the_mean_loss(space: Space) -> None:
@@ -136,7 +139,7 @@ def test_equal_weights_give_the_gradient_of_the_mean_loss(space: Space) -> None:
     function = logits(space, inputs)
     dense = grad(lambda vector: info_nce(function(vector)))(position(space))
     weights = torch.full((1, 6), 1 / 6, dtype=torch.float64)
-    torch.testing.assert_close(space.loss_gradients(inputs, weights, SCALE)[0], dense, **EXACT)
+    torch.testing.assert_close(space.loss_gradients(inputs, weights, InfoNce(SCALE))[0], dense, **EXACT)
 
 
 def test_an_unknown_parameter_is_named() -> None:

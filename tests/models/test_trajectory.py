@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian
 
 from influencespace.core.batches import training_batches
-from influencespace.core.contrastive import info_nce
+from influencespace.core.info_nce import info_nce
+from influencespace.core.objective import InfoNce
 from influencespace.models.heads import Heads, initial_heads
 from influencespace.models.space import Inputs, Space
 from influencespace.models.training import StudentConfig, cosine_factor, train_heads
@@ -61,7 +62,13 @@ def flat(student: Heads) -> Tensor:
 
 def trajectory(rule: Rule = "adamw") -> Trajectory:
     return Trajectory(
-        space=Space(heads()), initial=flat(heads()), config=CONFIG, batches=batches(), inputs=rows, rule=rule
+        space=Space(heads()),
+        initial=flat(heads()),
+        config=CONFIG,
+        batches=batches(),
+        inputs=rows,
+        objective=CONFIG.objective,
+        rule=rule,
     )
 
 
@@ -130,8 +137,10 @@ def test_products_with_the_hessian_are_those_of_the_dense_one() -> None:
 
     theta = flat(heads())
     x = torch.randn(space.size, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    torch.testing.assert_close(loss_gradient(space, theta, inputs, 4.0), grad(loss)(theta))
-    torch.testing.assert_close(hessian_product(space, theta, inputs, 4.0, x), hessian(loss)(theta) @ x)
+    torch.testing.assert_close(loss_gradient(space, theta, inputs, InfoNce(4.0)), grad(loss)(theta))
+    torch.testing.assert_close(
+        hessian_product(space, theta, inputs, InfoNce(4.0), x), hessian(loss)(theta) @ x
+    )
 
 
 def test_a_space_at_other_parameters_leaves_the_first_as_it_was() -> None:
@@ -168,7 +177,7 @@ def test_for_plain_sgd_the_adjoint_is_the_published_recursion() -> None:
     for answer in adjoint(path, lam):
         eta, inputs = path.rate(answer.index), rows(path.batches[answer.index])
         torch.testing.assert_close(answer.of_gradient, -eta * lam)
-        lam = lam - eta * hessian_product(path.space, answer.state.theta, inputs, path.scale, lam)
+        lam = lam - eta * hessian_product(path.space, answer.state.theta, inputs, path.objective, lam)
 
 
 def test_a_parameter_without_gradient_has_no_nan() -> None:

@@ -40,7 +40,7 @@ def test_directions_solve_the_damped_curvature_for_every_fold_of_the_target(trut
     v, g, root = directions_of(truth.out / "curvature", name), s.target_gradients(), s.preconditioner.sqrt()
     assert v.shape == g.shape == (truth.target.folds, s.space.size)
     x = v * root
-    left = curvature_products(s.space, s.contexts, x, s.scale, s.preconditioner) + s.damping * x
+    left = curvature_products(s.space, s.contexts, x, s.objective, s.preconditioner) + s.damping * x
     residual = (left - g / root).norm(dim=1) / (g / root).norm(dim=1)
     assert float(residual.max()) < 2 * truth.curvature.tolerance
     note = read_notes(truth.out / "curvature", name)

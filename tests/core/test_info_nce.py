@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from influencespace.core import contrastive
+from influencespace.core import info_nce
 
 sizes = st.integers(2, 9)
 seeds = st.integers(0, 2**31)
@@ -23,31 +23,31 @@ def test_info_nce_is_the_mean_of_both_cross_entropies(size: int, seed: int) -> N
     direct = (
         torch.nn.functional.cross_entropy(S, labels) + torch.nn.functional.cross_entropy(S.T, labels)
     ) / 2
-    torch.testing.assert_close(contrastive.info_nce(S), direct)
+    torch.testing.assert_close(info_nce.info_nce(S), direct)
 
 
 def test_a_batch_of_one_has_no_loss() -> None:
-    assert float(contrastive.info_nce(torch.tensor([[3.7]]))) == 0
+    assert float(info_nce.info_nce(torch.tensor([[3.7]]))) == 0
 
 
 @given(size=sizes, seed=seeds)
 def test_own_role_derivative_is_autograds(size: int, seed: int) -> None:
     S, dS = random_logits(size, seed, 2)
-    _, derivative = torch.func.jvp(contrastive.own_role, (S,), (dS,))
-    torch.testing.assert_close(contrastive.own_role_derivative(S, dS), derivative)
+    _, derivative = torch.func.jvp(info_nce.own_role, (S,), (dS,))
+    torch.testing.assert_close(info_nce.own_role_derivative(S, dS), derivative)
 
 
 @given(size=st.integers(3, 9), seed=seeds)
 def test_roles_make_the_leave_one_out_difference(size: int, seed: int) -> None:
     """Exact form: own + negative is the derivative of 2 [B L_B - (B-1) L_{B without n}]."""
     S, dS = random_logits(size, seed, 2)
-    together = contrastive.own_role_derivative(S, dS) + contrastive.negative_role_derivative(S, dS)
+    together = info_nce.own_role_derivative(S, dS) + info_nce.negative_role_derivative(S, dS)
     for n in range(size):
         others = torch.tensor([k for k in range(size) if k != n])
 
         def difference(S: torch.Tensor, others: torch.Tensor = others) -> torch.Tensor:
             without = S[others][:, others]
-            return 2 * (size * contrastive.info_nce(S) - (size - 1) * contrastive.info_nce(without))
+            return 2 * (size * info_nce.info_nce(S) - (size - 1) * info_nce.info_nce(without))
 
         _, derivative = torch.func.jvp(difference, (S,), (dS,))
         torch.testing.assert_close(together[n], derivative)
@@ -62,28 +62,17 @@ def test_taylor_form_differentiates_the_sum_of_probabilities(size: int, seed: in
         return (S.softmax(1) * mask).sum(0) + (S.softmax(0) * mask).sum(1)
 
     _, derivative = torch.func.jvp(given_to_others, (S,), (dS,))
-    torch.testing.assert_close(contrastive.negative_role_derivative(S, dS, "taylor"), derivative)
+    torch.testing.assert_close(info_nce.negative_role_derivative(S, dS, "taylor"), derivative)
 
 
 def test_an_unknown_form_is_named() -> None:
     with pytest.raises(ValueError, match="'tailor'"):
-        contrastive.negative_role_derivative(torch.eye(3), torch.eye(3), "tailor")
+        info_nce.negative_role_derivative(torch.eye(3), torch.eye(3), "tailor")
 
 
 @given(size=sizes, seed=seeds)
 def test_gauss_newton_is_the_hessian_in_logit_space(size: int, seed: int) -> None:
     S, dS = random_logits(size, seed, 2)
-    _, product = torch.func.jvp(torch.func.grad(contrastive.info_nce), (S,), (dS,))
-    torch.testing.assert_close(contrastive.gauss_newton_logits(S, dS), product)
+    _, product = torch.func.jvp(torch.func.grad(info_nce.info_nce), (S,), (dS,))
+    torch.testing.assert_close(info_nce.gauss_newton_logits(S, dS), product)
     assert float((dS * product).sum()) >= -1e-12
-
-
-@given(size=sizes, seed=seeds)
-def test_sigmoid_loss_is_pairwise_logistic(size: int, seed: int) -> None:
-    S, _ = random_logits(size, seed, 2)
-    direct = torch.zeros((), dtype=torch.float64)
-    for i in range(size):
-        for j in range(size):
-            z = 1.0 if i == j else -1.0
-            direct += torch.log1p(torch.exp(-z * (S[i, j] - 1.5)))
-    torch.testing.assert_close(contrastive.sigmoid_loss(S, -1.5), direct / size)

@@ -1,0 +1,14 @@
+"""A classifier or regressor as a student: it hands the labels through, so that its outputs are what a loss compares."""
+
+from torch import Tensor, nn
+
+
+class Predictor(nn.Module):
+    """Any module from inputs (n, ...) to predictions (n, K), in evaluation mode, with the labels (n, K) beside them."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module.eval()
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.module(inputs), labels
