@@ -39,11 +39,12 @@ from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import Sample
 from influencespace.estimators.grad_dot import GradDot
 from influencespace.estimators.nystrom import RecordedContext
-from influencespace.estimators.problem import fitted
+from influencespace.estimators.problem import fitted, per_sample_gradients
 from influencespace.estimators.student_problem import batch_of, rows_of
 from influencespace.estimators.table import TABLE
 from influencespace.models.encoders import load_encoder
 from influencespace.models.heads import Heads, initial_heads
+from influencespace.models.projected import reduced_space
 from influencespace.models.training import StudentConfig, train_heads
 
 
@@ -118,11 +119,11 @@ def leave_one_out_part(bench: Benchmark, world: World, quick: bool) -> None:
             )
             if name in ("ecif", "ecif, early stopping", "unrolled", "unrolled, whole"):
                 bench.target(
-                    name=f"leave-one-out, {rule}, Pearson of `{name}` (mean, lowest and highest of single students)",
+                    name=f"leave-one-out, {rule}, Pearson of `{name}` (ensemble; lowest and highest of single students)",
                     target="at least 0.97",
-                    measured=float(np.mean(single)),
+                    measured=ensemble,
                     interval=(min(single), max(single)),
-                    reached=float(np.mean(single)) >= 0.97,
+                    reached=ensemble >= 0.97,
                 )
             if slope is not None:
                 bench.target(
@@ -331,10 +332,15 @@ def speed_part(bench: Benchmark, world: World, quick: bool) -> None:
         for x, y in zip(*few.inputs):
             one(x, y)
 
+    projected = per_sample_gradients(problem, reduced_space(problem.space, 256, 0).space)
     seconds = {
         "scoring, tangents through the heads": best_of(lambda: scorer(pool), 3) / len(pool),
         "per-sample gradients, a loop": best_of(loop, 2) / count,
         "per-sample gradients, vmap": best_of(lambda: vmap(one, chunk_size=16)(*few.inputs), 2) / count,
+        "projected per-sample gradients, by hand (`models/gradients.py`)": best_of(
+            lambda: projected(few.inputs, few.image), 2
+        )
+        / count,
         "embedding by the given towers": embedding_seconds(world, 16 if quick else 128),
     }
     for name, value in seconds.items():
@@ -347,10 +353,12 @@ def speed_part(bench: Benchmark, world: World, quick: bool) -> None:
         measured=share,
         reached=share <= 0.1,
     )
-    for what, least in (("a loop", 8.0), ("vmap", 1.5)):
-        ratio = seconds[f"per-sample gradients, {what}"] / scoring
+    routes = [name for name in seconds if "per-sample" in name and "loop" not in name]
+    quickest = min(routes, key=lambda name: seconds[name])
+    for what, least in (("per-sample gradients, a loop", 8.0), (quickest, 1.5)):
+        ratio = seconds[what] / scoring
         bench.target(
-            name=f"time of per-sample gradients by {what} over that of scoring",
+            name=f"time of {what} over that of scoring",
             target=f"at least {least}",
             measured=ratio,
             reached=ratio >= least,

@@ -167,8 +167,9 @@ def _files(folder: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{folder}/{name}.py" for name in names)
 
 
+LOSSES = ("objective", "info_nce", "sigmoid", "bank")
 SCORING = (
-    *_files("core", "contrastive", "bank", "linalg", "batches", "kmeans", "quality", "regression"),
+    *_files("core", *LOSSES, "linalg", "batches", "kmeans", "quality", "regression"),
     *_files("models", "heads", "space", "training"),
     *_files("estimators", "nystrom", "similarity"),
     *_files("stages", "student", "cluster", "curvature", "attribute"),
@@ -180,14 +181,14 @@ DECIDING = (
     *_files("stages", "decide", "confirm", "train", "evaluate"),
 )
 TRAINING = (
-    *_files("core", "contrastive", "batches"),
+    *_files("core", *LOSSES, "batches"),
     *_files("models", "heads", "space", "training", "trajectory"),
     *_files("estimators", "student_problem"),
     *_files("data", "pair_set", "dirt"),
 )
 ESTIMATING = (
     *TRAINING,
-    *_files("core", "bank", "linalg", "projection"),
+    *_files("core", "linalg", "projection"),
     *_files("models", "gradients", "projected"),
     *(f"estimators/{path.name}" for path in sorted((ROOT / "influencespace" / "estimators").glob("*.py"))),
 )

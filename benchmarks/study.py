@@ -26,6 +26,7 @@ from influencespace.models.trajectory import Rule, Trajectory, space_at
 FloatArray = np.ndarray
 # The learning rate is chosen as a user would: the one whose student does best on pairs that nothing else looks at.
 RATES: dict[Rule, tuple[float, ...]] = {"sgd": (1e-3, 3e-3, 1e-2, 3e-2), "adamw": (3e-5, 1e-4, 3e-4, 1e-3)}
+CONTEXTS = 8  # of the bank, where the pool has pairs for so many
 OURS = ("ecif", "nystrom", "unrolled")
 IN_UNITS = ("ecif, early stopping", "unrolled", "unrolled, whole", "unrolled, taylor")
 """Estimators whose scores are changes of the target loss, so that a slope means something; ecif's default damping shrinks."""
@@ -83,7 +84,9 @@ class Study:
         return fingerprint(parts)
 
     def problem(self, seed: int, target: RecordedContext | None = None) -> Problem:
-        return student_problem(self.pool, target or self.target, self.config, rule=self.rule, seed=seed)
+        return student_problem(
+            self.pool, target or self.target, self.config, rule=self.rule, contexts=CONTEXTS, seed=seed
+        )
 
     def target_group(self, group: int, groups: int) -> RecordedContext:
         rows = np.flatnonzero(folds_by_image(self.target.image, groups, 0) == group)
@@ -121,18 +124,26 @@ def table() -> dict[str, Callable[[Problem], FloatArray]]:
     def of(make: Callable[[], Estimator]) -> Callable[[Problem], FloatArray]:
         return lambda problem: score_all(make(), problem)
 
-    def early_stopping(problem: Problem) -> FloatArray:
+    def damped(factor: float, problem: Problem) -> FloatArray:
         path = problem.trajectory
         assert path is not None
         rates = sum(path.rate(index) for index in range(len(path.batches)))
-        damping = damping_of(CurvatureConfig(damping_factor=1.0), rates, path.config.weight_decay)
+        damping = damping_of(CurvatureConfig(damping_factor=factor), rates, path.config.weight_decay)
         return score_all(Ecif(), replace(problem, damping=damping))
+
+    def sketched(rank: int) -> Callable[[Problem], FloatArray]:
+        return of(partial(Ecif, solver="woodbury", curvature=CurvatureConfig(rank=rank, max_rank=rank)))
 
     found = {name: of(make) for name, make in TABLE.items()}
     return found | {
-        "ecif, early stopping": early_stopping,
+        "ecif, early stopping": partial(damped, 1.0),
+        "ecif, damping factor 10": partial(damped, 10.0),
+        "ecif, damping factor 1000": partial(damped, 1000.0),
+        "nystrom, rank 4": sketched(4),
+        "nystrom, rank 128": sketched(128),
         "ecif, taylor": of(partial(Ecif, form="taylor")),
         "ecif, own role": of(partial(Ecif, role="own")),
+        "ecif, negative role": of(partial(Ecif, role="negative")),
         "unrolled, whole": of(partial(Unrolled, form="whole")),
         "unrolled, taylor": of(partial(Unrolled, form="taylor")),
     }
