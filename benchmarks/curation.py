@@ -57,9 +57,13 @@ class World:
     data: Path
     cache: Path
 
+    @property
+    def encoder(self) -> str:
+        return str(self.data.parent / "models" / "mobilenetv2-minilm")
+
     def embedded(self, name: str, shards: str) -> Path:
         folder = self.cache / "embed" / name
-        config = EmbedConfig(encoder=str(self.data.parent / "models" / "mobilenetv2-minilm"))
+        config = EmbedConfig(encoder=self.encoder)
         embed(list_shards(str(self.data / "flickr8k" / shards)), config, folder, RUNTIME)
         return folder
 
