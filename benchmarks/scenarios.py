@@ -222,7 +222,9 @@ def hard_wrong(draft: Draft, share: float, rng: np.random.Generator, sources: So
     """The caption of one of the ten pictures that look most alike."""
     rows = draft.good(share, rng)
     base = torch.from_numpy(np.asarray(sources.pool.table.images))
-    alike = torch.cat([(part @ base.T).topk(11, 1).indices[:, 1:] for part in torch.split(base, 1024)]).numpy()
+    alike = torch.cat(
+        [(part @ base.T).topk(11, 1).indices[:, 1:] for part in torch.split(base, 1024)]
+    ).numpy()
     by_image = [np.flatnonzero(draft.image == i) for i in range(sources.count)]
     texts = []
     for row in rows:

@@ -2,14 +2,23 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import influencespace
+from influencespace.core.metrics import auroc
 from influencespace.estimators.table import TABLE
 
 DOCS = Path(influencespace.__file__).parents[1] / "docs"
+
+
+def python_of(page: str) -> list[str]:
+    """The Python blocks of a page of the documents."""
+    found = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    return [str(block) for block in found]
 
 
 def test_every_estimator_is_documented() -> None:
@@ -39,15 +48,29 @@ def test_the_python_of_the_estimators_page(tmp_path: Path, monkeypatch: pytest.M
     config = load_config(None, small | roles | {"embed.encoder": str(tmp_path / "encoder")})
     monkeypatch.chdir(tmp_path)
     pipeline.run(config, Path("runs/mine"), LocalRuntime())
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (DOCS / "estimators.md").read_text(encoding="utf-8"), re.DOTALL
-    )
     names: dict[str, object] = {}
+    code, _ = python_of("estimators.md")
     exec(code, names)  # our own document
     value = names["value"]
     assert isinstance(value, np.ndarray)
     assert len(value) == 120
     assert np.isfinite(value).all()
+
+
+def test_a_classifiers_samples_are_valued_as_documented() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rule = torch.randn(5, 3, generator=generator)
+    features, trusted = (torch.randn(count, 5, generator=generator) for count in (150, 80))
+    labels, trusted_labels = (
+        torch.nn.functional.one_hot((x @ rule).argmax(1), 3).float() for x in (features, trusted)
+    )
+    wrong = np.arange(150) < 30
+    labels[:30] = labels[:30].roll(1, 1)
+    names: dict[str, Any] = {}
+    _, code = python_of("estimators.md")
+    exec(code, names)  # our own document
+    found = names["worth"](features, labels, trusted, trusted_labels)
+    assert auroc(-found, wrong) > 0.8
 
 
 @pytest.mark.e2e
@@ -66,9 +89,7 @@ def test_the_python_of_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 assert isinstance(sample, Sample)
                 (tmp_path / folder / f"{number:04d}.jpg").write_bytes(sample.image)
                 (tmp_path / folder / f"{number:04d}.txt").write_text(sample.captions[0])
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (DOCS / "tutorial.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    (code,) = python_of("tutorial.md")
     assert len(code.strip().splitlines()) <= 40
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
