@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from influencespace.core.bank import anchor_normalisers, negative_loss, own_loss
+from influencespace.core.linalg import Sketch
 from influencespace.core.projection import leading_sides
 from influencespace.errors import InputError
-from influencespace.estimators.ecif import curvature_of
 from influencespace.estimators.ekfac import kronecker_blocks
 from influencespace.estimators.nystrom import (
     CurvatureConfig,
@@ -75,10 +75,12 @@ def role_gradients(problem: Problem, queries: RecordedContext) -> Tensor:
     return total.to(share).reshape(2, count, space.size)
 
 
-def query_directions(problem: Problem, queries: RecordedContext, config: CurvatureConfig) -> Tensor:
+def query_directions(
+    problem: Problem, queries: RecordedContext, sketch: Sketch, config: CurvatureConfig
+) -> Tensor:
     """M / |a + b| of each query: (Q, 2, p), whose sum over the two rows is the direction of the score.
 
-    Raises InputError as `role_gradients` does.
+    `sketch` is that of `ecif.curvature_of`, one for any number of queries. Raises InputError as `role_gradients` does.
     """
     gradients = role_gradients(problem, queries)
     solution = solve_directions(
@@ -86,7 +88,7 @@ def query_directions(problem: Problem, queries: RecordedContext, config: Curvatu
         [context.inputs for context in problem.bank],
         problem.scale,
         problem.preconditioner,
-        curvature_of(problem, config),
+        sketch,
         problem.damping,
         gradients.flatten(0, 1).to(problem.preconditioner),
         config,

@@ -18,6 +18,7 @@ from torch import Tensor
 from influencespace.core.projection import TwoSided
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
 from influencespace.data.blocks import blocks_of
+from influencespace.estimators.ecif import curvature_of
 from influencespace.estimators.nystrom import RecordedContext
 from influencespace.estimators.problem import Problem
 from influencespace.estimators.trace import (
@@ -91,11 +92,12 @@ def trace(
     usable loss.
     """
     problem = valued.problem()
+    sketch = curvature_of(problem, valued.curvature)
     found: list[Causes] = []
     for start in range(0, len(queries[0]), AT_ONCE):
         part = queries[0][start : start + AT_ONCE], queries[1][start : start + AT_ONCE]
         group = RecordedContext(inputs=part, image=images_in_bank(problem.bank, part[0]))
-        directions = query_directions(problem, group, valued.curvature)
+        directions = query_directions(problem, group, sketch, valued.curvature)
         tracer = make_tracer(problem, directions)
         candidates = config.top * CANDIDATES
         if index is None:

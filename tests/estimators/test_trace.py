@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import functional_call, jacrev
 
 from influencespace.errors import InputError
+from influencespace.estimators.ecif import curvature_of
 from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext
 from influencespace.estimators.problem import Problem
 from influencespace.estimators.student_problem import batch_of, student_problem
@@ -69,8 +70,12 @@ def dense_curvature(problem: Problem) -> Tensor:
     return torch.stack(products).mean(0) + problem.damping * torch.diag(problem.preconditioner)
 
 
+def directions_of(problem: Problem, queries: RecordedContext, config: CurvatureConfig = SURE) -> Tensor:
+    return query_directions(problem, queries, curvature_of(problem, config), config)
+
+
 def traced() -> Traced:
-    tracer = make_tracer(PROBLEM, query_directions(PROBLEM, QUERIES, SURE))
+    tracer = make_tracer(PROBLEM, directions_of(PROBLEM, QUERIES))
     return tracer(BATCH.inputs, BATCH.image)
 
 
@@ -102,7 +107,7 @@ def test_the_relative_influence_is_the_papers() -> None:
 
 
 def test_parallel_roles_leave_the_projection_on_their_line() -> None:
-    directions = query_directions(PROBLEM, QUERIES, SURE)
+    directions = directions_of(PROBLEM, QUERIES)
     directions[:, 1] = -0.5 * directions[:, 0]
     found = make_tracer(PROBLEM, directions)(BATCH.inputs, BATCH.image).relative_influence
     line = directions[:, 0] / directions[:, 0].norm(dim=-1, keepdim=True)
@@ -116,13 +121,13 @@ def test_queries_do_not_meet() -> None:
         one = RecordedContext(
             inputs=tuple(side[query : query + 1] for side in QUERIES.inputs), image=QUERIES.image[[query]]
         )
-        alone = make_tracer(PROBLEM, query_directions(PROBLEM, one, SURE))(BATCH.inputs, BATCH.image)
+        alone = make_tracer(PROBLEM, directions_of(PROBLEM, one))(BATCH.inputs, BATCH.image)
         np.testing.assert_allclose(alone.score[0], whole.score[query], rtol=1e-7, atol=1e-12)
         np.testing.assert_allclose(alone.own[0], whole.own[query], rtol=1e-7, atol=1e-12)
 
 
 def test_an_exact_index_finds_what_brute_force_finds() -> None:
-    directions = query_directions(PROBLEM, QUERIES, SURE)
+    directions = directions_of(PROBLEM, QUERIES)
     reduced = index_space(PROBLEM, dimension=10_000)
     assert reduced.space is PROBLEM.space
     rows = indexed_gradients(PROBLEM, reduced)(BATCH.inputs, BATCH.image)
@@ -175,7 +180,7 @@ def test_leading_sides_find_more_of_the_right_pairs_than_random_ones() -> None:
     queries = RecordedContext(
         inputs=(problem.target[0].inputs[0][:8], problem.target[0].inputs[1][:8]), image=np.full(8, -1)
     )
-    directions = query_directions(problem, queries, SURE)
+    directions = directions_of(problem, queries)
     score = make_tracer(problem, directions)(batch.inputs, batch.image).score
     right = Candidates.among(-score, batch.row, 10).row
 
@@ -260,7 +265,7 @@ def planted(number: int) -> tuple[float, float, bool]:
     config = StudentConfig(dimension=4, steps=60, batch_size=16, learning_rate=0.02, temperature=0.2)
     problem = student_problem(pool, target, config)
     queries = RecordedContext(inputs=query, image=images_in_bank(problem.bank, query[0]))
-    tracer = make_tracer(problem, query_directions(problem, queries, CurvatureConfig()))
+    tracer = make_tracer(problem, directions_of(problem, queries, CurvatureConfig()))
     found = tracer(pool.inputs, pool.image)
     end = problem.space.flatten(problem.space.parameters)
     change = loss(problem, queries, 0, without(problem, np.array([100]))) - loss(problem, queries, 0, end)
@@ -295,7 +300,7 @@ def test_bad_queries_are_told() -> None:
 def test_a_bad_pair_is_nan_and_no_candidate() -> None:
     images = BATCH.inputs[0].clone()
     images[3, 0] = torch.nan
-    tracer = make_tracer(PROBLEM, query_directions(PROBLEM, QUERIES, SURE))
+    tracer = make_tracer(PROBLEM, directions_of(PROBLEM, QUERIES))
     found = tracer((images, BATCH.inputs[1]), BATCH.image)
     good = np.arange(len(BATCH)) != 3
     np.testing.assert_allclose(found.score[:, good], traced().score[:, good], rtol=1e-9)

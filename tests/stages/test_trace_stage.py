@@ -8,6 +8,7 @@ import pytest
 from chain import Chain, Idle
 from test_score import valued
 
+from influencespace.estimators.ecif import curvature_of
 from influencespace.estimators.nystrom import RecordedContext
 from influencespace.estimators.trace import make_tracer, most_influential, query_directions
 from influencespace.models.space import Inputs
@@ -41,7 +42,9 @@ def test_it_is_the_tracer_over_the_whole_pool(truth: Chain, whole: list[Causes])
     given, problem = valued(truth), valued(truth).problem()
     batch = given.batch((0, len(given.pool)))
     group = RecordedContext(inputs=queries(truth), image=np.full(3, -1))
-    tracer = make_tracer(problem, query_directions(problem, group, given.curvature))
+    tracer = make_tracer(
+        problem, query_directions(problem, group, curvature_of(problem, given.curvature), given.curvature)
+    )
     found = tracer(batch.inputs, batch.image)
     for query, causes in enumerate(whole):
         for sign, mine in ((-1, causes.harmful), (1, causes.helpful)):
