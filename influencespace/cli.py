@@ -269,6 +269,49 @@ def detect(
 
 
 @app.command()
+def trace(
+    folder: Run,
+    query: Annotated[
+        tuple[Path, str] | None, typer.Option(metavar="IMAGE TEXT", help="A picture file and its caption.")
+    ] = None,
+    uid: Annotated[
+        list[str], typer.Option(help="A pair of the run's test or target set; may be given several times.")
+    ] = [],  # noqa: B006
+    top: Annotated[int, typer.Option(min=1, help="Training pairs to find, of each kind.")] = 20,
+    index: Annotated[
+        bool,
+        typer.Option(
+            "--index",
+            help="Look candidates up in stored projected gradients (written at first use): for many queries.",
+        ),
+    ] = False,
+    address: Address = None,
+) -> None:
+    """Trace an error on a test pair back to the training pairs that caused it, with a page of their pictures."""
+    from influencespace.pipeline import alone_in
+    from influencespace.stages.ray_session import start_ray
+    from influencespace.stages.trace import TraceConfig
+    from influencespace.tasks.trace import query_by_picture, query_by_uid, trace_run
+
+    queries = [query_by_uid(folder, one) for one in uid]
+    if query is not None:
+        queries.append(query_by_picture(folder, *query))
+    if not queries:
+        raise InputError("nothing to trace: give --query IMAGE TEXT, or --uid UID of a test or target pair")
+    folder = folder.expanduser().absolute()
+    with alone_in(folder), start_ray(address) as runtime:
+        traced = trace_run(folder, queries, TraceConfig(top=top), runtime, index=index)
+    for found in traced:
+        caption, picture = (found["retrieved"][what] for what in ("caption", "picture"))
+        print(
+            f"{found['query']}: caption at rank {caption['rank']:,} of {caption['of']:,}, picture at rank "
+            f"{picture['rank']:,} of {picture['of']:,}; {len(found['harmful'])} training pairs caused it"
+        )
+        for name, path in found["paths"].items():
+            print(f"{name}: {path}")
+
+
+@app.command()
 def clean(
     folder: Run,
     fraction: Annotated[

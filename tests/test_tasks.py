@@ -1,20 +1,26 @@
-"""Choices from a finished run: what is cleaned away, what stands for the rest, and refusals."""
+"""Tasks on a finished run: what is cleaned away, what stands for the rest, what caused an error, and refusals."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from influencespace import pipeline
 from influencespace.config import load_config
+from influencespace.data.images import read_image_bytes
+from influencespace.data.schema import ImageRef
 from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.errors import InputError
 from influencespace.stages.fit_encoder import FitEncoder
 from influencespace.stages.runtime import LocalRuntime
+from influencespace.stages.trace import TraceConfig
 from influencespace.tasks.choose import Method, clean, coreset
+from influencespace.tasks.trace import query_by_picture, query_by_uid, retrieved, trace_run
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +107,100 @@ def test_refusals(run: Path, tmp_path: Path) -> None:
             coreset(run, 10)
     finally:
         (run / "summary.json").write_text(json.dumps(summary))
+
+
+def pairs_of(run: Path, role: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pq.read_table(run / "embed" / role / "pairs.parquet").to_pylist()
+    return found
+
+
+def picture_of(pair: dict[str, Any], folder: Path) -> Path:
+    """The picture of a pair as a file of its own."""
+    places = {key: pair[f"image_{key}"] for key in ("path", "offset", "length", "row")}
+    path = folder / "picture.jpg"
+    path.write_bytes(read_image_bytes(ImageRef(**places)))
+    return path
+
+
+def test_a_test_pair_is_traced_back_to_training_pairs(run: Path) -> None:
+    uid = pairs_of(run, "test")[7]["uid"]
+    (found,) = trace_run(run, [query_by_uid(run, uid)], TraceConfig(top=5), LocalRuntime())
+    pool = {pair["uid"] for pair in pairs_of(run, "pool")}
+    for name, sign in (("harmful", -1), ("helpful", 1)):
+        rows = found[name]
+        assert [row["rank"] for row in rows] == list(range(1, len(rows) + 1))
+        assert 0 < len(rows) <= 5
+        assert {row["uid"] for row in rows} <= pool
+        assert all(sign * row["score"] > 0 for row in rows)
+        assert all(row["score"] == pytest.approx(row["own"] + row["negative"]) for row in rows)
+        assert all(row["relative_influence"] >= 0.99 * abs(row["score"]) for row in rows)
+    assert json.loads(Path(found["paths"]["trace.json"]).read_text()) == {
+        key: value for key, value in found.items() if key != "paths"
+    }
+    page = Path(found["paths"]["trace.html"]).read_text()
+    for row in (*found["harmful"], *found["helpful"]):
+        assert row["uid"] in page
+    assert page.count("data:image/jpeg;base64,") >= 1 + len(found["harmful"]) + len(found["helpful"])
+
+
+def test_a_picture_with_its_caption_is_the_pair_that_it_is(run: Path, tmp_path: Path) -> None:
+    """The run's own encoder embeds it, so the same training pairs are found, by an index too."""
+    pair = pairs_of(run, "test")[3]
+    known = query_by_uid(run, pair["uid"])
+    given = query_by_picture(run, picture_of(pair, tmp_path), f" {pair['caption']} ")
+    first, second = trace_run(run, [known, given], TraceConfig(top=5), LocalRuntime())
+    assert first["caption"] == second["caption"]
+    assert [row["uid"] for row in first["harmful"]] == [row["uid"] for row in second["harmful"]]
+    assert first["paths"] != second["paths"]
+    (third,) = trace_run(run, [known], TraceConfig(top=5, index_dimension=10**6), LocalRuntime(), index=True)
+    for name in ("harmful", "helpful"):
+        assert [row["uid"] for row in third[name]] == [row["uid"] for row in first[name]]
+    assert (run / "trace" / "index" / "manifest.json").is_file()
+
+
+def test_the_page_escapes_what_others_wrote(run: Path, tmp_path: Path) -> None:
+    path = picture_of(pairs_of(run, "test")[0], tmp_path)
+    query = query_by_picture(run, path, "<script>alert(1)</script> & more")
+    (found,) = trace_run(run, [query], TraceConfig(top=2), LocalRuntime())
+    page = Path(found["paths"]["trace.html"]).read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
+
+
+def test_the_rank_of_an_answer() -> None:
+    similarity, rows = np.array([0.9, 0.2, 0.5, 0.7]), np.array([10, 11, 12, 13])
+    nothing = np.zeros(4, bool)
+    assert retrieved(similarity, nothing, 0.6, rows).__dict__ == {"rank": 3, "of": 5, "first": 10}
+    assert retrieved(similarity, nothing, 0.95, rows).__dict__ == {"rank": 1, "of": 5, "first": -1}
+    right = np.array([True, False, False, False])  # another caption of the same picture
+    assert retrieved(similarity, right, 0.1, rows).__dict__ == {"rank": 1, "of": 4, "first": -1}
+    right = np.array([False, False, True, False])
+    assert retrieved(similarity, right, 0.5, rows).__dict__ == {"rank": 3, "of": 4, "first": 10}
+
+
+def test_wrong_queries_are_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="uid 'nobody' is in neither the test nor the target set"):
+        query_by_uid(run, "nobody")
+    with pytest.raises(InputError, match="is in the pool: it is a training pair, not a query"):
+        query_by_uid(run, pairs_of(run, "pool")[0]["uid"])
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8), "red").save(picture)
+    with pytest.raises(InputError, match=r"the caption of .* is empty"):
+        query_by_picture(run, picture, " \n")
+    with pytest.raises(InputError, match=r"none.png cannot be read: No such file"):
+        query_by_picture(run, tmp_path / "none.png", "a dog")
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        query_by_picture(run, tmp_path, "a dog")
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(InputError, match="cannot be used: not a readable image"):
+        query_by_picture(run, tmp_path / "text.jpg", "a dog")
+    for ask in (lambda: query_by_uid(tmp_path, "x"), lambda: query_by_picture(tmp_path, picture, "a dog")):
+        with pytest.raises(InputError, match="holds no finished run"):
+            ask()
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = (copy / "config.yaml").read_text()
+    (encoder,) = [line for line in config.splitlines() if line.strip().startswith("encoder:")]
+    (copy / "config.yaml").write_text(config.replace(encoder, "  encoder: ''"))
+    with pytest.raises(InputError, match="was made from embeddings without an encoder"):
+        query_by_picture(copy, picture, "a dog")

@@ -112,6 +112,8 @@ class TwoSided:
     """(k1, k2), each at most the matrix's own."""
     seed: int = 0
     stream: int = 0
+    given: tuple[Tensor, Tensor] | None = None
+    """A and B with orthonormal columns, in place of random ones."""
 
     def __post_init__(self) -> None:
         if any(k > size for k, size in zip(self.sides, self.shape)):
@@ -121,6 +123,8 @@ class TwoSided:
     @cached_property
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A and B, in float64."""
+        if self.given is not None:
+            return self.given
         A, B = (self._side(side) for side in (0, 1))
         return A, B
 
@@ -159,3 +163,15 @@ def sides_for(shape: tuple[int, int], dimension: int) -> tuple[int, int]:
     k2 = min(shape[1], math.isqrt(dimension))
     k1 = min(shape[0], dimension // k2)
     return k1, min(shape[1], dimension // k1)
+
+
+def leading_sides(U_A: Tensor, U_B: Tensor, dimension: int) -> TwoSided:
+    """Onto the last columns of U_A (a, a) and U_B (b, b), eigenvectors in rising order, as `sides_for` divides `dimension`.
+
+    Keeps the inner products of matrices that lie within those sides, where random sides add noise to all. A side that is
+    not made smaller is left as it is.
+    """
+    shape = len(U_A), len(U_B)
+    sides = sides_for(shape, dimension)
+    A, B = (torch.eye(k).to(U) if k == len(U) else U[:, -k:].contiguous() for U, k in zip((U_A, U_B), sides))
+    return TwoSided(shape=shape, sides=sides, given=(A, B))

@@ -5,7 +5,7 @@ two-sided projection (LoGra, Choe et al. 2024). So whatever a Space can do, curv
 space without a projection to call, and over heads without a whole gradient ever being formed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,11 @@ class ReducedSpace:
         joined: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
         return joined
 
+    def project(self, rows: Tensor) -> Tensor:
+        """P^T x for rows x (n, p) over the original parameters: (n, k)."""
+        parts = zip(self.projections, torch.split(rows, self.original_sizes, 1))
+        return torch.cat([P(part.reshape(-1, *P.shape)).flatten(1) for P, part in parts], 1)
+
 
 def reduced_space(space: Space, dimension: int, seed: int) -> ReducedSpace:
     """Project each parameter tensor to at most `dimension` numbers; those with fewer stay whole.
@@ -58,6 +63,11 @@ def reduced_space(space: Space, dimension: int, seed: int) -> ReducedSpace:
     for block, value in enumerate(space.parameters.values()):
         shape = (value.shape[0], value[0].numel()) if value.dim() else (1, 1)
         projections.append(TwoSided(shape=shape, sides=sides_for(shape, dimension), seed=seed, stream=block))
+    return projected(space, projections)
+
+
+def projected(space: Space, projections: Sequence[TwoSided]) -> ReducedSpace:
+    """Project each parameter tensor, as a matrix, by a projection of its own; the space itself where all are exact."""
     found = tuple(projections)
     if all(projection.exact for projection in found):
         return ReducedSpace(space=space, projections=found)

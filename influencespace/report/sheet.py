@@ -1,6 +1,7 @@
-"""A contact sheet: ranked pairs with their pictures and captions on one page that needs no network."""
+"""A contact sheet: pairs with their pictures and captions on one page that needs no network."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from influencespace.data.artifacts import atomic_path
@@ -8,21 +9,37 @@ from influencespace.report.page import environment
 from influencespace.report.pictures import find_pairs, picture, shortened
 
 
-def write_sheet(
-    path: Path, run: Path, title: str, told: Sequence[str], ranked: Sequence[tuple[str, float]]
-) -> None:
-    """Write a page of the pairs `ranked` (uid, score) of a run, in their order, below sentences that tell what they are."""
-    pairs = find_pairs(run / "embed" / "pool" / "pairs.parquet", {uid for uid, _ in ranked})
-    shown = [
-        {
-            "uid": uid,
-            "score": score,
-            "caption": shortened(pairs[uid]["caption"]),
-            "picture": picture(pairs[uid]),
-        }
-        for uid, score in ranked
-        if uid in pairs
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One pair; `picture` is a data URI, None where there is none to show."""
+
+    caption: str
+    picture: str | None
+    facts: Sequence[str]
+    """Lines of small print."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Cards below a heading and sentences."""
+
+    cards: Sequence[Card]
+    heading: str = ""
+    told: Sequence[str] = ()
+
+
+def cards(pairs: Path, wanted: Sequence[tuple[str, str]]) -> list[Card]:
+    """Cards of pairs by uid, each with a line of facts, in their order; `pairs` is a pairs.parquet, what it lacks is left out."""
+    found = find_pairs(pairs, {uid for uid, _ in wanted})
+    return [
+        Card(caption=shortened(found[uid]["caption"]), picture=picture(found[uid]), facts=(facts, uid))
+        for uid, facts in wanted
+        if uid in found
     ]
-    html = environment().get_template("sheet.html.j2").render(title=title, told=told, pairs=shown)
+
+
+def write_sheet(path: Path, title: str, told: Sequence[str], sections: Sequence[Section]) -> None:
+    """Write a page of sections below a title and sentences that tell what they are."""
+    html = environment().get_template("sheet.html.j2").render(title=title, told=told, sections=sections)
     with atomic_path(path) as aside:
         aside.write_text(html, encoding="utf-8")

@@ -12,7 +12,7 @@ from pyarrow import csv
 from influencespace.core.metrics import auroc, average_precision, precision_recall_at
 from influencespace.data.artifacts import atomic_path, write_json
 from influencespace.errors import InputError
-from influencespace.report.sheet import write_sheet
+from influencespace.report.sheet import Section, cards, write_sheet
 from influencespace.stages.runtime import Runtime
 from influencespace.tasks.score import POOLED, score_run
 
@@ -59,8 +59,13 @@ def detect_run(
             f"(base rate {found['base_rate']:.3f}) for {found['wrong']:,} wrong pairs among {found['known']:,}."
         )
     write_json(out / "detect.json", found)
-    first = [(uids[i], float(score[i])) for i in order[:SHOWN] if np.isfinite(score[i])]
-    write_sheet(out / "detect.html", run, "Pairs that look misaligned", told, first)
+    first = [
+        (uids[i], f"{rank} · score {score[i]:.3g}")
+        for rank, i in enumerate(order[:SHOWN], 1)
+        if np.isfinite(score[i])
+    ]
+    shown = Section(cards=cards(run / "embed" / "pool" / "pairs.parquet", first))
+    write_sheet(out / "detect.html", "Pairs that look misaligned", told, [shown])
     return found | {
         "paths": {name: str(out / name) for name in ("ranking.parquet", "detect.html", "detect.json")}
     }

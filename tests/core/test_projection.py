@@ -15,6 +15,7 @@ from influencespace.core.projection import (
     TwoSided,
     check_norm,
     expected_range,
+    leading_sides,
     sides_for,
 )
 
@@ -137,3 +138,24 @@ def test_impossible_projections_are_refused(options: dict[str, int]) -> None:
         TwoSided(shape=(4, 3), sides=(5, 3))
     with pytest.raises(ValueError, match="must be positive"):
         sides_for((4, 3), 0)
+
+
+@pytest.mark.parametrize(("dimension", "sides"), [(9, (3, 3)), (20, (5, 4)), (100, (7, 4))])
+def test_leading_sides_keep_what_lies_within_them(dimension: int, sides: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    U_A, U_B = (
+        torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=torch.float64))[0] for k in (7, 4)
+    )
+    projection = leading_sides(U_A, U_B, dimension)
+    assert projection.sides == sides
+    assert projection.exact == (sides == (7, 4))
+    for side, size in zip(projection.matrices, (7, 4)):
+        if side.shape[1] == size:
+            torch.testing.assert_close(side, torch.eye(size, dtype=torch.float64))
+    X, Y = torch.randn(2, 7, 4, generator=generator, dtype=torch.float64)
+    A, B = projection.matrices
+    within = A @ A.T @ Y @ B @ B.T
+    torch.testing.assert_close((projection(X) * projection(within)).sum(), (X * within).sum())
+    torch.testing.assert_close(A.T @ A, torch.eye(sides[0], dtype=torch.float64))
+    if sides == (3, 3):
+        torch.testing.assert_close(A, U_A[:, 4:])

@@ -115,9 +115,12 @@ def test_an_unfinished_run_has_nothing_to_show_or_export(influencespace: Command
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unfinished_run_has_nothing_to_score_or_detect(influencespace: Command, tmp_path: Path) -> None:
+def test_an_unfinished_run_has_nothing_to_score_detect_or_trace(
+    influencespace: Command, tmp_path: Path
+) -> None:
     for command in ("score", "detect"):
         assert f"{tmp_path} holds no finished run" in error_of(influencespace(command, tmp_path))
+    assert "holds no finished run" in error_of(influencespace("trace", tmp_path, "--uid", "x"))
 
 
 def test_an_unknown_export_format_names_the_known_ones(influencespace: Command, tmp_path: Path) -> None:

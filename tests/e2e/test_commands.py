@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import SMALL, Command, run_arguments, run_here
+from PIL import Image
 from scipy.stats import spearmanr
 
 from influencespace import pipeline
@@ -138,6 +139,39 @@ def test_score_and_detect_work_on_a_finished_run(
         (["detect", run, "--truth", tmp_path / "none.csv"], "cannot be read"),
     ):
         refused = influencespace(*arguments)
+        assert refused.returncode == 2
+        assert said in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
+def test_an_error_is_traced_back_on_a_finished_run(
+    influencespace: Command, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    uid = pq.read_table(finished / "embed" / "test" / "pairs.parquet")["uid"][0].as_py()
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (32, 32), "red").save(picture)
+    done = influencespace(
+        "trace", run, "--uid", uid, "--query", picture, "a blue circle", "--top", 4, "--index"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"{uid}: caption at rank ")
+    assert lines[3].startswith(f"{picture}: caption at rank ")
+    pages = [Path(line.removeprefix("trace.html: ")) for line in lines if line.startswith("trace.html: ")]
+    assert len(pages) == 2
+    for page in pages:
+        assert "a blue circle" in page.read_text() or uid in page.read_text()
+        found = json.loads((page.parent / "trace.json").read_text())
+        assert len(found["harmful"]) == len(found["helpful"]) == 4
+    for arguments, said in (
+        (["--uid", "nobody"], "uid 'nobody' is in neither the test nor the target set"),
+        (["--query", tmp_path / "none.png", "a dog"], "none.png cannot be read"),
+        (["--query", picture, ""], "is empty"),
+        ([], "nothing to trace: give --query IMAGE TEXT, or --uid UID"),
+    ):
+        refused = influencespace("trace", run, *arguments)
         assert refused.returncode == 2
         assert said in refused.stderr
         assert "Traceback" not in refused.stderr

@@ -1,0 +1,253 @@
+"""Misprediction trace-back: which training pairs made the student err on a query pair (ECIF, arXiv 2411.11667).
+
+Symbols: Pos_n, the loss of query n as an anchor; Neg_n, what it adds to the losses of others as their negative, both the
+mean over recorded contexts; a = H^-1 grad Pos_n, b = H^-1 grad Neg_n, M = [a; b]; g the gradient of a training pair.
+
+    score = g . (a + b) / |a + b|          relative influence = sqrt((M g)^T (M M^T)^-1 (M g))
+
+The score keeps the house's sign: it is the predicted fall of the query's loss for more weight on the training pair, so a
+*negative* score says that the pair caused the error, a positive one that it held against it. It is an inner product, which
+exact search finds. The paper's relative influence, the length of g within the plane of a and b, is unsigned and at least
+|score|: it orders candidates that the score has found.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from influencespace.core.bank import anchor_normalisers, negative_loss, own_loss
+from influencespace.core.linalg import Sketch
+from influencespace.core.projection import leading_sides
+from influencespace.errors import InputError
+from influencespace.estimators.ekfac import kronecker_blocks
+from influencespace.estimators.nystrom import (
+    CurvatureConfig,
+    InfluenceScorer,
+    RecordedContext,
+    solve_directions,
+)
+from influencespace.estimators.problem import FloatArray, IntArray, Problem, mean_of_known
+from influencespace.models.gradients import PairGradients
+from influencespace.models.heads import Heads
+from influencespace.models.projected import ReducedSpace, projected, reduced_space
+from influencespace.models.space import Inputs
+
+SAME_PICTURE = (
+    1e-4  # distance of unit embeddings: those of one picture in two batches differ by rounding alone
+)
+LABEL_DRAWS = 4  # of the Kronecker factors: more change their leading eigenvectors little
+
+
+def role_gradients(problem: Problem, queries: RecordedContext) -> Tensor:
+    """grad Pos_n and grad Neg_n of each query, the mean over the contexts without its image: (2, Q, p).
+
+    Raises InputError for a query whose image every context holds, and where a gradient is not finite.
+    """
+    space, count = problem.space, len(queries.image)
+    strange = np.stack([~np.isin(queries.image, context.image) for context in problem.bank])  # (C, Q)
+    if not strange.any(0).all():
+        raise InputError(
+            "the query's image is in every recorded context of the training pairs: its loss cannot be told without it; "
+            "take another query, or a run with more contexts (student.contexts)"
+        )
+    shares = torch.from_numpy(strange / strange.sum(0)).to(queries.inputs[0])
+    total = torch.zeros(2 * count, space.size, dtype=torch.float64)
+    for context, share in zip(problem.bank, shares):
+
+        def losses(u: Tensor, t: Tensor, cu: Tensor, ct: Tensor, share: Tensor = share) -> Tensor:
+            normalisers = anchor_normalisers(cu, ct, problem.scale, problem.batch_size)
+            own = own_loss(u, t, cu, ct, problem.scale, problem.batch_size)
+            negative = negative_loss(u, t, cu, ct, normalisers, problem.scale, problem.batch_size)
+            return torch.cat([share * own, share * negative])
+
+        pull = vjp(losses, *space.embed(queries.inputs), *space.embed(context.inputs))[1]
+        by_u, by_t, by_cu, by_ct = vmap(pull)(torch.eye(2 * count).to(share))
+        rows = space.pullback(queries.inputs, by_u, by_t) + space.pullback(context.inputs, by_cu, by_ct)
+        total += rows.double().cpu()
+    if not bool(torch.isfinite(total).all()):
+        raise InputError(
+            "the gradient of a query's loss is not finite: do its embeddings hold nan or infinity?"
+        )
+    return total.to(share).reshape(2, count, space.size)
+
+
+def query_directions(
+    problem: Problem, queries: RecordedContext, sketch: Sketch, config: CurvatureConfig
+) -> Tensor:
+    """M / |a + b| of each query: (Q, 2, p), whose sum over the two rows is the direction of the score.
+
+    `sketch` is that of `ecif.curvature_of`, one for any number of queries. Raises InputError as `role_gradients` does.
+    """
+    gradients = role_gradients(problem, queries)
+    solution = solve_directions(
+        problem.space,
+        [context.inputs for context in problem.bank],
+        problem.scale,
+        problem.preconditioner,
+        sketch,
+        problem.damping,
+        gradients.flatten(0, 1).to(problem.preconditioner),
+        config,
+    )
+    M = solution.x.reshape(gradients.shape).transpose(0, 1)
+    # zero where a query is predicted so surely that its loss has no gradient
+    length: Tensor = M.sum(1).norm(dim=-1).clamp_min(torch.finfo(M.dtype).tiny)
+    return M / length[:, None, None]
+
+
+def images_in_bank(bank: Sequence[RecordedContext], images: Tensor) -> IntArray:
+    """Number in the bank of each picture (Q, D) that lies there too, by its unit embedding; -1 where it does not: (Q,).
+
+    A query comes from outside the pool, so that its image has no number there; a context with the same picture must
+    not judge it, by the image rule.
+    """
+    found = np.full(len(images), -1)
+    for context in bank:
+        distances = torch.cdist(
+            images, context.inputs[0], compute_mode="donot_use_mm_for_euclid_dist"
+        )  # a product would round small distances away
+        nearest, row = distances.min(1)
+        same = (nearest < SAME_PICTURE).cpu().numpy()
+        found[same] = context.image[row.cpu().numpy()[same]]
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """What n training pairs did to Q queries; nan where no context of the bank can judge a pair."""
+
+    own: FloatArray
+    """The part of the score from the training pair as an anchor (Q, n)."""
+    negative: FloatArray
+    """The part from the training pair as a negative of others (Q, n)."""
+    relative_influence: FloatArray
+    """Unsigned (Q, n)."""
+
+    @property
+    def score(self) -> FloatArray:
+        """Negative caused the error, positive held against it (Q, n)."""
+        return self.own + self.negative
+
+
+@dataclass(frozen=True)
+class Tracer:
+    """Traces queries back to any training pairs by one forward-mode pass: exact, without a per-sample gradient."""
+
+    influence: InfluenceScorer
+    """Along the directions of all queries, (2 Q, p)."""
+    inverse_gram: FloatArray
+    """(M M^T)^+ of each query (Q, 2, 2)."""
+
+    def __call__(self, inputs: Inputs, image: IntArray) -> Traced:
+        """Pairs by their inputs (two (n, D)) and the image of each (n,)."""
+        found = self.influence(inputs, image)
+        shape = len(self.inverse_gram), 2, len(image)
+        own, negative = (mean_of_known(part).reshape(shape) for part in (found.own, found.negative))
+        Mg = own + negative
+        squared = np.einsum("qin,qij,qjn->qn", Mg, self.inverse_gram, Mg)
+        return Traced(
+            own=own.sum(1), negative=negative.sum(1), relative_influence=np.sqrt(np.maximum(squared, 0))
+        )
+
+
+def make_tracer(problem: Problem, directions: Tensor) -> Tracer:
+    """The tracer along the directions (Q, 2, p) of `query_directions`."""
+    M = directions.double()
+    gram = (M @ M.mT).cpu().numpy()
+    scorer = InfluenceScorer(
+        problem.space, directions.flatten(0, 1), problem.bank, problem.scale, problem.batch_size
+    )
+    # the pseudo-inverse projects onto the line that is left where a and b are parallel
+    return Tracer(scorer, np.linalg.pinv(gram, hermitian=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """The rows of the pool with the largest values of V rankings, largest first, at equal values the lower row first.
+
+    A mergeable statistic: whatever the partition and the order, the same rows. Where there are too few, rows are -1 and
+    values -inf.
+    """
+
+    value: FloatArray  # (V, c)
+    row: IntArray  # (V, c)
+
+    @classmethod
+    def among(cls, value: FloatArray, row: IntArray, count: int) -> "Candidates":
+        """The `count` largest of value (V, n), row (V, n) or (n,); nan is never among them."""
+        value = np.where(np.isnan(value), -np.inf, value)
+        row = np.broadcast_to(row, value.shape)
+        missing = max(0, count - value.shape[1])
+        value = np.pad(value, ((0, 0), (0, missing)), constant_values=-np.inf)
+        row = np.where(np.isneginf(value), -1, np.pad(row, ((0, 0), (0, missing))))
+        order = np.lexsort((row, -value))[:, :count]
+        return cls(value=np.take_along_axis(value, order, 1), row=np.take_along_axis(row, order, 1))
+
+    def merge(self, other: "Candidates") -> "Candidates":
+        """The largest of both."""
+        value, row = (
+            np.concatenate([a, b], 1) for a, b in ((self.value, other.value), (self.row, other.row))
+        )
+        return self.among(value, row, self.value.shape[1])
+
+    def rows(self, ranking: int) -> IntArray:
+        """Those of one ranking, the largest first (<= c,)."""
+        found = self.row[ranking]
+        known: IntArray = found[found >= 0]
+        return known
+
+
+def both_ways(scores: FloatArray) -> FloatArray:
+    """Rankings of Q queries (Q, n): first by who caused the error, then by who held against it: (2 Q, n)."""
+    return np.concatenate([-scores, scores])
+
+
+def largest_products(rows: Tensor, row: IntArray, vectors: Tensor, count: int) -> Candidates:
+    """Rows (n, k) of largest inner product with each vector (V, k), by exact search; `row` (n,) is their place in the pool."""
+    import faiss
+
+    index = faiss.IndexFlatIP(rows.shape[1])
+    index.add(np.ascontiguousarray(rows.numpy(), np.float32))
+    value, found = index.search(
+        np.ascontiguousarray(vectors.numpy(), np.float32), max(1, min(count, len(rows)))
+    )
+    return Candidates.among(np.where(found < 0, np.nan, value).astype(np.float64), row[found], count)
+
+
+def index_space(problem: Problem, dimension: int) -> ReducedSpace:
+    """The projected space of an index, of at most `dimension` numbers for each parameter tensor.
+
+    Heads are projected onto the leading eigenvectors of their Kronecker-factored curvature, where gradients and solved
+    directions mostly lie, as LoGra does (Choe et al. 2024); other students at random, which finds fewer of the right pairs.
+    """
+    space = problem.space
+    if not isinstance(space.student, Heads) or set(space.parameters) != {"image", "text"}:
+        return reduced_space(space, dimension, problem.seed)
+    contexts = [context.inputs for context in problem.bank]
+    blocks = kronecker_blocks(space.parameters, contexts, problem.scale, LABEL_DRAWS, problem.seed)
+    projections = [leading_sides(blocks[name].U_A, blocks[name].U_S, dimension) for name in space.parameters]
+    return projected(space, projections)
+
+
+def indexed_gradients(problem: Problem, reduced: ReducedSpace) -> PairGradients:
+    """Gives the rows of an index: gradients @ reduced.project(direction) is nearly the influence along the direction."""
+    return PairGradients(
+        space=reduced.space, bank=problem.bank, scale=problem.scale, batch_size=problem.batch_size
+    )
+
+
+def most_influential(traced: Traced, query: int, sign: int, candidates: int, top: int) -> IntArray:
+    """Columns of `traced` that caused the error of a query (sign -1) or held against it (sign 1): (<= top,).
+
+    Of the `candidates` of lowest (highest) score, those below (above) zero, in falling order of relative influence.
+    """
+    score = sign * traced.score[query]
+    first = np.argsort(-score, kind="stable")[:candidates]  # nan comes last
+    first = first[score[first] > 0]
+    order = np.argsort(-traced.relative_influence[query, first], kind="stable")
+    chosen: IntArray = first[order[:top]]
+    return chosen
