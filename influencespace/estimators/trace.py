@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from influencespace.core.bank import anchor_normalisers, negative_loss, own_loss
 from influencespace.core.linalg import Sketch
+from influencespace.core.objective import InfoNce, contrastive, negative_loss, own_loss
 from influencespace.core.projection import leading_sides
 from influencespace.errors import InputError
 from influencespace.estimators.ekfac import kronecker_blocks
@@ -30,8 +30,14 @@ from influencespace.estimators.nystrom import (
     RecordedContext,
     solve_directions,
 )
-from influencespace.estimators.problem import FloatArray, IntArray, Problem, mean_of_known
-from influencespace.models.gradients import PairGradients
+from influencespace.estimators.problem import (
+    FloatArray,
+    IntArray,
+    Problem,
+    mean_of_known,
+    per_sample_gradients,
+)
+from influencespace.models.gradients import Gradients
 from influencespace.models.heads import Heads
 from influencespace.models.projected import ReducedSpace, projected, reduced_space
 from influencespace.models.space import Inputs
@@ -48,6 +54,7 @@ def role_gradients(problem: Problem, queries: RecordedContext) -> Tensor:
     Raises InputError for a query whose image every context holds, and where a gradient is not finite.
     """
     space, count = problem.space, len(queries.image)
+    objective = contrastive(problem.objective, "trace")
     strange = np.stack([~np.isin(queries.image, context.image) for context in problem.bank])  # (C, Q)
     if not strange.any(0).all():
         raise InputError(
@@ -59,9 +66,9 @@ def role_gradients(problem: Problem, queries: RecordedContext) -> Tensor:
     for context, share in zip(problem.bank, shares):
 
         def losses(u: Tensor, t: Tensor, cu: Tensor, ct: Tensor, share: Tensor = share) -> Tensor:
-            normalisers = anchor_normalisers(cu, ct, problem.scale, problem.batch_size)
-            own = own_loss(u, t, cu, ct, problem.scale, problem.batch_size)
-            negative = negative_loss(u, t, cu, ct, normalisers, problem.scale, problem.batch_size)
+            normalisers = objective.normalisers(cu, ct, problem.batch_size)
+            own = own_loss(objective, u, t, cu, ct, problem.batch_size)
+            negative = negative_loss(objective, u, t, cu, ct, normalisers, problem.batch_size)
             return torch.cat([share * own, share * negative])
 
         pull = vjp(losses, *space.embed(queries.inputs), *space.embed(context.inputs))[1]
@@ -86,7 +93,7 @@ def query_directions(
     solution = solve_directions(
         problem.space,
         [context.inputs for context in problem.bank],
-        problem.scale,
+        problem.objective,
         problem.preconditioner,
         sketch,
         problem.damping,
@@ -159,7 +166,7 @@ def make_tracer(problem: Problem, directions: Tensor) -> Tracer:
     M = directions.double()
     gram = (M @ M.mT).cpu().numpy()
     scorer = InfluenceScorer(
-        problem.space, directions.flatten(0, 1), problem.bank, problem.scale, problem.batch_size
+        problem.space, directions.flatten(0, 1), problem.bank, problem.objective, problem.batch_size
     )
     # the pseudo-inverse projects onto the line that is left where a and b are parallel
     return Tracer(scorer, np.linalg.pinv(gram, hermitian=True))
@@ -222,22 +229,22 @@ def index_space(problem: Problem, dimension: int) -> ReducedSpace:
     """The projected space of an index, of at most `dimension` numbers for each parameter tensor.
 
     Heads are projected onto the leading eigenvectors of their Kronecker-factored curvature, where gradients and solved
-    directions mostly lie, as LoGra does (Choe et al. 2024); other students at random, which finds fewer of the right pairs.
+    directions mostly lie, as LoGra does (Choe et al. 2024); other students, and losses other than InfoNCE, at random,
+    which finds fewer of the right pairs.
     """
     space = problem.space
-    if not isinstance(space.student, Heads) or set(space.parameters) != {"image", "text"}:
+    heads = isinstance(space.student, Heads) and set(space.parameters) == {"image", "text"}
+    if not heads or not isinstance(problem.objective, InfoNce):
         return reduced_space(space, dimension, problem.seed)
     contexts = [context.inputs for context in problem.bank]
-    blocks = kronecker_blocks(space.parameters, contexts, problem.scale, LABEL_DRAWS, problem.seed)
+    blocks = kronecker_blocks(space.parameters, contexts, problem.objective.scale, LABEL_DRAWS, problem.seed)
     projections = [leading_sides(blocks[name].U_A, blocks[name].U_S, dimension) for name in space.parameters]
     return projected(space, projections)
 
 
-def indexed_gradients(problem: Problem, reduced: ReducedSpace) -> PairGradients:
+def indexed_gradients(problem: Problem, reduced: ReducedSpace) -> Gradients:
     """Gives the rows of an index: gradients @ reduced.project(direction) is nearly the influence along the direction."""
-    return PairGradients(
-        space=reduced.space, bank=problem.bank, scale=problem.scale, batch_size=problem.batch_size
-    )
+    return per_sample_gradients(problem, reduced.space)
 
 
 def most_influential(traced: Traced, query: int, sign: int, candidates: int, top: int) -> IntArray:

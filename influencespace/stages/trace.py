@@ -34,7 +34,7 @@ from influencespace.estimators.trace import (
     most_influential,
     query_directions,
 )
-from influencespace.models.gradients import PairGradients
+from influencespace.models.gradients import Gradients
 from influencespace.models.projected import ReducedSpace, projected
 from influencespace.models.space import Inputs
 from influencespace.stages.finish import finish_stage, finished_stage
@@ -182,7 +182,7 @@ def _cause(traced: Traced, query: int, column: int, row: int) -> Cause:
 class IndexSpan:
     """Write the projected gradients of some of the pairs, those that a context can judge; returns how many were read."""
 
-    gradients: PairGradients
+    gradients: Gradients
     folder: Path
     mark: str
 

@@ -48,7 +48,7 @@ def roles(problem: Problem, queries: RecordedContext, query: int, parameters: di
             continue
         u, t = functional_call(problem.space.student, parameters, (images, texts))
         cu, ct = functional_call(problem.space.student, parameters, context.inputs)
-        S = problem.scale * torch.cat([cu, u]) @ torch.cat([ct, t]).T  # the query comes last
+        S = problem.objective.scale * torch.cat([cu, u]) @ torch.cat([ct, t]).T  # the query comes last
         own = (S[-1].logsumexp(0) + S[:, -1].logsumexp(0)) / 2 - S[-1, -1]
         more = [s[:-1].logsumexp(1) - s[:-1, :-1].logsumexp(1) for s in (S, S.T)]
         found.append(torch.stack([own, (more[0] + more[1]).sum() / 2]))
@@ -66,7 +66,7 @@ def dense_roles(problem: Problem, queries: RecordedContext) -> Tensor:
 
 def dense_curvature(problem: Problem) -> Tensor:
     eye = torch.eye(problem.space.size, dtype=torch.float64)
-    products = [problem.space.gauss_newton(c.inputs, eye, problem.scale) for c in problem.bank]
+    products = [problem.space.gauss_newton(c.inputs, eye, problem.objective) for c in problem.bank]
     return torch.stack(products).mean(0) + problem.damping * torch.diag(problem.preconditioner)
 
 
