@@ -229,7 +229,7 @@ def calibration_part(truth: str, bench: Benchmark, world: World, quick: bool) ->
                 slope=slope,
                 slope_interval=list(interval(slopes)),
                 pearson=pearson,
-                crossing=crossing(predicted[0]) if label in ("0", "all") else None,
+                crossing=crossing(predicted[0]) if label == "all" else None,
             )
         if name in IN_UNITS:
             targets(bench, name, truth, slope, interval(slopes), crossing(predicted[0]) - crossing(real[0]))

@@ -1,4 +1,8 @@
-"""Class folders of the synthetic world: 64 classes of colour and shape, and some pictures in the wrong folder."""
+"""Class folders of the synthetic world: 48 classes of colour and background, and some pictures in the wrong folder.
+
+The demo's encoder hardly tells shapes apart (8 % of 64 classes of colour and shape, whatever is trained on it 20 %), so that
+wrong names would cost little there; of these classes it gets 62 %, and a student on clean names 92 %.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +26,8 @@ from influencespace.stages.embed import embed
 from influencespace.stages.fit_encoder import FitEncoder
 from influencespace.stages.towers import EmbedConfig
 
-NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+CLASSES = [(colour, background) for colour in COLOURS for background in BACKGROUNDS]
+NAMES = [f"{colour} shape on {background}" for colour, background in CLASSES]
 ENCODER_PAIRS, ENCODER_STEPS = 1000, 300  # as in the demo
 
 
@@ -32,12 +37,18 @@ class ClassWorld:
 
     cache: Path
     seed: int
+    """Of the pool: its pictures and which are in the wrong folder."""
     pool: int
-    """Pictures of the pool; of each split about as many of every class."""
+    """Pictures of the pool; every split has about as many of each class."""
     wrong: float
     """Share of the pool's pictures in the folder of another class."""
     target: int
     test: int
+
+    @property
+    def key(self) -> str:
+        """What its embeddings depend on."""
+        return fingerprint([NAMES, self.seed, self.pool, self.wrong, self.target, self.test])
 
     @cached_property
     def encoder(self) -> Path:
@@ -51,10 +62,11 @@ class ClassWorld:
 
     def pairs(self, split: str) -> PairSet:
         """A split, written as class folders and embedded once."""
-        count, wrong = getattr(self, split), self.wrong if split == "pool" else 0.0
-        folder = self.cache / "classes" / fingerprint([split, self.seed, count, wrong])
+        count = getattr(self, split)
+        seed, wrong = (self.seed, self.wrong) if split == "pool" else (0, 0.0)
+        folder = self.cache / "classes" / fingerprint([NAMES, split, seed, count, wrong])
         if not (folder / "written").is_file():
-            write_classes(folder / "pictures", split, self.seed, count, wrong)
+            write_classes(folder / "pictures", split, seed, count, wrong)
             (folder / "written").touch()
         shards = list_shards(str(folder / "pictures"))
         embed(shards, EmbedConfig(encoder=str(self.encoder)), folder / "embed", RUNTIME)
@@ -82,8 +94,8 @@ def write_classes(folder: Path, split: str, seed: int, count: int, wrong: float)
 
 def draw(label: int, rng: Random) -> Scene:
     """A scene of one class: what is left open by it is drawn."""
-    colour, shape = NAMES[label].split()
-    size, background = rng.choice(tuple(RADII)), rng.choice(tuple(BACKGROUNDS))
+    colour, background = CLASSES[label]
+    size, shape = rng.choice(tuple(RADII)), rng.choice(SHAPES)
     group = Group(count=rng.randint(1, 4), size=size, colour=colour, shape=shape)
     return Scene(groups=(group,), relation="", background=background)
 
