@@ -7,18 +7,19 @@ only.
 """
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
-from classes import ClassWorld, folder_classes, recorded, right, true_classes
+from classes import NAMES, ClassWorld, folder_classes, recorded, right, true_classes
 from common import ESTIMATING, TRAINING, Benchmark, arguments, cached
 from study import FloatArray, table
 from torch import Tensor
 
 from influencespace.core.batches import training_batches
-from influencespace.core.metrics import bootstrap_means, interval
+from influencespace.core.metrics import auroc, bootstrap_means, interval
 from influencespace.core.select import top_fraction
 from influencespace.data.artifacts import fingerprint
 from influencespace.estimators.nystrom import RecordedContext
@@ -47,16 +48,18 @@ class Cleaning:
     world: ClassWorld
     config: StudentConfig
     retrainings: int
+    one_a_name: bool = False
+    """Whether the image rule keeps equal captions apart too, so that no batch has false negatives."""
 
     @property
     def key(self) -> str:
-        return fingerprint([self.world.key, self.config, self.retrainings])
+        return fingerprint([self.world.key, self.config, self.retrainings, self.one_a_name])
 
     @cached_property
     def pool(self) -> RecordedContext:
-        """Many pairs share a caption, and so may those of a batch: false negatives, as in the paper. Images are distinct."""
+        """Many pairs share a caption, and so do pairs of a batch: false negatives, as in the paper, but where kept apart."""
         pairs = self.world.pairs("pool")
-        return recorded(pairs, pairs.image)
+        return recorded(pairs, folder_classes(pairs) if self.one_a_name else pairs.image)
 
     @cached_property
     def wrong(self) -> np.ndarray:
@@ -71,17 +74,30 @@ class Cleaning:
         return recorded(pairs, folder_classes(pairs))
 
     @cached_property
+    def test(self) -> tuple[RecordedContext, np.ndarray]:
+        """Clean pictures and what each shows."""
+        pairs = self.world.pairs("test")
+        return recorded(pairs, pairs.image), true_classes(pairs)
+
+    @cached_property
     def prompts(self) -> Tensor:
         return self.world.prompts()
 
-    def scores(self) -> dict[str, Any]:
-        problem = student_problem(self.pool, self.target, self.config, seed=self.world.seed)
-        return {name: table()[name](problem).tolist() for name in METHODS}
+    @cached_property
+    def scores(self) -> dict[str, FloatArray]:
+        """Of every pair (N,), by every method."""
+
+        def make() -> dict[str, Any]:
+            problem = student_problem(self.pool, self.target, self.config, seed=self.world.seed)
+            return {name: table()[name](problem).tolist() for name in METHODS}
+
+        found = cached(self.world.cache, ["cleaning scores", self.key, METHODS], make, ESTIMATING)
+        return {name: np.array(found[name]) for name in METHODS}
 
     def rights(self, kept: np.ndarray) -> dict[str, Any]:
         """Which test pictures students of the kept pairs name rightly (retrainings, n)."""
         images, texts = self.pool.inputs
-        test, config = self.world.pairs("test"), self.config
+        (test, shown), config = self.test, self.config
         found = []
         for number in range(self.retrainings):
             seed = self.world.seed + 1000 * (number + 1)
@@ -90,71 +106,129 @@ class Cleaning:
                 kept.astype(np.float64), self.pool.image, config.batch_size, config.steps, seed
             )
             trained = train_heads(partial(rows_of, self.pool.inputs), batches, heads, config).heads
-            shown = recorded(test, test.image)
-            found.append(right(trained, shown, self.prompts, true_classes(test)).astype(int).tolist())
+            found.append(right(trained, test, self.prompts, shown).astype(int).tolist())
         return {"right": found}
 
 
-def without(score: FloatArray, harmful: bool) -> np.ndarray:
-    """The pairs (N,) that are kept when the tenth with the lowest scores, or with the highest, is removed."""
+def without(score: FloatArray, share: float, harmful: bool) -> np.ndarray:
+    """The pairs (N,) that are kept when a share of them, those of lowest score or those of highest, is removed."""
     known = np.where(np.isfinite(score), score, np.nanmean(score))
-    return top_fraction(known if harmful else -known, len(score) - round(REMOVED * len(score)))
+    return top_fraction(known if harmful else -known, len(score) - round(share * len(score)))
 
 
-def measure(bench: Benchmark, cleanings: list[Cleaning]) -> None:
-    """Accuracy of students without the most harmful and without the most valuable tenth, by every method."""
-    shares: dict[str, list[FloatArray]] = {}
-    removed_wrong: dict[str, list[float]] = {}
+def accuracies(cleaning: Cleaning, kept: np.ndarray) -> FloatArray:
+    """Per cent of right names, (retrainings, n) of 0 and 100."""
+    key = ["cleaning", cleaning.key, fingerprint(kept.tolist())]
+    found = cached(cleaning.world.cache, key, partial(cleaning.rights, kept), TRAINING)["right"]
+    return 100 * np.array(found, np.float64)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one choice in every pool: accuracy by retraining and test picture, and how much of what was removed was wrong."""
+
+    accuracy: FloatArray  # (pools * retrainings, n)
+    wrong_of_removed: float | None
+
+    @cached_property
+    def draws(self) -> FloatArray:
+        """Of the mean; two results are resampled alike."""
+        return bootstrap_means(self.accuracy)
+
+    @property
+    def cells(self) -> dict[str, Any]:
+        return {
+            "accuracy": float(self.accuracy.mean()),
+            "interval": list(interval(self.draws)),
+            "wrong_of_removed": self.wrong_of_removed,
+        }
+
+    def minus(self, other: "Result") -> tuple[float, tuple[float, float]]:
+        """Mean difference of accuracy and its paired interval."""
+        return float((self.accuracy - other.accuracy).mean()), interval(self.draws - other.draws)
+
+
+def retrained(cleanings: Sequence[Cleaning], choose: Callable[[Cleaning], np.ndarray]) -> Result:
+    found, wrong = [], []
     for cleaning in cleanings:
-        cache = cleaning.world.cache
-        scores = cached(cache, ["cleaning scores", cleaning.key], cleaning.scores, ESTIMATING)
-        chosen = {"everything": np.ones(len(cleaning.wrong), bool), "oracle": ~cleaning.wrong}
-        for name in METHODS:
-            for harmful in (True, False):
-                chosen[f"{name}, {harmful}"] = without(np.array(scores[name]), harmful)
-        for name, kept in chosen.items():
-            key = ["cleaning", cleaning.key, fingerprint(kept.tolist())]
-            found = cached(cache, key, partial(cleaning.rights, kept), TRAINING)["right"]
-            shares.setdefault(name, []).append(100 * np.array(found, np.float64))
-            wrong = float(cleaning.wrong[~kept].mean()) if not kept.all() else float("nan")
-            removed_wrong.setdefault(name, []).append(wrong)
-    together = {name: np.concatenate(parts) for name, parts in shares.items()}
-    draws = {name: bootstrap_means(values) for name, values in together.items()}
-    for name in ("everything", "oracle"):
-        accuracy = float(together[name].mean())
-        row = {"without_harmful": accuracy, "interval": list(interval(draws[name]))}
-        bench.row(method=name, **row, wrong_of_removed=None, without_valuable=None, valuable_interval=None)
+        kept = choose(cleaning)
+        found.append(accuracies(cleaning, kept))
+        wrong += [] if kept.all() else [float(cleaning.wrong[~kept].mean())]
+    return Result(np.concatenate(found), float(np.mean(wrong)) if wrong else None)
+
+
+def by_score(name: str, share: float, harmful: bool = True) -> Callable[[Cleaning], np.ndarray]:
+    return lambda cleaning: without(cleaning.scores[name], share, harmful)
+
+
+def everything(cleaning: Cleaning) -> np.ndarray:
+    return np.ones(len(cleaning.wrong), bool)
+
+
+def compared(
+    bench: Benchmark, cleanings: Sequence[Cleaning], share: float, harmful: bool
+) -> dict[str, Result]:
+    """A row for every method."""
+    found = {"everything": retrained(cleanings, everything)}
+    if harmful:
+        found["oracle"] = retrained(cleanings, lambda cleaning: ~cleaning.wrong)
     for name in METHODS:
-        lowest, highest = f"{name}, True", f"{name}, False"
-        bench.row(
-            method=name,
-            without_harmful=float(together[lowest].mean()),
-            interval=list(interval(draws[lowest])),
-            wrong_of_removed=float(np.mean(removed_wrong[lowest])),
-            without_valuable=float(together[highest].mean()),
-            valuable_interval=list(interval(draws[highest])),
-        )
+        found[name] = retrained(cleanings, by_score(name, share, harmful))
+    for name, result in found.items():
+        bench.row(method=name, **result.cells)
+    return found
+
+
+def harmful_part(share: float, bench: Benchmark, cleanings: Sequence[Cleaning]) -> None:
+    """Accuracy without the most harmful share, by every method."""
+    found = compared(bench, cleanings, share, harmful=True)
     for rival in RIVALS:
-        difference = float((together["ecif, True"] - together[f"{rival}, True"]).mean())
+        difference, around = found["ecif"].minus(found[rival])
         bench.target(
-            name=f"accuracy without the most harmful tenth by ecif, minus that by {rival}",
+            name=f"accuracy without the most harmful {share:.0%} by ecif, minus that by {rival}",
             target="above 0",
             measured=difference,
-            interval=interval(draws["ecif, True"] - draws[f"{rival}, True"]),
+            interval=around,
             reached=difference > 0,
         )
-    low, high = interval(draws["ecif, False"] - draws["random, False"])
+
+
+def valuable_part(bench: Benchmark, cleanings: Sequence[Cleaning]) -> None:
+    """Accuracy without the most valuable tenth, by every method."""
+    found = compared(bench, cleanings, REMOVED, harmful=False)
+    difference, around = found["ecif"].minus(found["random"])
     bench.target(
-        name="accuracy without the most valuable tenth by ecif, minus that without a random one",
+        name=f"accuracy without the most valuable {REMOVED:.0%} by ecif, minus that without a random {REMOVED:.0%}",
         target="surely below 0",
-        measured=float((together["ecif, False"] - together["random, False"]).mean()),
-        interval=(low, high),
-        reached=high < 0,
+        measured=difference,
+        interval=around,
+        reached=around[1] < 0,
     )
 
 
+def false_negatives_part(bench: Benchmark, cleanings: Sequence[Cleaning]) -> None:
+    """What equal captions in a batch do: the same with at most one picture a name in batches, contexts and bank."""
+    for apart in (False, True):
+        config = replace(cleanings[0].config, batch_size=len(NAMES))
+        same = [replace(cleaning, config=config, one_a_name=apart) for cleaning in cleanings]
+        batches = "one picture a name" if apart else "as they come"
+        aurocs = [auroc(-cleaning.scores["ecif"], cleaning.wrong) for cleaning in same]
+        for method, choose in {"everything": everything, "ecif": by_score("ecif", REMOVED)}.items():
+            result = retrained(same, choose)
+            found = float(np.mean(aurocs)) if method == "ecif" else None
+            bench.row(batches=batches, method=method, **result.cells, auroc=found)
+
+
+PARTS: dict[str, Callable[[Benchmark, Sequence[Cleaning]], None]] = {
+    "harmful": partial(harmful_part, REMOVED),
+    "valuable": valuable_part,
+    "all_wrong": partial(harmful_part, WRONG),
+    "false_negatives": false_negatives_part,
+}
+
+
 def main() -> int:
-    options = arguments(__doc__ or "", "cleaning", parts=("synthetic",))
+    options = arguments(__doc__ or "", "cleaning", parts=tuple(PARTS))
     quick = options.quick
     bench = Benchmark("cleaning", quick, options.out, seeds=(0,) if quick else (0, 1, 2, 3, 4))
     # of 1e-3, 3e-3 and 1e-2 about where accuracy levels off, found before any method was tried
@@ -170,7 +244,7 @@ def main() -> int:
         )
         for seed in bench.seeds
     ]
-    bench.measure(options.parts, lambda part: measure(bench, cleanings), ("synthetic",))
+    bench.measure(options.parts, lambda part: PARTS[part](bench, cleanings), tuple(PARTS))
     return 0
 
 
