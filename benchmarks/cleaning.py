@@ -237,7 +237,13 @@ def main() -> int:
     cleanings = [
         Cleaning(
             world=ClassWorld(
-                cache=options.cache, seed=seed, pool=pool, wrong=WRONG, target=target, test=test
+                cache=options.cache,
+                seed=seed,
+                pool=pool,
+                wrong=WRONG,
+                target=target,
+                test=test,
+                encoder_steps=60 if quick else 300,
             ),
             config=config,
             retrainings=1 if quick else 2,
