@@ -47,3 +47,64 @@ def recall_picture(result: dict[str, Any], path: Path) -> None:
         ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+
+
+SIDE, MARGIN, GAP = 320, 58, 40
+DOTS = {0.0: "#b3261e", 0.5: "#d98e04", 2.0: "#0b6e4f"}
+"""Colour of each weight of a stratum."""
+
+
+def calibration_picture(result: dict[str, Any], path: Path) -> None:
+    """Predicted against real change of the target loss, one dot a stratum and weight, a panel for each estimator."""
+    rows = [row for row in result["table"] if row["part"] == "points" and row["truth"] == "sampling_weights"]
+    names = list(dict.fromkeys(row["estimator"] for row in rows))
+    values = [value for row in rows for value in (*row["predicted"], *row["real"])]
+    low, high = min(values), max(values)
+    width = MARGIN + len(names) * SIDE + (len(names) - 1) * GAP + 20
+    height = SIDE + 110
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        '<text x="12" y="24" font-size="15" fill="#1b1f24">Change of the target loss when a stratum is weighted anew</text>',
+    ]
+    for number, name in enumerate(names):
+        panel = [row for row in rows if row["estimator"] == name]
+        parts += _panel(name, panel, MARGIN + number * (SIDE + GAP), 48, low, high)
+    x = MARGIN
+    for weight, colour in DOTS.items():
+        parts += [
+            f'<circle cx="{x + 5}" cy="{height - 12}" r="4" fill="{colour}"/>',
+            f'<text x="{x + 15}" y="{height - 8}" fill="#1b1f24">weight {weight:g}</text>',
+        ]
+        x += 95
+    path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+
+
+def _panel(name: str, rows: list[dict[str, Any]], left: int, top: int, low: float, high: float) -> list[str]:
+    """One estimator's dots on equal axes, with the line on which every prediction is right."""
+
+    def x(value: float) -> float:
+        return round(left + (value - low) / (high - low) * SIDE, 1)
+
+    def y(value: float) -> float:
+        return round(top + (high - value) / (high - low) * SIDE, 1)
+
+    bottom = top + SIDE
+    parts = [
+        f'<rect x="{left}" y="{top}" width="{SIDE}" height="{SIDE}" fill="none" stroke="#c4c9d0"/>',
+        f'<line x1="{left}" y1="{bottom}" x2="{left + SIDE}" y2="{top}" stroke="#6b7480" stroke-dasharray="4 4"/>',
+        f'<text x="{left + 10}" y="{top + 20}" fill="#1b1f24">{escape(name)}</text>',
+        f'<text x="{left + SIDE / 2}" y="{bottom + 32}" text-anchor="middle" fill="#6b7480">predicted</text>',
+        f'<text x="{left - 8}" y="{top + 40}" text-anchor="end" fill="#6b7480">real</text>',
+    ]
+    for tick in [k / 20 for k in range(-40, 41) if low <= k / 20 <= high]:
+        parts += [
+            f'<text x="{x(tick)}" y="{bottom + 16}" text-anchor="middle" fill="#6b7480" font-size="11">{tick:g}</text>',
+            f'<text x="{left - 6}" y="{y(tick) + 4}" text-anchor="end" fill="#6b7480" font-size="11">{tick:g}</text>',
+        ]
+    for row in rows:
+        parts += [
+            f'<circle cx="{x(a)}" cy="{y(b)}" r="4" fill="{DOTS[row["weight"]]}" fill-opacity="0.75"/>'
+            for a, b in zip(row["predicted"], row["real"])
+        ]
+    return parts

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import ROOT
-from pictures import recall_picture
+from pictures import calibration_picture, recall_picture
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
-PICTURE = ROOT / "docs" / "recall.svg"
+PICTURES = (
+    (recall_picture, "quality", ROOT / "docs" / "recall.svg"),
+    (calibration_picture, "calibration", ROOT / "docs" / "calibration.svg"),
+)
 MARK = re.compile(r"(<!-- table: (?P<name>[\w-]+)(?: (?P<part>[\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -84,8 +87,9 @@ def main() -> None:
         text = document.read_text(encoding="utf-8")
         document.write_text(MARK.sub(render, text), encoding="utf-8")
         print(f"written: {document}")
-    recall_picture(read("quality"), PICTURE)
-    print(f"written: {PICTURE}")
+    for draw, name, path in PICTURES:
+        draw(read(name), path)
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":

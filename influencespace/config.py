@@ -27,7 +27,8 @@ from influencespace.stages.train import TrainConfig
 
 @options(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the pairs are: paths, folders, globs or fsspec URLs of WebDataset tars, Parquet files or a COCO caption JSON."""
+    """Where the pairs are: paths, folders, globs or fsspec URLs of WebDataset tars, Parquet files, a COCO caption JSON or class
+    folders."""
 
     pool: str | tuple[str, ...] = ""
     """What is curated."""

@@ -61,6 +61,18 @@ def read_image_bytes(ref: ImageRef) -> bytes:
     return data
 
 
+def read_image_file(path: str) -> tuple[bytes | None, str]:
+    """The bytes of an image that is a file of its own, or None and the reason to reject it."""
+    filesystem, inside = fsspec.url_to_fs(path)
+    try:
+        data: bytes = filesystem.cat_file(inside, start=0, end=MAX_ENCODED_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+        return None, f"the image file {path!r} is missing"
+    if len(data) > MAX_ENCODED_BYTES:
+        return None, f"the image has more than {MAX_ENCODED_BYTES:,} bytes"
+    return data, ""
+
+
 def open_parquet(file: Any) -> Any:
     """A ParquetFile that is read page by page: by default Arrow reads the columns of a row group at once."""
     return pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)

@@ -12,7 +12,7 @@ class Shard:
 
     path: str
     """Local path or fsspec URL."""
-    format: Literal["webdataset", "parquet", "coco"]
+    format: Literal["webdataset", "parquet", "coco", "class_folder"]
     index: int
     """Position in the sorted listing."""
     row_groups: tuple[int, ...] | None = None
@@ -20,7 +20,7 @@ class Shard:
     images: str | None = None
     """COCO: the image folder."""
     rows: tuple[int, int] | None = None
-    """COCO: range (start, stop) of the images of the annotation file; None means all."""
+    """COCO, class folder: range (start, stop) of the images of the annotation file or the folder; None means all."""
 
     @property
     def name(self) -> str:

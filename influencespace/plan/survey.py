@@ -175,7 +175,7 @@ def _part(amount: Amount, share: float) -> Amount:
 
 
 def _weights(shards: Sequence[Shard]) -> list[float]:
-    """Bytes of each shard; shards of one Parquet file share its size, those of COCO are counted in usual pictures."""
+    """Bytes of each shard; shards of one Parquet file share its size, ranges of pictures count as many usual ones."""
     sharing = Counter(shard.path for shard in shards)
     with ThreadPoolExecutor(LOOKUPS) as executor:
         sizes = dict(zip(sharing, executor.map(_size, sharing)))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from influencespace.data.images import RejectedImage, decode_image, open_parquet, read_image_bytes
-from influencespace.data.readers import ReadOptions, coco, list_shards, parquet, read_shard
+from influencespace.data.readers import ReadOptions, class_folders, coco, list_shards, parquet, read_shard
 from influencespace.data.schema import Rejection, Sample, Shard
 from influencespace.data.uids import pair_uids
 from influencespace.errors import InputError
@@ -603,6 +603,80 @@ def test_uids_do_not_depend_on_the_partition(
     assert not rejections
     expected = [Sample(image=i, captions=(t,), uid=u, group=None, ref=samples[0].ref) for i, t, u in rows]
     assert all_uids(samples) == all_uids(expected)
+
+
+# Class folders
+
+
+def write_classes(folder: Path, **classes: list[str]) -> Path:
+    """A folder of class folders, each with pictures of these names."""
+    for name, files in classes.items():
+        (folder / name).mkdir(parents=True)
+        for file in files:
+            (folder / name / file).write_bytes(IMAGE + f"{name}/{file}".encode())
+    return folder
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    write_classes(tmp_path, red_circle=["b.PNG", "a.jpg", ".hidden.jpg", "notes.txt"], ring=["a.jpg"])
+    (tmp_path / "README.md").touch()
+    (tmp_path / ".cache").mkdir()
+    samples, rejections = read_all(tmp_path)
+    assert not rejections
+    assert [(s.uid, s.group, s.captions) for s in samples] == [
+        ("red_circle/a.jpg", "red circle", ("a photo of a red circle",)),
+        ("red_circle/b.PNG", "red circle", ("a photo of a red circle",)),
+        ("ring/a.jpg", "ring", ("a photo of a ring",)),
+    ]
+    assert all(read_image_bytes(sample.ref) == sample.image for sample in samples)
+    assert read_all(f"{tmp_path}/*")[0] == samples
+
+
+def test_class_folders_on_an_object_store(tmp_path: Path, memory: Any) -> None:
+    write_classes(tmp_path / "classes", cat=["0.jpg"], dog=["0.jpg", "1.jpg"])
+    memory.put(str(tmp_path / "classes"), "/classes", recursive=True)
+    samples, _ = read_all("memory://classes")
+    assert content(samples) == content(read_all(tmp_path / "classes")[0])
+    assert all(read_image_bytes(sample.ref) == sample.image for sample in samples)
+
+
+def test_a_large_class_is_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_classes(tmp_path, cat=[f"{i}.jpg" for i in range(5)], dog=["0.jpg"])
+    whole, _ = read_all(tmp_path)
+    monkeypatch.setattr(class_folders, "SHARD_IMAGES", 2)
+    assert [shard.rows for shard in list_shards(str(tmp_path))] == [(0, 2), (2, 4), (4, 5), (0, 1)]
+    assert read_all(tmp_path)[0] == whole
+
+
+def test_a_picture_that_is_gone_or_empty_costs_no_other(tmp_path: Path) -> None:
+    write_classes(tmp_path, cat=["0.jpg", "1.jpg", "2.jpg"], dog=["0.jpg"])
+    (tmp_path / "cat" / "0.jpg").write_bytes(b"")
+    (tmp_path / "cat" / "1.jpg").unlink()
+    (tmp_path / "cat" / "1.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    samples, rejections = read_all(tmp_path)
+    assert [sample.uid for sample in samples] == ["cat/2.jpg", "dog/0.jpg"]
+    assert [(r.uid, r.reason.split(" ")[-1]) for r in rejections] == [
+        ("cat/0.jpg", "empty"),
+        ("cat/1.jpg", "missing"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "classes", [{"images": ["0.jpg"]}, {"train": ["0.jpg"], "val": ["0.jpg"], "labels": []}]
+)
+def test_folders_of_pictures_that_are_no_classes_are_refused(
+    classes: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """A folder `images` would caption every picture "a photo of a images"."""
+    write_classes(tmp_path, **classes)
+    with pytest.raises(InputError, match="Class folders of pictures are read where"):
+        list_shards(str(tmp_path))
+
+
+def test_a_tar_goes_before_class_folders(tmp_path: Path) -> None:
+    write_classes(tmp_path, cat=["0.jpg"], dog=["0.jpg"])
+    (tmp_path / "0.tar").write_bytes(tar_bytes([]))
+    assert [shard.format for shard in list_shards(str(tmp_path))] == ["webdataset"]
 
 
 # Listing

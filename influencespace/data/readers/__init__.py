@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from influencespace.data.readers.class_folders import find_classes, read_class_folder, split_pictures
 from influencespace.data.readers.coco import image_folder, read_coco, split_images
 from influencespace.data.readers.parquet import read_parquet, split_row_groups
 from influencespace.data.readers.webdataset import read_webdataset
@@ -22,6 +23,7 @@ _READERS: dict[str, Callable[[Shard, ReadOptions], Iterator[Sample | Rejection]]
     "webdataset": read_webdataset,
     "parquet": read_parquet,
     "coco": read_coco,
+    "class_folder": read_class_folder,
 }
 
 # Footers of Parquet files are read this many at a time: on object stores each is a round trip.
@@ -39,13 +41,13 @@ def read_shard(shard: Shard, options: ReadOptions | None = None) -> Iterator[Sam
 
 
 def list_shards(spec: str | Sequence[str], images: str | None = None) -> list[Shard]:
-    """The shards of `spec`, sorted by path: .tar (WebDataset), .parquet, or .json (COCO captions).
+    """The shards of `spec`, sorted by path: .tar (WebDataset), .parquet, .json (COCO captions), or class folders.
 
     `spec` is a path, folder, glob, URL, range like `{000..123}.tar`, or several of them, as a list or with
     commas. `images` is the image folder of a COCO file; left out, the official layout is assumed. Raises
     InputError when something is not found or of another kind.
     """
-    files = list_files(spec, preferred=(".tar", ".parquet"), other=(".json",))
+    files = list_files(spec, preferred=(".tar", ".parquet"), other=(".json",), class_folders=True)
     # Beside each tar img2dataset writes a .parquet of the same name, with metadata and no images.
     stems = {path.removesuffix(".tar") for path in files}
     files = [path for path in files if path.removesuffix(".parquet") not in stems - {path}]
@@ -55,21 +57,25 @@ def list_shards(spec: str | Sequence[str], images: str | None = None) -> list[Sh
 
 
 def list_files(
-    spec: str | Sequence[str], preferred: tuple[str, ...], other: tuple[str, ...] = ()
+    spec: str | Sequence[str],
+    preferred: tuple[str, ...],
+    other: tuple[str, ...] = (),
+    class_folders: bool = False,
 ) -> list[str]:
     """Sorted paths or URLs of the files of `spec` with one of the suffixes, each once.
 
-    A folder or glob gives its `preferred` files, or when it has none the `other` ones; folders within are not
-    entered. Raises InputError when a part of `spec` gives nothing, or names a file with another suffix.
+    A folder or glob gives its `preferred` files, or when it has none the `other` ones, or with `class_folders` the
+    folders that are classes; other folders within are not entered. Raises InputError when a part of `spec` gives
+    nothing, or names a file with another suffix.
     """
     parts = spec.split(",") if isinstance(spec, str) else spec
     names = [name for part in parts for name in _expand_range(part.strip()) if name]
     if not names:
         raise InputError("no data given: name a file, a folder, a glob or a URL")
-    return sorted({path for name in names for path in _find(name, preferred, other)})
+    return sorted({path for name in names for path in _find(name, preferred, other, class_folders)})
 
 
-def _find(name: str, preferred: tuple[str, ...], other: tuple[str, ...]) -> list[str]:
+def _find(name: str, preferred: tuple[str, ...], other: tuple[str, ...], class_folders: bool) -> list[str]:
     filesystem, path = filesystem_of(name)
     wanted = ", ".join((*preferred, *other))
     if filesystem.isfile(path):
@@ -86,9 +92,11 @@ def _find(name: str, preferred: tuple[str, ...], other: tuple[str, ...]) -> list
     for suffixes in (preferred, other):
         if matching := [file for file in found if file.endswith(suffixes)]:
             return [_address(filesystem, file) for file in matching]
+    if class_folders and (classes := find_classes(filesystem, found)):
+        return [_address(filesystem, path) for path in classes]
     raise InputError(
-        f"{name}: no {wanted} file there (found {len(found)} others). Folders within are not searched: "
-        "a glob like 'folder/*/*.tar' does that."
+        f"{name}: no {wanted} file there (found {len(found)} others). Folders within are not searched: a glob like "
+        "'folder/*/*.tar' does that. Class folders of pictures are read where they are two or more and none is without."
     )
 
 
@@ -122,6 +130,8 @@ def _split(path: str, images: str | None) -> list[Shard]:
         return [Shard(path=path, format="webdataset", index=0)]
     if path.endswith(".parquet"):
         return [Shard(path=path, format="parquet", index=0, row_groups=run) for run in split_row_groups(path)]
+    if not path.endswith(".json"):
+        return [Shard(path=path, format="class_folder", index=0, rows=rows) for rows in split_pictures(path)]
     folder = _image_folder(images) if images else image_folder(path)
     return [Shard(path=path, format="coco", index=0, images=folder, rows=rows) for rows in split_images(path)]
 

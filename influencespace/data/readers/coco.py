@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 
 from influencespace.data.captions import RawSample, assemble, printable
-from influencespace.data.images import MAX_ENCODED_BYTES, escapes
+from influencespace.data.images import escapes, read_image_file
 from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Sample, Shard
 from influencespace.errors import InputError
 
@@ -93,14 +93,7 @@ def _read_image(path: str, name: object) -> tuple[bytes | None, str]:
     """The bytes of an image file, or None and the reason."""
     if not isinstance(name, str) or not name or escapes(name):
         return None, f"file_name {name!r} is not a path inside the image folder"
-    filesystem, inside = fsspec.url_to_fs(path)
-    try:
-        data: bytes = filesystem.cat_file(inside, start=0, end=MAX_ENCODED_BYTES + 1)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
-        return None, f"the image file {path!r} is missing"
-    if len(data) > MAX_ENCODED_BYTES:
-        return None, f"the image has more than {MAX_ENCODED_BYTES:,} bytes"
-    return data, ""
+    return read_image_file(path)
 
 
 def _load(path: str) -> _Annotations:

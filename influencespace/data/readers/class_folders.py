@@ -1,0 +1,64 @@
+"""Class folders, `folder/class/picture.jpg`: the folder's name is the class, and the caption is a prompt of it.
+
+The uid of a picture is `class/picture.jpg`, its group is the class.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+
+from influencespace.data.captions import RawSample, assemble
+from influencespace.data.images import read_image_file
+from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Sample, Shard
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+CAPTION = "a photo of a {}"  # CLIP's own prompt (Radford et al. 2021)
+
+# Pictures to a shard, as for COCO: a large class is several shards.
+SHARD_IMAGES = 1000
+
+
+def pictures(filesystem: Any, folder: str) -> list[str]:
+    """Sorted names of the pictures that lie directly in a folder, hidden ones left out."""
+    names = (PurePosixPath(path).name for path in filesystem.ls(folder, detail=False))
+    return sorted(name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+
+
+def find_classes(filesystem: Any, paths: Sequence[str]) -> list[str]:
+    """The folders among `paths` if they are classes: two or more, all of which hold pictures; else [].
+
+    One folder of pictures, or one beside annotations, is no class: its name would be everybody's caption.
+    """
+    folders = [
+        path for path in paths if filesystem.isdir(path) and not PurePosixPath(path).name.startswith(".")
+    ]
+    classes = len(folders) > 1 and all(pictures(filesystem, folder) for folder in folders)
+    return folders if classes else []
+
+
+def split_pictures(folder: str) -> list[tuple[int, int]]:
+    """Ranges of SHARD_IMAGES pictures that cover a class folder."""
+    count = len(pictures(*fsspec.url_to_fs(folder)))
+    return [(start, min(start + SHARD_IMAGES, count)) for start in range(0, count, SHARD_IMAGES)]
+
+
+def read_class_folder(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejection]:
+    """The samples of a range of the pictures of one class; underscores in its name are read as spaces."""
+    folder = PurePosixPath(shard.path).name
+    name = folder.replace("_", " ")
+    for picture in pictures(*fsspec.url_to_fs(shard.path))[slice(*(shard.rows or (None,)))]:
+        path = f"{shard.path}/{picture}"
+        data, missing = read_image_file(path)
+        raw = RawSample(
+            shard=shard.path,
+            key=f"{folder}/{picture}",
+            image=data,
+            captions=[CAPTION.format(name)],
+            uid=f"{folder}/{picture}",
+            group=name,
+            ref=ImageRef(path=path, length=len(data or b"")),
+            missing=missing,
+        )
+        yield from assemble(raw, options)
