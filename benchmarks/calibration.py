@@ -25,7 +25,6 @@ from influencespace.core.kmeans import assign, nearest, seed_centroids, unit_row
 from influencespace.core.metrics import interval
 from influencespace.core.strata import quantile_of
 from influencespace.estimators.problem import IntArray
-from influencespace.estimators.unrolled import weighted_loss
 from influencespace.models.fusion import concatenation
 from influencespace.models.training import StudentConfig
 from influencespace.models.trajectory import State, Trajectory, space_at
@@ -51,7 +50,7 @@ class WeightedTrajectory(Trajectory):
 
         def loss(theta: Tensor) -> Tensor:
             u, t = functional_call(self.space.student, self.space.unflatten(theta), inputs)
-            return weighted_loss(self.scale * u @ t.T, w)
+            return self.objective.weighted_loss(u, t, w)
 
         gradient: Tensor = grad(loss)(state.theta)
         return gradient
@@ -107,6 +106,7 @@ def weighted_losses(study: Study, truth: str, weight: float, seed: int) -> dict[
                 config=path.config,
                 batches=path.batches,
                 inputs=path.inputs,
+                objective=path.objective,
                 rule=path.rule,
                 weights=torch.from_numpy(weights).to(path.initial),
             )
