@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from common import SCORING, Benchmark, arguments, code_version, real_data
+from filelock import FileLock
 
 from influencespace.core.metrics import auroc, average_precision, mean_recall_by_image, retrieval_ranks
 from influencespace.core.select import SelectConfig, top_fraction
@@ -64,7 +65,9 @@ class World:
     def embedded(self, name: str, shards: str) -> Path:
         folder = self.cache / "embed" / name
         config = EmbedConfig(encoder=self.encoder)
-        embed(list_shards(str(self.data / "flickr8k" / shards)), config, folder, RUNTIME)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # benchmarks that run at once share a cache
+            embed(list_shards(str(self.data / "flickr8k" / shards)), config, folder, RUNTIME)
         return folder
 
     @cached_property
