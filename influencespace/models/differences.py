@@ -1,0 +1,168 @@
+"""Tangents by central differences: two forward passes at theta +- eps v in place of a forward-mode pass.
+
+Symbols: theta (p,) the parameters of a Space, v (p,) a direction, eps its step, x (n, d) the embeddings of one tower.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from influencespace.core.bank import Tangents
+from influencespace.errors import InputError
+from influencespace.models.dual_encoder import unit
+from influencespace.models.space import Inputs
+from influencespace.models.streamed import StreamedSpace
+from influencespace.models.towers import TowerStudent
+
+MOST_DISAGREEMENT = 5e-2
+"""Relative. In float32 transformers reach 1e-4; MobileNetV2, whose ReLU6 has kinks, 2e-2."""
+TRIED = (16, 4, 1, 1 / 4, 1 / 16)
+"""Movements of the embeddings that are tried, as multiples of the cube root of the precision, the optimum of smooth functions."""
+
+Embed = Callable[[Tensor], Tensor]
+
+
+class CentralDifferences(StreamedSpace):
+    """A Space of towers whose tangents along V given directions take two forward passes for each.
+
+    theta is shifted tensor by tensor as the passes read it and is itself never touched: memory holds theta and v,
+    whatever the number of pairs.
+    """
+
+    def __init__(self, space: StreamedSpace, directions: Tensor, steps: Tensor):
+        """directions (V, p); steps (V, 2) of the image and the text tower as `choose_steps` found them."""
+        super().__init__(space.student, list(space.parameters), rows=space.rows)
+        assert isinstance(space.student, TowerStudent)
+        self.towers = space.student
+        self.directions = directions
+        self.trees = [self.unflatten(direction) for direction in directions]
+        self.steps = steps.tolist()
+
+    def tangents(self, inputs: Inputs, directions: Tensor) -> Tangents:
+        """Raises ValueError for other directions than those whose steps are known."""
+        if directions is not self.directions:
+            raise ValueError("these central differences were set up for other directions")
+        (u, du), (t, dt) = self.images(inputs[0]), self.texts(inputs[1])
+        return Tangents(u=u, t=t, du=du, dt=dt)
+
+    def images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of preprocessed images (n, 3, H, W) and their derivatives: (n, d), (V, n, d)."""
+        return self._by_rows(self.towers.embed_images, pixels, 0)
+
+    def texts(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of packed tokens (n, k, L) and their derivatives: (n, d), (V, n, d)."""
+        return self._by_rows(self.towers.embed_texts, tokens, 1)
+
+    def _by_rows(self, embed: Embed, inputs: Tensor, tower: int) -> tuple[Tensor, Tensor]:
+        found = [
+            [
+                central_difference(embed, self.towers, part, tree, step[tower])
+                for tree, step in zip(self.trees, self.steps)
+            ]
+            for part in torch.split(inputs, self.rows)
+        ]
+        x = torch.cat([batch[0][0] for batch in found])
+        return x, torch.cat([torch.stack([dx for _, dx in batch]) for batch in found], 1)
+
+
+@torch.no_grad()
+def central_difference(
+    embed: Embed, student: nn.Module, inputs: Tensor, direction: dict[str, Tensor], step: float
+) -> tuple[Tensor, Tensor]:
+    """Unit embeddings of n rows and their derivatives along a direction: two (n, d).
+
+    A step of zero says that the direction does not touch this tower: one pass then does.
+    """
+    if not step:
+        x = embed(inputs)
+        return x, torch.zeros_like(x)
+    with shifted(student, direction, step):
+        plus = embed(inputs)
+    with shifted(student, direction, -step):
+        minus = embed(inputs)
+    return unit(plus + minus), (plus - minus) / (2 * step)
+
+
+@contextmanager
+def shifted(module: nn.Module, direction: dict[str, Tensor], step: float) -> Iterator[None]:
+    """Within the block the named parameters are read as value + step * direction; their values stay as they are.
+
+    Each sum is formed where it is read and lives no longer, so that no second set of parameters is held, and nothing is
+    left of rounding when the block ends.
+    """
+    parameters = dict(module.named_parameters())
+    by_value = {id(parameters[name]): change for name, change in direction.items()}
+    own = [(part, part._parameters) for part in module.modules() if part._parameters]
+    try:
+        for part, values in own:
+            part._parameters = _Shifted(values, by_value, step)
+        yield
+    finally:
+        for part, values in own:
+            part._parameters = values
+
+
+class _Shifted(dict[str, nn.Parameter | None]):
+    """A module's own parameters, shifted when read by name; by value, so that tied weights move together."""
+
+    def __init__(self, values: dict[str, nn.Parameter | None], by_value: dict[int, Tensor], step: float):
+        super().__init__(values)
+        self.by_value, self.step = by_value, step
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        value = super().__getitem__(name)
+        change = self.by_value.get(id(value))
+        return value if change is None else torch.add(value, change, alpha=self.step)  # type: ignore[arg-type,return-value]
+
+
+def choose_steps(space: StreamedSpace, directions: Tensor, sample: Inputs) -> tuple[Tensor, float]:
+    """Steps (V, 2) for the image and the text tower, and the relative disagreement with forward mode on a sample.
+
+    A step moves the embeddings by about the cube root of the precision, which balances rounding and the neglected third
+    derivative; among a few multiples of it, for towers with kinks, the one nearest to forward mode is taken. Raises InputError
+    where none is near, or where the weights have less than float32's precision.
+    """
+    towers = space.student
+    assert isinstance(towers, TowerStudent)
+    dtype = next(towers.parameters()).dtype
+    if torch.finfo(dtype).eps > torch.finfo(torch.float32).eps:
+        raise InputError(
+            f"central differences of towers in {dtype} are mostly rounding; load the encoder in float32"
+        )
+    exact = space.tangents(sample, directions)
+    steps = torch.zeros(len(directions), 2, dtype=torch.float64)
+    missed = 0.0
+    for row, direction in enumerate(directions):
+        tree = space.unflatten(direction)
+        sides = ((towers.embed_images, exact.du[row]), (towers.embed_texts, exact.dt[row]))
+        for tower, (embed, derivative) in enumerate(sides):
+            steps[row, tower], error = _best_step(embed, towers, sample[tower], tree, derivative)
+            missed += error
+    found = float(exact.du.double().square().sum() + exact.dt.double().square().sum())
+    disagreement = (missed / max(found, torch.finfo(torch.float64).tiny)) ** 0.5
+    if not disagreement <= MOST_DISAGREEMENT:
+        raise InputError(
+            f"central differences and forward mode disagree by {disagreement:.1%} on {len(sample[0])} pairs (at most "
+            f"{MOST_DISAGREEMENT:.0%}); likely weights or derivatives that are not finite, or towers that are far from smooth: "
+            "take fewer of their blocks"
+        )
+    return steps, disagreement
+
+
+def _best_step(
+    embed: Embed, student: nn.Module, inputs: Tensor, direction: dict[str, Tensor], derivative: Tensor
+) -> tuple[float, float]:
+    """The step nearest to the derivative (n, d), and the squared error that it leaves."""
+    speed = float(derivative.double().square().sum(-1).mean().sqrt())
+    if speed == 0:
+        return 0.0, 0.0
+    precision = torch.finfo(next(student.parameters()).dtype).eps ** (1 / 3)
+    tried = {}
+    for multiple in TRIED:
+        step = multiple * precision / speed
+        dx = central_difference(embed, student, inputs, direction, step)[1]
+        tried[step] = float((dx - derivative).double().square().sum())
+    step = min(tried, key=lambda step: tried[step])
+    return step, tried[step]
