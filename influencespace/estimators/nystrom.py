@@ -58,8 +58,8 @@ def target_gradients(
     total = torch.zeros(count, space.size, dtype=torch.float64)
     for inputs, fold in zip(contexts, folds):
         weights = torch.nn.functional.one_hot(torch.from_numpy(fold), count).T.double() * (count / pairs)
-        total += space.loss_gradients(inputs, weights.to(inputs[0]), scale).double().cpu()
-    return total.to(contexts[0][0])
+        total += space.loss_gradients(inputs, weights.to(space.like), scale).double().cpu()
+    return total.to(space.like)
 
 
 def curvature_products(

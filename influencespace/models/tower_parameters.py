@@ -75,4 +75,4 @@ def add_adapters(model: nn.Module, rank: int, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), model)
-    model.eval()
+    model.eval().requires_grad_(False)

@@ -12,12 +12,13 @@ from influencespace.models.space import Inputs
 class TowerStudent(nn.Module):
     """A dual encoder in eval mode: pixels (n, 3, H, W) and packed tokens (n, k, L) to two (n, d) of unit length.
 
-    The temperature is no part of the output, and so of no Space.
+    The temperature is no part of the output, and so of no Space. Derivatives are taken through a Space alone: the
+    encoder's own parameters are frozen.
     """
 
     def __init__(self, encoder: DualEncoder) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder = encoder.requires_grad_(False)
         self.text_inputs = tuple(encoder.tokenize(["a probe"])[0])
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Inputs:
