@@ -57,8 +57,8 @@ def curvature_of(problem: Problem, config: CurvatureConfig) -> Sketch:
     if problem.memory is not None:
         if (need := sketch_bytes(size, rank)) > problem.memory:
             raise InputError(
-                f"a sketch of {size:,} parameters x rank {rank} takes {need / 1e9:.3g} GB of memory and there are "
-                f"{problem.memory / 1e9:.3g} GB; take fewer parameters, a lower rank, or ecif with solver=plain, without one"
+                f"a sketch of {size:,} parameters x rank {rank} takes {need / 1e9:,.3f} GB of memory and there are "
+                f"{problem.memory / 1e9:,.3f} GB; take fewer parameters, a lower rank, or ecif with solver=plain, without one"
             )
         most = min(most, problem.memory // sketch_bytes(size, 1))
     while True:

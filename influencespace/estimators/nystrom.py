@@ -8,6 +8,7 @@ H = G~ + mu I. score(z) = grad L_target . H^-1 . grad l_z, so positive is a pred
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -132,11 +133,18 @@ class Influence:
         return self.own + self.negative
 
 
+class HasTangents(Protocol):
+    """What a scorer asks of a Space."""
+
+    def tangents(self, inputs: Inputs, directions: Tensor) -> Tangents:
+        """Embeddings of n pairs and their derivatives along directions (V, p)."""
+
+
 @dataclass(frozen=True)
 class InfluenceScorer:
     """Scores any pair against a recorded bank: frozen, row by row, whatever the partition of the rows."""
 
-    space: Space
+    space: HasTangents
     directions: Tensor  # (V, p)
     bank: Sequence[RecordedContext]
     scale: float

@@ -1,0 +1,68 @@
+"""What the pairs of a set were embedded from: each picture and each caption once, read again from where they lie."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from influencespace.data.exports.pictures import read_pictures
+from influencespace.data.pair_set import PairSet
+from influencespace.data.schema import ImageRef
+
+IntArray = NDArray[np.int64]
+PLACE = ("image_path", "image_offset", "image_length", "image_row")
+
+
+@dataclass(frozen=True)
+class Originals:
+    """The distinct images and captions of a set, by their numbers in the embedding artifact; cheap to pickle."""
+
+    pairs: PairSet
+
+    def __reduce__(self) -> tuple[type["Originals"], tuple[PairSet]]:
+        return Originals, (self.pairs,)
+
+    @cached_property
+    def images(self) -> IntArray:
+        """Distinct images (Ni,), in the order in which they lie in their files."""
+        place = self._places.select(list(PLACE)).to_pandas()
+        order: IntArray = place.sort_values(list(PLACE)).index.to_numpy()
+        return self._numbers[order]
+
+    @cached_property
+    def texts(self) -> IntArray:
+        """Distinct captions (Nt,), short ones first, so that little of a batch is padded."""
+        numbers, first = np.unique(self.pairs.text, return_index=True)
+        length = np.array([len(caption) for caption in self._captions(first)])
+        return numbers[np.argsort(length, kind="stable")]
+
+    def pictures(self, images: IntArray) -> list[bytes]:
+        """Encoded pictures of some of `images`, in their order; raises InputError where a file is gone or has changed."""
+        rows = self._places.take(np.searchsorted(self._numbers, images)).to_pylist()
+        refs = [ImageRef(**{key.removeprefix("image_"): row[key] for key in PLACE}) for row in rows]
+        order = sorted(range(len(refs)), key=lambda i: (refs[i].path, refs[i].offset, refs[i].row))
+        found = dict(zip(order, read_pictures([refs[i] for i in order])))
+        return [found[i] for i in range(len(refs))]
+
+    def captions(self, texts: IntArray) -> list[str]:
+        """Some of the captions, in the order asked for."""
+        numbers, first = np.unique(self.pairs.text, return_index=True)
+        return self._captions(first[np.searchsorted(numbers, texts)])
+
+    def _captions(self, pairs: IntArray) -> list[str]:
+        rows = self.pairs.rows[pairs]
+        captions: Sequence[str] = self.pairs.table.pairs("caption")["caption"].take(rows).to_pylist()
+        return list(captions)
+
+    @cached_property
+    def _numbers(self) -> IntArray:
+        return np.unique(self.pairs.image)
+
+    @cached_property
+    def _places(self) -> Any:
+        """Where each of `_numbers` lies."""
+        first = np.unique(self.pairs.image, return_index=True)[1]
+        return self.pairs.table.pairs(*PLACE).take(self.pairs.rows[first])
