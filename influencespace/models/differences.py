@@ -22,6 +22,8 @@ TRIED = (16, 4, 1, 1 / 4, 1 / 16)
 """Movements of the embeddings that are tried, as multiples of the cube root of the precision, the optimum of smooth functions."""
 
 Embed = Callable[[Tensor], Tensor]
+Moves = list[tuple[nn.Module, dict[str, Tensor]]]
+"""The modules that own parameters of a Space, and along what each of these moves."""
 
 
 class CentralDifferences(StreamedSpace):
@@ -37,7 +39,7 @@ class CentralDifferences(StreamedSpace):
         assert isinstance(space.student, TowerStudent)
         self.towers = space.student
         self.directions = directions
-        self.trees = [self.unflatten(direction) for direction in directions]
+        self.moves = [moves_along(self.towers, self.unflatten(direction)) for direction in directions]
         self.steps = steps.tolist()
 
     def tangents(self, inputs: Inputs, directions: Tensor) -> Tangents:
@@ -58,8 +60,8 @@ class CentralDifferences(StreamedSpace):
     def _by_rows(self, embed: Embed, inputs: Tensor, tower: int) -> tuple[Tensor, Tensor]:
         found = [
             [
-                central_difference(embed, self.towers, part, tree, step[tower])
-                for tree, step in zip(self.trees, self.steps)
+                central_difference(embed, part, moves, step[tower])
+                for moves, step in zip(self.moves, self.steps)
             ]
             for part in torch.split(inputs, self.rows)
         ]
@@ -68,9 +70,7 @@ class CentralDifferences(StreamedSpace):
 
 
 @torch.no_grad()
-def central_difference(
-    embed: Embed, student: nn.Module, inputs: Tensor, direction: dict[str, Tensor], step: float
-) -> tuple[Tensor, Tensor]:
+def central_difference(embed: Embed, inputs: Tensor, moves: Moves, step: float) -> tuple[Tensor, Tensor]:
     """Unit embeddings of n rows and their derivatives along a direction: two (n, d).
 
     A step of zero says that the direction does not touch this tower: one pass then does.
@@ -78,42 +78,53 @@ def central_difference(
     if not step:
         x = embed(inputs)
         return x, torch.zeros_like(x)
-    with shifted(student, direction, step):
+    with shifted(moves, step):
         plus = embed(inputs)
-    with shifted(student, direction, -step):
+    with shifted(moves, -step):
         minus = embed(inputs)
     return unit(plus + minus), (plus - minus) / (2 * step)
 
 
+def moves_along(student: nn.Module, direction: dict[str, Tensor]) -> Moves:
+    """Sorts a direction by the modules that own its parameters; tied weights move in each of their places."""
+    parameters = dict(student.named_parameters())
+    by_value = {id(parameters[name]): change for name, change in direction.items()}
+    owned = [
+        (
+            part,
+            {name: by_value[id(value)] for name, value in part._parameters.items() if id(value) in by_value},
+        )
+        for part in student.modules()
+    ]
+    return [(part, changes) for part, changes in owned if changes]
+
+
 @contextmanager
-def shifted(module: nn.Module, direction: dict[str, Tensor], step: float) -> Iterator[None]:
-    """Within the block the named parameters are read as value + step * direction; their values stay as they are.
+def shifted(moves: Moves, step: float) -> Iterator[None]:
+    """Within the block the parameters are read as value + step * change; their values stay as they are.
 
     Each sum is formed where it is read and lives no longer, so that no second set of parameters is held, and nothing is
     left of rounding when the block ends.
     """
-    parameters = dict(module.named_parameters())
-    by_value = {id(parameters[name]): change for name, change in direction.items()}
-    own = [(part, part._parameters) for part in module.modules() if part._parameters]
+    before = [part._parameters for part, _ in moves]
     try:
-        for part, values in own:
-            part._parameters = _Shifted(values, by_value, step)
+        for part, changes in moves:
+            part._parameters = _Shifted(part._parameters, changes, step)
         yield
     finally:
-        for part, values in own:
+        for (part, _), values in zip(moves, before):
             part._parameters = values
 
 
 class _Shifted(dict[str, nn.Parameter | None]):
-    """A module's own parameters, shifted when read by name; by value, so that tied weights move together."""
+    """A module's own parameters, shifted when read by name."""
 
-    def __init__(self, values: dict[str, nn.Parameter | None], by_value: dict[int, Tensor], step: float):
+    def __init__(self, values: dict[str, nn.Parameter | None], changes: dict[str, Tensor], step: float):
         super().__init__(values)
-        self.by_value, self.step = by_value, step
+        self.changes, self.step = changes, step
 
     def __getitem__(self, name: str) -> nn.Parameter | None:
-        value = super().__getitem__(name)
-        change = self.by_value.get(id(value))
+        value, change = super().__getitem__(name), self.changes.get(name)
         return value if change is None else torch.add(value, change, alpha=self.step)  # type: ignore[arg-type,return-value]
 
 
@@ -135,10 +146,10 @@ def choose_steps(space: StreamedSpace, directions: Tensor, sample: Inputs) -> tu
     steps = torch.zeros(len(directions), 2, dtype=torch.float64)
     missed = 0.0
     for row, direction in enumerate(directions):
-        tree = space.unflatten(direction)
+        moves = moves_along(towers, space.unflatten(direction))
         sides = ((towers.embed_images, exact.du[row]), (towers.embed_texts, exact.dt[row]))
         for tower, (embed, derivative) in enumerate(sides):
-            steps[row, tower], error = _best_step(embed, towers, sample[tower], tree, derivative)
+            steps[row, tower], error = _best_step(embed, sample[tower], moves, derivative)
             missed += error
     found = float(exact.du.double().square().sum() + exact.dt.double().square().sum())
     disagreement = (missed / max(found, torch.finfo(torch.float64).tiny)) ** 0.5
@@ -151,18 +162,16 @@ def choose_steps(space: StreamedSpace, directions: Tensor, sample: Inputs) -> tu
     return steps, disagreement
 
 
-def _best_step(
-    embed: Embed, student: nn.Module, inputs: Tensor, direction: dict[str, Tensor], derivative: Tensor
-) -> tuple[float, float]:
+def _best_step(embed: Embed, inputs: Tensor, moves: Moves, derivative: Tensor) -> tuple[float, float]:
     """The step nearest to the derivative (n, d), and the squared error that it leaves."""
     speed = float(derivative.double().square().sum(-1).mean().sqrt())
     if speed == 0:
         return 0.0, 0.0
-    precision = torch.finfo(next(student.parameters()).dtype).eps ** (1 / 3)
+    precision = torch.finfo(derivative.dtype).eps ** (1 / 3)
     tried = {}
     for multiple in TRIED:
         step = multiple * precision / speed
-        dx = central_difference(embed, student, inputs, direction, step)[1]
+        dx = central_difference(embed, inputs, moves, step)[1]
         tried[step] = float((dx - derivative).double().square().sum())
     step = min(tried, key=lambda step: tried[step])
     return step, tried[step]

@@ -10,7 +10,7 @@ from tiny_encoders import CAPTIONS, FAMILY_MAKERS
 from torch import Tensor, nn
 
 from influencespace.errors import InputError
-from influencespace.models.differences import CentralDifferences, choose_steps, shifted
+from influencespace.models.differences import CentralDifferences, choose_steps, moves_along, shifted
 from influencespace.models.encoders import load_encoder
 from influencespace.models.space import Inputs, Space
 from influencespace.models.streamed import StreamedSpace
@@ -137,14 +137,14 @@ def test_tied_weights_move_together() -> None:
     tied[1].weight = tied[0].weight
     x, change = torch.randn(2, 3), torch.randn(3, 3)
     weight = (tied[0].weight + 0.5 * change).T
-    with torch.no_grad(), shifted(tied, {"0.weight": change}, 0.5):
+    with torch.no_grad(), shifted(moves_along(tied, {"0.weight": change}), 0.5):
         torch.testing.assert_close(tied(x), x @ weight @ weight)
 
 
 def test_shifts_end_with_an_error() -> None:
     layer = nn.Linear(3, 3)
     before = layer(torch.ones(1, 3))
-    with pytest.raises(RuntimeError), shifted(layer, {"weight": torch.ones(3, 3)}, 1.0):
+    with pytest.raises(RuntimeError), shifted(moves_along(layer, {"weight": torch.ones(3, 3)}), 1.0):
         layer(torch.ones(1, 7))
     assert torch.equal(layer(torch.ones(1, 3)), before)
 
