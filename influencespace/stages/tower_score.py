@@ -31,11 +31,11 @@ from influencespace.estimators.problem import Batch, Estimator, Fold, Problem, f
 from influencespace.estimators.stored_tangents import StoredTangents
 from influencespace.estimators.table import BY_TANGENTS
 from influencespace.estimators.tower_problem import tower_problem
-from influencespace.models.differences import CentralDifferences, choose_steps
 from influencespace.models.encoders import load_encoder
 from influencespace.models.space import Inputs
 from influencespace.models.streamed import StreamedSpace
 from influencespace.models.tower_parameters import tower_parameters
+from influencespace.models.tower_tangents import TowerTangents, choose_steps
 from influencespace.models.towers import TowerStudent
 from influencespace.stages.embed import encoder_identity, share
 from influencespace.stages.finish import finish_stage, finished_stage
@@ -142,10 +142,15 @@ class TowerWorker:
         return StreamedSpace(self.student, names, rows=self.given.embed.batch_size)
 
     @cached_property
-    def differences(self) -> CentralDifferences:
+    def originals(self) -> Originals:
+        """Of the pool."""
+        return Originals(self.given.pool)
+
+    @cached_property
+    def differences(self) -> TowerTangents:
         found = load_file(self.given.direction)
         directions = found["directions"].to(self.space.like)
-        return CentralDifferences(self.space, directions, found["steps"])
+        return TowerTangents(self.space, directions, found["steps"])
 
     def pixels(self, pictures: Sequence[bytes]) -> Tensor:
         """Encoded pictures, preprocessed: (n, 3, H, W)."""
@@ -157,8 +162,9 @@ class TowerWorker:
             ) from None
         return self.student.encoder.preprocess_images(images)
 
-    def recorded(self, pairs: PairSet, rows: IntArray) -> RecordedContext:
-        originals = Originals(pairs)
+    def recorded(self, originals: Originals, rows: IntArray) -> RecordedContext:
+        """Some pairs of a set, as an estimator is given them."""
+        pairs = originals.pairs
         inputs = (
             self.pixels(originals.pictures(pairs.image[rows])),
             self.student.tokenize(originals.captions(pairs.text[rows])),
@@ -169,15 +175,14 @@ class TowerWorker:
         given = self.given
         batch_size = given.students.train.batch_size
         halves = TargetHalves(given.target, given.students.seed)
+        target = Originals(given.target)
         return tower_problem(
             self.space,
             scale=self.student.encoder.logit_scale,
             batch_size=batch_size,
             pool_size=len(given.pool),
-            bank=[self.recorded(given.pool, rows) for rows in given.bank],
-            target=[
-                self.recorded(given.target, rows) for rows in halves.contexts(halves.gradient, batch_size)
-            ],
+            bank=[self.recorded(self.originals, rows) for rows in given.bank],
+            target=[self.recorded(target, rows) for rows in halves.contexts(halves.gradient, batch_size)],
             memory=memory,
             seed=given.students.seed,
         )
@@ -234,29 +239,29 @@ class TangentBlock:
     def __call__(self, worker: TowerWorker) -> int:
         given = worker.given
         if not has_block(given.parts, self.kind, self.start, given.mark):
-            originals = Originals(given.pool)
+            originals = worker.originals
             numbers = (originals.images if self.kind == "images" else originals.texts)[self.start : self.stop]
-            found = list(self._tangents(worker, originals, numbers))
+            found = list(self._tangents(worker, numbers))
             x, dx = (np.concatenate(part) for part in zip(*found))
             columns = {"number": numbers, "embedding": x, "derivative": dx}
             write_block(given.parts, self.kind, self.start, given.mark, columns)
         return self.stop - self.start
 
     def _tangents(
-        self, worker: TowerWorker, originals: Originals, numbers: IntArray
+        self, worker: TowerWorker, numbers: IntArray
     ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Batch after batch, the next one read and decoded meanwhile."""
         size = worker.given.embed.batch_size
         batches = (numbers[i : i + size] for i in range(0, len(numbers), size))
         differences = worker.differences
-        for inputs in prefetch(batches, partial(self._inputs, worker, originals), threads=1, ahead=2):
+        for inputs in prefetch(batches, partial(self._inputs, worker), threads=1, ahead=2):
             x, dx = differences.images(inputs) if self.kind == "images" else differences.texts(inputs)
             yield x.cpu().numpy(), dx[0].cpu().numpy()
 
-    def _inputs(self, worker: TowerWorker, originals: Originals, numbers: IntArray) -> Tensor:
+    def _inputs(self, worker: TowerWorker, numbers: IntArray) -> Tensor:
         if self.kind == "images":
-            return worker.pixels(originals.pictures(numbers))
-        return worker.student.tokenize(originals.captions(numbers))
+            return worker.pixels(worker.originals.pictures(numbers))
+        return worker.student.tokenize(worker.originals.captions(numbers))
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from influencespace.estimators.grad_dot import GradDot
 from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext
 from influencespace.estimators.problem import Batch, Estimator, Problem, fitted
 from influencespace.estimators.tower_problem import tower_problem
-from influencespace.models.differences import CentralDifferences, choose_steps
 from influencespace.models.encoders import load_encoder
 from influencespace.models.space import Inputs
 from influencespace.models.streamed import StreamedSpace
 from influencespace.models.tiny_clip import train_tiny_clip
 from influencespace.models.tower_parameters import tower_parameters
+from influencespace.models.tower_tangents import TowerTangents, choose_steps
 from influencespace.models.towers import TowerStudent
 
 SCALE, BATCH_SIZE = 4.0, 5
@@ -167,7 +167,7 @@ def test_central_differences_give_the_same_scores() -> None:
     scorer = scorer_of(ESTIMATORS["ecif"])
     influence = scorer.influence
     steps, _ = choose_steps(problem().space, influence.directions, BATCH.inputs)  # type: ignore[arg-type]
-    differences = CentralDifferences(problem().space, influence.directions, steps)  # type: ignore[arg-type]
+    differences = TowerTangents(problem().space, influence.directions, steps)  # type: ignore[arg-type]
     found = replace(scorer, influence=replace(influence, space=differences))(BATCH)
     truth = scorer(BATCH)
     np.testing.assert_allclose(found, truth, rtol=0, atol=1e-5 * np.abs(truth).max())

@@ -1,5 +1,6 @@
 """Towers as a student: the encoder's embeddings, a Space in parts, central differences against forward mode."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,11 @@ from tiny_encoders import CAPTIONS, FAMILY_MAKERS
 from torch import Tensor, nn
 
 from influencespace.errors import InputError
-from influencespace.models.differences import CentralDifferences, choose_steps, moves_along, shifted
 from influencespace.models.encoders import load_encoder
 from influencespace.models.space import Inputs, Space
 from influencespace.models.streamed import StreamedSpace
 from influencespace.models.tower_parameters import PREFIX, tower_parameters
+from influencespace.models.tower_tangents import TowerTangents, choose_steps, moves_along, read_as
 from influencespace.models.towers import TowerStudent
 
 SCALE = 5.0
@@ -93,7 +94,7 @@ def test_central_differences_are_forward_mode(
     before = [value.clone() for value in student.parameters()]
     for rows in (1, 4):
         over.rows = rows
-        found = CentralDifferences(over, directions, steps).tangents(inputs, directions)
+        found = TowerTangents(over, directions, steps).tangents(inputs, directions)
         torch.testing.assert_close(found.u, exact.u, rtol=0, atol=1e-8)
         torch.testing.assert_close(found.t, exact.t, rtol=0, atol=1e-8)
         for dx, wanted in ((found.du, exact.du), (found.dt, exact.dt)):
@@ -107,28 +108,35 @@ def test_towers_that_stand_on_their_kinks_are_refused(
 ) -> None:
     """Without training a MobileNetV2 has no biases: black pixels lie exactly where ReLU6 bends."""
     student = TowerStudent(load_encoder(encoder_folders["vision-text-dual-encoder"])).double()
-    over = StreamedSpace(student, tower_parameters(student, "last-blocks"))
+    over = StreamedSpace(student, tower_parameters(student, "towers"))
     with pytest.raises(InputError, match=r"disagree by \d+\.\d% on 4 pairs .* far from smooth"):
         choose_steps(over, 1e-2 * random((1, over.size), 1), pairs(student, pictures))
 
 
-def test_a_tower_that_the_direction_does_not_touch_does_not_move(
+def test_the_end_of_a_tower_takes_forward_mode_and_a_whole_one_differences(
     clip: TowerStudent, pictures: list[Image.Image]
 ) -> None:
     inputs = pairs(clip, pictures)
-    over = StreamedSpace(clip, tower_parameters(clip, "text_projection.*"))
-    direction = random((1, over.size), 1)
-    steps, _ = choose_steps(over, direction, inputs)
-    assert float(steps[0, 0]) == 0 < float(steps[0, 1])
-    assert not CentralDifferences(over, direction, steps).images(inputs[0])[1].any()
+    steps = {}
+    for space in ("towers", "*projection*", "text_model.*"):
+        over = StreamedSpace(clip, tower_parameters(clip, space))
+        direction = 1e-2 * random((1, over.size), 1)
+        steps[space], _ = choose_steps(over, direction, inputs)
+        found = TowerTangents(over, direction, steps[space]).tangents(inputs, direction)
+        exact = over.tangents(inputs, direction)
+        for dx, wanted in ((found.du, exact.du), (found.dt, exact.dt)):
+            torch.testing.assert_close(dx, wanted, rtol=0, atol=1e-5 * float(exact.dt.abs().max()))
+    assert (steps["towers"] > 0).all()
+    assert (steps["*projection*"] == 0).all()
+    assert steps["text_model.*"][0, 0] == 0 < steps["text_model.*"][0, 1], "images do not move"
 
 
 def test_steps_are_of_given_directions_alone(clip: TowerStudent, pictures: list[Image.Image]) -> None:
     inputs = pairs(clip, pictures)
     over = StreamedSpace(clip, tower_parameters(clip, "text_projection.*"))
     direction = random((1, over.size), 1)
-    differences = CentralDifferences(over, direction, choose_steps(over, direction, inputs)[0])
-    with pytest.raises(ValueError, match="set up for other directions"):
+    differences = TowerTangents(over, direction, choose_steps(over, direction, inputs)[0])
+    with pytest.raises(ValueError, match="are of other directions"):
         differences.tangents(inputs, 2 * direction)
 
 
@@ -137,14 +145,14 @@ def test_tied_weights_move_together() -> None:
     tied[1].weight = tied[0].weight
     x, change = torch.randn(2, 3), torch.randn(3, 3)
     weight = (tied[0].weight + 0.5 * change).T
-    with torch.no_grad(), shifted(moves_along(tied, {"0.weight": change}), 0.5):
+    with torch.no_grad(), read_as(moves_along(tied, {"0.weight": change}), partial(torch.add, alpha=0.5)):
         torch.testing.assert_close(tied(x), x @ weight @ weight)
 
 
 def test_shifts_end_with_an_error() -> None:
     layer = nn.Linear(3, 3)
     before = layer(torch.ones(1, 3))
-    with pytest.raises(RuntimeError), shifted(moves_along(layer, {"weight": torch.ones(3, 3)}), 1.0):
+    with pytest.raises(RuntimeError), read_as(moves_along(layer, {"weight": torch.ones(3, 3)}), torch.add):
         layer(torch.ones(1, 7))
     assert torch.equal(layer(torch.ones(1, 3)), before)
 

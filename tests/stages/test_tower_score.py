@@ -31,7 +31,7 @@ from influencespace.stages.tower_score import (
 )
 from influencespace.stages.towers import EmbedConfig
 
-PROJECTIONS = ScoreConfig(estimator="ecif", space="*projection*", block_size=17)
+BLOCKS = ScoreConfig(estimator="ecif", space="*layers.0.mlp.fc2.*,*projection*", block_size=17)
 INPUTS = {"student": "of these tests"}
 STUDENTS = student_config(batch_size=8, steps=5, folds=2, contexts=2)
 
@@ -92,16 +92,16 @@ def truth(embedded: Embedded) -> np.ndarray:
         students=STUDENTS,
         student_folder=embedded.folder / "student",
         embed=embedded.encoder,
-        config=PROJECTIONS,
+        config=BLOCKS,
         parts=embedded.folder,
         mark="",
     )
     worker = TowerWorker(given, "cpu")
-    estimator = check_tower_estimator(PROJECTIONS)
+    estimator = check_tower_estimator(BLOCKS)
     scorer = fitted(estimator.fit(worker.problem(2**30)), lambda fold: None)
     assert isinstance(scorer, RoleScorer)
     rows = np.arange(len(pool))
-    everything = worker.recorded(pool, rows)
+    everything = worker.recorded(worker.originals, rows)
     return scorer(Batch(uid=rows.astype(str), inputs=everything.inputs, image=everything.image, row=rows))
 
 
@@ -111,40 +111,40 @@ def test_scores_are_those_of_one_batch_by_forward_mode(
     assert np.std(truth) > 1e-4
     for size in (5, 64):
         out = tmp_path / str(size)
-        manifest = embedded.score(out, LocalRuntime(), PROJECTIONS, batch_size=size)
+        manifest = embedded.score(out, LocalRuntime(), BLOCKS, batch_size=size)
         np.testing.assert_allclose(scores_of(out), truth, rtol=0, atol=2e-3 * np.std(truth))
         assert pq.read_table(out / "scores.parquet")["uid"].to_pylist() == list(
             embedded.pairs("pool").column("uid")
         )
-        assert manifest.details["disagreement_with_forward_mode"] < 1e-3
-        assert manifest.details["parameters"] == 2 * 64 * 128
+        assert 0 < manifest.details["disagreement_with_forward_mode"] < 1e-3
+        assert manifest.details["parameters"] == 2 * (64 * 128 + 256 * 128 + 128)
         assert not list(out.glob("parts-*")), "tangents have served"
 
 
 def test_ray_gives_the_same_scores(
     embedded: Embedded, truth: np.ndarray, tmp_path: Path, ray_runtime: Runtime
 ) -> None:
-    embedded.score(tmp_path, ray_runtime, PROJECTIONS, num_actors=2, cpus_per_actor=1)
+    embedded.score(tmp_path, ray_runtime, BLOCKS, num_actors=2, cpus_per_actor=1)
     np.testing.assert_allclose(scores_of(tmp_path), truth, rtol=0, atol=2e-3 * np.std(truth))
 
 
 def test_a_second_call_does_nothing(embedded: Embedded, tmp_path: Path) -> None:
-    first = embedded.score(tmp_path, LocalRuntime(), PROJECTIONS)
-    assert embedded.score(tmp_path, Idle(), PROJECTIONS) == first
+    first = embedded.score(tmp_path, LocalRuntime(), BLOCKS)
+    assert embedded.score(tmp_path, Idle(), BLOCKS) == first
 
 
 def test_a_killed_run_goes_on_where_it_was(embedded: Embedded, tmp_path: Path) -> None:
     """Killed after the direction and two blocks, then after two more."""
-    out = tmp_path / "killed"
+    out, quick = tmp_path / "killed", replace(BLOCKS, space="*projection*")
     for most in (4, 6):
         before = times(out) if out.exists() else {}
         with pytest.raises(Killed):
-            embedded.score(out, Counting(most=most), PROJECTIONS, batch_size=1)
+            embedded.score(out, Counting(most=most), quick, batch_size=1)
         after = times(out)
         assert {path: after[path] for path in before} == before
         assert len(after) > len(before)
-    embedded.score(out, LocalRuntime(), PROJECTIONS, batch_size=1)
-    embedded.score(tmp_path / "whole", LocalRuntime(), PROJECTIONS, batch_size=1)
+    embedded.score(out, LocalRuntime(), quick, batch_size=1)
+    embedded.score(tmp_path / "whole", LocalRuntime(), quick, batch_size=1)
     np.testing.assert_array_equal(scores_of(out), scores_of(tmp_path / "whole"))
 
 
