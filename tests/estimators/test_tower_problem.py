@@ -24,7 +24,7 @@ from influencespace.models.space import Inputs
 from influencespace.models.streamed import StreamedSpace
 from influencespace.models.tiny_clip import train_tiny_clip
 from influencespace.models.tower_parameters import tower_parameters
-from influencespace.models.tower_tangents import TowerTangents, choose_steps
+from influencespace.models.tower_tangents import TowerTangents
 from influencespace.models.towers import TowerStudent
 
 SCALE, BATCH_SIZE = 4.0, 5
@@ -163,12 +163,15 @@ def test_scores_through_towers_are_the_dense_truth(name: str) -> None:
     np.testing.assert_allclose(found, truth, rtol=0, atol=1e-6 * np.abs(truth).max())
 
 
-def test_central_differences_give_the_same_scores() -> None:
+@pytest.mark.parametrize("movement", [0.0, 1e-5])
+def test_forward_mode_and_central_differences_give_the_same_scores(movement: float) -> None:
     scorer = scorer_of(ESTIMATORS["ecif"])
-    influence = scorer.influence
-    steps, _ = choose_steps(problem().space, influence.directions, BATCH.inputs)  # type: ignore[arg-type]
-    differences = TowerTangents(problem().space, influence.directions, steps)  # type: ignore[arg-type]
-    found = replace(scorer, influence=replace(influence, space=differences))(BATCH)
+    influence, space = scorer.influence, problem().space
+    assert isinstance(space, StreamedSpace)
+    speed = float(space.tangents(BATCH.inputs, influence.directions).du.norm(dim=-1).max())
+    steps = torch.full((1, 2), movement / speed)
+    tangents = TowerTangents(space, influence.directions, steps)
+    found = replace(scorer, influence=replace(influence, space=tangents))(BATCH)
     truth = scorer(BATCH)
     np.testing.assert_allclose(found, truth, rtol=0, atol=1e-5 * np.abs(truth).max())
 
