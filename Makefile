@@ -36,7 +36,7 @@ lint: $(STAMP)
 # The figures of docs/benchmarks.md, anew; real data in INFLUENCESPACE_DATA.
 bench: $(STAMP)
 	cd benchmarks && python quality.py && python attribution.py && python calibration.py && python cleaning.py && \
-		python throughput.py && python tables.py
+		python throughput.py && python towers.py && python tables.py
 
 clean:
 	rm -rf $(VENV) runs .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

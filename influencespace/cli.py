@@ -220,6 +220,13 @@ def options_of(given: list[str]) -> dict[str, Any]:
 def score(
     folder: Run,
     estimator: Annotated[str, typer.Option(help="Name in the table of estimators.")] = "ecif",
+    space: Annotated[
+        str,
+        typer.Option(
+            help="Parameters in which influence is taken: `heads` of the student; or of the towers `last-blocks`, `lora`, "
+            "`towers` (all), or patterns of names such as '*projection*'."
+        ),
+    ] = "heads",
     option: Options = [],  # noqa: B006
     address: Address = None,
 ) -> None:
@@ -230,9 +237,9 @@ def score(
 
     options = options_of(option)
     folder = folder.expanduser().absolute()
-    check_estimator(folder, estimator, options)
+    check_estimator(folder, estimator, options, space)
     with alone_in(folder), start_ray(address) as runtime:
-        path, manifest = score_run(folder, estimator, options, runtime)
+        path, manifest = score_run(folder, estimator, options, runtime, space)
     print(f"{manifest.rows_out:,} pairs, {manifest.details['without_score']:,} without a score: {path}")
 
 

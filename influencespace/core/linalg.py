@@ -27,7 +27,7 @@ def probes(size: int, rank: int, seed: int, dtype: torch.dtype = torch.float32) 
 
 @dataclass(frozen=True, kw_only=True)
 class Sketch:
-    """Nystrom approximation G ~ U diag(lam) U^T."""
+    """Nystrom approximation G ~ U diag(lam) U^T; of rank 0 where nothing is known of G."""
 
     U: Tensor  # (p, l)
     lam: Tensor  # (l,) falling, >= 0
@@ -39,6 +39,16 @@ class Sketch:
     def tail_ratio(self, damping: float) -> float:
         """Smallest kept eigenvalue over mu; the sketch is large enough where this is near or below one."""
         return float(self.lam[-1] / damping)
+
+
+def no_sketch(like: Tensor) -> Sketch:
+    """The sketch of rank 0 for vectors such as `like` (p,): conjugate gradients then go without a preconditioner."""
+    return Sketch(U=like.new_zeros(len(like), 0), lam=like.new_zeros(0))
+
+
+def sketch_bytes(size: int, rank: int) -> int:
+    """Memory that `probes` and `nystrom` take at their widest: six float64 matrices of size x rank."""
+    return 6 * 8 * size * rank
 
 
 def nystrom(Omega: Tensor, Y: Tensor) -> Sketch:
@@ -77,6 +87,8 @@ def woodbury(sketch: Sketch, damping: float, g: Tensor) -> Tensor:
 
 def _precondition(sketch: Sketch, damping: float, r: Tensor) -> Tensor:
     """P^-1 r = (lam_l + mu) U (lam + mu)^-1 U^T r + (I - U U^T) r (Frangella, Tropp, Udell, section 5)."""
+    if not len(sketch.lam):
+        return r
     inside = r @ sketch.U
     factor = (sketch.lam[-1] + damping) / (sketch.lam + damping) - 1
     return r + (inside * factor) @ sketch.U.T

@@ -165,6 +165,11 @@ Contrastive = InfoNce | Sigmoid
 Objective = InfoNce | Sigmoid | Pointwise
 
 
+def contrastive_loss(scale: float, bias: float | None) -> Contrastive:
+    """InfoNCE without a bias, the sigmoid loss with one."""
+    return InfoNce(scale) if bias is None else Sigmoid(scale, bias)
+
+
 def contrastive(objective: Objective, asking: str) -> Contrastive:
     """The objective, which must have negatives; `asking` names what needs them. Raises InputError for a pointwise loss."""
     if isinstance(objective, Pointwise):

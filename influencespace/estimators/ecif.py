@@ -12,7 +12,8 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.core.linalg import Sketch
+from influencespace.core.linalg import Sketch, no_sketch, sketch_bytes
+from influencespace.errors import InputError
 from influencespace.estimators.nystrom import (
     CurvatureConfig,
     InfluenceScorer,
@@ -46,9 +47,20 @@ def along(problem: Problem, direction: Tensor, role: Role = "both", form: str = 
 
 
 def curvature_of(problem: Problem, config: CurvatureConfig) -> Sketch:
-    """Sketch of the scaled Gauss-Newton matrix, doubled up to `max_rank` until its tail is below the damping."""
+    """Sketch of the scaled Gauss-Newton matrix, doubled up to `max_rank` until its tail is below the damping.
+
+    Raises InputError where the first one does not fit in the problem's memory; it is not doubled beyond it.
+    """
     contexts = [context.inputs for context in problem.bank]
-    rank, most = (min(size, problem.space.size) for size in (config.rank, config.max_rank))
+    size = problem.space.size
+    rank, most = (min(wanted, size) for wanted in (config.rank, config.max_rank))
+    if problem.memory is not None:
+        if (need := sketch_bytes(size, rank)) > problem.memory:
+            raise InputError(
+                f"a sketch of {size:,} parameters x rank {rank} takes {need / 1e9:,.3f} GB of memory and there are "
+                f"{problem.memory / 1e9:,.3f} GB; take fewer parameters, a lower rank, or ecif with solver=plain, without one"
+            )
+        most = min(most, problem.memory // sketch_bytes(size, 1))
     while True:
         sketch = sketch_curvature(
             problem.space, contexts, problem.objective, problem.preconditioner, rank, config.seed
@@ -58,15 +70,15 @@ def curvature_of(problem: Problem, config: CurvatureConfig) -> Sketch:
         rank *= 2
 
 
-def direction_of(problem: Problem, config: CurvatureConfig) -> Tensor:
-    """v = (G + mu D)^-1 grad L_target (p,), by preconditioned conjugate gradients on the bank's contexts."""
+def direction_of(problem: Problem, config: CurvatureConfig, sketched: bool = True) -> Tensor:
+    """v = (G + mu D)^-1 grad L_target (p,), by conjugate gradients on the bank's contexts, preconditioned by a sketch or not."""
     gradient = problem.target_gradient  # first, because it says what is wrong with a broken student
     solution = solve_directions(
         problem.space,
         [context.inputs for context in problem.bank],
         problem.objective,
         problem.preconditioner,
-        curvature_of(problem, config),
+        curvature_of(problem, config) if sketched else no_sketch(gradient),
         problem.damping,
         gradient[None],
         config,
@@ -81,10 +93,12 @@ class Ecif:
     role: Role = "both"
     form: Literal["exact", "taylor"] = "exact"
     """Of the negative role: `exact` equals the leave-one-out difference of the batch loss; `taylor` is its first order."""
-    solver: Literal["conjugate_gradients", "woodbury"] = "conjugate_gradients"
-    """`woodbury` inverts the sketch alone, its tail taken as the damping: quick; the other is preconditioned by it."""
+    solver: Literal["conjugate_gradients", "woodbury", "plain"] = "conjugate_gradients"
+    """Conjugate gradients are preconditioned by a sketch, `woodbury` inverts the sketch alone, its tail taken as the damping:
+    quick; `plain` is conjugate gradients without a sketch, for more parameters than memory has room for `rank` times."""
     curvature: CurvatureConfig = plain_field(default_factory=CurvatureConfig)
 
     def fit(self, problem: Problem) -> Fit:
         config = self.curvature if self.solver != "woodbury" else replace(self.curvature, max_iterations=0)
-        return immediately(along(problem, direction_of(problem, config), self.role, self.form))
+        direction = direction_of(problem, config, sketched=self.solver != "plain")
+        return immediately(along(problem, direction, self.role, self.form))

@@ -8,7 +8,7 @@ H = G~ + mu I. score(z) = grad L_target . H^-1 . grad l_z, so positive is a pred
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -60,8 +60,8 @@ def target_gradients(
     total = torch.zeros(count, space.size, dtype=torch.float64)
     for inputs, fold in zip(contexts, folds):
         weights = torch.nn.functional.one_hot(torch.from_numpy(fold), count).T.double() * (count / pairs)
-        total += space.loss_gradients(inputs, weights.to(inputs[0]), objective).double().cpu()
-    return total.to(contexts[0][0])
+        total += space.loss_gradients(inputs, weights.to(space.like), objective).double().cpu()
+    return total.to(space.like)
 
 
 def curvature_products(
@@ -137,11 +137,18 @@ class Influence:
         return self.own + self.negative
 
 
+class HasTangents(Protocol):
+    """What a scorer asks of a Space."""
+
+    def tangents(self, inputs: Inputs, directions: Tensor) -> Tangents:
+        """Embeddings of n pairs and their derivatives along directions (V, p)."""
+
+
 @dataclass(frozen=True)
 class InfluenceScorer:
     """Scores any pair against a recorded bank: frozen, row by row, whatever the partition of the rows."""
 
-    space: Space
+    space: HasTangents
     directions: Tensor  # (V, p)
     bank: Sequence[RecordedContext]
     objective: Objective

@@ -76,6 +76,8 @@ class Problem:
     """Along the training path, first to last; empty where none were kept."""
     trajectory: Trajectory | None = None
     """The whole training path, where it was recorded."""
+    memory: int | None = None
+    """Bytes that a sketch of the curvature may take; None for all that there are."""
     seed: int = 0
 
     @cached_property

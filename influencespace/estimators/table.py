@@ -36,3 +36,5 @@ TABLE: dict[str, Callable[..., Estimator]] = {
     "norm_sim": NormSim,
     "random": Random,
 }
+BY_TANGENTS = ("ecif", "nystrom", "grad_dot")
+"""Those that see pairs through tangents alone, and so score in any Space: no optimiser, path or per-sample gradient."""

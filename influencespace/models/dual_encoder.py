@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from influencespace.core.objective import contrastive_loss
 from influencespace.models.pixels import pixel_pipeline
 
 
@@ -32,7 +34,8 @@ class Family:
 class DualEncoder(nn.Module):
     """An image tower and a text tower in eval mode on one device.
 
-    `dimension` is the length D of an embedding, `logit_scale` the factor on cosines (already exponentiated),
+    `dimension` is the length D of an embedding, `logit_scale` the factor on cosines (already exponentiated), `objective` the
+    loss that it was trained by: InfoNCE, or the sigmoid loss where it has a bias (SigLIP),
     `fingerprint` a digest of weights, precision, tokenizer and image processor as they were loaded.
     `preprocess_images` and `tokenize` may be called from several threads at once.
     """
@@ -50,6 +53,8 @@ class DualEncoder(nn.Module):
         self.pipeline = pixel_pipeline(processor)
         self.max_length = _max_length(tokenizer, self.model.config)
         self.logit_scale = float(self.model.logit_scale.detach().float().exp())
+        bias = getattr(self.model, "logit_bias", None)
+        self.objective = contrastive_loss(self.logit_scale, None if bias is None else float(bias.detach()))
         # This first call also fixes the tokenizer's padding and truncation, which no later call then changes:
         # a fast tokenizer whose settings change cannot be shared by threads.
         tokens, _ = self.tokenize(["a probe"])
@@ -85,34 +90,42 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embed preprocessed images (B, 3, H, W) as unit rows, float32 (B, D), on the encoder's device."""
-        # Without TF32 and without algorithms that differ from run to run: a GPU then agrees with the CPU.
-        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-        with torch.inference_mode(), exact:
-            return _unit(self.image_features(pixels))
+        with torch.inference_mode(), exact_convolutions():
+            return unit(self.image_features(pixels))
 
     def encode_text(self, tokens: dict[str, Tensor]) -> Tensor:
         """Embed tokenized texts, each (B, L), as unit rows, float32 (B, D), on the encoder's device."""
         with torch.inference_mode():
-            return _unit(self.text_features(tokens))
+            return unit(self.text_features(tokens))
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Image tower's output before normalisation, float32 (B, D), differentiable in the weights."""
+        """Image tower's output before normalisation, float32 or wider (B, D), differentiable in the weights."""
         pixels = _to_device(pixels, self.device)
         if self.pipeline is not None and pixels.dtype == torch.uint8:
             pixels = self.pipeline.normalise(pixels)
         return self._pooled(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)))
 
     def text_features(self, tokens: dict[str, Tensor]) -> Tensor:
-        """Text tower's output before normalisation, float32 (B, D), differentiable in the weights."""
+        """Text tower's output before normalisation, float32 or wider (B, D), differentiable in the weights."""
         inputs = {name: _to_device(ids, self.device) for name, ids in tokens.items()}
         return self._pooled(self.model.get_text_features(**inputs))
 
     def _pooled(self, output: Any) -> Tensor:
         features: Tensor = output.pooler_output
-        return (features[:, 0] if self.family.projects_every_token else features).float()
+        features = features[:, 0] if self.family.projects_every_token else features
+        return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
-def _unit(rows: Tensor) -> Tensor:
+def exact_convolutions() -> AbstractContextManager[None]:
+    """Without TF32 and without algorithms that differ from run to run: a GPU then agrees with the CPU."""
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, deterministic=True, allow_tf32=False
+    )
+    return flags
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows (n, D) at unit length."""
     # The usual floor of 1e-12 would leave the tiny features of an untrained deep tower short of unit length.
     return normalize(rows, dim=1, eps=torch.finfo(rows.dtype).tiny)
 

@@ -24,6 +24,8 @@ class Space:
         self.student = student
         self.parameters = {name: every[name] for name in (names or every)}
         self.size = sum(value.numel() for value in self.parameters.values())
+        self.like = next(iter(self.parameters.values()))
+        """Of the dtype and on the device of all results."""
 
     def flatten(self, tree: dict[str, Tensor]) -> Tensor:
         """Parameters as one vector: shapes (V, *shape) -> (V, p)."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.core.objective import Contrastive, InfoNce, Sigmoid
+from influencespace.core.objective import Contrastive, contrastive_loss
 from influencespace.models.heads import Heads
 
 
@@ -40,8 +40,7 @@ class StudentConfig:
     @property
     def objective(self) -> Contrastive:
         """The loss over unit embeddings."""
-        scale = 1 / self.temperature
-        return InfoNce(scale) if self.loss == "info_nce" else Sigmoid(scale, self.bias)
+        return contrastive_loss(1 / self.temperature, self.bias if self.loss == "sigmoid" else None)
 
 
 @dataclass(frozen=True, kw_only=True)

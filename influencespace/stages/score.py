@@ -1,11 +1,11 @@
 """The score stage: any estimator of the table over the whole pool, its passes folded and its scores mapped over blocks."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as plain_field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -18,14 +18,23 @@ from influencespace.data.blocks import blocks_of, has_block, join_blocks, read_c
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import InputError
 from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext
-from influencespace.estimators.problem import Batch, Estimator, Fold, Problem, Scorer, checkpoints_of, fitted
+from influencespace.estimators.problem import (
+    Batch,
+    Estimator,
+    Fold,
+    IntArray,
+    Problem,
+    Scorer,
+    checkpoints_of,
+    fitted,
+)
 from influencespace.estimators.table import TABLE
-from influencespace.models.space import Space
+from influencespace.models.space import Inputs, Space
 from influencespace.models.trajectory import Trajectory
 from influencespace.stages.curvature import StudentSpace, TargetConfig
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.progress import progress
-from influencespace.stages.runtime import Runtime, run_once
+from influencespace.stages.runtime import Pool, Runtime, run_once
 from influencespace.stages.student import ALL, Student, StudentsConfig, TargetHalves, beginning, student_steps
 
 Span = tuple[int, int]
@@ -37,6 +46,8 @@ class ScoreConfig:
 
     estimator: str = "ecif"
     """A name of the table."""
+    space: str = "heads"
+    """The student's heads, or parameters of the towers: `last-blocks`, `lora`, `towers`, or patterns of their names."""
     options: dict[str, Any] = plain_field(default_factory=dict)
     """Of the estimator, e.g. {"role": "own"}."""
     block_size: int = Field(default=4096, ge=1)
@@ -110,11 +121,26 @@ class Valued:
         )
 
     def batch(self, span: Span) -> Batch:
-        rows = np.arange(*span)
-        place = self.pool.rows[rows]  # rising, so that only the files' part between its ends is read
-        first = int(place[0])
-        uids = self.pool.table.rows(first, int(place[-1]) + 1, "uid")["uid"].take(place - first).to_pylist()
-        return Batch(uid=uids, row=rows, inputs=self.pool.inputs(rows), image=self.pool.image[rows])
+        return batch_of(self.pool, span, self.pool.inputs)
+
+
+def batch_of(pool: PairSet, span: Span, inputs: Callable[[IntArray], Inputs]) -> Batch:
+    """A range of the pool's pairs, with what `inputs` gives of their rows."""
+    rows = np.arange(*span)
+    place = pool.rows[rows]  # rising, so that only the files' part between its ends is read
+    first = int(place[0])
+    uids = pool.table.rows(first, int(place[-1]) + 1, "uid")["uid"].take(place - first).to_pylist()
+    return Batch(uid=uids, row=rows, inputs=inputs(rows), image=pool.image[rows])
+
+
+class Scorable(Protocol):
+    """A pool whose pairs a scorer can be given."""
+
+    @property
+    def pool(self) -> PairSet: ...
+
+    def batch(self, span: Span) -> Batch:
+        """A range of its pairs."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +161,7 @@ class ScoreSpan:
     folder: Path
     mark: str
 
-    def __call__(self, valued: Valued, span: Span) -> int:
+    def __call__(self, valued: Scorable, span: Span) -> int:
         start, stop = span
         if not has_block(self.folder, "score", start, self.mark):
             score = self.scorer(valued.batch(span))
@@ -147,7 +173,7 @@ class ScoreSpan:
 class Spans:
     """The recipe of a worker that does what it is shared to the spans that it is given."""
 
-    valued: Valued
+    valued: Scorable
 
     def __call__(self) -> Callable[[Span, Any], Any]:
         return lambda span, job: job(self.valued, span)
@@ -157,7 +183,7 @@ class Spans:
 class JoinScores:
     """Task: scores.parquet from the blocks; the number of pairs without a score."""
 
-    valued: Valued
+    valued: Scorable
     folder: Path
     starts: list[int]
 
@@ -192,21 +218,33 @@ def score(
             return workers.fold(spans, statistic.merge, FoldSpan(statistic))
 
         scorer = fitted(estimator.fit(valued.problem()), run)
-        with progress(f"score ({config.estimator})", rows, "pairs") as bar:
-
-            def add(done: int, more: int) -> int:
-                bar.advance(more)
-                return done + more
-
-            workers.fold(spans, add, ScoreSpan(scorer, out, mark))
-            bar.advance(spans[0][1])  # which all others were added to
+        score_spans(workers, spans, ScoreSpan(scorer, out, mark), config.estimator)
     without = run_once(runtime, JoinScores(valued, out, [start for start, _ in spans]))
-    manifest = Manifest(
+    return finish_stage(out, score_manifest(config, mark, inputs, rows, without), began)
+
+
+def score_spans(workers: Pool, spans: Sequence[Span], job: ScoreSpan, name: str) -> None:
+    """Write the scores of all spans, which begin with the first and end with the last pair."""
+    with progress(f"score ({name})", spans[-1][1], "pairs") as bar:
+
+        def add(done: int, more: int) -> int:
+            bar.advance(more)
+            return done + more
+
+        workers.fold(spans, add, job)
+        bar.advance(spans[0][1])  # which all others were added to
+
+
+def score_manifest(
+    config: ScoreConfig, mark: str, inputs: dict[str, str], rows: int, without: int, **details: Any
+) -> Manifest:
+    """The manifest of scores of `rows` pairs, `without` of which have none."""
+    said = {"estimator": config.estimator, "space": config.space, "options": config.options}
+    return Manifest(
         stage="score",
         fingerprint=mark,
         inputs=inputs,
         rows_in=rows,
         rows_out=rows,
-        details={"estimator": config.estimator, "options": config.options, "without_score": without},
+        details=said | {"without_score": without} | details,
     )
-    return finish_stage(out, manifest, began)

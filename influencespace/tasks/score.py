@@ -1,5 +1,6 @@
-"""Score a finished run's pool by any estimator of the table."""
+"""Score a finished run's pool by any estimator of the table, in the student's heads or through the towers."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from influencespace.stages.finish import stage_of
 from influencespace.stages.runtime import Runtime
 from influencespace.stages.score import ScoreConfig, Valued, make_estimator, score
 from influencespace.stages.split import pair_sets
+from influencespace.stages.tower_score import check_tower_estimator, score_through_towers
 
 POOLED = "pooled"
 """The run's own score, for which no work is left."""
+HEADS = "heads"
 
 
 def valued(run: Path | str) -> tuple[Valued, dict[str, str]]:
@@ -33,16 +36,35 @@ def valued(run: Path | str) -> tuple[Valued, dict[str, str]]:
     )
 
 
-def check_estimator(run: Path, estimator: str, options: dict[str, Any]) -> None:
+def check_estimator(run: Path, estimator: str, options: dict[str, Any], space: str = HEADS) -> None:
     """Refuse a run that is not finished or an estimator that there is not, before anything starts."""
     if estimator != POOLED:
         make_estimator(estimator, options)
+    if space != HEADS:
+        check_tower_estimator(ScoreConfig(estimator=estimator, options=options, space=space))
     read_summary(run)  # without one the stages may be of two configs
 
 
-def score_run(run: Path, estimator: str, options: dict[str, Any], runtime: Runtime) -> tuple[Path, Manifest]:
-    """Score the pool of a finished run by an estimator; returns scores.parquet and the manifest."""
+def score_run(
+    run: Path, estimator: str, options: dict[str, Any], runtime: Runtime, space: str = HEADS
+) -> tuple[Path, Manifest]:
+    """Score the pool of a finished run by an estimator in a space; returns scores.parquet and the manifest."""
     given, inputs = valued(run)
-    out = run.expanduser().absolute() / "scores" / estimator
-    manifest = score(given, inputs, ScoreConfig(estimator=estimator, options=options), out, runtime)
+    run = run.expanduser().absolute()
+    config = ScoreConfig(estimator=estimator, options=options, space=space)
+    if space == HEADS:
+        out = run / "scores" / estimator
+        return out / "scores.parquet", score(given, inputs, config, out, runtime)
+    out = run / "scores" / f"{estimator}-{re.sub(r'[^A-Za-z0-9]+', '-', space).strip('-')}"
+    manifest = score_through_towers(
+        given.pool,
+        given.target,
+        given.students,
+        given.student_folder,
+        load_config(run / "config.yaml", {}).embed,
+        inputs,
+        config,
+        out,
+        runtime,
+    )
     return out / "scores.parquet", manifest

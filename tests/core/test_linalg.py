@@ -89,3 +89,15 @@ def test_what_cannot_be_solved_is_said() -> None:
         linalg.woodbury(sketch, 0, torch.ones(10, dtype=torch.float64))
     with pytest.raises(ValueError, match="rank 11 exceeds"):
         linalg.probes(10, 11, 0)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), damping=st.floats(1e-3, 10.0))
+def test_conjugate_gradients_solve_without_a_sketch(seed: int, damping: float) -> None:
+    G = spectrum_matrix(20, seed)
+    g = torch.randn(2, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = linalg.conjugate_gradients(
+        lambda x: x @ G, linalg.no_sketch(g[0]), damping, g, tolerance=1e-10, max_iterations=200
+    )
+    truth = torch.linalg.solve(G + damping * torch.eye(20, dtype=torch.float64), g.T).T
+    torch.testing.assert_close(found.x, truth, rtol=1e-6, atol=1e-8)

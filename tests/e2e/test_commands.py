@@ -122,6 +122,9 @@ def test_score_and_detect_work_on_a_finished_run(
     scores = pq.read_table(run / "scores" / "ecif" / "scores.parquet")
     assert scores.column_names == ["uid", "score"]
     assert len(scores) == 300
+    done = influencespace("score", run, "--space", "*projection*")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"300 pairs, 0 without a score: {run / 'scores' / 'ecif-projection'}" in done.stdout
     truth = world / "truth" / "pool.parquet"
     done = influencespace("detect", run, "--truth", truth)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -136,6 +139,10 @@ def test_score_and_detect_work_on_a_finished_run(
     assert page.count("data:image/jpeg;base64,") > 10
     for arguments, said in (
         (["score", run, "--estimator", "eciff"], "there is no estimator 'eciff'"),
+        (
+            ["score", run, "--estimator", "trak", "--space", "towers"],
+            "trak cannot score in the space 'towers'",
+        ),
         (["detect", run, "--truth", tmp_path / "none.csv"], "cannot be read"),
     ):
         refused = influencespace(*arguments)

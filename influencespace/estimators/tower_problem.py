@@ -1,0 +1,57 @@
+"""The problem of a model that was trained elsewhere: its towers are the student, and nothing is known of its optimiser."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from influencespace.core.objective import Contrastive
+from influencespace.estimators.nystrom import RecordedContext, curvature_products
+from influencespace.estimators.problem import Problem
+from influencespace.models.space import Inputs, Space
+
+RESPONSE_STEPS = 10.0
+"""Steps of steepest descent for which the trainer's response stands: few, so that the curvature is trusted where it is large."""
+
+
+def tower_problem(
+    space: Space,
+    *,
+    objective: Contrastive,
+    batch_size: int,
+    pool_size: int,
+    bank: Sequence[RecordedContext],
+    target: Sequence[RecordedContext],
+    memory: int | None = None,
+    seed: int = 0,
+) -> Problem:
+    """Influence on the target of training a given model a little further on pairs of the pool.
+
+    As there is no optimiser's state, D = 1; the damping is that of early stopping (`steepest_descent_damping`) on the
+    first context of the bank.
+    """
+    D = torch.ones(space.size, dtype=space.like.dtype, device=space.like.device)
+    return Problem(
+        space=space,
+        objective=objective,
+        batch_size=batch_size,
+        pool_size=pool_size,
+        bank=bank,
+        target=target,
+        preconditioner=D,
+        damping=steepest_descent_damping(space, bank[0].inputs, objective, D),
+        memory=memory,
+        seed=seed,
+    )
+
+
+def steepest_descent_damping(space: Space, context: Inputs, objective: Contrastive, D: Tensor) -> float:
+    """mu = 1 / sum of learning rates for `RESPONSE_STEPS` steps of steepest descent, each g.g / g.Gg long.
+
+    g is the gradient of the context's mean loss. One for a g that is zero or without curvature.
+    """
+    pairs = len(context[0])
+    weights = torch.full((1, pairs), 1 / pairs, dtype=space.like.dtype, device=space.like.device)
+    g = space.loss_gradients(context, weights, objective)
+    curvature = float((g * curvature_products(space, [context], g, objective, D)).sum() / g.square().sum())
+    return curvature / RESPONSE_STEPS if curvature > 0 else 1.0

@@ -1,0 +1,62 @@
+"""A Space over a large student: a few rows and one direction at a time, so that memory grows with neither."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from influencespace.core.bank import Tangents
+from influencespace.models.space import Inputs, Space
+
+
+class StreamedSpace(Space):
+    """The Space of a student that maps every row by itself, in batches of `rows`: the same numbers as of `Space`.
+
+    Its parameters are those that the student holds.
+    """
+
+    def __init__(self, student: nn.Module, names: Sequence[str] | None = None, *, rows: int = 32):
+        super().__init__(student, names)
+        self.rows = rows
+
+    def batches(self, inputs: Inputs) -> Iterator[slice]:
+        for start in range(0, len(inputs[0]), self.rows):
+            yield slice(start, start + self.rows)
+
+    @torch.no_grad()
+    def embed(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        parts = [self.student(inputs[0][rows], inputs[1][rows]) for rows in self.batches(inputs)]
+        u, t = (torch.cat(side) for side in zip(*parts))
+        return u, t
+
+    @torch.no_grad()
+    def tangents(self, inputs: Inputs, directions: Tensor) -> Tangents:
+        trees = [self.unflatten(direction) for direction in directions]
+        found = [
+            [self._along((inputs[0][rows], inputs[1][rows]), tree) for tree in trees]
+            for rows in self.batches(inputs)
+        ]
+        return Tangents(
+            u=torch.cat([batch[0].u for batch in found]),
+            t=torch.cat([batch[0].t for batch in found]),
+            du=torch.cat([torch.cat([one.du for one in batch]) for batch in found], 1),
+            dt=torch.cat([torch.cat([one.dt for one in batch]) for batch in found], 1),
+        )
+
+    def _along(self, inputs: Inputs, direction: dict[str, Tensor]) -> Tangents:
+        # Of the kernels of attention only this one has forward-mode derivatives.
+        with sdpa_kernel(SDPBackend.MATH):
+            both = jvp(lambda q: self._forward(q, inputs), (self.parameters,), (direction,))
+        (u, t), (du, dt) = both[0], both[1]
+        return Tangents(u=u, t=t, du=du[None], dt=dt[None])
+
+    def pullback(self, inputs: Inputs, cotangent_u: Tensor, cotangent_t: Tensor) -> Tensor:
+        total = cotangent_u.new_zeros(len(cotangent_u), self.size)
+        for rows in self.batches(inputs):
+            part = inputs[0][rows], inputs[1][rows]
+            pull = vjp(lambda q, part=part: self._forward(q, part), self.parameters)[1]
+            for row, (by_u, by_t) in enumerate(zip(cotangent_u[:, rows], cotangent_t[:, rows])):
+                total[row] += self.flatten(pull((by_u, by_t))[0])
+        return total
