@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.func import functional_call, grad
+from torch.func import functional_call, vjp
 
 from influencespace.errors import InputError
 from influencespace.models.space import Inputs
@@ -102,23 +102,22 @@ def batch_with(path: Trajectory, kept: Trajectory, segment: range) -> WeightedBa
 def weighted_gradient(path: Trajectory, theta: Tensor, batch: WeightedBatch, images: IntArray) -> Tensor:
     """Gradient of the InfoNCE loss in which a pair's weight multiplies it as an anchor and as a negative: (p,) -> (p,).
 
-    images (N,): a pair is no negative of another pair of its image, which no batch of the training holds.
+    images (N,): a pair is no negative of another pair of its image, which no batch of the training holds. In closed form
+    in the logits.
     """
     inputs: Inputs = path.inputs(batch.rows)
     w = torch.from_numpy(batch.weights).to(theta)
     same_image = torch.from_numpy(images[batch.rows][:, None] == images[batch.rows]).to(theta.device)
     log_weight = torch.where(same_image, -torch.inf, w.log())  # (n, n) of column j as a negative of row i
     log_weight.fill_diagonal_(0.0)
-
-    def loss(x: Tensor) -> Tensor:
-        u, t = functional_call(path.space.student, path.space.unflatten(x), inputs)
-        S = path.scale * u @ t.T
-        normalisers = (S + log_weight).logsumexp(1) + (S.T + log_weight).logsumexp(1)
-        total: Tensor = (w * (normalisers / 2 - S.diagonal())).sum()
-        return total / w.sum()
-
-    gradient: Tensor = grad(loss)(theta)
-    return gradient
+    found = vjp(lambda q: functional_call(path.space.student, q, inputs), path.space.unflatten(theta))
+    (u, t), pull = found[0], found[1]
+    S = path.scale * u @ t.T
+    P, Q = (S + log_weight).softmax(1), (S + log_weight.T).softmax(0)
+    R = (w[:, None] * P + w * Q) / 2 - w.diag()
+    R *= path.scale / w.sum()
+    (tree,) = pull((R @ t, R.T @ u))
+    return path.space.flatten(tree)
 
 
 def long_step(path: Trajectory, state: State, gradient: Tensor, segment: range) -> State:
@@ -136,13 +135,13 @@ def long_step(path: Trajectory, state: State, gradient: Tensor, segment: range) 
         corrected = rate / (1 - BETA1 ** (index + 1))
         of_m += corrected * BETA1**taken
         of_gradient += corrected * (1 - BETA1**taken)
-    v_middle = BETA2**middle * state.v + (1 - BETA2**middle) * gradient**2
-    D = preconditioner(v_middle, segment[middle - 1])
+    squared = gradient**2
+    D = preconditioner(torch.lerp(state.v, squared, 1 - BETA2**middle), segment[middle - 1])
     shrunken = state.theta * math.prod(1 - rate * decay for rate in rates)
     return State(
         shrunken - (of_m * state.m + of_gradient * gradient) / D,
-        BETA1**count * state.m + (1 - BETA1**count) * gradient,
-        BETA2**count * state.v + (1 - BETA2**count) * gradient**2,
+        torch.lerp(state.m, gradient, 1 - BETA1**count),
+        torch.lerp(state.v, squared, 1 - BETA2**count),
     )
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.func import functional_call, grad
 
 from influencespace.core.batches import training_batches
 from influencespace.errors import InputError
@@ -169,6 +170,25 @@ def test_every_removed_pair_counts_by_its_share_of_a_segments_batches() -> None:
     for row in removed:
         seen = sum(row in path.batches[index] for index in segment)
         assert weight.get(int(row), 0.0) == seen / len(segment)
+
+
+@settings(max_examples=10)
+@given(weights=st.lists(st.floats(0.05, 3), min_size=2, max_size=12))
+def test_the_gradient_is_that_of_the_weighted_loss(weights: list[float]) -> None:
+    path, w = path_of(), torch.tensor(weights, dtype=torch.float64)
+    rows = np.arange(len(w))
+    others = (w * torch.from_numpy(IMAGES[rows][:, None] != IMAGES[rows])) + torch.eye(len(w))
+
+    def loss(theta: Tensor) -> Tensor:
+        u, t = functional_call(path.space.student, path.space.unflatten(theta), path.inputs(rows))
+        exponentials = (path.scale * u @ t.T).exp()
+        own = exponentials.diagonal()
+        normalisers = (exponentials * others).sum(1).log() + (exponentials * others.T).sum(0).log()
+        value: Tensor = (w * (normalisers / 2 - own.log())).sum() / w.sum()
+        return value
+
+    found = weighted_gradient(path, path.initial, WeightedBatch(rows, np.array(weights)), IMAGES)
+    torch.testing.assert_close(found, grad(loss)(path.initial), rtol=1e-9, atol=1e-12)
 
 
 def test_weights_of_one_are_the_loss_and_pairs_of_an_image_are_no_negatives() -> None:
