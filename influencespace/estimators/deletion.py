@@ -29,9 +29,9 @@ IntArray = NDArray[np.int64]
 
 SHARE = 1 / 25
 """Of the training's steps, taken twice: a tenth of its time, as a long step has somewhat more to do."""
-FARTHEST = 0.06
-"""Of the parameters' root mean square at the beginning: AdamW moves a parameter by about its learning rate at each step,
-and a long step that moves it farther overshoots (docs/benchmarks.md, deletion: the students of learning rate 0.001)."""
+FARTHEST = 0.05
+"""Of the parameters' root mean square at the beginning: AdamW moves a parameter by about its learning rate at each step, and
+a long step that moves it farther overshoots. Chosen on the student of high learning rate in docs/benchmarks.md, deletion."""
 
 
 def without(path: Trajectory, removed: IntArray) -> Trajectory:
@@ -59,12 +59,9 @@ def steps_for(path: Trajectory) -> int:
 
 
 def segments(path: Trajectory, count: int) -> list[range]:
-    """The training's steps cut into at most `count` runs, one for each long step, by the sum of learning rates.
-
-    Early ones are shorter: there the student turns most.
-    """
+    """The training's steps cut into at most `count` runs, one for each long step, of equal sums of learning rates."""
     passed = np.cumsum([0.0] + [path.rate(index) for index in range(len(path.batches))])
-    wanted = passed[-1] * np.linspace(0, 1, count + 1) ** 1.5
+    wanted = np.linspace(0, passed[-1], count + 1)
     edges = np.round(np.interp(wanted, passed, np.arange(len(passed)))).astype(int)
     if count >= len(path.batches):
         edges = np.arange(len(passed))  # each step for itself, however small the last ones are
@@ -163,7 +160,8 @@ def deletion_displacement(
     images (N,) image of each pair; `steps` long steps in each of two short trainings, by default as `steps_for` says.
     Reads where the training began and its batches, not its path. Its truth is the student retrained from the same beginning
     on the same batches less the pairs; one with fresh batches differs from that by chance, at few pairs by more than by the
-    pairs. To be trusted as far as an edit with half as many steps agrees with it (`tasks/forget.py` reports that).
+    pairs. To be trusted as far as an edit with half as many steps agrees with it (`tasks/forget.py` reports that): best with
+    a small learning rate and a training that stops early; where one goes on until it settles, long steps overshoot.
     Raises InputError as `without` does, ValueError for fewer than one step.
     """
     if steps is not None and steps < 1:

@@ -152,14 +152,14 @@ def random_state(path: Trajectory) -> tuple[State, Tensor]:
 
 
 @pytest.mark.parametrize("count", [1, 3, 17, 79, 80, 500])
-def test_segments_cover_every_step_once_and_go_farther_later(count: int) -> None:
+def test_segments_cover_every_step_once_and_go_equally_far(count: int) -> None:
     path = path_of()
     found = segments(path, count)
     assert [index for segment in found for index in segment] == list(range(len(path.batches)))
     assert len(found) <= count
     if count <= 3:
         ways = [sum(path.rate(index) for index in segment) for segment in found]
-        assert ways == sorted(ways)
+        assert max(ways) < 1.2 * min(ways)
 
 
 def test_every_removed_pair_counts_by_its_share_of_a_segments_batches() -> None:
