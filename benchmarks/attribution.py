@@ -1,7 +1,8 @@
 """How true the estimators are to retraining, on a student over real pairs: every line of the table, in one run.
 
-Parts: exact leave-one-out, the linear datamodeling score over half subsets, detection of planted wrong captions, and the
-price of a score. Truth is always a student that was really trained again. Needs the real data; see docs/benchmarks.md.
+Parts: exact leave-one-out, the linear datamodeling score over half subsets, detection of planted wrong captions,
+deletion, and the price of a score. Truth is always a student that was really trained again. Needs the real data; see
+docs/benchmarks.md.
 """
 
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from common import ESTIMATING, TRAINING, Benchmark, cached
 from curation import World, measure_on_real_pairs
+from deletion import deletion_part
 from scipy.stats import spearmanr
 from study import (
     BLIND,
@@ -396,6 +398,7 @@ PARTS = {
     "leave_one_out": leave_one_out_part,
     "lds": lds_part,
     "detection": detection_part,
+    "deletion": deletion_part,
     "speed": speed_part,
 }
 

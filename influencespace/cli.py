@@ -360,6 +360,44 @@ def coreset(
     )
 
 
+@app.command()
+def forget(
+    folder: Run,
+    uids: Annotated[
+        Path,
+        typer.Option(
+            "--uids", help="Pairs to forget: text with one uid a line, or Parquet with the column uid."
+        ),
+    ],
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Long steps of the edit: more are nearer to retraining, and slower."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Really train again, and tell the distance and the time.")
+    ] = False,
+) -> None:
+    """Make a run's student forget some pairs, without training it again."""
+    from influencespace.pipeline import alone_in
+    from influencespace.report.table import read_summary
+    from influencespace.tasks.forget import forget_run, read_uids
+
+    named = read_uids(uids)
+    read_summary(folder)  # before a folder is made
+    with alone_in(folder.expanduser().absolute()):
+        found = forget_run(folder, named, steps, check)
+    print(f"{found['deleted']:,} pairs forgotten, {found['kept']:,} kept, in {found['seconds']:.2f} s")
+    if found["unknown"]:
+        print(f"unknown uids, not of this pool: {found['unknown']:,}, listed in forget.json")
+    for name in ("gradient_norm_on_kept", "loss_of_deleted"):
+        print(f"{name}: {found[name]['before']:.4f} before, {found[name]['after']:.4f} after")
+    half = "distance_to_edit_of_half_the_steps"
+    for name, value in ({half: found[half]} | found.get("check", {})).items():
+        print(f"{name}: {value}")
+    for name, path in found["paths"].items():
+        print(f"{name}: {path}")
+
+
 def number(text: str, flag: str, wanted: str) -> float:
     """A finite number; raises InputError for anything else."""
     try:

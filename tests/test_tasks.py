@@ -10,33 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from influencespace import pipeline
-from influencespace.config import load_config
 from influencespace.data.images import read_image_bytes
 from influencespace.data.schema import ImageRef
-from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.errors import InputError
-from influencespace.stages.fit_encoder import FitEncoder
 from influencespace.stages.runtime import LocalRuntime
 from influencespace.stages.trace import TraceConfig
 from influencespace.tasks.choose import Method, clean, coreset
 from influencespace.tasks.trace import query_by_picture, query_by_uid, retrieved, trace_run
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run over 150 pairs, by the plain loop."""
-    folder = tmp_path_factory.mktemp("choose")
-    sizes = {"pretrain": 100, "pool": 150, "target": 60, "test": 40}
-    write_world(folder / "world", WorldConfig(seed=1, **sizes))
-    FitEncoder(shards=str(folder / "world" / "pretrain"), out=folder / "encoder", steps=3, seed=0)()
-    small: dict[str, Any] = {"student.train.batch_size": 24, "student.train.steps": 10}
-    small |= {"student.choose_steps": False, "student.folds": 2, "train.seeds": [0]}
-    small |= {"train.methods": ["curated"], "curate.weights": "influence", "curate.target_size": 0.8}
-    roles = {f"data.{role}": str(folder / "world" / role) for role in ("pool", "target", "test")}
-    config = load_config(None, small | roles | {"embed.encoder": str(folder / "encoder")})
-    pipeline.run(config, folder / "run", LocalRuntime())
-    return folder / "run"
+@pytest.fixture
+def run(small_run: Path) -> Path:
+    return small_run
 
 
 def columns(path: Path) -> dict[str, Any]:
