@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from influencespace import pipeline
-from influencespace.cli import named_values
+from influencespace.cli.arguments import named_values
 from influencespace.config import load_config
 from influencespace.errors import InputError
 from influencespace.report.table import print_summary
