@@ -269,8 +269,8 @@ def captum_tracin_self(given: Given) -> FloatArray:
     return -array(captum_tracin(given).self_influence())[:, None]
 
 
-def captum_influence(given: Given) -> FloatArray:
-    """All eigenvectors of the Hessian of the summed loss."""
+def captum_influence(given: Given, damping: float) -> FloatArray:
+    """All eigenvectors of the Hessian of the summed loss whose damped eigenvalue is positive."""
     from captum.influence._core.influence_function import NaiveInfluenceFunction
 
     found = NaiveInfluenceFunction(
@@ -282,7 +282,7 @@ def captum_influence(given: Given) -> FloatArray:
         batch_size=len(given.pool[1]),
         sample_wise_grads_per_batch=True,
         projection_dim=given.parameters,
-        hessian_reg=given.damping * len(given.pool[1]),
+        hessian_reg=damping * len(given.pool[1]),
     )
     return array(found.influence(given.target)).T
 
@@ -333,7 +333,10 @@ PEERS: dict[str, Peer] = {
         package="kronfluence", score=partial(kronfluence_ekfac, damping=None)
     ),
     "captum TracInCP": Peer(package="captum", score=captum_tracin_scores),
-    "captum influence": Peer(package="captum", score=captum_influence),
+    "captum influence": Peer(package="captum", score=lambda given: captum_influence(given, given.damping)),
+    "captum influence, early stopping": Peer(
+        package="captum", score=lambda given: captum_influence(given, given.early_stopping)
+    ),
 }
 SELF_INFLUENCE: dict[str, Peer] = {
     "captum TracInCP, self-influence": Peer(package="captum", score=captum_tracin_self)

@@ -76,6 +76,12 @@ MATCHES = (
         otherwise="Hessian, ours Gauss-Newton",
     ),
     Match(
+        ours="ecif, early stopping",
+        peer="captum influence, early stopping",
+        same=("linear",),
+        otherwise="Hessian less its negative part, ours Gauss-Newton",
+    ),
+    Match(
         ours="datainf, whole",
         peer="dattri DataInf",
         same=("linear",),
@@ -166,7 +172,9 @@ def release(package: str) -> str:
     return version(packages_distributions()[package][0])
 
 
-SETUP = [(ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8") for name in ("digits", "packages")]
+def text_of(name: str) -> str:
+    """A benchmark's own code, which its results depend on."""
+    return (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
 
 
 def all_scores(study: Classification, folder: Path, seeds: Sequence[int], blind: bool = False) -> Scores:
@@ -177,7 +185,12 @@ def all_scores(study: Classification, folder: Path, seeds: Sequence[int], blind:
 
     def add(name: str, make: Callable[[int], dict[str, Any]], key: list[Any]) -> list[str]:
         runs = [
-            cached(folder, ["peers", SETUP, study.key, name, key, seed], partial(make, seed), ESTIMATING)
+            cached(
+                folder,
+                ["peers", text_of("digits"), study.key, name, key, seed],
+                partial(make, seed),
+                ESTIMATING,
+            )
             for seed in seeds
         ]
         seconds[name] = min(run["seconds"] for run in runs)
@@ -191,13 +204,13 @@ def all_scores(study: Classification, folder: Path, seeds: Sequence[int], blind:
     for name, peer in {**PEERS, **(SELF_INFLUENCE if blind else {})}.items():
         if peer.installed:
             make = partial(peer_scores, study, name=name, peer=peer)
-            theirs += add(name, make, [release(peer.package)])
+            theirs += add(name, make, [text_of("packages"), release(peer.package)])
     return Scores(values=values, seconds=seconds, theirs=tuple(theirs))
 
 
 def missing() -> list[str]:
     """Methods whose package is not installed."""
-    return [name for name, peer in {**PEERS, **SELF_INFLUENCE}.items() if not peer.installed]
+    return [name for name, peer in PEERS.items() if not peer.installed]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +291,7 @@ def lds_part(world: World) -> None:
             [
                 cached(
                     world.cache,
-                    ["peers' subsets", SETUP, study.key, len(subsets), seed],
+                    ["peers' subsets", text_of("digits"), study.key, len(subsets), seed],
                     partial(losses, seed),
                     TRAINING,
                 )["losses"]
