@@ -33,10 +33,11 @@ lint: $(STAMP)
 	ruff format --check .
 	mypy
 
-# The figures of docs/benchmarks.md, anew; real data in INFLUENCESPACE_DATA.
+# The figures of docs/benchmarks.md, anew; real data in INFLUENCESPACE_DATA. The extra is other packages, to compare with.
 bench: $(STAMP)
-	cd benchmarks && python quality.py && python attribution.py && python calibration.py && python cleaning.py && \
-		python throughput.py && python towers.py && python tables.py
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[cpu,bench]"
+	cd benchmarks && python quality.py && python attribution.py && python peers.py && python calibration.py && \
+		python cleaning.py && python throughput.py && python towers.py && python tables.py
 
 clean:
 	rm -rf $(VENV) runs .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -144,6 +144,11 @@ class TwoSided:
         A, B = (side.to(G) for side in self.matrices)
         return A.T @ G @ B
 
+    def transpose(self, Z: Tensor) -> Tensor:
+        """Z (..., k1, k2) -> A Z B^T (..., a, b), whose inner product with G is that of Z with the projected G."""
+        A, B = (side.to(Z) for side in self.matrices)
+        return A @ Z @ B.T
+
     def diagonal(self, D: Tensor) -> Tensor:
         """The projected diagonal matrix with entries D (a, b): P^T diag(D) P, (k1 k2, k1 k2)."""
         A, B = (side.to(D) for side in self.matrices)

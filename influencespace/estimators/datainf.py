@@ -7,10 +7,14 @@ and lam_l = 0.1 / (n d_l) sum_i |g_li|^2, the paper's influence of pair k is
 
 of which more is *harmful*; the score here is its negative, so positive is a fall of the target loss. It is linear in
 g_lk: two passes over the pool, one for lam_l and one for the direction that all pairs are scored along.
+
+Gradients are projected for the sum over i and for lam_l alone. The last term, v_l . g_lk, is the larger by far, and a
+projection would drown it: target and pair are all but orthogonal, and an inner product of k numbers errs by 1 / sqrt(k) of
+the lengths (tests/estimators/test_datainf.py). It needs no gradient, so it is taken whole.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,7 +92,7 @@ class DataInf:
     """Blocks are the student's parameter tensors, e.g. image head and text head."""
 
     dimension: int = Field(default=256, ge=1)
-    """Numbers that a block's gradient is projected to, where it has more."""
+    """Numbers that a block's gradient is projected to, where it has more, in all but the product with the target's."""
     relative_damping: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     """The paper's 0.1 in lam_l; d_l is the block's own size, as the projection keeps norms."""
 
@@ -104,7 +108,7 @@ class DataInf:
         state: Any = yield Corrections(
             gradients=gradients, sizes=reduced.sizes, target=target, damping=damping
         )
-        by_entry = damping.repeat_interleave(torch.tensor(reduced.sizes))
-        direction = (target - state[1] / max(state[0], 1)) / by_entry
+        correction = state[1] / max(state[0], 1) / damping.repeat_interleave(torch.tensor(reduced.sizes))
+        main = problem.target_gradient.detach().double().cpu() / damping.repeat_interleave(sizes.long())
         # the score is linear in the gradient: one forward-mode pass, no per-sample gradient
-        return along(replace(problem, space=reduced.space), direction.to(problem.preconditioner))
+        return along(problem, (main - reduced.transpose(correction)).to(problem.preconditioner))

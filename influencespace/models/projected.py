@@ -38,6 +38,15 @@ class ReducedSpace:
         """Parameters of each block of the student."""
         return [a * b for a, b in (projection.shape for projection in self.projections)]
 
+    def transpose(self, direction: Tensor) -> Tensor:
+        """The direction of the original space along which its derivatives are those along one of this: (k,) -> (p,)."""
+        blocks = torch.split(direction, self.sizes)
+        wide = [
+            projection.transpose(block.reshape(projection.sides)).flatten()
+            for projection, block in zip(self.projections, blocks)
+        ]
+        return torch.cat(wide)
+
     def diagonal(self, D: Tensor) -> Tensor:
         """P^T diag(D) P for D (p,) over the original parameters: (k, k), block by block."""
         blocks = [

@@ -1,0 +1,344 @@
+"""Other packages on the problem of `digits`: each method a function from what is given to all of them to its scores.
+
+Scores are (pool, target samples), positive = training on the sample lowers the loss of the target sample (or raises its
+margin, for TRAK). A package is imported where it is used, and need not be there.
+"""
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from study import FloatArray
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader, TensorDataset
+
+Samples = tuple[Tensor, Tensor]  # pixels (n, 64), labels (n,)
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """A trained classifier and what it was trained on, without anything of ours."""
+
+    make: Callable[[], nn.Module]
+    state: State
+    checkpoints: list[tuple[State, float]]
+    """States along the path with their learning rates."""
+    pool: Samples
+    target: Samples
+    damping: float
+    """Of the Hessian of the mean loss."""
+    early_stopping: float
+    """A smaller one, 1 / sum of the learning rates."""
+    block_damping: float
+    """DataInf's, one number for all layers."""
+    ridge: float
+    """TRAK's, over the sum of outer products of margin gradients."""
+
+    def module(self) -> nn.Module:
+        module = self.make()
+        module.load_state_dict(self.state)
+        return module.eval()
+
+    @property
+    def parameters(self) -> int:
+        return sum(value.numel() for value in self.state.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """One method of one package."""
+
+    package: str
+    """As it is imported."""
+    score: Callable[[Given], FloatArray]
+    output: str = "loss"
+    """What of a target sample is explained: its `loss`, or TRAK's `margin`."""
+
+    @property
+    def installed(self) -> bool:
+        return find_spec(self.package) is not None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the packages' progress bars and log lines."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def array(scores: Any) -> FloatArray:
+    return np.asarray(scores.detach() if isinstance(scores, Tensor) else scores, dtype=np.float64)
+
+
+def loader(samples: Samples, batch: int | None = None) -> Any:
+    return DataLoader(TensorDataset(*samples), batch_size=batch or len(samples[1]), shuffle=False)
+
+
+# dattri
+
+
+def dattri_task(given: Given, value: Callable[[Tensor, Tensor], Tensor], states: list[State]) -> Any:
+    """An attribution task for a value of logits (n, K) and labels (n,), whatever dimensions a batch comes in."""
+    from dattri.task import AttributionTask
+
+    module = given.module()
+
+    def of(parameters: State, data: Samples) -> Tensor:
+        x, y = data
+        return value(functional_call(module, parameters, (x.reshape(-1, x.shape[-1]),)), y.reshape(-1))
+
+    return AttributionTask(loss_func=of, model=module, checkpoints=states)
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p - log(1 - p) of the right class, mean over samples."""
+    right = torch.arange(logits.shape[-1]) == labels[:, None]
+    others = torch.where(right, -torch.inf, logits).logsumexp(-1)
+    return ((logits * right).sum(-1) - others).mean()
+
+
+def dattri_tracin(given: Given, path: bool, normalized: bool = False) -> FloatArray:
+    from dattri.algorithm.tracin import TracInAttributor
+
+    kept = given.checkpoints if path else [(given.state, 1.0)]
+    attributor = TracInAttributor(
+        task=dattri_task(given, nn.functional.cross_entropy, [state for state, _ in kept]),
+        weight_list=torch.tensor([rate for _, rate in kept]),
+        normalized_grad=normalized,
+    )
+    attributor.projector_kwargs = None  # the constructor knows no other way to leave gradients whole
+    return array(attributor.attribute(loader(given.pool), loader(given.target)))
+
+
+def dattri_influence(given: Given, solver: str, **options: Any) -> FloatArray:
+    from dattri.algorithm import influence_function
+
+    attributor = getattr(influence_function, f"IFAttributor{solver}")(
+        task=dattri_task(given, nn.functional.cross_entropy, [given.state]), **options
+    )
+    attributor.cache(loader(given.pool))
+    return array(attributor.attribute(loader(given.pool), loader(given.target)))
+
+
+def dattri_trak(given: Given, dimension: int | None) -> FloatArray:
+    """In so many dimensions without a ridge, or whole with the ridge."""
+    from dattri.algorithm.trak import TRAKAttributor
+
+    module = given.module()
+
+    def probability(parameters: State, data: Samples) -> Tensor:
+        x, y = data
+        loss = nn.functional.cross_entropy(functional_call(module, parameters, (x[None],)), y[None])
+        return (-loss).exp()
+
+    whole = dimension is None
+    kind: dict[str, Any] = {"proj_type": "identity" if whole else "normal", "proj_dim": dimension or 1}
+    attributor = TRAKAttributor(
+        task=dattri_task(given, margin, [given.state]),
+        correct_probability_func=probability,
+        projector_kwargs=kind,
+        regularization=given.ridge / given.parameters if whole else 0.0,  # it divides gradients by sqrt(p)
+    )
+    attributor.cache(loader(given.pool))
+    return array(attributor.attribute(loader(given.target)))
+
+
+# traker
+
+
+def traker_trak(given: Given, dimension: int | None) -> FloatArray:
+    """In so many dimensions without a ridge, or whole with the ridge."""
+    from trak import TRAKer
+    from trak.projectors import NoOpProjector
+
+    whole = dimension is None
+    with tempfile.TemporaryDirectory() as folder:
+        traker = TRAKer(
+            model=given.module(),
+            task="image_classification",
+            train_set_size=len(given.pool[1]),
+            save_dir=folder,
+            device="cpu",
+            use_half_precision=False,
+            projector=NoOpProjector(device="cpu") if whole else None,
+            proj_dim=dimension or 0,
+            lambda_reg=given.ridge / given.parameters if whole else 0.0,  # it divides gradients by sqrt(p)
+            logging_level=logging.ERROR,
+        )
+        traker.load_checkpoint(given.state, model_id=0)
+        for batch in loader(given.pool, 100):
+            traker.featurize(batch, num_samples=len(batch[1]))
+        traker.finalize_features()
+        traker.start_scoring_checkpoint("target", given.state, 0, num_targets=len(given.target[1]))
+        for batch in loader(given.target, 100):
+            traker.score(batch, num_samples=len(batch[1]))
+        return array(np.array(traker.finalize_scores("target")))
+
+
+# kronfluence
+
+
+def kronfluence_ekfac(given: Given, damping: float | None) -> FloatArray:
+    """Its Fisher matrix is over labels drawn from the model, by a fixed seed; None: its own heuristic damping."""
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+    from kronfluence.task import Task
+
+    class Classify(Task):  # type: ignore[misc]
+        def compute_train_loss(self, batch: Samples, model: nn.Module, sample: bool = False) -> Tensor:
+            logits, labels = model(batch[0]), batch[1]
+            if sample:
+                labels = torch.multinomial(logits.detach().softmax(-1), 1).flatten()
+            return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+        def compute_measurement(self, batch: Samples, model: nn.Module) -> Tensor:
+            return self.compute_train_loss(batch, model)
+
+    torch.manual_seed(0)
+    pool, target = TensorDataset(*given.pool), TensorDataset(*given.target)
+    with tempfile.TemporaryDirectory() as folder:
+        model = prepare_model(given.module(), Classify())
+        analyzer = Analyzer(
+            "digits",
+            model,
+            Classify(),
+            cpu=True,
+            disable_tqdm=True,
+            output_dir=folder,
+            log_level=logging.ERROR,
+        )
+        analyzer.fit_all_factors(
+            "ekfac", pool, per_device_batch_size=250, factor_args=FactorArguments(strategy="ekfac")
+        )
+        analyzer.compute_pairwise_scores(
+            "scores",
+            "ekfac",
+            query_dataset=target,
+            train_dataset=pool,
+            per_device_query_batch_size=100,
+            per_device_train_batch_size=250,
+            score_args=ScoreArguments(damping_factor=damping),
+        )
+        return array(analyzer.load_pairwise_scores("scores")["all_modules"]).T
+
+
+# captum
+
+
+def captum_load(given: Given, module: nn.Module, index: str) -> float:
+    """Puts a checkpoint into a module; gives its learning rate. The end of training is `end`."""
+    state, rate = (given.state, 1.0) if index == "end" else given.checkpoints[int(index)]
+    module.load_state_dict(state)
+    return rate
+
+
+def captum_tracin(given: Given) -> Any:
+    from captum.influence import TracInCP
+
+    return TracInCP(
+        given.module(),
+        TensorDataset(*given.pool),
+        checkpoints=[str(index) for index in range(len(given.checkpoints))],
+        checkpoints_load_func=partial(captum_load, given),
+        loss_fn=nn.CrossEntropyLoss(reduction="sum"),
+        batch_size=250,
+        sample_wise_grads_per_batch=True,
+    )
+
+
+def captum_tracin_scores(given: Given) -> FloatArray:
+    return array(captum_tracin(given).influence(given.target)).T
+
+
+def captum_tracin_self(given: Given) -> FloatArray:
+    """Minus a sample's influence on itself, which is suspicious where it is large: (N, 1)."""
+    return -array(captum_tracin(given).self_influence())[:, None]
+
+
+def captum_influence(given: Given, damping: float) -> FloatArray:
+    """All eigenvectors of the Hessian of the summed loss whose damped eigenvalue is positive."""
+    from captum.influence._core.influence_function import NaiveInfluenceFunction
+
+    found = NaiveInfluenceFunction(
+        given.module(),
+        TensorDataset(*given.pool),
+        checkpoint="end",
+        checkpoints_load_func=partial(captum_load, given),
+        loss_fn=nn.CrossEntropyLoss(reduction="sum"),
+        batch_size=len(given.pool[1]),
+        sample_wise_grads_per_batch=True,
+        projection_dim=given.parameters,
+        hessian_reg=damping * len(given.pool[1]),
+    )
+    return array(found.influence(given.target)).T
+
+
+PROJECTED = 256  # dimensions of TRAK's features, fewer than samples, as its kernel has no ridge
+
+PEERS: dict[str, Peer] = {
+    "dattri Grad-Dot": Peer(package="dattri", score=partial(dattri_tracin, path=False)),
+    "dattri Grad-Cos": Peer(package="dattri", score=partial(dattri_tracin, path=False, normalized=True)),
+    "dattri TracIn": Peer(package="dattri", score=partial(dattri_tracin, path=True)),
+    "dattri influence, explicit": Peer(
+        package="dattri",
+        score=lambda given: dattri_influence(given, "Explicit", regularization=given.damping),
+    ),
+    "dattri influence, explicit, early stopping": Peer(
+        package="dattri",
+        score=lambda given: dattri_influence(given, "Explicit", regularization=given.early_stopping),
+    ),
+    "dattri influence, CG": Peer(
+        package="dattri",
+        score=lambda given: dattri_influence(given, "CG", regularization=given.damping),
+    ),
+    "dattri DataInf": Peer(
+        package="dattri",
+        score=lambda given: dattri_influence(given, "DataInf", regularization=given.block_damping),
+    ),
+    "dattri EK-FAC": Peer(
+        package="dattri", score=lambda given: dattri_influence(given, "EKFAC", damping=given.damping)
+    ),
+    "dattri EK-FAC, early stopping": Peer(
+        package="dattri", score=lambda given: dattri_influence(given, "EKFAC", damping=given.early_stopping)
+    ),
+    "dattri TRAK, whole": Peer(package="dattri", score=partial(dattri_trak, dimension=None), output="margin"),
+    "dattri TRAK, projected": Peer(
+        package="dattri", score=partial(dattri_trak, dimension=PROJECTED), output="margin"
+    ),
+    "traker TRAK, whole": Peer(package="trak", score=partial(traker_trak, dimension=None), output="margin"),
+    "traker TRAK, projected": Peer(
+        package="trak", score=partial(traker_trak, dimension=PROJECTED), output="margin"
+    ),
+    "kronfluence EK-FAC": Peer(
+        package="kronfluence", score=lambda given: kronfluence_ekfac(given, given.damping)
+    ),
+    "kronfluence EK-FAC, early stopping": Peer(
+        package="kronfluence", score=lambda given: kronfluence_ekfac(given, given.early_stopping)
+    ),
+    "kronfluence EK-FAC, own damping": Peer(
+        package="kronfluence", score=partial(kronfluence_ekfac, damping=None)
+    ),
+    "captum TracInCP": Peer(package="captum", score=captum_tracin_scores),
+    "captum influence": Peer(package="captum", score=lambda given: captum_influence(given, given.damping)),
+    "captum influence, early stopping": Peer(
+        package="captum", score=lambda given: captum_influence(given, given.early_stopping)
+    ),
+}
+SELF_INFLUENCE: dict[str, Peer] = {
+    "captum TracInCP, self-influence": Peer(package="captum", score=captum_tracin_self)
+}
+"""What knows no target, for detection alone."""
