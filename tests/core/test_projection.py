@@ -84,6 +84,12 @@ def test_two_sided_is_one_dense_projection_of_the_flat_matrix() -> None:
     torch.testing.assert_close(projection.diagonal(D), kronecker.T @ torch.diag(D.flatten()) @ kronecker)
 
 
+def test_the_transpose_moves_an_inner_product_to_the_original() -> None:
+    projection = TwoSided(shape=(6, 5), sides=(3, 2), seed=4)
+    G, Z = vectors(1, 30).reshape(6, 5), vectors(1, 6, seed=1).reshape(3, 2)
+    torch.testing.assert_close((projection.transpose(Z) * G).sum(), (Z * projection(G)).sum())
+
+
 def test_sides_that_are_not_made_smaller_are_left_alone() -> None:
     G = vectors(1, 30).reshape(6, 5)
     whole = TwoSided(shape=(6, 5), sides=(6, 5))
