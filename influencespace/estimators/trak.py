@@ -127,8 +127,9 @@ def margin_gradients(problem: Problem, space: Space) -> Gradients:
 class Trak:
     """One model in place of the paper's ensemble."""
 
-    dimension: int = Field(default=256, ge=1)
-    """Numbers that each parameter tensor's gradient is projected to, where it has more."""
+    dimension: int = Field(default=1024, ge=1)
+    """Numbers that each parameter tensor's gradient is projected to, where it has more: with few, target and pair, which are
+    all but orthogonal, meet in the projection's noise. The kernel holds (dimension x tensors)^2 numbers."""
     relative_ridge: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """Ridge over the kernel's mean diagonal. The paper has none, for pools far larger than the features; here it also keeps
     the sampling noise of the target gradient small, as the damping does in the other estimators."""
