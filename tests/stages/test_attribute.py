@@ -35,7 +35,7 @@ def influence(truth: Chain, fold: int | None, rows: np.ndarray, captions_of: np.
     student = Student(truth.out / "student", student_name(fold))
     directions = directions_of(truth.out / "curvature", student.name).mean(0, keepdim=True)
     scorer = InfluenceScorer(
-        Space(student.heads), directions, student.recorded_bank(pool), 1 / train.temperature, train.batch_size
+        Space(student.heads), directions, student.recorded_bank(pool), train.objective, train.batch_size
     )
     return scorer((pool.inputs(rows)[0], pool.inputs(captions_of)[1]), pool.image[rows])
 
