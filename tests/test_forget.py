@@ -54,6 +54,8 @@ def test_more_steps_agree_better_with_half_as_many(small_run: Path, uids: list[s
     few, many = (forget_run(small_run, uids[:30], steps=steps) for steps in (2, 10))
     half = "distance_to_edit_of_half_the_steps"
     assert many[half] < few[half]
+    assert few["doubtful"] == (few[half] > 0.5)
+    assert forget_run(small_run, uids[:30], steps=1)["doubtful"]
     assert forget_run(small_run, uids[:30], steps=1)[half] is None
 
 

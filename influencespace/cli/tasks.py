@@ -1,5 +1,6 @@
 """The commands that ask something of a finished run."""
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -199,6 +200,12 @@ def forget(
         print(f"{name}: {value}")
     for name, path in found["paths"].items():
         print(f"{name}: {path}")
+    if found["doubtful"]:
+        print(
+            "warning: this edit still moves with its number of steps, so it may lie as far from the retrained student as the "
+            "unedited one: give more --steps, or train again without the pairs (--check tells what that takes)",
+            file=sys.stderr,
+        )
 
 
 def print_choice(choice: "Choice") -> None:

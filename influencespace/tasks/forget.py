@@ -35,6 +35,8 @@ from influencespace.stages.student import ALL, Student, beginning, train_subset
 from influencespace.tasks.score import valued
 
 IntArray = NDArray[np.int64]
+DOUBTFUL = 0.5
+"""Distance to an edit of half the steps above which an edit is not to be used: the real error was up to as large."""
 CHECKING_SEEDS = 3
 """Students trained anew on fresh batches: the spread that an edit's loss on the deleted pairs is held against."""
 
@@ -133,10 +135,12 @@ class Forgetting:
     def measured(self, edited: Tensor, steps: int) -> dict[str, Any]:
         """What is known of an edit without retraining."""
         norm, loss = self.gradient_norm, self.removed_loss
+        half = self.distance_to_half_the_steps(edited, steps)
         return {
             "gradient_norm_on_kept": {"before": norm(self.student), "after": norm(edited)},
             "loss_of_deleted": {"before": loss(self.student), "after": loss(edited)},
-            "distance_to_edit_of_half_the_steps": self.distance_to_half_the_steps(edited, steps),
+            "distance_to_edit_of_half_the_steps": half,
+            "doubtful": half is None or half > DOUBTFUL,
         }
 
     def distance_to_half_the_steps(self, edited: Tensor, steps: int) -> float | None:
