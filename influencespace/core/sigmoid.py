@@ -49,7 +49,11 @@ def sigmoid_removal(S: Tensor, dS: Tensor, form: str) -> Tensor:
 def sigmoid_influence(
     pairs: Tangents, context: Tangents, factor: float, scale: float, bias: float
 ) -> tuple[Tensor, Tensor]:
-    """Own and negative influence of pairs in a context of M: two (V, n); factor = (B-1)/M (algorithms of the bank form)."""
+    """Own and negative influence of n pairs in a context of M: two (V, n), in units of target loss as `core.bank`'s.
+
+    factor = (B-1)/M, the negatives that one pair of the context stands for. The negative role is linear in the losses, so
+    that its exact and its first-order form are one.
+    """
     u, t, du, dt = pairs.u, pairs.t, pairs.du, pairs.dt
     S_own = scale * (u * t).sum(-1) + bias
     dS_own = scale * (du * t + u * dt).sum(-1)
