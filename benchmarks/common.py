@@ -169,14 +169,14 @@ def _files(folder: str, *names: str) -> tuple[str, ...]:
 
 LOSSES = ("objective", "info_nce", "sigmoid", "bank")
 SCORING = (
-    *_files("core", *LOSSES, "linalg", "batches", "kmeans", "quality", "regression"),
+    *_files("core", *LOSSES, "linalg", "batches", "kmeans", "quality"),
     *_files("models", "heads", "space", "training"),
     *_files("estimators", "nystrom", "similarity"),
     *_files("stages", "student", "cluster", "curvature", "attribute"),
 )
 DECIDING = (
     *SCORING,
-    *_files("core", "strata", "select", "placebo", "metrics"),
+    *_files("core", "additive", "strata", "select", "placebo", "metrics"),
     *_files("data", "pair_set", "dirt"),
     *_files("stages", "decide", "confirm", "train", "evaluate"),
 )

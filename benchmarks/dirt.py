@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.dirt import shuffle_captions
-from influencespace.data.images import decode_image
+from influencespace.data.images import decode_image, sharpness
 from influencespace.data.pair_set import PairSet
 from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import Sample
@@ -111,42 +111,47 @@ class Sources:
         return self._embedded("coco", str(root / "captions_*.json"))
 
     @cached_property
-    def blurred(self) -> FloatArray:
-        """Every picture of the pool out of focus, or enlarged from a thumbnail: (Ni, D)."""
+    def blurred(self) -> tuple[FloatArray, FloatArray]:
+        """Every picture of the pool out of focus, or enlarged from a thumbnail: (Ni, D) and its sharpness (Ni,)."""
         return self._altered("blurred", spoilt)
 
     @cached_property
-    def recompressed(self) -> FloatArray:
-        """Every picture of the pool slightly cropped and compressed anew: (Ni, D)."""
+    def recompressed(self) -> tuple[FloatArray, FloatArray]:
+        """Every picture of the pool slightly cropped and compressed anew: (Ni, D) and its sharpness (Ni,)."""
         return self._altered("recompressed", recompressed)
 
-    def _altered(self, name: str, change: Callable[[Image.Image, int], Image.Image]) -> FloatArray:
-        path = self.world.cache / "embed" / f"{name}.npy"
+    def _altered(
+        self, name: str, change: Callable[[Image.Image, int], Image.Image]
+    ) -> tuple[FloatArray, FloatArray]:
+        path = self.world.cache / "embed" / f"{name}.npz"
         if not path.is_file():
             encoder = load_encoder(self.world.encoder)
             table = pq.read_table(self.world.pool / "pairs.parquet", columns=["uid", "image"]).to_pydict()
             row = {uid.rsplit("#", 1)[0]: image for uid, image in zip(table["uid"], table["image"])}
-            out = np.zeros(self.pool.table.images.shape, np.float32)
+            embeddings = np.zeros(self.pool.table.images.shape, np.float32)
+            sharp = np.zeros(len(embeddings))
             pending: list[tuple[int, Image.Image]] = []
 
             def flush() -> None:
                 pictures = encoder.preprocess_images([picture for _, picture in pending])
-                out[[index for index, _ in pending]] = encoder.encode_image(pictures).cpu().numpy()
+                embeddings[[index for index, _ in pending]] = encoder.encode_image(pictures).cpu().numpy()
                 pending.clear()
 
             for shard in list_shards(str(self.world.data / "flickr8k" / "pool" / "*.tar")):
                 for sample in read_shard(shard):
                     if isinstance(sample, Sample):
                         index = row[str(sample.uid)]
-                        pending.append((index, change(decode_image(sample.image), index)))
+                        picture = change(decode_image(sample.image), index)
+                        sharp[index] = sharpness(picture)
+                        pending.append((index, picture))
                     if len(pending) == 64:
                         flush()
             if pending:
                 flush()
             with atomic_path(path) as aside, aside.open("wb") as file:
-                np.save(file, out)
-        found: FloatArray = np.load(path)
-        return found
+                np.savez(file, embeddings=embeddings, sharpness=sharp)
+        found = np.load(path)
+        return found["embeddings"], found["sharpness"]
 
     @cached_property
     def boilerplate(self) -> FloatArray:
@@ -158,11 +163,21 @@ class Sources:
         """Embeddings of pictures as `Draft.image` numbers them: pool, blurred, recompressed, scenes; made where asked for."""
         parts = (
             lambda: self.pool.table.images,
-            lambda: self.blurred,
-            lambda: self.recompressed,
+            lambda: self.blurred[0],
+            lambda: self.recompressed[0],
             lambda: self.scenes.table.images,
         )
         return gathered(rows, parts, [0, self.count, 2 * self.count, 3 * self.count])
+
+    def sharpness(self, rows: np.ndarray) -> FloatArray:
+        """Sharpness of the same pictures."""
+        parts = (
+            lambda: by_picture(self.pool),
+            lambda: self.blurred[1][:, None],
+            lambda: self.recompressed[1][:, None],
+            lambda: by_picture(self.scenes),
+        )
+        return gathered(rows, parts, [0, self.count, 2 * self.count, 3 * self.count])[:, 0]
 
     def texts(self, rows: np.ndarray) -> FloatArray:
         """Embeddings of captions as `Draft.text` numbers them: pool, boilerplate, scenes."""
@@ -192,6 +207,13 @@ class Sources:
         return Draft(
             image=self.pool.image[rows], text=self.pool.text[rows], kind=np.full(len(rows), "", "U16")
         )
+
+
+def by_picture(pairs: PairSet) -> FloatArray:
+    """Sharpness of the pictures of a set, in the order of its embeddings: (Ni, 1)."""
+    found = np.full(len(pairs.table.images), np.nan)
+    found[pairs.image] = pairs.sharpness
+    return found[:, None]
 
 
 def gathered(rows: np.ndarray, parts: Sequence[Callable[[], FloatArray]], first: Sequence[int]) -> FloatArray:

@@ -74,6 +74,7 @@ def plant(
         "group": [None if group is None else groups[group[i]] for i in image],
         "clip_score": (X[image] * T).sum(1),
         "truncated": np.zeros(n, bool),
+        "sharpness": np.full(n, np.nan),
     }
     folder.mkdir(parents=True)
     pq.write_table(

@@ -1,11 +1,17 @@
-"""The quality axis along which influence is pooled."""
+"""The axes along which influence is pooled: what can be seen of a pair without a gradient, each blind to some kind of dirt."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from influencespace.core.regression import standardised
-
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+def standardised(values: FloatArray) -> FloatArray:
+    """Values (n,) in units of their spread around their mean; zeros where they are all alike."""
+    spread = values.std()
+    result: FloatArray = (values - values.mean()) / (spread if spread > 0 else 1.0)
+    return result
 
 
 def quality_axis(seen: FloatArray, held_out: FloatArray) -> FloatArray:
@@ -15,3 +21,25 @@ def quality_axis(seen: FloatArray, held_out: FloatArray) -> FloatArray:
     the pair's image. (n,), (n,) -> (n,), mean 0.
     """
     return (standardised(seen) + standardised(held_out)) / 2
+
+
+def caption_images(image: IntArray, text: IntArray) -> FloatArray:
+    """Logarithm of how many images of the pool have a pair's caption: (n,), (n,) -> (n,), 0 for a caption of its own.
+
+    Boilerplate matches no picture badly enough for a quality score to tell it; that many pictures share it does.
+    """
+    pairs = np.unique(np.stack([text, image]), axis=1)
+    held, counts = np.unique(pairs[0], return_counts=True)
+    found: FloatArray = np.log(counts[np.searchsorted(held, text)])
+    return found
+
+
+def agreement(texts: NDArray[np.float32], image: IntArray) -> FloatArray:
+    """Mean cosine of each caption with the other captions of its image: unit (n, D), (n,) -> (n,); nan for an only one."""
+    _, owner, counts = np.unique(image, return_inverse=True, return_counts=True)
+    total = np.zeros((len(counts), texts.shape[1]))
+    np.add.at(total, owner, texts)
+    others = counts[owner] - 1
+    cosines = np.einsum("nd,nd->n", total[owner] - texts, texts.astype(np.float64))
+    found: FloatArray = np.where(others > 0, cosines / np.maximum(others, 1), np.nan)
+    return found

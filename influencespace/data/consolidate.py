@@ -44,6 +44,7 @@ PAIRS_SCHEMA = pa.schema(
         ("group", pa.string()),
         ("clip_score", pa.float32()),
         ("truncated", pa.bool_()),
+        ("sharpness", pa.float32()),
     ]
 )
 REJECTED_SCHEMA = pa.schema([("shard", pa.string()), ("uid", pa.string()), ("reason", pa.string())])
@@ -82,6 +83,7 @@ class _Distinct:
 
     digests: Digests
     truncated: Mask
+    sharpness: npt.NDArray[np.float32]
     reasons: dict[bytes, str]
     dimension: int
 
@@ -119,7 +121,7 @@ def consolidate(
     keys = _renamed(index_parts, index, np.where(kept, ordinals, 0))
     order = np.flatnonzero(kept)
     order = order[np.argsort(keys[order], kind="stable")]
-    _write_pairs(folder, index_parts, index, order, ordinals, texts.truncated)
+    _write_pairs(folder, index_parts, index, order, ordinals, texts.truncated, images.sharpness)
     _write_rejected(folder, index_parts, index, kept, ordinals, images.reasons | texts.reasons, given)
     return Consolidated(
         rows_in=len(kept),
@@ -137,6 +139,7 @@ def consolidate(
 
 def _write_embeddings(path: Path, parts: Sequence[Path], kind: int) -> _Distinct:
     held, flags, rows = [np.zeros(0, DIGEST)], [np.zeros(0, bool)], [np.zeros(0, np.int64)]
+    sharpness = [np.zeros(0, np.float32)]
     reasons: dict[bytes, str] = {}
     starts, dimension = [0], 0
     for part in parts:
@@ -144,6 +147,7 @@ def _write_embeddings(path: Path, parts: Sequence[Path], kind: int) -> _Distinct
         usable = np.array([reason is None for reason in embedded.reasons], bool)
         held.append(embedded.digests[usable])
         flags.append(embedded.truncated[usable])
+        sharpness.append(embedded.sharpness[usable])
         rows.append(starts[-1] + np.flatnonzero(usable))
         reasons |= _failures(embedded)
         starts.append(starts[-1] + len(usable))
@@ -161,7 +165,11 @@ def _write_embeddings(path: Path, parts: Sequence[Path], kind: int) -> _Distinct
                 values[places] = read_embedded(parts[part_number], kind).embeddings[local]
             file.write(values.data)
     return _Distinct(
-        digests=digests, truncated=np.concatenate(flags)[first], reasons=reasons, dimension=dimension
+        digests=digests,
+        truncated=np.concatenate(flags)[first],
+        sharpness=np.concatenate(sharpness)[first],
+        reasons=reasons,
+        dimension=dimension,
     )
 
 
@@ -222,7 +230,13 @@ def _final_uids(uids: Sequence[str], ordinals: Rows) -> list[str]:
 
 
 def _write_pairs(
-    folder: Path, index_parts: Sequence[Path], index: _Index, order: Rows, ordinals: Rows, truncated: Mask
+    folder: Path,
+    index_parts: Sequence[Path],
+    index: _Index,
+    order: Rows,
+    ordinals: Rows,
+    truncated: Mask,
+    sharpness: npt.NDArray[np.float32],
 ) -> None:
     images, texts = (np.load(folder / name, mmap_mode="r") for name in ("images.npy", "texts.npy"))
     with (
@@ -239,6 +253,7 @@ def _write_pairs(
                 "text": pa.array(text),
                 "clip_score": pa.array(_cosines(images, texts, image, text)),
                 "truncated": pa.array(truncated[text]),
+                "sharpness": pa.array(sharpness[image]),
             }
             block = pa.table({name: columns[name] for name in PAIRS_SCHEMA.names})
             writer.write_table(block.cast(PAIRS_SCHEMA), row_group_size=BLOCK_PAIRS)

@@ -57,6 +57,11 @@ class PairSet:
         """The given encoder's cosine of image and caption (n,)."""
         return self.table.column("clip_score").astype(np.float64)[self.rows]
 
+    @cached_property
+    def sharpness(self) -> NDArray[np.float64]:
+        """Sharpness of each pair's picture (n,); nan where embeddings came without pictures."""
+        return self.table.column("sharpness").astype(np.float64)[self.rows]
+
     def column(self, name: str) -> Sequence[object]:
         """A column of the artifact's pairs as Python values (n,)."""
         values: Sequence[object] = self.table.pairs(name)[name].take(self.rows).to_pylist()

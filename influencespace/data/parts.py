@@ -58,6 +58,7 @@ class Embedded:
     embeddings: Floats  # (n, D)
     truncated: npt.NDArray[np.bool_]  # (n,)
     reasons: list[str | None]  # (n,) why there is no embedding; None where there is
+    sharpness: Floats  # (n,) of images; nan for captions, and where no picture was seen
 
 
 def pair_rows(shard: str, items: Iterable[Sample | Rejection]) -> Iterator[dict[str, Any]]:
@@ -152,6 +153,7 @@ def write_embedded(path: Path, fingerprint: str, images: Embedded, texts: Embedd
             ("embedding", pa.list_(pa.float32(), dimension)),
             ("truncated", pa.bool_()),
             ("reason", pa.large_string()),
+            ("sharpness", pa.float32()),
         ],
         metadata={"fingerprint": fingerprint},
     )
@@ -167,6 +169,7 @@ def write_embedded(path: Path, fingerprint: str, images: Embedded, texts: Embedd
                 pa.FixedSizeListArray.from_arrays(vectors, dimension) if dimension else _no_vectors(),
                 pa.array(part.truncated),
                 pa.array(part.reasons, pa.large_string()),
+                pa.array(part.sharpness),
             ]
             file.write_batch(pa.record_batch(columns, schema=schema))
 
@@ -182,6 +185,7 @@ def read_embedded(path: Path, kind: int) -> Embedded:
         embeddings=vectors.reshape(-1, dimension) if dimension else np.zeros((0, 0), np.float32),
         truncated=batch.column("truncated").to_numpy(zero_copy_only=False),
         reasons=batch.column("reason").to_pylist(),
+        sharpness=batch.column("sharpness").to_numpy(),
     )
 
 

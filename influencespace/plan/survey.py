@@ -203,6 +203,7 @@ def _row_bytes(rows: Sequence[Mapping[str, Any]]) -> float:
     columns |= {name: pa.array(generator.permutation(len(rows))) for name in ("image", "text")}
     columns["clip_score"] = pa.array(generator.random(len(rows), np.float32))
     columns["truncated"] = pa.array(np.zeros(len(rows), bool))
+    columns["sharpness"] = pa.array(generator.random(len(rows), np.float32))
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns).cast(PAIRS_SCHEMA), sink)
     return float(sink.getvalue().size / len(rows))

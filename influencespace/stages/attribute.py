@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.core.quality import quality_axis
+from influencespace.core.quality import agreement, caption_images, quality_axis
 from influencespace.core.strata import balance, quantile_of, stratified_sample
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
 from influencespace.data.blocks import (
@@ -208,12 +208,34 @@ class DrawSamples:
             "seen": quality["neg_clip_in"],
             "held_out": quality["neg_clip_out"],
             "given": self.pool.clip_score,
+            "caption_images": caption_images(self.pool.image, self.pool.text),
+            "caption_agreement": caption_agreement(self.pool),
+            "sharpness": self.pool.sharpness,
         }
         write_columns(self.folder / "strata.parquet", strata)
         return {name: len(rows) for name, rows in samples.items()} | {
             "pairs": len(axis),
             "quantiles": quantiles,
         }
+
+
+def caption_agreement(pool: PairSet, block: int = 16_384) -> NDArray[np.float64]:
+    """Agreement of every pair's caption with the other captions of its image (n,), some images in memory at a time.
+
+    A pair that the pool holds twice counts once.
+    """
+    pairs, place = np.unique(np.stack([pool.image, pool.text]), axis=1, return_inverse=True)
+    found = np.empty(pairs.shape[1])
+    start = 0
+    while start < len(found):
+        # as many whole images as a block holds, one at least
+        last = pairs[0, min(start + block, len(found)) - 1]
+        stop = int(np.searchsorted(pairs[0], last, side="right"))
+        found[start:stop] = agreement(
+            np.asarray(pool.table.texts[pairs[1, start:stop]]), pairs[0, start:stop]
+        )
+        start = stop
+    return found[place.reshape(-1)]
 
 
 def attribute(

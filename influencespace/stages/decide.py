@@ -1,5 +1,6 @@
 """What the scores say about every pair: pooled influence with its standard error, and the decision that a config makes of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,15 +8,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from influencespace.core.additive import Additive, fit_additive
 from influencespace.core.placebo import Placebo, placebo_check
-from influencespace.core.regression import single_index, standardised
 from influencespace.core.select import SelectConfig, Subset, select
-from influencespace.core.strata import Pooled, interpolate, means_by, overruled, pool, spread_of_repeats
+from influencespace.core.strata import Pooled, means_by, pool, spread_of_repeats
 from influencespace.data.blocks import Columns, read_columns
 
 FloatArray = NDArray[np.float64]
-# By a student that trained on the pair, by one that did not, by the given encoder.
-QUALITY_AXES = ("seen", "held_out", "given")
+PRUNING_AXES = ("quality", "caption_images", "caption_agreement", "sharpness")
+"""What harm is looked for along: how well a pair matches by the students, and what tells the dirt that a match does not.
+
+Not the given encoder's opinion, nor how near a pair is to the target: pairs of little use are not wrong ones, and to
+leave them out is for the weights, which real retraining has to confirm."""
+VALUE_AXES = ("seen", "held_out", "given", "caption_images", "caption_agreement", "sharpness")
+"""What weights follow: the match by the student that trained on the pair, by one that did not and by the given encoder, and
+the same."""
+KNOTS = 20  # of each axis
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,18 @@ class Scores:
     @cached_property
     def pair_scores(self) -> tuple[FloatArray, FloatArray]:
         """Pooled influence and its standard error for every pair of the pool (n,), (n,)."""
-        quality, cluster, quantile = (self.strata[key] for key in ("quality", "cluster", "quantile"))
+        mean, se = self.additive(PRUNING_AXES).predict(self._axes(PRUNING_AXES))
+        quality, quantile = self.strata["quality"], self.strata["quantile"]
         centres = means_by(quantile, quality, self.quantiles).mean
-        mean, se = overruled(self.pooled)
-        variance = se**2 + self.common_variance
-        score = interpolate(mean, centres, cluster, quality)
-        return score, np.sqrt(interpolate(variance, centres, cluster, quality))
+        return mean, np.sqrt(se**2 + np.interp(quality, centres, self.common_variance))
+
+    def additive(self, names: Sequence[str]) -> Additive:
+        """Influence as a sum of curves along these axes."""
+        rows, influence = self.influence["pair"], self.influence["influence"]
+        return fit_additive(self._axes(names), rows, influence, self._pairs_a_scored_pair(), KNOTS)
+
+    def _axes(self, names: Sequence[str]) -> FloatArray:
+        return np.stack([self.strata[name] for name in names], 1)
 
     @cached_property
     def placebo(self) -> Placebo:
@@ -94,10 +108,8 @@ class Scores:
 
     @cached_property
     def predicted(self) -> FloatArray:
-        """Influence of every pair from all quality axes at once (n,): what weights follow."""
-        axes = np.stack([standardised(self.strata[name]) for name in QUALITY_AXES], 1)
-        rows, influence = self.influence["pair"], self.influence["influence"]
-        return single_index(axes, rows, influence, self._pairs_a_scored_pair(), self.quantiles)
+        """Influence of every pair from all that is known of it (n,): what weights follow."""
+        return self.additive(VALUE_AXES).predict(self._axes(VALUE_AXES))[0]
 
     def _pairs_a_scored_pair(self) -> FloatArray:
         leaf = self.strata["cluster"] * self.quantiles + self.strata["quantile"]

@@ -193,6 +193,7 @@ def _distinct(digests: Digests, embeddings: Floats) -> Embedded:
         embeddings=embeddings[first],
         truncated=np.zeros(len(distinct), bool),
         reasons=[None] * len(distinct),
+        sharpness=np.full(len(distinct), np.nan, np.float32),
     )
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from influencespace.data.artifacts import fingerprint
-from influencespace.data.images import RejectedImage, decode_image
+from influencespace.data.images import RejectedImage, decode_image, sharpness
 from influencespace.data.parts import (
     Digests,
     Embedded,
@@ -62,7 +62,12 @@ class EmbedConfig:
 
     def content(self) -> dict[str, Any]:
         """What the embeddings depend on: not on who computes them, or how many at once."""
-        return {"dtype": self.dtype, "max_pixels": self.max_pixels, "read": self.read}
+        return {
+            "dtype": self.dtype,
+            "max_pixels": self.max_pixels,
+            "read": self.read,
+            "statistics": ("sharpness",),
+        }
 
 
 class Encoder(Protocol):
@@ -148,22 +153,26 @@ class EmbedWorker:
         wanted = _rows_by_digest(owned)
         collected = _Collector(owned, self._dimension(owned))
         batches = _encoded_images(task.shard, self.config.read, wanted, self.config.batch_size)
-        for rows, pixels, failures in self._ahead(batches, self._decode):
+        for rows, sharp, pixels, failures in self._ahead(batches, self._decode):
             for row, reason in failures:
                 collected.fail(row, reason)
             if rows:
+                collected.sharpness[rows] = sharp
                 collected.add(rows, self._encoder.encode_image(pixels).cpu().numpy())
         return collected.result(task)
 
-    def _decode(self, batch: list[tuple[int, bytes]]) -> tuple[list[int], Any, list[tuple[int, str]]]:
-        rows, images, failures = [], [], []
+    def _decode(
+        self, batch: list[tuple[int, bytes]]
+    ) -> tuple[list[int], list[float], Any, list[tuple[int, str]]]:
+        rows, sharp, images, failures = [], [], [], []
         for row, data in batch:
             try:
                 images.append(decode_image(data, self.config.max_pixels))
+                sharp.append(sharpness(images[-1]))
                 rows.append(row)
             except RejectedImage as error:
                 failures.append((row, str(error)))
-        return rows, self._encoder.preprocess_images(images) if images else None, failures
+        return rows, sharp, self._encoder.preprocess_images(images) if images else None, failures
 
     def _texts(self, task: ShardTask, owned: Digests) -> Embedded:
         collected = _Collector(owned, self._dimension(owned))
@@ -196,6 +205,7 @@ class _Collector:
         self.digests = digests
         self.embeddings = np.zeros((len(digests), dimension), np.float32)
         self.truncated = np.zeros(len(digests), bool)
+        self.sharpness = np.full(len(digests), np.nan, np.float32)
         self.reasons: list[str | None] = [None] * len(digests)
         self.seen = np.zeros(len(digests), bool)
 
@@ -218,6 +228,7 @@ class _Collector:
             embeddings=self.embeddings,
             truncated=self.truncated,
             reasons=self.reasons,
+            sharpness=self.sharpness,
         )
 
 

@@ -1,11 +1,11 @@
-"""The quality axis weighs both scores alike, whatever their units."""
+"""Axes of quality: blind to units, equal to what plain loops count."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from influencespace.core.quality import quality_axis
+from influencespace.core.quality import agreement, caption_images, quality_axis, standardised
 
 
 @given(seed=st.integers(0, 2**31), scale=st.floats(0.01, 100), shift=st.floats(-10, 10))
@@ -28,3 +28,24 @@ def test_a_score_without_spread_says_nothing() -> None:
     np.testing.assert_allclose(
         quality_axis(np.full(50, 4.0), score), quality_axis(score, score) / 2, atol=1e-12
     )
+
+
+def test_values_that_are_all_alike_have_no_units() -> None:
+    np.testing.assert_array_equal(standardised(np.full(5, 3.0)), np.zeros(5))
+
+
+@given(seed=st.integers(0, 2**31))
+def test_captions_and_their_agreement_are_what_loops_find(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    image, text = generator.integers(0, 6, 20), generator.integers(0, 9, 20)
+    images = [len({i for i, t in zip(image, text) if t == own}) for own in text]
+    np.testing.assert_allclose(caption_images(image, text), np.log(images))
+    T = generator.normal(size=(20, 4)).astype(np.float32)
+    T /= np.linalg.norm(T, axis=1, keepdims=True)
+    expected = [
+        np.mean([T[n] @ T[m] for m in range(20) if m != n and image[m] == image[n]])
+        if (image == image[n]).sum() > 1
+        else np.nan
+        for n in range(20)
+    ]
+    np.testing.assert_allclose(agreement(T, image), expected, atol=1e-6)

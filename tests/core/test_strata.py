@@ -231,24 +231,3 @@ def test_what_cannot_be_pooled_is_said() -> None:
     values[3] = np.nan
     with pytest.raises(ValueError, match="1 of 90 influences are not finite"):
         strata.pool(values, cluster, quantile, 3, 6)
-
-
-def test_interpolation_meets_the_centres_and_is_linear_between_them() -> None:
-    grid = np.array([[0.0, 1.0, 4.0], [2.0, 0.0, -2.0]])
-    centres = np.array([-1.0, 0.0, 2.0])
-    cluster = np.array([0, 0, 0, 0, 1, 1, 1])
-    quality = np.array([-1.0, 2.0, -0.5, 1.0, 1.0, -9.0, 9.0])
-    found = strata.interpolate(grid, centres, cluster, quality)
-    np.testing.assert_allclose(found, [0.0, 4.0, 0.5, 2.5, -1.0, 2.0, -2.0])
-
-
-def test_a_leaf_overrules_the_curve_only_when_it_is_sure_of_the_other_sign() -> None:
-    generator = np.random.default_rng(0)
-    cluster, quantile = np.repeat(np.arange(6), 800), np.tile(np.arange(8), 600)
-    values = 0.5 + generator.normal(size=len(cluster)) + 0.2 * (cluster == 1)
-    values[cluster == 5] -= 2.0
-    pooled = strata.pool(values, cluster, quantile, 6, 8)
-    mean, se = strata.overruled(pooled)
-    np.testing.assert_array_equal(mean[:5], np.broadcast_to(pooled.parent.mean, (5, 8)))
-    assert (mean[5] < 0).all()
-    assert (mean[5] + 1.96 * se[5] < 0).all()

@@ -59,6 +59,7 @@ def embedded(digests: Digests, reasons: dict[bytes, str] | None = None) -> Embed
         embeddings=vectors.astype(np.float32),
         truncated=np.array([name[0] % 2 == 0 for name in names], bool),
         reasons=[(reasons or {}).get(name) for name in names],
+        sharpness=np.array([name[0] for name in names], np.float32),
     )
 
 
@@ -168,11 +169,13 @@ def test_an_embed_part_reads_back(tmp_path: Path) -> None:
         embeddings=np.zeros((0, 0), np.float32),
         truncated=np.zeros(0, bool),
         reasons=[],
+        sharpness=np.zeros(0, np.float32),
     )
     write_embedded(tmp_path / "a", "mark", images, nothing)
     read = read_embedded(tmp_path / "a", 0)
     assert read.digests.tobytes() == images.digests.tobytes()
     np.testing.assert_array_equal(read.embeddings, images.embeddings)
+    np.testing.assert_array_equal(read.sharpness, images.sharpness)
     np.testing.assert_array_equal(read.truncated, images.truncated)
     assert read.reasons == [None] * 4
     assert len(read_embedded(tmp_path / "a", 1).digests) == 0

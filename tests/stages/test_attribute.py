@@ -8,12 +8,12 @@ import pytest
 from chain import Chain, assert_equal_results, results
 
 from influencespace.core.metrics import auroc
-from influencespace.core.quality import quality_axis
+from influencespace.core.quality import agreement, quality_axis
 from influencespace.core.strata import balance
 from influencespace.data.blocks import read_columns
 from influencespace.estimators.nystrom import Influence, InfluenceScorer
 from influencespace.models.space import Space
-from influencespace.stages.attribute import AttributeConfig
+from influencespace.stages.attribute import AttributeConfig, caption_agreement
 from influencespace.stages.curvature import directions_of
 from influencespace.stages.student import Student, image_folds, student_name
 
@@ -88,6 +88,15 @@ def test_strata_are_clusters_at_quantiles_of_quality(truth: Chain) -> None:
     np.testing.assert_array_equal(strata["cluster"], cluster)
     assert set(np.bincount(strata["quantile"])) == {len(axis) // 6}
     assert (np.diff(strata["quantile"][np.argsort(axis)]) >= 0).all()
+
+
+def test_captions_of_an_image_agree_alike_however_many_are_in_memory(truth: Chain) -> None:
+    pool = truth.sets["pool"]
+    pairs, place = np.unique(np.stack([pool.image, pool.text]), axis=1, return_inverse=True)
+    whole = agreement(np.asarray(pool.table.texts[pairs[1]]), pairs[0])[place.reshape(-1)]
+    np.testing.assert_allclose(columns(truth, "strata")["caption_agreement"], whole)
+    for block in (1, 7, 100):
+        np.testing.assert_allclose(caption_agreement(pool, block), whole, atol=1e-12)
 
 
 def test_a_budget_bounds_the_sample_of_each_stratum(truth: Chain, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_the_artifact_is_whole_and_in_canonical_order(world: tuple[str, Path]) -
     table = EmbeddingTable.open(world[1])
     assert len(table) == 2 * (18 + 3 + 1)
     assert pq.read_schema(world[1] / "pairs.parquet").names == [
-        *("uid", "image", "text", "caption", *PLACES, "group", "clip_score", "truncated")
+        *("uid", "image", "text", "caption", *PLACES, "group", "clip_score", "truncated", "sharpness")
     ]
     keys = [digest(uid.encode()) for uid in table.pairs("uid")["uid"].to_pylist()]
     assert keys == sorted(set(keys))

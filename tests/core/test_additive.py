@@ -1,0 +1,116 @@
+"""A sum of curves: exact where there is no noise, silent where there is nothing, honest about its errors."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from influencespace.core.additive import curve_along, design, fit_additive
+
+seeds = st.integers(0, 2**31)
+
+
+def pool(seed: int, n: int = 600, axes: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return generator.normal(size=(n, axes)), np.sort(generator.choice(n, n // 2, replace=False))
+
+
+def fitted(axes: np.ndarray, rows: np.ndarray, influence: np.ndarray, quantiles: int = 12) -> np.ndarray:
+    return fit_additive(axes, rows, influence, np.ones(len(rows)), quantiles).predict(axes)[0]
+
+
+@given(seed=seeds)
+def test_lines_are_found_from_some_of_the_pairs(seed: int) -> None:
+    axes, rows = pool(seed)
+    truth = axes @ np.array([1.0, -0.5, 0.0]) + 0.2
+    inner = (np.abs(axes) < 1.5).all(1)  # beyond the outermost knots a curve is constant
+    # knots lie at quantiles, between which a line along the axis is no line along the knots: small bends are left
+    assert np.abs(fitted(axes, rows, truth[rows]) - truth)[inner].max() < 0.3
+
+
+def test_a_bend_along_one_axis_and_a_slope_along_another_are_told_apart() -> None:
+    axes, rows = pool(0, 8000)
+    truth = np.minimum(axes[:, 0], 0) + 0.3 * axes[:, 1]
+    noise = np.random.default_rng(1).normal(size=len(rows))
+    model = fit_additive(axes, rows, truth[rows] + noise, np.ones(len(rows)), 20)
+    found = model.predict(axes)[0]
+    assert ((found - truth) ** 2).mean() < 0.02 * truth.var()
+    assert model.freedom[2] < 1.0 < model.freedom[0]
+
+
+def test_noise_alone_moves_no_pair_far() -> None:
+    axes, rows = pool(3, 8000)
+    influence = np.random.default_rng(2).normal(size=len(rows))
+    model = fit_additive(axes, rows, influence, np.ones(len(rows)), 20)
+    mean, se = model.predict(axes)
+    assert np.abs(mean - influence.mean()).max() < 0.15
+    assert model.freedom.sum() < 4
+    assert (se >= 1 / np.sqrt(len(rows)) * 0.95).all()  # the mean is known no better than that
+
+
+def test_standard_errors_are_those_of_repeated_samples() -> None:
+    axes, rows = pool(4, 2000, 2)
+    truth = np.sin(axes[:, 0])
+    hits = []
+    for seed in range(40):
+        noise = np.random.default_rng(seed).normal(size=len(rows))
+        mean, se = fit_additive(axes, rows, truth[rows] + noise, np.ones(len(rows)), 15).predict(axes)
+        hits.append((np.abs(mean - truth) < 1.96 * se).mean())
+    assert 0.88 < np.mean(hits) < 0.995
+
+
+@given(seed=seeds)
+def test_units_and_order_do_not_matter(seed: int) -> None:
+    axes, rows = pool(seed, 300)
+    influence = axes[rows] @ np.array([1.0, 0.5, 0.0]) + np.random.default_rng(seed).normal(size=len(rows))
+    first = fitted(axes, rows, influence)
+    np.testing.assert_allclose(fitted(axes, rows, 1e-3 * influence), 1e-3 * first, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(fitted(1e3 * axes - 5, rows, influence), first, rtol=1e-4, atol=1e-5)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    np.testing.assert_allclose(fitted(axes, rows[order], influence[order]), first, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_unknown_says_nothing() -> None:
+    axes, rows = pool(0, 2000)
+    truth = axes[:, 0]
+    unknown = np.column_stack([axes, np.full(len(axes), np.nan)])
+    np.testing.assert_array_equal(fitted(unknown, rows, truth[rows]), fitted(axes, rows, truth[rows]))
+    partly = axes.copy()
+    partly[::3, 1] = np.nan
+    assert np.corrcoef(fitted(partly, rows, truth[rows]), truth)[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("values", [np.full(9, 4.0), np.full(9, np.nan), np.repeat([0.0, 1.0], 5)])
+def test_an_axis_of_few_values_has_as_few_knots(values: np.ndarray) -> None:
+    curve = curve_along(values, 20)
+    known = len(np.unique(values[np.isfinite(values)]))
+    assert len(curve.knots) == known
+    assert design([curve], values[:, None]).shape == (len(values), max(known, 1))
+
+
+def test_two_kinds_of_pairs_are_two_levels() -> None:
+    """An axis of two values is a step between them, as caption frequency is where boilerplate has been put in."""
+    generator = np.random.default_rng(0)
+    kind = (generator.random(4000) < 0.3).astype(float)
+    influence = np.where(kind > 0, -0.2, 0.1) + generator.normal(size=4000)
+    mean, se = fit_additive(kind[:, None], np.arange(4000), influence, np.ones(4000), 20).predict(
+        kind[:, None]
+    )
+    assert mean[kind > 0].mean() == pytest.approx(influence[kind > 0].mean(), abs=0.03)
+    assert (mean + 2 * se < 0)[kind > 0].all()
+    assert (mean - 2 * se > 0)[kind == 0].all()
+
+
+def test_pairs_that_were_sampled_more_often_do_not_count_more() -> None:
+    axes = np.zeros((300, 1))
+    rows = np.arange(300)
+    influence = np.where(rows < 100, 1.0, 0.0)  # of 900 pairs of the first kind every ninth was scored
+    stands_for = np.where(rows < 100, 9.0, 1.0)
+    found = fit_additive(axes, rows, influence, stands_for, 5).predict(axes)[0]
+    np.testing.assert_allclose(found, 900 / 1100, rtol=1e-6)
+
+
+def test_an_influence_that_is_not_finite_is_refused() -> None:
+    axes, rows = pool(0)
+    with pytest.raises(ValueError, match="1 of 300 influences are not finite"):
+        fitted(axes, rows, np.where(np.arange(300) == 3, np.nan, 1.0))
