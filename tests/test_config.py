@@ -32,6 +32,13 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
+def test_the_prototypes_settings_are_read() -> None:
+    config = load_config(Path(__file__).parents[1] / "configs" / "prototype.yaml")
+    assert (config.cluster.k, config.curvature.rank, config.attribute.budget) == (100, 10, 5)
+    assert (config.curate.target_size, config.curate.tau_low, config.curate.max_weight) == (0.8, -0.001, 5)
+    assert config.student.first_steps(51_200) == 10 * 100
+
+
 class TestRoundTrip:
     def test_the_defaults_are_saved_and_loaded(self, tmp_path: Path) -> None:
         save_config(load_config(), tmp_path / "config.yaml")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
+BLOCK = 65_536  # pairs whose design is in memory at once
 ROUNDS = 100  # of the evidence's fixed point; ten to forty are enough where axes tell anything
 SETTLED = 1e-3  # relative change of every variance
 LEAST = 1e-6  # of the influences' variance: no prior and no noise is narrower, which keeps the solve well conditioned
@@ -63,12 +64,12 @@ class Additive:
     covariance: FloatArray  # (p, p) posterior
     freedom: FloatArray  # (A,) effective degrees of freedom of each axis: 0 for one that tells nothing
 
-    def predict(self, axes: FloatArray, block: int = 65_536) -> tuple[FloatArray, FloatArray]:
+    def predict(self, axes: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Mean influence and its standard error for pairs by their axes (n, A): (n,), (n,)."""
         root = _root(self.covariance)
         mean, se = np.empty(len(axes)), np.empty(len(axes))
-        for start in range(0, len(axes), block):
-            rows = slice(start, start + block)
+        for start in range(0, len(axes), BLOCK):
+            rows = slice(start, start + BLOCK)
             X = design(self.curves, axes[rows])
             mean[rows], se[rows] = X @ self.coefficients, np.sqrt(((X @ root) ** 2).sum(1))
         return mean, se
@@ -92,11 +93,16 @@ def fit_additive(
         wrong = int((~np.isfinite(influence)).sum())
         raise ValueError(f"{wrong} of {len(influence)} influences are not finite")
     curves = [curve_along(values, quantiles) for values in axes.T]
-    X = design(curves, axes[rows])
     group = _groups(curves)
     weight = pairs / pairs.mean()
-    weighted = X * weight[:, None]
-    gram, moment, square = weighted.T @ X, weighted.T @ influence, float(weight @ influence**2)
+    gram, moment = np.zeros((len(group), len(group))), np.zeros(len(group))
+    for start in range(0, len(rows), BLOCK):
+        some = slice(start, start + BLOCK)
+        X = design(curves, axes[rows[some]])
+        weighted = X * weight[some, None]
+        gram += weighted.T @ X
+        moment += weighted.T @ influence[some]
+    square = float(weight @ influence**2)
     m, groups = len(influence), int(group.max(initial=0)) + 1
     spread = float(influence.var()) or 1.0
     noise = spread

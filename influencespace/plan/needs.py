@@ -75,7 +75,7 @@ class Choices:
 def most_choices(config: RunConfig, pairs: int) -> Choices:
     """The longest training, the configured rank, and all levels that `pairs` allow."""
     doublings = config.student.most_doublings if config.student.choose_steps else 0
-    steps = config.student.train.steps
+    steps = config.student.first_steps(pairs)
     return Choices(
         steps=steps * 2**doublings,
         tried=steps * (2 ** (doublings + 1) - 1),
@@ -269,7 +269,7 @@ class Needs:
         return self._need(
             "attribute",
             read=2 * (scored + target + placebo) * self.pair_bytes + 24 * self.n,
-            written=influence + 8 * (scored + target + 2 * placebo) + 12 * self.n,
+            written=influence + 8 * (scored + target + 2 * placebo) + 36 * self.n,
             temporary=influence,
             worker=scorers
             + self._block(

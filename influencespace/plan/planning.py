@@ -68,6 +68,8 @@ def plan(config: RunConfig, limit: int | None, runtime: Runtime) -> Plan:
     else:
         found = calibrate(config, limit, runtime, sizes.surveys["pool"].shards)
         chosen = replace(found.choices, levels=needs.choices.levels)
+        if config.student.epochs is not None:  # of the whole pool, not of the slice
+            chosen = replace(chosen, steps=needs.choices.steps, tried=needs.choices.tried)
         stages = [extrapolate(need, found) for need in replace(needs, choices=chosen).all()]
     return Plan(
         sizes=sizes,

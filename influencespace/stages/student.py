@@ -39,8 +39,10 @@ class StudentsConfig:
     """The students whose training influence explains."""
 
     train: StudentConfig = plain_field(default_factory=StudentConfig)
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the pool that a student takes, in place of `train.steps`."""
     choose_steps: bool = True
-    """Double `train.steps` while that lowers the loss on the choosing half of the target by at least `least_gain`."""
+    """Double the steps while that lowers the loss on the choosing half of the target by at least `least_gain`."""
     least_gain: float = Field(default=0.01, ge=0)
     """Relative fall of the loss that a doubling must bring."""
     most_doublings: int = Field(default=3, ge=0)
@@ -51,6 +53,12 @@ class StudentsConfig:
     block_size: int = Field(default=16_384, ge=1)
     """Pairs scored in one task; no score depends on it."""
     seed: int = 0
+
+    def first_steps(self, pairs: int) -> int:
+        """Steps of the first student on a pool of so many pairs, before any doubling."""
+        if self.epochs is None:
+            return self.train.steps
+        return max(1, round(self.epochs * pairs / self.train.batch_size))
 
 
 @dataclass(frozen=True)
@@ -333,9 +341,10 @@ def students(
     began = time.monotonic()
     reopen(out)
     make = partial(TrainStudent, pool=pool, target=target, config=config, folder=out, mark=mark)
+    rows = run_once(runtime, partial(count_pairs, pool))
     with progress("student", 1 + config.folds, "students") as bar:
         (first,) = runtime.map(
-            call, [make(steps=config.train.steps, fold=None)], num_cpus=runtime.cores_per_task
+            call, [make(steps=config.first_steps(rows), fold=None)], num_cpus=runtime.cores_per_task
         )
         bar.advance()
         notes = [first]
@@ -343,7 +352,6 @@ def students(
         for note in runtime.map(call, tasks, num_actors=runtime.cores):
             notes.append(note)
             bar.advance()
-    rows = run_once(runtime, partial(count_pairs, pool))
     score = partial(ScoreQuality, pool=pool, config=config, folder=out, mark=mark)
     blocks = [score(start=a, stop=b) for a, b in blocks_of(rows, config.block_size)]
     with progress("quality", rows, "pairs") as bar:

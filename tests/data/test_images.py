@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from influencespace.data.images import RejectedImage, decode_image, escapes, read_image_bytes
+from influencespace.data.images import RejectedImage, decode_image, escapes, read_image_bytes, sharpness
 from influencespace.data.schema import ImageRef
 
 Encode = Callable[..., bytes]
@@ -134,3 +134,18 @@ def test_names_that_leave_their_folder(name: str) -> None:
 @pytest.mark.parametrize("name", ["x.jpg", "a/b/x.jpg", "..x.jpg", "a..b/x.jpg", ""])
 def test_names_that_stay(name: str) -> None:
     assert not escapes(name)
+
+
+@given(seed=st.integers(0, 2**31), width=st.integers(130, 300), height=st.integers(130, 300))
+def test_what_is_out_of_focus_or_enlarged_is_less_sharp(seed: int, width: int, height: int) -> None:
+    cells = np.random.default_rng(seed).integers(0, 256, (24, 24, 3)).astype(np.uint8)
+    picture = Image.fromarray(cells).resize((width, height), Image.Resampling.NEAREST)
+    blurred = picture.filter(ImageFilter.GaussianBlur(8))
+    thumbnail = picture.resize((12, 12)).resize((width, height))
+    assert sharpness(blurred) < sharpness(picture) - 1
+    assert sharpness(thumbnail) < sharpness(picture) - 1
+    assert abs(sharpness(picture.resize((2 * width, 2 * height))) - sharpness(picture)) < 0.5
+
+
+def test_a_picture_of_one_colour_has_the_least_sharpness() -> None:
+    assert sharpness(Image.new("RGB", (40, 30), "red")) == pytest.approx(np.log(1e-3))

@@ -116,6 +116,12 @@ def test_steps_stay_where_more_bring_nothing(truth: Chain, tmp_path: Path) -> No
     assert details["steps"] == 20
 
 
+def test_epochs_are_steps_of_the_whole_pool(truth: Chain, tmp_path: Path) -> None:
+    config = replace(student_config(folds=2), epochs=1.5)
+    details = Chain(out=tmp_path, world=truth.world, student=config).run("student").details
+    assert details["steps"] == round(1.5 * len(truth.sets["pool"]) / config.train.batch_size)
+
+
 def test_the_target_is_halved_by_image(truth: Chain) -> None:
     target = truth.sets["target"]
     halves = TargetHalves(target, 0)
