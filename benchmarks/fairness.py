@@ -236,19 +236,7 @@ def part(name: str, bench: Benchmark, folder: Path, cache: Path, quick: bool) ->
         bench.row(
             method=method,
             told=told,
-            **{
-                column: _known(mean_of(measure, judged[method]))
-                for column, measure in {
-                    "gap": gap,
-                    "error": error,
-                    "worst_error": worst_error,
-                    "gap_of_decisions": gap_of_decisions,
-                    "equalised_odds": odds,
-                    "worst_recall": worst_recall,
-                }.items()
-            },
-            gap_interval=_interval(gap, judged[method]),
-            error_interval=_interval(error, judged[method]),
+            **_cells(judged[method]),
             weight_of_biased=_mean(
                 None if w is None else w[biased[split.train]].sum() / w.sum()
                 for w, split in zip(weights, splits)
@@ -259,6 +247,28 @@ def part(name: str, bench: Benchmark, folder: Path, cache: Path, quick: bool) ->
             ),
         )
     targets(name, bench, judged["everything"], judged[OURS])
+
+
+MEASURES: dict[str, Measure] = {
+    "gap": gap,
+    "error": error,
+    "worst_error": worst_error,
+    "gap_of_decisions": gap_of_decisions,
+    "equalised_odds": odds,
+    "worst_recall": worst_recall,
+}
+
+
+def _cells(splits: Sequence[Judged]) -> dict[str, Any]:
+    """Each measure with its interval."""
+    cells: dict[str, Any] = {}
+    for column, measure in MEASURES.items():
+        value = mean_of(measure, splits)
+        known = bool(np.isfinite(value))
+        cells[column] = value if known else None
+        if column in ("gap", "error", "equalised_odds"):
+            cells[f"{column}_interval"] = list(interval(draws(measure, splits))) if known else None
+    return cells
 
 
 def targets(name: str, bench: Benchmark, everything: Sequence[Judged], ours: Sequence[Judged]) -> None:
@@ -289,19 +299,9 @@ def _array(values: list[float] | None) -> FloatArray | None:
     return None if values is None else np.array(values)
 
 
-def _known(value: float) -> float | None:
-    return value if np.isfinite(value) else None
-
-
 def _mean(values: Any) -> float | None:
     known = list(values)
     return None if None in known else float(np.mean(known))
-
-
-def _interval(measure: Measure, splits: Sequence[Judged]) -> list[float] | None:
-    if splits[0].scores is None:
-        return None
-    return list(interval(draws(measure, splits)))
 
 
 def main() -> int:

@@ -20,6 +20,9 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 Labels = NDArray[Any]
 
+# The dual's search stops where its rounded value moves no more, which can be 1e-5 from a constraint; begun anew, it goes on.
+RESTARTS = 3
+
 
 def _numbered(group: Labels) -> tuple[IntArray, int]:
     """Groups as 0 .. A-1 in their sorted order (n,), and A."""
@@ -137,20 +140,24 @@ def minimax_weights(
         entropy = tau * float((p * w)[some] @ np.log(w[some] / s[some]))
         return -(float(prices @ slope) + entropy), -slope
 
-    found = minimize(
-        negative_dual,
-        np.concatenate([np.full(A, 1 / A), np.zeros(G + 1)]),
-        jac=True,
-        method="SLSQP",
-        bounds=[(0, 1)] * A + [(0, None if floor > 0 else 0)] * G + [(0, None if np.isfinite(radius) else 0)],
-        constraints={
-            "type": "eq",
-            "fun": lambda x: x[:A].sum() - 1,
-            "jac": lambda x: np.repeat([1.0, 0.0], [A, G + 1]),
-        },
-        options={"ftol": 1e-12, "maxiter": 500},
-    )
-    return weights(np.maximum(found.x, 0))
+    prices = np.append(np.full(A, 1 / A), np.zeros(G + 1))
+    for _ in range(RESTARTS):
+        prices = minimize(
+            negative_dual,
+            prices,
+            jac=True,
+            method="SLSQP",
+            bounds=[(0, 1)] * A
+            + [(0, None if floor > 0 else 0)] * G
+            + [(0, None if np.isfinite(radius) else 0)],
+            constraints={
+                "type": "eq",
+                "fun": lambda x: x[:A].sum() - 1,
+                "jac": lambda x: np.repeat([1.0, 0.0], [A, G + 1]),
+            },
+            options={"ftol": 1e-14, "maxiter": 500},
+        ).x.clip(0)
+    return weights(prices)
 
 
 def _weights_at(

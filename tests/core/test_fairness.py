@@ -170,7 +170,7 @@ def test_the_dual_finds_what_the_primal_finds(seed: int) -> None:
     held(w, counts, **chosen)
     ours, theirs = (objective(x, loss, influence, p, tau) for x in (w, slow))
     # a solver that stopped early is no truth: ours may be better, by no more than its constraints give way
-    assert ours <= theirs + 1e-5
+    assert ours <= theirs + 1e-6
     assert ours <= objective(np.ones(len(p)), loss, influence, p, tau) + 1e-7
 
 
