@@ -113,9 +113,14 @@ def minimax_weights(
 
     Solved by its dual (group distributionally robust optimisation, Sagawa et al. 2020, over influences): given a distribution
     lambda over the target's groups, prices of the floors and of the radius, weights are a closed form, so only these
-    few numbers are searched, by sequential quadratic programming. Raises InputError for constraints that `start` breaks.
+    few numbers are searched, by sequential quadratic programming. Raises InputError for constraints that `start` breaks and
+    for strata without influence.
     """
     n = counts.sum(1)
+    if bad := int((~np.isfinite(influence).all(1) | (n <= 0)).sum()):
+        raise InputError(
+            f"{bad} of {len(n)} strata have no pairs, or an influence that is not finite: leave them out"
+        )
     p = n / n.sum()
     s = np.ones(len(p)) if start is None else start
     share = counts / n[:, None]  # (K, G) of a stratum's pairs that are of a group
@@ -177,9 +182,8 @@ def _weights_at(
             free = np.exp(x) if nu == 0 else wrightomega(x + np.log(nu / tau)) * (tau / nu)
         return np.minimum(free, cap)
 
-    even = (
-        1 / p_alive.sum()
-    )  # with this weight everywhere the mean is 1; some eta gives each stratum just this weight
+    # with this weight everywhere the mean is 1; each stratum gets just this weight at some eta, and the answer lies among those
+    even = 1 / p_alive.sum()
     bounds = level - tau * np.log(even) - nu * even
     low, high = float(bounds.min()), float(bounds.max())
     margin = 1e-9 * (1 + abs(low) + abs(high))

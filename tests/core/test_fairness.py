@@ -295,6 +295,12 @@ def test_what_has_no_solution_says_so(change: dict[str, Any], message: str) -> N
         minimax_weights(np.zeros(1), np.ones((2, 1)), np.eye(2), **({"temperature": 1.0} | change))
 
 
+@pytest.mark.parametrize(("influence", "counts"), [([0.0, np.nan], [1, 1]), ([0.0, 1.0], [1, 0])])
+def test_strata_without_influence_are_told(influence: list[float], counts: list[int]) -> None:
+    with pytest.raises(InputError, match="1 of 2 strata"):
+        minimax_weights(np.zeros(1), np.array(influence)[:, None], np.array(counts)[:, None], temperature=1.0)
+
+
 @given(seed=seeds, floor=st.floats(0, 1))
 def test_each_group_keeps_its_floor_and_no_more_is_brought_back(seed: int, floor: float) -> None:
     rng, group = grouped(seed)
