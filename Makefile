@@ -37,7 +37,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[cpu,bench]"
 	cd benchmarks && python quality.py && python scenarios.py && python attribution.py && python peers.py && python calibration.py && \
-		python cleaning.py && python throughput.py && python towers.py && python tables.py
+		python cleaning.py && python fairness.py && python throughput.py && python towers.py && python tables.py
 
 clean:
 	rm -rf $(VENV) runs .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -10,7 +10,7 @@ from influencespace.core.batches import covering_contexts, disjoint_contexts, tr
 from influencespace.core.objective import Objective
 from influencespace.errors import InputError
 from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext, damping_of, floored
-from influencespace.estimators.problem import Batch, IntArray, Problem, checkpoints_of
+from influencespace.estimators.problem import Batch, FloatArray, IntArray, Problem, checkpoints_of
 from influencespace.models.heads import initial_heads
 from influencespace.models.space import Inputs, Space
 from influencespace.models.training import StudentConfig
@@ -33,6 +33,7 @@ def student_problem(
     curvature: CurvatureConfig | None = None,
     student: nn.Module | None = None,
     objective: Objective | None = None,
+    weights: FloatArray | None = None,
     rule: Rule = "adamw",
     contexts: int = 4,
     seed: int = 0,
@@ -42,18 +43,20 @@ def student_problem(
     `pool` and `target` are pairs by embeddings (two (n, D)) and image (n,); the student has their dtype and device. By
     default it is heads under the config's loss; for a `Pointwise` objective give a module that maps inputs and labels to
     predictions and labels (`models.predictor.Predictor`). It is trained by AdamW as `train_heads` does, or by plain SGD;
-    the bank has up to `contexts` contexts of batch_size - 1 pairs, fewer and smaller ones where the pool is small.
+    the bank has up to `contexts` contexts of batch_size - 1 pairs, fewer and smaller ones where the pool is small. Both
+    are drawn by `weights` (n,), ones by default: how often a pair is met in an epoch.
     Raises InputError where the pool has too few images for a bank.
     """
     images, texts = pool.inputs
-    distinct = len(np.unique(pool.image))
+    weights = np.ones(len(images)) if weights is None else weights
+    distinct = len(np.unique(pool.image[weights > 0]))
     if distinct < FEWEST_IMAGES:
         raise InputError(
             f"the pool has {distinct} image(s); a bank of two contexts needs {FEWEST_IMAGES} or more"
         )
-    batches = list(training_batches(np.ones(len(images)), pool.image, config.batch_size, config.steps, seed))
+    batches = list(training_batches(weights, pool.image, config.batch_size, config.steps, seed))
     size = len(batches[0])
-    bank = disjoint_contexts(pool.image, size - 1, contexts, seed + 1)
+    bank = disjoint_contexts(pool.image, size - 1, contexts, seed + 1, weights)
     curvature = curvature or CurvatureConfig()
     if student is None:
         student = initial_heads(images.shape[1], texts.shape[1], config.dimension, seed)

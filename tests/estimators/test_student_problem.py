@@ -59,7 +59,28 @@ def test_plain_gradient_descent_has_no_preconditioner() -> None:
     assert problem.trajectory.rule == "sgd"
 
 
+def test_weights_say_how_often_a_pair_is_met() -> None:
+    def met(weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        problem = student_problem(POOL, TARGET, SMALL.config, weights=weights, seed=3)
+        assert problem.trajectory is not None
+        in_bank = np.concatenate([context.image for context in problem.bank])
+        in_batches = np.concatenate(problem.trajectory.batches)
+        return in_batches, np.bincount(in_bank, minlength=SMALL.pairs)
+
+    for found, expected in zip(met(np.ones(SMALL.pairs)), met(None)):
+        np.testing.assert_array_equal(found, expected)
+    weights = np.repeat([0.0, 1.0, 3.0, 0.0], SMALL.pairs // 4)
+    batches, in_bank = met(weights)
+    count = np.bincount(batches, minlength=SMALL.pairs)
+    assert (count[weights == 0] == 0).all()
+    assert (in_bank[weights == 0] == 0).all()
+    assert in_bank[weights == 3].sum() > 0
+    assert count[weights == 3].sum() / count[weights == 1].sum() == pytest.approx(3, rel=0.3)
+
+
 def test_a_pool_without_a_bank_is_told() -> None:
     few = RecordedContext(inputs=SMALL.rows(np.arange(6)), image=np.array([0, 0, 1, 1, 2, 2]))
     with pytest.raises(InputError, match="the pool has 3 image"):
         student_problem(few, TARGET, SMALL.config)
+    with pytest.raises(InputError, match="the pool has 2 image"):
+        student_problem(POOL, TARGET, SMALL.config, weights=(np.arange(SMALL.pairs) < 2).astype(float))

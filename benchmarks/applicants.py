@@ -1,0 +1,215 @@
+"""Applicants whose labels are biased, students that score them, and weights by iterated influence (see `fairness`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from study import FloatArray
+from torch import nn
+
+from influencespace.core.fairness import minimax_weights, shrunken_group_means, squared_gap
+from influencespace.core.objective import Pointwise, squared_error
+from influencespace.data.faircv import Profiles
+from influencespace.estimators.ecif import Ecif
+from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext
+from influencespace.estimators.problem import Problem, scores
+from influencespace.estimators.student_problem import batch_of, student_problem
+from influencespace.models.predictor import Predictor
+from influencespace.models.training import StudentConfig
+
+TEST, TARGET = 1500, 200
+CAP = 5.0
+TEMPERATURES = (1.0, 3.0, 10.0)  # of one step, in standard deviations of influence
+CONFIG = StudentConfig(steps=200, batch_size=256, learning_rate=1e-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applicants:
+    """One experiment, split by a seed into profiles to train on, target and test."""
+
+    profiles: Profiles
+    group: np.ndarray  # (n,) what labels are biased by
+    seed: int
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return np.random.default_rng(self.seed).permutation(len(self.group))
+
+    @property
+    def test(self) -> np.ndarray:
+        return self._order[:TEST]
+
+    @property
+    def influencing(self) -> np.ndarray:
+        """Half of the target, whose loss gives influence."""
+        return self._order[TEST : TEST + TARGET // 2]
+
+    @property
+    def choosing(self) -> np.ndarray:
+        """The other half, which compares retrained students."""
+        return self._order[TEST + TARGET // 2 : TEST + TARGET]
+
+    @property
+    def train(self) -> np.ndarray:
+        return self._order[TEST + TARGET :]
+
+    @cached_property
+    def inputs(self) -> FloatArray:
+        """Occupation by name, merits and face (n, 37), standardised."""
+        profiles = self.profiles
+        columns = np.column_stack([np.eye(6)[profiles.occupation], profiles.merits, profiles.face])
+        known = columns[self.train]
+        standardised: FloatArray = (columns - known.mean(0)) / known.std(0)
+        return standardised
+
+    @cached_property
+    def scale(self) -> tuple[float, float]:
+        """Mean and spread of the labels to train on, in which the student works."""
+        labels = self.profiles.biased[self.train]
+        return float(labels.mean()), float(labels.std())
+
+    def standardised(self, labels: FloatArray) -> FloatArray:
+        return (labels - self.scale[0]) / self.scale[1]
+
+    def samples(
+        self, rows: np.ndarray, labels: FloatArray, inputs: FloatArray | None = None
+    ) -> RecordedContext:
+        """Profiles `rows` with their standardised labels (m,)."""
+        x = self.inputs if inputs is None else inputs
+        return RecordedContext(
+            inputs=(torch.from_numpy(x[rows]).float(), torch.from_numpy(labels)[:, None].float()),
+            image=np.arange(len(rows)),
+        )
+
+    def blind(self, rows: np.ndarray) -> RecordedContext:
+        return self.samples(rows, self.standardised(self.profiles.blind[rows]))
+
+    @cached_property
+    def pool(self) -> RecordedContext:
+        return self.samples(self.train, self.standardised(self.profiles.biased[self.train]))
+
+    def problem(self, pool: RecordedContext | None = None, weights: FloatArray | None = None) -> Problem:
+        """A student of the pool by weight, with its influence on the influencing half of the target."""
+        pool = pool or self.pool
+        torch.manual_seed(self.seed)
+        return student_problem(
+            pool,
+            self.blind(self.influencing),
+            CONFIG,
+            student=Predictor(nn.Linear(pool.inputs[0].shape[1], 1)),
+            objective=Pointwise(squared_error),
+            curvature=CurvatureConfig(
+                damping_factor=1
+            ),  # the trainer's own response: influence in units of loss
+            weights=weights,
+            seed=self.seed,
+        )
+
+    def influence(self, problem: Problem, target: RecordedContext) -> FloatArray:
+        """Of each profile of the pool on the mean loss of a target (N,)."""
+        estimator = Ecif(solver="plain", curvature=CurvatureConfig(tolerance=1e-5))
+        return scores(estimator, replace(problem, target=[target]), [batch_of(self.pool)])
+
+    @torch.no_grad()
+    def predicted(self, problem: Problem, rows: np.ndarray, inputs: FloatArray | None = None) -> FloatArray:
+        """Standardised scores of profiles (m,)."""
+        samples = self.samples(rows, np.zeros(len(rows)), inputs)
+        found: FloatArray = problem.space.embed(samples.inputs)[0][:, 0].double().numpy()
+        return found
+
+    def scores(self, problem: Problem, inputs: FloatArray | None = None) -> FloatArray:
+        """Of the test profiles, in the labels' own unit (m,)."""
+        mean, spread = self.scale
+        return mean + spread * self.predicted(problem, self.test, inputs)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What weights are to lower: the losses of A groups with each profile's influence on them, and what compares students."""
+
+    losses: Callable[[Applicants, Problem], tuple[FloatArray, FloatArray]]
+    """-> (A,), (N, A)."""
+    judged: Callable[[Applicants, Problem], float]
+    """On the choosing half: lower is better."""
+
+
+def sample_losses(applicants: Applicants, problem: Problem, rows: np.ndarray) -> FloatArray:
+    labels = applicants.standardised(applicants.profiles.blind[rows])
+    losses: FloatArray = (applicants.predicted(problem, rows) - labels) ** 2 / 2
+    return losses
+
+
+def mean_loss(applicants: Applicants, problem: Problem) -> float:
+    return float(sample_losses(applicants, problem, applicants.choosing).mean())
+
+
+def on_the_mean(applicants: Applicants, problem: Problem) -> tuple[FloatArray, FloatArray]:
+    rows = applicants.influencing
+    found = applicants.influence(problem, applicants.blind(rows))
+    return sample_losses(applicants, problem, rows).mean(keepdims=True), found[:, None]
+
+
+def group_losses(applicants: Applicants, problem: Problem, rows: np.ndarray) -> FloatArray:
+    return shrunken_group_means(sample_losses(applicants, problem, rows), applicants.group[rows])
+
+
+def worst_loss(applicants: Applicants, problem: Problem) -> float:
+    return float(group_losses(applicants, problem, applicants.choosing).max())
+
+
+def on_each_group(applicants: Applicants, problem: Problem) -> tuple[FloatArray, FloatArray]:
+    rows = applicants.influencing
+    group = applicants.group[rows]
+    found = [
+        applicants.influence(problem, applicants.blind(rows[group == name])) for name in np.unique(group)
+    ]
+    return group_losses(applicants, problem, rows), np.stack(found, 1)
+
+
+def gap_of(applicants: Applicants, problem: Problem, rows: np.ndarray) -> tuple[float, FloatArray]:
+    return squared_gap(applicants.predicted(problem, rows), applicants.group[rows])
+
+
+def on_the_gap(applicants: Applicants, problem: Problem) -> tuple[FloatArray, FloatArray]:
+    """No label is asked: under the squared error, labels of prediction minus slope have the gap's gradient."""
+    rows = applicants.influencing
+    gap, slope = gap_of(applicants, problem, rows)
+    labels = applicants.predicted(problem, rows) - len(rows) * slope
+    return np.array([gap]), applicants.influence(problem, applicants.samples(rows, labels))[:, None]
+
+
+MEAN = Aim(on_the_mean, mean_loss)
+WORST = Aim(on_each_group, worst_loss)
+GAP = Aim(on_the_gap, lambda applicants, problem: gap_of(applicants, problem, applicants.choosing)[0])
+
+
+def iterated(applicants: Applicants, aim: Aim, rounds: int, floor: float = 0.0) -> FloatArray:
+    """Weights (N,) after steps of mirror descent: each from fresh influence, as long as a retrained student does better."""
+    group = applicants.group[applicants.train]
+    counts = (group[:, None] == np.unique(group)).astype(np.float64)
+    weights = np.ones(len(group))
+    problem = applicants.problem()
+    reached = aim.judged(applicants, problem)
+    for _ in range(rounds):
+        losses, influence = aim.losses(applicants, problem)
+        spread = float(np.sqrt(np.max(np.average(influence**2, axis=0, weights=weights))))
+        tried = []
+        for temperature in TEMPERATURES:
+            moved = minimax_weights(
+                losses,
+                influence,
+                counts,
+                temperature=temperature * spread,
+                cap=CAP,
+                floor=floor,
+                start=weights,
+            )
+            student = applicants.problem(weights=moved)
+            tried.append((aim.judged(applicants, student), moved, student))
+        best = min(tried, key=lambda one: one[0])
+        if best[0] >= reached:
+            break
+        reached, weights, problem = best
+    return weights
