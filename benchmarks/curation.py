@@ -122,6 +122,22 @@ class Curation:
         return StudentsConfig(train=StudentConfig(steps=self.setting.steps), choose_steps=False)
 
     @property
+    def clusters(self) -> ClusterConfig:
+        return ClusterConfig()
+
+    @property
+    def curvature(self) -> CurvatureConfig:
+        return CurvatureConfig()
+
+    @property
+    def attribution(self) -> AttributeConfig:
+        return AttributeConfig()
+
+    @property
+    def choice(self) -> SelectConfig:
+        return SelectConfig()
+
+    @property
     def folder(self) -> Path:
         return self.world.cache / "curations" / fingerprint([self.setting, code_version(SCORING)])
 
@@ -150,26 +166,26 @@ class Curation:
         }
         done = students(self.pool, self.target, inputs, self.config, at["student"], RUNTIME)
         inputs |= {"student": done.fingerprint}
-        clusters = cluster(self.pool, done.rows_out, inputs, ClusterConfig(), at["cluster"], RUNTIME)
+        clusters = cluster(self.pool, done.rows_out, inputs, self.clusters, at["cluster"], RUNTIME)
         solved = curvature(
             self.pool,
             self.target,
             self.config,
             at["student"],
             inputs,
-            CurvatureConfig(),
+            self.curvature,
             TargetConfig(),
             at["curvature"],
             RUNTIME,
         )
         inputs |= {"cluster": clusters.fingerprint, "curvature": solved.fingerprint}
-        attribute(self.pool, self.config, at, inputs, AttributeConfig(), at["attribute"], RUNTIME)
+        attribute(self.pool, self.config, at, inputs, self.attribution, at["attribute"], RUNTIME)
         return Scores(at["attribute"])
 
     def judge(self) -> dict[str, Any]:
         """The decision against the planted truth."""
         scores = self.run()
-        subset = decide(scores, SelectConfig())
+        subset = decide(scores, self.choice)
         score, _ = scores.pair_scores
         pruned = ~subset.kept
         single = np.full(len(score), np.nan)
@@ -211,7 +227,7 @@ class Curation:
             self.pool,
             self.target,
             scores,
-            SelectConfig(),
+            self.choice,
             self.config,
             self.setting.steps,
             self.folder / "curate",
