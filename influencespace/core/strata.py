@@ -21,12 +21,26 @@ def quantile_of(quality: FloatArray, count: int) -> IntArray:
     return ranks * count // max(len(quality), 1)
 
 
-def stratified_sample(stratum: IntArray, budget: int) -> IntArray:
-    """The first `budget` rows of each stratum (n,) -> sorted rows; a random sample where rows lie in canonical order."""
+def place_within(stratum: IntArray) -> IntArray:
+    """How many rows of its own stratum come before each row: (n,) -> (n,)."""
     order = np.argsort(stratum, kind="stable")
     ordered = stratum[order]
-    starts = np.searchsorted(ordered, ordered)  # where the stratum of each row begins
-    return np.sort(order[np.arange(len(order)) - starts < budget])
+    place = np.empty(len(stratum), np.int64)
+    place[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return place
+
+
+def stratified_sample(stratum: IntArray, budget: int | IntArray, after: int | IntArray = 0) -> IntArray:
+    """Rows `after` to `budget` of each stratum (n,) -> sorted rows; a random sample where rows lie in canonical order.
+
+    Both are one number for all, or one for each stratum (S,).
+    """
+    place = place_within(stratum)
+
+    def of_row(bound: int | IntArray) -> int | IntArray:
+        return bound[stratum] if isinstance(bound, np.ndarray) else bound
+
+    return np.flatnonzero((place >= of_row(after)) & (place < of_row(budget)))
 
 
 def balance(seen: FloatArray, held_out: FloatArray, folds: int) -> FloatArray:

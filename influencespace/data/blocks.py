@@ -46,6 +46,13 @@ def has_block(folder: Path, name: str, start: int, mark: str) -> bool:
     return bool(metadata.get(b"mark") == mark.encode())
 
 
+def read_block(folder: Path, name: str, start: int, *names: str) -> Columns:
+    """Columns of one finished block."""
+    with pa.OSFile(str(block_path(folder, name, start)), "rb") as file:
+        table = pa.ipc.open_file(file).read_all()
+    return {key: _from_arrow(table[key]) for key in names}
+
+
 def join_blocks(folder: Path, name: str, starts: Sequence[int]) -> int:
     """Write `name`.parquet from the blocks that begin at `starts`, in that order, and remove them; the rows."""
     rows = 0

@@ -1,6 +1,7 @@
 """The attribute stage: balanced influence of sampled pairs of every stratum, by tangent embeddings against the bank."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,13 +14,15 @@ from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.quality import agreement, caption_images, quality_axis
-from influencespace.core.strata import balance, quantile_of, stratified_sample
+from influencespace.core.sequential import anytime_p, next_look, tightest_at
+from influencespace.core.strata import balance, means_by, quantile_of, stratified_sample
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
 from influencespace.data.blocks import (
     Columns,
     blocks_of,
     has_block,
     join_blocks,
+    read_block,
     read_columns,
     write_block,
     write_columns,
@@ -42,8 +45,12 @@ class AttributeConfig:
 
     quantiles: int = Field(default=40, ge=2)
     """Quality quantiles Q over the pool; a stratum is a cluster at a quantile."""
+    first_look: int = Field(default=64, ge=2)
+    """Pairs of a stratum scored first; doubled while its confidence sequence holds zero, up to `budget`."""
     budget: int = Field(default=500, ge=2)
-    """Pairs scored in a stratum at most; the others take the stratum's influence."""
+    """Pairs scored in a stratum at most; the others take the influence of their like."""
+    level: float = Field(default=0.05, gt=0, lt=1)
+    """Error of the confidence sequence of each stratum."""
     target_budget: int = Field(default=64, ge=2)
     """Pairs of a quantile scored along every fold of the target, for the target's standard error."""
     placebo: int = Field(default=2000, ge=0)
@@ -191,16 +198,16 @@ class DrawSamples:
         cluster = read_columns(self.clusters / "clusters.parquet", "cluster")["cluster"]
         quantiles = min(self.config.quantiles, max(2, len(axis) // 10))
         quantile = quantile_of(axis, quantiles)
+        first = min(self.config.first_look, self.config.budget)
         samples = {
-            "sample": stratified_sample(cluster * quantiles + quantile, self.config.budget),
+            "sample": stratified_sample(cluster * quantiles + quantile, first),
             "target_sample": stratified_sample(quantile, self.config.target_budget),
             # the canonical order is random, so its beginning is a random sample
             "placebo_sample": np.arange(min(self.config.placebo, len(axis))),
         }
         samples["placebo_captions"] = self.pool.captions_of_others(samples["placebo_sample"], seed=0)
         for name, rows in samples.items():
-            with atomic_path(self.folder / f"{name}.npy") as aside, aside.open("wb") as file:
-                np.save(file, rows)
+            save_rows(self.folder / f"{name}.npy", rows)
         strata = {
             "quality": axis,
             "cluster": cluster,
@@ -217,6 +224,38 @@ class DrawSamples:
             "pairs": len(axis),
             "quantiles": quantiles,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookAgain:
+    """Task: add pairs of the strata whose sign is not sure yet to the sample; how many there are then."""
+
+    config: AttributeConfig
+    folder: Path
+    starts: Sequence[int]
+    """Blocks of the pairs that are scored already."""
+
+    def __call__(self) -> int:
+        strata = read_columns(self.folder / "strata.parquet", "cluster", "quantile")
+        quantiles = int(strata["quantile"].max()) + 1
+        stratum = strata["cluster"] * quantiles + strata["quantile"]
+        size = np.bincount(stratum)
+        blocks = [read_block(self.folder, "influence", start, "pair", "influence") for start in self.starts]
+        rows, values = (np.concatenate([block[name] for block in blocks]) for name in ("pair", "influence"))
+        scored = means_by(stratum[rows], values, len(size))
+        # a stratum's own spread is known too badly to stop by
+        spread, count = np.full(len(size), values.std()), scored.count.astype(np.float64)
+        p = anytime_p(scored.mean, spread, count, tightest_at(self.config.first_look, self.config.level))
+        wanted = next_look(scored.count, size, p, self.config.level, self.config.budget)
+        sample = np.load(self.folder / "sample.npy")
+        more = stratified_sample(stratum, wanted, after=scored.count)
+        save_rows(self.folder / "sample.npy", np.concatenate([sample, more]))
+        return len(sample) + len(more)
+
+
+def save_rows(path: Path, rows: IntArray) -> None:
+    with atomic_path(path) as aside, aside.open("wb") as file:
+        np.save(file, rows)
 
 
 def caption_agreement(pool: PairSet, block: int = 16_384) -> NDArray[np.float64]:
@@ -267,21 +306,28 @@ def attribute(
         form=config.form,
         mark=mark,
     )
-    make = partial(ScoreBlock, scorers=scorers, sample=out / "sample.npy", folder=out)
-    tasks: list[Any] = [make(start=a, stop=b) for a, b in blocks_of(counts["sample"], config.block_size)]
-    for kind in ("target", "placebo"):
-        extra = partial(
-            ScoreExtra, scorers=scorers, kind=kind, rows_file=out / f"{kind}_sample.npy", folder=out
+    starts = {
+        kind: _score(
+            runtime,
+            partial(ScoreExtra, scorers=scorers, kind=kind, rows_file=out / f"{kind}_sample.npy", folder=out),
+            0,
+            counts[f"{kind}_sample"],
+            max(1, config.block_size // 4),
+            kind,
         )
-        size = max(1, config.block_size // 4)
-        tasks += [extra(start=a, stop=b) for a, b in blocks_of(counts[f"{kind}_sample"], size)]
-    total = counts["sample"] + counts["target_sample"] + counts["placebo_sample"]
-    with progress("attribute", total, "pairs") as bar:
-        for count in runtime.map(call, tasks, num_actors=runtime.cores):
-            bar.advance(count)
-    starts: dict[str, list[int]] = {}
-    for task in tasks:
-        starts.setdefault("influence" if isinstance(task, ScoreBlock) else task.kind, []).append(task.start)
+        for kind in ("target", "placebo")
+        if counts[f"{kind}_sample"]
+    }
+    block = partial(ScoreBlock, scorers=scorers, sample=out / "sample.npy", folder=out)
+    starts["influence"] = []
+    scored = counts["looks"] = 0
+    while counts["sample"] > scored:
+        counts["looks"] += 1
+        what = "attribute" if counts["looks"] == 1 else f"attribute (look {counts['looks']})"
+        starts["influence"] += _score(runtime, block, scored, counts["sample"], config.block_size, what)
+        scored = counts["sample"]
+        again = LookAgain(config=config, folder=out, starts=starts["influence"])
+        counts["sample"] = run_once(runtime, again)
     for name, begins in starts.items():
         run_once(runtime, partial(join_blocks, out, name, begins))
     if not counts["placebo_sample"]:
@@ -296,3 +342,14 @@ def attribute(
         details=counts,
     )
     return finish_stage(out, manifest, began)
+
+
+def _score(
+    runtime: Runtime, make: Callable[..., Any], first: int, last: int, size: int, what: str
+) -> list[int]:
+    """Score the pairs `first` to `last` of a sample in blocks of `size`; where the blocks begin."""
+    tasks = [make(start=first + a, stop=first + b) for a, b in blocks_of(last - first, size)]
+    with progress(what, last - first, "pairs") as bar:
+        for count in runtime.map(call, tasks, num_actors=runtime.cores):
+            bar.advance(count)
+    return [task.start for task in tasks]

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from influencespace.core.select import SelectConfig, Subset, top_fraction
+from influencespace.core.sequential import surely_below_zero
 from influencespace.core.strata import Means, means_by
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
 from influencespace.data.blocks import Columns, read_columns, write_columns
@@ -25,6 +26,7 @@ from influencespace.stages.student import StudentsConfig
 # clip_score is the given encoder's, as most people filter; the last two are by the student of all pairs
 BASELINES = ("everything", "random", "clip_score", "student_clip_score", "neg_clip_loss")
 METHODS = ("curated", *BASELINES)
+FALSE_DISCOVERIES = 0.05  # rate among the strata that are said to harm
 UNSETTLED = 0.1  # |mean I_in| above this many standard deviations: the student is not at rest (algorithms, 6)
 
 
@@ -62,11 +64,12 @@ class Curate:
         curated = self._with_others(rows, self._decisions(uids[rows].tolist(), subset))
         with atomic_path(self.folder / "curated.parquet") as aside:
             pq.write_table(curated, aside)
-        write_columns(self.folder / "strata.parquet", self._strata_table(subset))
+        table = self._strata_table(subset)
+        write_columns(self.folder / "strata.parquet", table)
         weight = np.zeros(len(uids))
         weight[rows] = subset.weight
         self._write_weights(uids.tolist(), weight)
-        return self._details(curated)
+        return self._details(curated) | {"harmful_strata": int(table["harmful"].sum())}
 
     def _with_others(self, rows: NDArray[np.int64], decisions: pa.Table) -> pa.Table:
         """The decisions on these rows of the pool amid those that were made before."""
@@ -130,6 +133,8 @@ class Curate:
             "influence_se": np.sqrt(scored("influence").variance),
             "pooled": scores.pooled.mean.reshape(-1),
             "pooled_se": np.sqrt(variance).reshape(-1),
+            "p_value": scores.p_values,
+            "harmful": surely_below_zero(scored("influence").mean, scores.p_values, FALSE_DISCOVERIES),
             "kept": means_by(leaf, subset.kept.astype(np.float64), leaves).mean,
         }
         names = [f"c{c:03d}/q{q:02d}" for c, q in zip(table["cluster"], table["quantile"])]

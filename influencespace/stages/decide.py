@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from influencespace.core.additive import Additive, fit_additive
 from influencespace.core.placebo import Placebo, placebo_check
 from influencespace.core.select import SelectConfig, Subset, select
+from influencespace.core.sequential import anytime_p, tightest_at
 from influencespace.core.strata import Pooled, means_by, pool, spread_of_repeats
 from influencespace.data.blocks import Columns, read_columns
 
@@ -24,6 +25,7 @@ VALUE_AXES = ("seen", "held_out", "given", "caption_images", "caption_agreement"
 """What weights follow: the match by the student that trained on the pair, by one that did not and by the given encoder, and
 the same."""
 KNOTS = 20  # of each axis
+LEVEL = 0.05  # of the p-values of strata, at which their sequences are tight
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,14 @@ class Scores:
             self.clusters,
             self.quantiles,
         )
+
+    @cached_property
+    def p_values(self) -> FloatArray:
+        """Of every leaf's mean influence being other than zero, however often it was looked at (C * Q,)."""
+        leaf = self.pooled.leaf
+        usual = max(float(np.median(leaf.count[leaf.count > 0])), 1.0)
+        spread = np.full(len(leaf.count), self.unit)
+        return anytime_p(leaf.mean, spread, leaf.count.astype(np.float64), tightest_at(usual, LEVEL))
 
     @cached_property
     def common_variance(self) -> FloatArray:

@@ -9,7 +9,9 @@ from chain import Chain, assert_equal_results, results
 
 from influencespace.core.metrics import auroc
 from influencespace.core.quality import agreement, quality_axis
-from influencespace.core.strata import balance
+from influencespace.core.sequential import anytime_p, tightest_at
+from influencespace.core.strata import balance, means_by, stratified_sample
+from influencespace.data.artifacts import read_manifest
 from influencespace.data.blocks import read_columns
 from influencespace.estimators.nystrom import Influence, InfluenceScorer
 from influencespace.models.space import Space
@@ -110,6 +112,37 @@ def test_a_budget_bounds_the_sample_of_each_stratum(truth: Chain, tmp_path: Path
     assert target["by_target_fold"].shape == (18, truth.target.folds)
     assert len(columns(chain, "placebo")["pair"]) == 7
     # a score does not depend on what is scored beside it
+    everything = columns(truth, "influence")
+    by_pair = dict(zip(everything["pair"], everything["influence"], strict=True))
+    np.testing.assert_allclose(
+        found["influence"],
+        [by_pair[pair] for pair in found["pair"]],
+        atol=1e-5 * everything["influence"].std(),
+    )
+
+
+def test_only_strata_of_unsure_sign_are_looked_at_again(truth: Chain, tmp_path: Path) -> None:
+    chain = attribute_by(truth, tmp_path, first_look=4, budget=60, block_size=16)
+    strata, found = columns(chain, "strata"), columns(chain, "influence")
+    leaf = strata["cluster"] * 6 + strata["quantile"]
+    size, scored = np.bincount(leaf, minlength=12), np.bincount(leaf[found["pair"]], minlength=12)
+    assert len(np.unique(found["pair"])) == len(found["pair"])
+    manifest = read_manifest(tmp_path / "attribute")
+    assert manifest is not None
+    assert manifest.details["looks"] > 1
+    assert manifest.details["sample"] == scored.sum()
+    # every stratum is either decided or exhausted, and each holds the first of its pairs
+    p = anytime_p(
+        means_by(leaf[found["pair"]], found["influence"], 12).mean,
+        np.full(12, found["influence"].std()),
+        scored.astype(float),
+        tightest_at(4, 0.05),
+    )
+    exhausted = scored == np.minimum(size, 60)
+    assert (exhausted | (p < 0.05)).all()
+    assert not exhausted.all()
+    np.testing.assert_array_equal(np.sort(found["pair"]), stratified_sample(leaf, scored))
+    # a score does not depend on the look in which it was taken
     everything = columns(truth, "influence")
     by_pair = dict(zip(everything["pair"], everything["influence"], strict=True))
     np.testing.assert_allclose(

@@ -43,6 +43,8 @@ STRATA = {
     "influence_se": np.float64,
     "pooled": np.float64,
     "pooled_se": np.float64,
+    "p_value": np.float64,
+    "harmful": np.bool_,
     "kept": np.float64,
 }
 
