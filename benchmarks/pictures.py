@@ -108,3 +108,58 @@ def _panel(name: str, rows: list[dict[str, Any]], left: int, top: int, low: floa
             for a, b in zip(row["predicted"], row["real"])
         ]
     return parts
+
+
+SERIES = {
+    "single_pairs": ("#b3261e", "single pairs"),
+    "strata": ("#d98e04", "means of strata"),
+    "quality_alone": ("#6b7480", "curve along quality"),
+    "all_axes": ("#0b6e4f", "all axes (default)"),
+}
+COLUMNS, PANEL = 4, 150
+
+
+def ablation_picture(result: dict[str, Any], path: Path) -> None:
+    """AUROC against the value of every setting, a panel for each, a line for each way to pool."""
+    rows = [row for row in result["table"] if "setting" in row]
+    names = list(dict.fromkeys(row["setting"] for row in rows))
+    found = [row[series] for row in rows for series in SERIES]
+    low, high = min(found), max(found)
+    height = 70 + -(-len(names) // COLUMNS) * (PANEL + 70)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {COLUMNS * (PANEL + 50) + 30} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="100%" height="{height}" fill="#ffffff"/>',
+        '<text x="12" y="22" font-size="15" fill="#1b1f24">AUROC for wrong captions, one setting changed at a time</text>',
+    ]
+    for number, (colour, label) in enumerate(SERIES.values()):
+        parts.append(f'<text x="{12 + 150 * number}" y="44" fill="{colour}">{label}</text>')
+    for number, name in enumerate(names):
+        left = 45 + number % COLUMNS * (PANEL + 50)
+        top = 70 + number // COLUMNS * (PANEL + 70)
+        parts += _lines(name, [row for row in rows if row["setting"] == name], left, top, low, high)
+    path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+
+
+def _lines(name: str, rows: list[dict[str, Any]], left: int, top: int, low: float, high: float) -> list[str]:
+    """One setting's panel: its values side by side."""
+    parts = [
+        f'<rect x="{left}" y="{top}" width="{PANEL}" height="{PANEL}" fill="none" stroke="#c4c9d0"/>',
+        f'<text x="{left}" y="{top - 6}" fill="#1b1f24">{escape(name.replace("_", " "))}</text>',
+        f'<text x="{left - 5}" y="{top + 10}" text-anchor="end" fill="#6b7480" font-size="10">{high:.2f}</text>',
+        f'<text x="{left - 5}" y="{top + PANEL}" text-anchor="end" fill="#6b7480" font-size="10">{low:.2f}</text>',
+    ]
+    places = [left + PANEL * (i + 0.5) / len(rows) for i in range(len(rows))]
+    for x, row in zip(places, rows):
+        label = escape(str(row["value"]).replace("_", " ").split(" ")[0])
+        parts.append(
+            f'<text x="{x:.1f}" y="{top + PANEL + 14}" text-anchor="middle" fill="#6b7480" font-size="10">{label}</text>'
+        )
+    for series, (colour, _) in SERIES.items():
+        heights = [top + PANEL * (high - row[series]) / (high - low) for row in rows]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(places, heights))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in zip(places, heights)
+        ]
+    return parts

@@ -7,15 +7,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import ROOT
-from pictures import calibration_picture, recall_picture
+from pictures import ablation_picture, calibration_picture, recall_picture
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
 PICTURES = (
     (recall_picture, "quality", ROOT / "docs" / "recall.svg"),
     (calibration_picture, "calibration", ROOT / "docs" / "calibration.svg"),
+    (ablation_picture, "ablations", ROOT / "docs" / "ablations.svg"),
 )
-MARK = re.compile(r"(<!-- table: (?P<name>[\w-]+)(?: (?P<part>[\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+# a table of all targets, of the rows of a part, or of those of its rows that have a column
+MARK = re.compile(
+    r"(<!-- table: (?P<name>[\w-]+)(?: (?P<part>[\w-]+))?(?: (?P<having>\w+))? -->\n).*?(<!-- end -->)",
+    re.DOTALL,
+)
+# one value by two columns: <!-- pivot: scenarios method scenario mean_recall -->
+PIVOT = re.compile(
+    r"(<!-- pivot: (?P<name>[\w-]+) (?P<rows>\w+) (?P<columns>\w+) (?P<value>\w+) -->\n).*?(<!-- end -->)",
+    re.DOTALL,
+)
 
 
 def read(name: str) -> dict[str, Any]:
@@ -39,9 +49,11 @@ def targets_table(result: dict[str, Any]) -> str:
     return markdown(rows)
 
 
-def part_table(result: dict[str, Any], part: str) -> str:
+def part_table(result: dict[str, Any], part: str, having: str | None) -> str:
     lines = [
-        {k: v for k, v in row.items() if k != "part"} for row in result["table"] if row.get("part") == part
+        {k: v for k, v in row.items() if k != "part"}
+        for row in result["table"]
+        if row.get("part") == part and (having is None or having in row)
     ]
     if not lines:
         return f"(no rows of part {part})\n"
@@ -51,6 +63,16 @@ def part_table(result: dict[str, Any], part: str) -> str:
     rows = [tuple(name.replace("_", " ") for name in names)]
     rows += [tuple(cell(line.get(name)) for name in names) for line in lines]
     return markdown(rows)
+
+
+def pivot_table(result: dict[str, Any], rows: str, columns: str, value: str) -> str:
+    lines = [row for row in result["table"] if {rows, columns, value} <= row.keys()]
+    names = list(dict.fromkeys(line[columns] for line in lines))
+    table: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        table.setdefault(str(line[rows]), {})[line[columns]] = line[value]
+    body = [(name, *(cell(values.get(column)) for column in names)) for name, values in table.items()]
+    return markdown([(rows.replace("_", " "), *map(str, names)), *body])
 
 
 def cell(value: Any) -> str:
@@ -69,23 +91,34 @@ def markdown(rows: Sequence[tuple[str, ...]]) -> str:
 
 def render(match: re.Match[str]) -> str:
     result = read(match["name"])
-    table = part_table(result, match["part"]) if match["part"] else targets_table(result)
-    missing = [part for part in result["incomplete"] if match["part"] in (None, part)]
-    if missing:
-        table += f"\nNot all was measured yet: {', '.join(missing)}.\n"
+    part = match["part"]
+    table = part_table(result, part, match["having"]) if part else targets_table(result)
+    return match[1] + table + origin(result, part) + match[5]
+
+
+def render_pivot(match: re.Match[str]) -> str:
+    result = read(match["name"])
+    table = pivot_table(result, match["rows"], match["columns"], match["value"])
+    return match[1] + table + origin(result, None) + match[6]
+
+
+def origin(result: dict[str, Any], only: str | None) -> str:
+    """What is missing, and where the figures of a part, or of all, come from."""
+    missing = [part for part in result["incomplete"] if only in (None, part)]
+    text = f"\nNot all was measured yet: {', '.join(missing)}.\n" if missing else ""
+    commits: dict[str, list[str]] = {}
+    for part, sha in result["commits"].items():
+        if only in (None, part):
+            commits.setdefault(sha[:10], []).append(part)
+    measured = "; ".join(f"{', '.join(parts)} at commit {sha}" for sha, parts in commits.items())
     cores = result["machine"]["cpus"]
-    commits = {part: sha[:10] for part, sha in result["commits"].items() if match["part"] in (None, part)}
-    measured = ", ".join(
-        f"{part} at commit {sha}" if part else f"commit {sha}" for part, sha in commits.items()
-    )
-    origin = f"\nMeasured on {cores} CPU cores, seeds {result['seeds']}; {measured}.\n"
-    return match[1] + table + origin + match[4]
+    return text + f"\nMeasured on {cores} CPU cores, seeds {result['seeds']}; {measured}.\n"
 
 
 def main() -> None:
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        document.write_text(MARK.sub(render, text), encoding="utf-8")
+        document.write_text(PIVOT.sub(render_pivot, MARK.sub(render, text)), encoding="utf-8")
         print(f"written: {document}")
     for draw, name, path in PICTURES:
         draw(read(name), path)

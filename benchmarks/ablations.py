@@ -1,0 +1,182 @@
+"""What each setting of the curation is worth: one changed at a time, on real pairs of which 30 % are wrong.
+
+Judged by the planted truth: how well the score tells wrong from right (AUROC), what the rule prunes and how much of that
+is wrong. Needs the real data; see docs/benchmarks.md.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import SCORING, Benchmark, cached, code_version
+from curation import Curation, Setting, World, by_image, measure_on_real_pairs
+
+from influencespace.core.metrics import auroc, bootstrap_means, interval
+from influencespace.core.select import SelectConfig
+from influencespace.data.artifacts import fingerprint
+from influencespace.data.pair_set import PairSet
+from influencespace.estimators.nystrom import CurvatureConfig
+from influencespace.models.fusion import FusionConfig
+from influencespace.stages.attribute import AttributeConfig
+from influencespace.stages.cluster import ClusterConfig
+from influencespace.stages.decide import decide
+from influencespace.stages.student import StudentsConfig, train_subset
+
+Changes = Mapping[str, Any]
+STEPS = 100
+
+
+@dataclass(frozen=True)
+class Varied(Curation):
+    """The stages up to the decision with some settings changed; nothing changed is the default."""
+
+    changes: Changes = field(default_factory=dict)
+    """By the name of a stage: fields of its config; `target` is a number of images."""
+
+    def changed(self, stage: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.changes.get(stage, {})
+        return found
+
+    @property
+    def config(self) -> StudentsConfig:
+        return replace(super().config, **self.changed("student"))
+
+    @property
+    def clusters(self) -> ClusterConfig:
+        return ClusterConfig(**self.changed("cluster"))
+
+    @property
+    def curvature(self) -> CurvatureConfig:
+        return CurvatureConfig(**self.changed("curvature"))
+
+    @property
+    def attribution(self) -> AttributeConfig:
+        return AttributeConfig(**self.changed("attribute"))
+
+    @property
+    def choice(self) -> SelectConfig:
+        return SelectConfig(**self.changed("curate"))
+
+    @property
+    def folder(self) -> Path:
+        mark = fingerprint([self.setting, {**self.changes, "curate": None}, code_version(SCORING)])
+        return self.world.cache / "curations" / mark
+
+    @cached_property
+    def target(self) -> PairSet:
+        whole = self.world.dev(self.setting.target)
+        if "target" not in self.changes:
+            return whole
+        images = np.random.default_rng(0).permutation(np.unique(whole.image))[: self.changes["target"]]
+        path = self.folder / "target.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, whole.rows[np.isin(whole.image, images)])
+        return PairSet(whole.folder, path)
+
+    def compared(self) -> dict[str, Any]:
+        """AUROC of single influences, of their means by stratum, of the smooth curve along quality, and of all axes."""
+        scores = self.run()
+        strata, wrong = scores.strata, self.wrong
+        single = np.full(len(wrong), np.nan)
+        single[scores.influence["pair"]] = scores.influence["influence"]
+        known = np.isfinite(single)
+        leaf = scores.pooled.mean[strata["cluster"], strata["quantile"]]
+        curve = scores.pooled.parent.mean[strata["quantile"]]
+        pruned = ~decide(scores, self.choice).kept
+        return {
+            "single_pairs": auroc(-single[known], wrong[known]),
+            "strata": auroc(-leaf, wrong),
+            "quality_alone": auroc(-curve, wrong),
+            "all_axes": auroc(-scores.pair_scores[0], wrong),
+            "pruned": float(pruned.mean()),
+            "precision": float(wrong[pruned].mean()) if pruned.any() else None,
+        }
+
+    def axes(self) -> dict[str, float]:
+        """AUROC of each opinion on whether a pair matches."""
+        strata = self.run().strata
+        return {name: auroc(-strata[name], self.wrong) for name in ("given", "seen", "held_out", "quality")}
+
+    def weighted(self, seeds: tuple[int, ...]) -> dict[str, Any]:
+        """Recall by test image of students trained by the weights that are decided: (seeds, images)."""
+        weight = decide(self.run(), self.choice).weight
+        train = self.config.train
+        return {
+            "shares": [
+                by_image(train_subset(self.pool, weight, train, train.steps, seed).heads, self.test).tolist()
+                for seed in seeds
+            ]
+        }
+
+
+def one_by_one(name: str, values: Mapping[str, Changes], bench: Benchmark, world: World, quick: bool) -> None:
+    """One row for each value of a setting."""
+    for value in list(values)[:2] if quick else values:
+        curation = Varied(world, setting_of(values[value]), values[value])
+        found = cached(world.cache, ["ablation", curation.setting, values[value]], curation.compared)
+        bench.row(setting=name, value=value, **found)
+
+
+def setting_of(changes: Changes) -> Setting:
+    return Setting(wrong=0.3, captions=2, steps=changes.get("steps", STEPS))
+
+
+def opinions(bench: Benchmark, world: World, quick: bool) -> None:
+    """Whose opinion of a match tells wrong from right: the frozen encoder's, or the students'."""
+    curation = Varied(world, setting_of({}))
+    found = cached(world.cache, ["opinions", curation.setting], curation.axes)
+    for name, value in found.items():
+        bench.row(opinion=name, auroc=value)
+
+
+def weight_cap(bench: Benchmark, world: World, quick: bool) -> None:
+    """Mean recall of students trained by influence weights of different caps, at half a standard deviation's temperature."""
+    seeds = tuple(bench.seeds)
+    rules: dict[str, Changes] = {"uniform": {"weights": "uniform"}}
+    for cap in (1.5, 3.0, 5.0, 20.0):
+        rules[f"{cap:g}"] = {"weights": "influence", "tau_high": 0.5, "max_weight": cap}
+    shares = {}
+    for name, rule in rules.items():
+        curation = Varied(world, setting_of({}), {"curate": rule})
+        found = cached(world.cache, ["cap", name, seeds], partial(curation.weighted, seeds))
+        shares[name] = np.array(found["shares"])
+    for name, values in shares.items():
+        difference = bootstrap_means(values) - bootstrap_means(shares["uniform"])
+        bench.row(
+            cap=name,
+            mean_recall=float(values.mean()),
+            minus_uniform=float(values.mean() - shares["uniform"].mean()),
+            paired_interval=list(interval(difference)),
+        )
+
+
+def stage(name: str, option: str, *values: Any) -> dict[str, Changes]:
+    return {str(value): {name: {option: value}} for value in values}
+
+
+TARGETS: dict[str, Changes] = {str(images): {"target": images} for images in (25, 50, 100, 250)}
+SETTINGS: dict[str, dict[str, Changes]] = {
+    "clusters": stage("cluster", "k", 1, 4, 16, 64),
+    "sketch_rank": {str(rank): {"curvature": {"rank": rank, "max_rank": rank}} for rank in (4, 32, 128)},
+    "damping": stage("curvature", "damping_factor", 1.0, 10.0, 100.0, 1000.0),
+    "bank": stage("student", "contexts", 2, 4, 8),
+    "students_age": {str(steps): {"steps": steps} for steps in (50, 100, 200, 400)},
+    "target_images": {**TARGETS, "all": {}},
+    "fusion": {
+        how: {"cluster": {"fusion": FusionConfig(name=how)}}
+        for how in ("concatenation", "weighted_sum", "product", "attention_pooling")
+    },
+}
+PARTS: dict[str, Callable[[Benchmark, World, bool], None]] = {
+    **{name: partial(one_by_one, name, values) for name, values in SETTINGS.items()},
+    "opinions": opinions,
+    "weight_cap": weight_cap,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(measure_on_real_pairs(__doc__ or "", "ablations", ((0,), (0, 1, 2)), PARTS))
