@@ -31,6 +31,7 @@ from influencespace.stages.curvature import TargetConfig, curvature
 from influencespace.stages.decide import Scores, decide
 from influencespace.stages.embed import embed
 from influencespace.stages.finish import finish_stage
+from influencespace.stages.redundancy import RedundancyConfig, redundancy
 from influencespace.stages.runtime import LocalRuntime
 from influencespace.stages.student import StudentsConfig, TargetHalves, choosing_loss, students, train_subset
 from influencespace.stages.towers import EmbedConfig
@@ -142,7 +143,7 @@ class Curation:
         return self.world.dev(1 - self.setting.target)
 
     def run(self) -> Scores:
-        names = ("student", "cluster", "curvature", "attribute")
+        names = ("student", "cluster", "redundancy", "curvature", "attribute")
         at = {name: self.folder / name for name in names}
         inputs = {
             "pool": self.pool.table.manifest.fingerprint,
@@ -151,6 +152,15 @@ class Curation:
         done = students(self.pool, self.target, inputs, self.config, at["student"], RUNTIME)
         inputs |= {"student": done.fingerprint}
         clusters = cluster(self.pool, done.rows_out, inputs, ClusterConfig(), at["cluster"], RUNTIME)
+        redundancy(
+            self.pool,
+            at["student"],
+            at["cluster"],
+            inputs | {"cluster": clusters.fingerprint},
+            RedundancyConfig(),
+            at["redundancy"],
+            RUNTIME,
+        )
         solved = curvature(
             self.pool,
             self.target,
@@ -164,7 +174,7 @@ class Curation:
         )
         inputs |= {"cluster": clusters.fingerprint, "curvature": solved.fingerprint}
         attribute(self.pool, self.config, at, inputs, AttributeConfig(), at["attribute"], RUNTIME)
-        return Scores(at["attribute"])
+        return Scores(at["attribute"], at["redundancy"])
 
     def judge(self) -> dict[str, Any]:
         """The decision against the planted truth."""

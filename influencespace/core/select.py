@@ -61,18 +61,21 @@ def select(
     quality: FloatArray,
     predicted: FloatArray,
     config: SelectConfig,
+    redundant: BoolArray | None = None,
 ) -> Subset:
     """Decide on every pair from its pooled influence and standard error (n,), and its quality (n,).
 
-    `unit` is the standard deviation of single influences, in which thresholds are given. A target size is met from
+    `unit` is the standard deviation of single influences, in which thresholds are given. Of those that are not harmful the
+    `redundant` (n,) go, copies of a pair that has their score. A target size is met from
     below by quality only after the harmful are gone, because influence cannot order helpful strata. `predicted` (n,) is
     the influence that `influence` weights follow; `confirmed` weights are uniform here, since it takes retraining to
     confirm any. Raises InputError when nothing would be kept.
     """
     bound = score + config.standard_errors * se
     harmful = bound < config.tau_low * unit
-    reason = np.where(harmful, HARMFUL, KEPT).astype("U20")
-    kept = ~harmful
+    copy = np.zeros(len(score), bool) if redundant is None else redundant
+    reason = np.where(harmful, HARMFUL, np.where(copy, REDUNDANT, KEPT)).astype("U20")
+    kept = ~harmful & ~copy
     if config.target_size is not None:
         allowed = max(1, round(config.target_size * len(score)))
         surplus = int(kept.sum()) - allowed

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from influencespace.core.placebo import Placebo, placebo_check
+from influencespace.core.redundancy import group_means
 from influencespace.core.regression import single_index, standardised
 from influencespace.core.select import SelectConfig, Subset, select
 from influencespace.core.strata import Pooled, interpolate, means_by, overruled, pool, spread_of_repeats
@@ -23,6 +24,8 @@ class Scores:
     """The attribute stage's results, opened where they are used."""
 
     folder: Path
+    groups: Path | None = None
+    """The redundancy stage's; None where no pair is a copy of another."""
 
     @cached_property
     def strata(self) -> Columns:
@@ -84,6 +87,19 @@ class Scores:
         return score, np.sqrt(interpolate(variance, centres, cluster, quality))
 
     @cached_property
+    def leader(self) -> NDArray[np.int64]:
+        """The pair of the pool that each pair is a copy of, itself where it is none (n,)."""
+        if self.groups is None:
+            return np.arange(len(self.strata["quality"]))
+        return read_columns(self.groups / "groups.parquet")["leader"]
+
+    @cached_property
+    def joint_scores(self) -> tuple[FloatArray, FloatArray]:
+        """Pooled influence and its standard error, copies judged together by their mean (n,), (n,)."""
+        score, se = self.pair_scores
+        return group_means(score, self.leader), group_means(se, self.leader)
+
+    @cached_property
     def placebo(self) -> Placebo:
         placebo = read_columns(self.folder / "placebo.parquet")["influence_out"]
         # judged on a plain sample of the pool: the stratified one would count rare strata too often
@@ -116,5 +132,6 @@ class Scores:
 
 def decide(scores: Scores, config: SelectConfig) -> Subset:
     """The subset that a configuration makes of cached scores: cheap, for sweeps."""
-    score, se = scores.pair_scores
-    return select(score, se, scores.unit, scores.strata["quality"], scores.predicted, config)
+    score, se = scores.joint_scores
+    redundant = scores.leader != np.arange(len(score))
+    return select(score, se, scores.unit, scores.strata["quality"], scores.predicted, config, redundant)
