@@ -143,8 +143,9 @@ class Curation:
         return self.world.dev(1 - self.setting.target)
 
     def run(self) -> Scores:
-        names = ("student", "cluster", "redundancy", "curvature", "attribute")
+        names = ("student", "cluster", "curvature", "attribute")
         at = {name: self.folder / name for name in names}
+        at["redundancy"] = self.folder / "redundancy" / code_version()
         inputs = {
             "pool": self.pool.table.manifest.fingerprint,
             "target": self.target.table.manifest.fingerprint,

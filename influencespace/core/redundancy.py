@@ -85,6 +85,15 @@ def _along_greatest_spread(X: Tensor) -> FloatArray:
     return along
 
 
+def rank_within(group: IntArray, value: FloatArray) -> IntArray:
+    """Place 0, 1, .. of each row among those of its group (n,) by value (n,), the highest first, ties by order: (n,)."""
+    order = np.lexsort((-value, group))
+    ordered = group[order]
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return rank
+
+
 def group_means(values: FloatArray, leader: IntArray) -> FloatArray:
     """The mean of values (n,) over all rows with the same leader (n,), for each row: (n,)."""
     mean = np.bincount(leader, values) / np.maximum(np.bincount(leader), 1)

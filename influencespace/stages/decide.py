@@ -25,7 +25,7 @@ class Scores:
 
     folder: Path
     groups: Path | None = None
-    """The redundancy stage's; None where no pair is a copy of another."""
+    """The redundancy stage's; None where no pair is a copy of another, and no two have one image."""
 
     @cached_property
     def strata(self) -> Columns:
@@ -87,11 +87,21 @@ class Scores:
         return score, np.sqrt(interpolate(variance, centres, cluster, quality))
 
     @cached_property
+    def _groups(self) -> Columns:
+        if self.groups is None:
+            alone = np.arange(len(self.strata["quality"]))
+            return {"leader": alone, "image": alone}
+        return read_columns(self.groups / "groups.parquet")
+
+    @property
     def leader(self) -> NDArray[np.int64]:
         """The pair of the pool that each pair is a copy of, itself where it is none (n,)."""
-        if self.groups is None:
-            return np.arange(len(self.strata["quality"]))
-        return read_columns(self.groups / "groups.parquet")["leader"]
+        return self._groups["leader"]
+
+    @property
+    def image(self) -> NDArray[np.int64]:
+        """The image of each pair (n,)."""
+        return self._groups["image"]
 
     @cached_property
     def joint_scores(self) -> tuple[FloatArray, FloatArray]:
@@ -134,4 +144,4 @@ def decide(scores: Scores, config: SelectConfig) -> Subset:
     """The subset that a configuration makes of cached scores: cheap, for sweeps."""
     score, se = scores.joint_scores
     redundant = scores.leader != np.arange(len(score))
-    return select(score, se, scores.unit, scores.strata["quality"], scores.predicted, config, redundant)
+    return select(score, se, scores.unit, scores.predicted, config, redundant, scores.image)

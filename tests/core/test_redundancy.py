@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from influencespace.core.kmeans import unit_rows
-from influencespace.core.redundancy import exact_leaders, group_means, halved, near_leaders
+from influencespace.core.redundancy import exact_leaders, group_means, halved, near_leaders, rank_within
 
 seeds = st.integers(0, 10_000)
 thresholds = st.floats(-0.5, 0.99)
@@ -116,3 +116,12 @@ def test_a_group_has_the_mean_of_its_members(leader: list[int]) -> None:
     found = group_means(values, np.array(leader))
     for i, own in enumerate(leader):
         assert found[i] == pytest.approx(values[np.array(leader) == own].mean())
+
+
+@given(value=st.lists(st.integers(0, 3).map(float), min_size=1, max_size=20).map(np.array), seed=seeds)
+def test_ranks_count_the_better_of_a_group(value: np.ndarray, seed: int) -> None:
+    group = np.random.default_rng(seed).integers(0, 4, len(value))
+    rank = rank_within(group, value)
+    for i in range(len(value)):
+        others = np.flatnonzero(group == group[i])
+        assert rank[i] == sum(value[j] > value[i] or (value[j] == value[i] and j < i) for j in others)
