@@ -28,7 +28,7 @@ MEAN_SAMPLE = 4096  # distinct images, and captions, whose mean is taken off
 
 @options(frozen=True, kw_only=True)
 class RedundancyConfig:
-    """When a pair is a copy of another: when both its image and its caption are (docs/benchmarks.md says what that finds)."""
+    """When a pair is a copy of another: both its image and its caption are."""
 
     find: bool = True
     """Whether copies are looked for; exact ones need no threshold."""
