@@ -11,6 +11,7 @@ from torch import Tensor
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+ROUNDING = 1e-5  # of cosines in float32: equal rows have less than 1
 
 
 def exact_leaders(image: IntArray, text: IntArray, worth: FloatArray) -> IntArray:
@@ -24,14 +25,14 @@ def exact_leaders(image: IntArray, text: IntArray, worth: FloatArray) -> IntArra
 
 
 def near_leaders(images: Tensor, texts: Tensor, image: float, text: float, block: int = 1024) -> IntArray:
-    """The first leader whose image has a cosine above `image` and whose text one above `text`, or the row itself: (n,).
+    """The first leader whose image has a cosine of `image` or more and whose text one of `text`, or the row itself: (n,).
 
     Unit rows (n, Di), (n, Dt), the most wanted first. Time n x groups, memory block x groups; no block changes the result.
     """
 
     def near(rows: IntArray, others: IntArray) -> NDArray[np.bool_]:
-        alike = (images[rows] @ images[others].T > image) & (texts[rows] @ texts[others].T > text)
-        found: NDArray[np.bool_] = alike.numpy()
+        U, T = images[rows] @ images[others].T, texts[rows] @ texts[others].T
+        found: NDArray[np.bool_] = ((U >= image - ROUNDING) & (T >= text - ROUNDING)).numpy()
         return found
 
     leader = np.arange(len(images))

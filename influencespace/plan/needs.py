@@ -245,7 +245,7 @@ class Needs:
             read=self.n * self.pair_bytes + 24 * self.n,
             written=10 * self.n,
             temporary=48 * self.n,
-            worker=3 * largest * self.pair_bytes,  # both embeddings, together and less their mean
+            worker=4 * largest * self.pair_bytes,  # as read, less their mean, fused, and those of leaders
             workers=workers,
             work=self.n * self.D * min(largest, given.most) / workers,
             tasks=clusters,
