@@ -31,8 +31,8 @@ def near_leaders(images: Tensor, texts: Tensor, image: float, text: float, block
     """
 
     def near(rows: IntArray, others: IntArray) -> NDArray[np.bool_]:
-        U, T = images[rows] @ images[others].T, texts[rows] @ texts[others].T
-        found: NDArray[np.bool_] = ((U >= image - ROUNDING) & (T >= text - ROUNDING)).numpy()
+        pictures, captions = images[rows] @ images[others].T, texts[rows] @ texts[others].T
+        found: NDArray[np.bool_] = ((pictures >= image - ROUNDING) & (captions >= text - ROUNDING)).numpy()
         return found
 
     leader = np.arange(len(images))

@@ -33,8 +33,8 @@ class RedundancyConfig:
     find: bool = True
     """Whether copies are looked for; exact ones need no threshold."""
     image: float = Field(default=0.75, gt=0, le=1)
-    """Two images are one from this cosine of the given encoder's embeddings on, less their mean: encoders differ in how alike they
-    find any two pictures. 1 finds equal ones only."""
+    """Two images are one from this cosine of the given encoder's embeddings on, their mean taken off: encoders differ in how
+    alike they find any two pictures. 1 finds equal ones only."""
     text: float = Field(default=0.99, gt=0, le=1)
     """The same for captions: stricter, since one picture's captions say similar things."""
     most: int = Field(default=16_384, ge=2)
