@@ -31,6 +31,7 @@ from influencespace.stages.curvature import TargetConfig, curvature
 from influencespace.stages.decide import Scores, decide
 from influencespace.stages.embed import embed
 from influencespace.stages.finish import finish_stage
+from influencespace.stages.redundancy import RedundancyConfig, redundancy
 from influencespace.stages.runtime import LocalRuntime
 from influencespace.stages.student import StudentsConfig, TargetHalves, choosing_loss, students, train_subset
 from influencespace.stages.towers import EmbedConfig
@@ -160,6 +161,7 @@ class Curation:
     def run(self) -> Scores:
         names = ("student", "cluster", "curvature", "attribute")
         at = {name: self.folder / name for name in names}
+        at["redundancy"] = self.folder / "redundancy" / code_version()
         inputs = {
             "pool": self.pool.table.manifest.fingerprint,
             "target": self.target.table.manifest.fingerprint,
@@ -167,6 +169,15 @@ class Curation:
         done = students(self.pool, self.target, inputs, self.config, at["student"], RUNTIME)
         inputs |= {"student": done.fingerprint}
         clusters = cluster(self.pool, done.rows_out, inputs, self.clusters, at["cluster"], RUNTIME)
+        redundancy(
+            self.pool,
+            at["student"],
+            at["cluster"],
+            inputs | {"cluster": clusters.fingerprint},
+            RedundancyConfig(),
+            at["redundancy"],
+            RUNTIME,
+        )
         solved = curvature(
             self.pool,
             self.target,
@@ -180,7 +191,7 @@ class Curation:
         )
         inputs |= {"cluster": clusters.fingerprint, "curvature": solved.fingerprint}
         attribute(self.pool, self.config, at, inputs, self.attribution, at["attribute"], RUNTIME)
-        return Scores(at["attribute"])
+        return Scores(at["attribute"], at["redundancy"])
 
     def judge(self) -> dict[str, Any]:
         """The decision against the planted truth."""

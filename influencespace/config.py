@@ -19,6 +19,7 @@ from influencespace.stages.attribute import AttributeConfig
 from influencespace.stages.cluster import ClusterConfig
 from influencespace.stages.curvature import TargetConfig
 from influencespace.stages.evaluate import EvaluateConfig
+from influencespace.stages.redundancy import RedundancyConfig
 from influencespace.stages.split import SplitConfig
 from influencespace.stages.student import StudentsConfig
 from influencespace.stages.towers import EmbedConfig
@@ -51,6 +52,7 @@ class RunConfig:
     split: SplitConfig = plain_field(default_factory=SplitConfig)
     student: StudentsConfig = plain_field(default_factory=StudentsConfig)
     cluster: ClusterConfig = plain_field(default_factory=ClusterConfig)
+    redundancy: RedundancyConfig = plain_field(default_factory=RedundancyConfig)
     curvature: CurvatureConfig = plain_field(default_factory=CurvatureConfig)
     target: TargetConfig = plain_field(default_factory=TargetConfig)
     attribute: AttributeConfig = plain_field(default_factory=AttributeConfig)

@@ -24,6 +24,7 @@ from influencespace.stages.curvature import curvature
 from influencespace.stages.embed import embed
 from influencespace.stages.evaluate import evaluate
 from influencespace.stages.importing import import_embeddings
+from influencespace.stages.redundancy import redundancy
 from influencespace.stages.runtime import Runtime, run_once
 from influencespace.stages.split import pair_sets, split
 from influencespace.stages.student import students
@@ -194,10 +195,8 @@ def run_round(
 ) -> Round:
     """The stages after the split, on one pool."""
     pool, target, test = (sets[role] for role in ROLES)
-    at = {
-        name: folder / name
-        for name in ("student", "cluster", "curvature", "attribute", "curate", "train", "evaluate")
-    }
+    stages = ("student", "cluster", "redundancy", "curvature", "attribute", "curate", "train", "evaluate")
+    at = {name: folder / name for name in stages}
     done: dict[str, Manifest] = {}
 
     def given(*names: str) -> dict[str, str]:
@@ -206,6 +205,15 @@ def run_round(
     done["student"] = students(pool, target, inputs, config.student, at["student"], runtime)
     rows = done["student"].rows_out
     done["cluster"] = cluster(pool, rows, inputs, config.cluster, at["cluster"], runtime)
+    done["redundancy"] = redundancy(
+        pool,
+        at["student"],
+        at["cluster"],
+        given("student", "cluster"),
+        config.redundancy,
+        at["redundancy"],
+        runtime,
+    )
     done["curvature"] = curvature(
         pool,
         target,
@@ -231,8 +239,9 @@ def run_round(
         pool,
         target,
         at["attribute"],
+        at["redundancy"],
         at["student"],
-        given("student", "attribute"),
+        given("student", "redundancy", "attribute"),
         config.curate,
         config.student,
         steps,

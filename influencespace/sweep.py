@@ -160,7 +160,9 @@ def sweep(run: Path, config: SweepConfig, out: Path) -> Best:
     """
     run_config = load_config(run / "config.yaml", {})
     objective = retraining(run, run_config, config.student_seeds)
-    inputs = {name: stage_of(run, name, TO_SWEEP).fingerprint for name in ("student", "attribute")}
+    inputs = {
+        name: stage_of(run, name, TO_SWEEP).fingerprint for name in ("student", "redundancy", "attribute")
+    }
     select = confirmed_settings(run, run_config.curate)
     own = own_settings(select)
     mark = fingerprint(
@@ -199,7 +201,7 @@ def retraining(run: Path, config: RunConfig, seeds: tuple[int, ...]) -> Retraini
     return Retraining(
         pool=_absolute(sets["pool"]),
         target=_absolute(sets["target"]),
-        scores=Scores(run / "attribute"),
+        scores=Scores(run / "attribute", run / "redundancy"),
         select=config.curate,
         students=config.student,
         steps=int(stage_of(run, "student", TO_SWEEP).details["steps"]),

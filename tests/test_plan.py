@@ -32,8 +32,8 @@ from influencespace.stages.fit_encoder import FitEncoder
 from influencespace.stages.runtime import LocalRuntime
 
 STAGES = [
-    *("embed pool", "embed target", "embed test", "split", "student", "cluster", "curvature"),
-    *("attribute", "curate", "train", "evaluate", "report"),
+    *("embed pool", "embed target", "embed test", "split", "student", "cluster", "redundancy"),
+    *("curvature", "attribute", "curate", "train", "evaluate", "report"),
 ]
 SMALL = {
     "student.train.dimension": 16,

@@ -21,13 +21,13 @@ def quantile_of(quality: FloatArray, count: int) -> IntArray:
     return ranks * count // max(len(quality), 1)
 
 
-def place_within(stratum: IntArray) -> IntArray:
-    """How many rows of its own stratum come before each row: (n,) -> (n,)."""
-    order = np.argsort(stratum, kind="stable")
-    ordered = stratum[order]
-    place = np.empty(len(stratum), np.int64)
-    place[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
-    return place
+def rank_within(group: IntArray, value: FloatArray) -> IntArray:
+    """Place 0, 1, .. of each row among those of its group (n,) by value (n,), the highest first, ties by order: (n,)."""
+    order = np.lexsort((-value, group))
+    ordered = group[order]
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return rank
 
 
 def stratified_sample(stratum: IntArray, budget: int | IntArray, after: int | IntArray = 0) -> IntArray:
@@ -35,7 +35,7 @@ def stratified_sample(stratum: IntArray, budget: int | IntArray, after: int | In
 
     Both are one number for all, or one for each stratum (S,).
     """
-    place = place_within(stratum)
+    place = rank_within(stratum, np.zeros(len(stratum)))
 
     def of_row(bound: int | IntArray) -> int | IntArray:
         return bound[stratum] if isinstance(bound, np.ndarray) else bound

@@ -33,7 +33,17 @@ from influencespace.stages.student import ALL
 # Groups of processes that a stage starts for itself; each costs what the calibration's own one took to start. Other
 # tasks find processes that are there already.
 STARTS = {"embed": 2, "cluster": 1, "train": 2}
-STAGES = ("split", "student", "cluster", "curvature", "attribute", "curate", "train", "evaluate")
+STAGES = (
+    "split",
+    "student",
+    "cluster",
+    "redundancy",
+    "curvature",
+    "attribute",
+    "curate",
+    "train",
+    "evaluate",
+)
 CLEAR_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 forgets the peak of this process
 
 

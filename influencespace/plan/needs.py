@@ -23,8 +23,8 @@ WORKER_BYTES = 400 * 2**20
 TASK_BYTES = 4096  # a task on the driver: itself, pickled, and Ray's record of it
 # Columns of all pairs (rows, images, captions, folds, orders) in each worker of a stage, in bytes a pair: what peaks
 # grew by from 200,000 to 600,000 pairs, rounded up. Consolidation says about itself that it takes 100.
-PAIR_BYTES = {"embed": 100, "split": 100, "student": 350, "cluster": 200, "curvature": 200}
-PAIR_BYTES |= {"attribute": 300, "curate": 400, "train": 350}
+PAIR_BYTES = {"embed": 100, "split": 100, "student": 350, "cluster": 200, "redundancy": 200}
+PAIR_BYTES |= {"curvature": 200, "attribute": 300, "curate": 400, "train": 350}
 CAPTION_BYTES = 1000  # a row of pairs.parquet while it is made
 # A solve holds probes and products in float32 and some six copies in float64: 56 to 59 bytes were measured.
 SKETCH_BYTES = 60
@@ -33,6 +33,7 @@ PROBE_BYTES = 20
 ROW_BYTES = 40
 # Reading and fusing a pair costs about as much as comparing it with this many centroids.
 FUSION_CENTROIDS = 32
+LARGEST_CLUSTER = 3  # in mean sizes; 1.9 was measured on real pairs, 2.9 where a third of them were copies
 DECISION_WORK = 10_000  # of one pair in the decision, in multiplications
 PAGE_BYTES = 75_000  # report.html without its pictures
 THUMBNAIL_BYTES = 8_000  # as base64
@@ -108,7 +109,14 @@ class Needs:
     def all(self) -> list[Need]:
         """The stages in their order; those after the split for as many rounds as there can be."""
         once = [*(self.embed(role) for role in self.sizes.surveys), self.split()]
-        rounds = [self.student(), self.cluster(), self.curvature(), self.attribute(), self.curate()]
+        rounds = [
+            self.student(),
+            self.cluster(),
+            self.redundancy(),
+            self.curvature(),
+            self.attribute(),
+            self.curate(),
+        ]
         return repeated([*once, *rounds, self.train(), self.evaluate(), self.report()], self.config.iterate)
 
     @property
@@ -226,6 +234,21 @@ class Needs:
             work=self.n * width * sum((given.epochs + 1) * (k + FUSION_CENTROIDS) for k in levels) / workers,
             tasks=self._blocks(given.block_size),
             driver=statistic * AHEAD * workers,
+        )
+
+    def redundancy(self) -> Need:
+        given, clusters = self.config.redundancy, self.choices.levels[-1]
+        largest = min(self.n, LARGEST_CLUSTER * self.n // clusters)
+        workers = max(1, min(self.runtime.cores, clusters))
+        return self._need(
+            "redundancy",
+            read=self.n * self.pair_bytes + 24 * self.n,
+            written=10 * self.n,
+            temporary=48 * self.n,
+            worker=4 * largest * self.pair_bytes,  # as read, less their mean, fused, and those of leaders
+            workers=workers,
+            work=self.n * self.D * min(largest, given.most) / workers,
+            tasks=clusters,
         )
 
     def curvature(self) -> Need:

@@ -23,7 +23,18 @@ REPORT = "report.html"
 ROLES = ("pool", "target", "test")
 
 # JSON sorts them by name; any other stage comes last.
-STAGES = ("embed", "split", "student", "cluster", "curvature", "attribute", "curate", "train", "evaluate")
+STAGES = (
+    "embed",
+    "split",
+    "student",
+    "cluster",
+    "redundancy",
+    "curvature",
+    "attribute",
+    "curate",
+    "train",
+    "evaluate",
+)
 
 # Reasons of rejection on the page, and examples of each; the rest is counted.
 REASONS_SHOWN = 12
@@ -33,8 +44,7 @@ MAX_CONFIG = 50_000  # characters
 EXPLANATIONS = {
     "harmful": "the pooled influence of its stratum is below the threshold, surely enough: training on it raises the target loss",
     "over target size": "nothing is wrong with it, but a target size was asked for and others come first",
-    "duplicate": "a copy, or nearly one, of a pair that is kept",
-    "redundant": "others that are kept say the same",
+    "redundant": "a copy, or nearly one, of a pair that is kept: the same picture with the same caption",
 }
 
 

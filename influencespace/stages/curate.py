@@ -94,7 +94,7 @@ class Curate:
         write_columns(self.folder / "weights.parquet", {name: weights[name] for name in METHODS})
 
     def _decisions(self, uids: list[str], subset: Subset) -> pa.Table:
-        score, se = self.scores.pair_scores
+        score, se = self.scores.joint_scores
         strata = self.scores.strata
         labels = np.char.add(
             np.char.mod("c%03d/q", strata["cluster"]), np.char.mod("%02d", strata["quantile"])
@@ -183,6 +183,7 @@ def curate(
     pool: PairSet,
     target: PairSet,
     attribute_folder: Path,
+    redundancy_folder: Path,
     student_folder: Path,
     inputs: dict[str, str],
     config: SelectConfig,
@@ -202,7 +203,7 @@ def curate(
         return done
     began = time.monotonic()
     reopen(out)
-    scores = Scores(attribute_folder)
+    scores = Scores(attribute_folder, redundancy_folder)
     confirmed, trials = confirm(pool, target, scores, config, students, steps, out, mark, runtime)
     task = Curate(
         pool=earlier.pool if earlier else pool,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from influencespace.core.additive import Additive, fit_additive
 from influencespace.core.placebo import Placebo, placebo_check
+from influencespace.core.redundancy import group_means
 from influencespace.core.select import SelectConfig, Subset, select
 from influencespace.core.sequential import anytime_p, tightest_at
 from influencespace.core.strata import Pooled, means_by, pool, spread_of_repeats
@@ -33,6 +34,8 @@ class Scores:
     """The attribute stage's results, opened where they are used."""
 
     folder: Path
+    groups: Path | None = None
+    """The redundancy stage's; None where no pair is a copy of another, and no two have one image."""
 
     @cached_property
     def strata(self) -> Columns:
@@ -108,6 +111,29 @@ class Scores:
         return np.stack([self.strata[name] for name in names], 1)
 
     @cached_property
+    def _groups(self) -> Columns:
+        if self.groups is None:
+            alone = np.arange(len(self.strata["quality"]))
+            return {"leader": alone, "image": alone}
+        return read_columns(self.groups / "groups.parquet")
+
+    @property
+    def leader(self) -> NDArray[np.int64]:
+        """The pair of the pool that each pair is a copy of, itself where it is none (n,)."""
+        return self._groups["leader"]
+
+    @property
+    def image(self) -> NDArray[np.int64]:
+        """The image of each pair (n,)."""
+        return self._groups["image"]
+
+    @cached_property
+    def joint_scores(self) -> tuple[FloatArray, FloatArray]:
+        """Pooled influence and its standard error, copies judged together by their mean (n,), (n,)."""
+        score, se = self.pair_scores
+        return group_means(score, self.leader), group_means(se, self.leader)
+
+    @cached_property
     def placebo(self) -> Placebo:
         placebo = read_columns(self.folder / "placebo.parquet")["influence_out"]
         # judged on a plain sample of the pool: the stratified one would count rare strata too often
@@ -138,5 +164,6 @@ class Scores:
 
 def decide(scores: Scores, config: SelectConfig) -> Subset:
     """The subset that a configuration makes of cached scores: cheap, for sweeps."""
-    score, se = scores.pair_scores
-    return select(score, se, scores.unit, scores.strata["quality"], scores.predicted, config)
+    score, se = scores.joint_scores
+    redundant = scores.leader != np.arange(len(score))
+    return select(score, se, scores.unit, scores.predicted, config, redundant, scores.image)

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from influencespace.core import select as module
-from influencespace.core.select import HARMFUL, KEPT, OVER_SIZE, SelectConfig, capped_weights, select
+from influencespace.core.select import (
+    HARMFUL,
+    KEPT,
+    OVER_SIZE,
+    REDUNDANT,
+    SelectConfig,
+    capped_weights,
+    select,
+)
 from influencespace.errors import InputError
 
 finite = st.floats(-3, 3, allow_nan=False)
@@ -15,7 +23,7 @@ finite = st.floats(-3, 3, allow_nan=False)
 
 @st.composite
 def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores, standard errors and quality of some pairs."""
+    """Scores, standard errors and predicted influence of some pairs."""
     n = draw(st.integers(1, 40))
     column = st.lists(finite, min_size=n, max_size=n).map(np.array)
     return draw(column), np.abs(draw(column)), draw(column)
@@ -23,9 +31,9 @@ def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @given(pairs=scored(), unit=st.floats(0.1, 5), tau_low=st.floats(-1, 1))
 def test_what_is_below_the_threshold_goes(pairs: tuple[np.ndarray, ...], unit: float, tau_low: float) -> None:
-    score, se, quality = pairs
+    score, se, predicted = pairs
     assume((score >= tau_low * unit).any())
-    subset = select(score, se, unit, quality, score, SelectConfig(tau_low=tau_low, margin=0))
+    subset = select(score, se, unit, predicted, SelectConfig(tau_low=tau_low, margin=0))
     np.testing.assert_array_equal(subset.kept, score >= tau_low * unit)
     np.testing.assert_array_equal(subset.reason, np.where(subset.kept, KEPT, HARMFUL))
     np.testing.assert_array_equal(subset.weight, subset.kept.astype(float))
@@ -35,48 +43,73 @@ def test_what_is_below_the_threshold_goes(pairs: tuple[np.ndarray, ...], unit: f
 def test_caution_keeps_all_that_the_plain_rule_keeps_and_what_is_uncertain(
     pairs: tuple[np.ndarray, ...],
 ) -> None:
-    score, se, quality = pairs
+    score, se, predicted = pairs
     assume((score >= 0).any())
-    plain = select(score, se, 1.0, quality, score, SelectConfig(margin=0))
-    cautious = select(score, se, 1.0, quality, score, SelectConfig(cautious=True))
+    plain = select(score, se, 1.0, predicted, SelectConfig(margin=0))
+    cautious = select(score, se, 1.0, predicted, SelectConfig(cautious=True))
     assert (cautious.kept >= plain.kept).all()
     np.testing.assert_array_equal(cautious.kept, score + 1.96 * se >= 0)
 
 
 @given(pairs=scored(), size=st.floats(0.01, 1))
-def test_a_target_size_is_met_exactly_and_the_worst_by_quality_go(
+def test_a_target_size_is_met_exactly_and_what_helps_least_goes(
     pairs: tuple[np.ndarray, ...], size: float
 ) -> None:
-    score, se, quality = pairs
+    score, se, predicted = pairs
     assume((score >= 0).any())
-    subset = select(score, se, 1.0, quality, score, SelectConfig(target_size=size, margin=0))
+    subset = select(score, se, 1.0, predicted, SelectConfig(target_size=size, margin=0))
     helpful = score >= 0
     assert subset.kept.sum() == min(helpful.sum(), max(1, round(size * len(score))))
     assert not (subset.kept & ~helpful).any()
     over = subset.reason == OVER_SIZE
     np.testing.assert_array_equal(over, helpful & ~subset.kept)
     if over.any():
-        assert quality[over].max() <= quality[subset.kept].min()
+        assert predicted[over].max() <= predicted[subset.kept].min()
+
+
+@given(pairs=scored(), size=st.floats(0.1, 1))
+def test_copies_go_before_anything_that_helps(pairs: tuple[np.ndarray, ...], size: float) -> None:
+    score, _, predicted = pairs
+    leader = np.arange(len(score)) // 2 * 2
+    score = score[leader]  # copies have the score of their group
+    copy = leader != np.arange(len(score))
+    assume((score >= 0).any())
+    config = SelectConfig(target_size=size, margin=0)
+    subset = select(score, np.zeros_like(score), 1.0, predicted, config, redundant=copy)
+    np.testing.assert_array_equal(subset.reason == HARMFUL, score < 0)
+    np.testing.assert_array_equal(subset.reason == REDUNDANT, (score >= 0) & copy)
+    distinct = int(((score >= 0) & ~copy).sum())
+    assert subset.kept.sum() == min(distinct, max(1, round(size * len(score))))
+
+
+def test_a_further_caption_of_an_image_counts_half_a_deviation_less() -> None:
+    """The third pair is the second of its image, and too little above the first to stay before it."""
+    predicted = np.array([0.0, 1.0, 0.2, 1.0])
+    config = SelectConfig(target_size=0.75)
+    nothing = np.zeros(4)
+    subset = select(nothing, nothing, 1.0, predicted, config, image=np.array([0, 1, 1, 2]))
+    assert subset.reason.tolist() == [KEPT, KEPT, OVER_SIZE, KEPT]
+    assert select(nothing, nothing, 1.0, predicted, config).reason.tolist() == [OVER_SIZE, KEPT, KEPT, KEPT]
 
 
 def test_a_subset_without_pairs_is_refused() -> None:
     with pytest.raises(InputError, match=r"every pair scores below tau_low = 0\.0"):
-        select(np.array([-1.0, -2.0]), np.zeros(2), 1.0, np.zeros(2), np.zeros(2), SelectConfig())
+        select(np.array([-1.0, -2.0]), np.zeros(2), 1.0, np.zeros(2), SelectConfig())
 
 
 @given(pairs=scored(), tau_high=st.floats(0.05, 10), cap=st.floats(1, 8))
-def test_influence_weights_have_mean_one_rise_with_the_score_and_stay_below_the_cap(
+def test_influence_weights_have_mean_one_rise_with_what_is_predicted_and_stay_below_the_cap(
     pairs: tuple[np.ndarray, ...], tau_high: float, cap: float
 ) -> None:
-    score, se, quality = pairs
+    score, se, predicted = pairs
     assume((score >= 0).any())
     config = SelectConfig(weights="influence", tau_high=tau_high, max_weight=cap, margin=0)
-    subset = select(score, se, 1.0, quality, score, config)
+    subset = select(score, se, 1.0, predicted, config)
     kept = subset.weight[subset.kept]
     assert kept.mean() == pytest.approx(1, rel=1e-4)
     assert kept.max() <= cap
     assert (subset.weight[~subset.kept] == 0).all()
-    assert (np.diff(kept[np.argsort(score[subset.kept])]) >= -1e-9).all()
+    assert (np.diff(kept[np.argsort(predicted[subset.kept])]) >= -1e-9).all()
 
 
 @given(utility=st.lists(st.floats(-2, 2), min_size=2, max_size=20).map(np.array), cap=st.floats(1.1, 4))
@@ -110,7 +143,7 @@ def test_utilities_far_apart_have_weights(cap: float) -> None:
 
 def test_a_high_temperature_is_uniform() -> None:
     score = np.linspace(0, 2, 9)
-    subset = select(score, score, 1.0, score, score, SelectConfig(weights="influence", tau_high=1e9))
+    subset = select(score, score, 1.0, score, SelectConfig(weights="influence", tau_high=1e9))
     np.testing.assert_allclose(subset.weight, 1)
 
 

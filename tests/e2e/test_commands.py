@@ -18,7 +18,7 @@ from influencespace.config import load_config
 from influencespace.data.pair_set import PairSet
 
 pytestmark = pytest.mark.e2e
-STAGES = ("student", "cluster", "curvature", "attribute", "curate", "train", "evaluate")
+STAGES = ("student", "cluster", "redundancy", "curvature", "attribute", "curate", "train", "evaluate")
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ STAGES = (
     "split",
     "student",
     "cluster",
+    "redundancy",
     "curvature",
     "attribute",
     "curate",

@@ -23,12 +23,13 @@ from influencespace.stages.cluster import ClusterConfig, cluster
 from influencespace.stages.curate import curate
 from influencespace.stages.curvature import TargetConfig, curvature
 from influencespace.stages.evaluate import EvaluateConfig, evaluate
+from influencespace.stages.redundancy import RedundancyConfig, redundancy
 from influencespace.stages.runtime import LocalRuntime, Pool, Recipe, Runtime
 from influencespace.stages.student import StudentsConfig, students
 from influencespace.stages.towers import EmbedConfig
 from influencespace.stages.train import TrainConfig, train
 
-STAGES = ("student", "cluster", "curvature", "attribute", "curate", "train", "evaluate")
+STAGES = ("student", "cluster", "redundancy", "curvature", "attribute", "curate", "train", "evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,7 @@ class Chain:
     source_folder: Path | None = None
     student: StudentsConfig = field(default_factory=student_config)
     cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(k=2, batch_size=64, block_size=50))
+    redundancy: RedundancyConfig = field(default_factory=RedundancyConfig)
     curvature: CurvatureConfig = field(default_factory=lambda: CurvatureConfig(rank=16))
     target: TargetConfig = field(default_factory=lambda: TargetConfig(folds=3))
     attribute: AttributeConfig = field(
@@ -126,6 +128,17 @@ class Chain:
         pool = self.sets["pool"]
         return cluster(pool, len(pool), self.given(), self.cluster, self.out / "cluster", self.runtime)
 
+    def _redundancy(self) -> Manifest:
+        return redundancy(
+            self.sets["pool"],
+            self.source / "student",
+            self.source / "cluster",
+            self.given("student", "cluster"),
+            self.redundancy,
+            self.out / "redundancy",
+            self.runtime,
+        )
+
     def _curvature(self) -> Manifest:
         return curvature(
             self.sets["pool"],
@@ -155,8 +168,9 @@ class Chain:
             self.sets["pool"],
             self.sets["target"],
             self.source / "attribute",
+            self.source / "redundancy",
             self.source / "student",
-            self.given("student", "attribute"),
+            self.given("student", "redundancy", "attribute"),
             self.select,
             self.student,
             self.manifest("student").details["steps"],

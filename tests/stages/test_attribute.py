@@ -184,7 +184,7 @@ def test_wrong_captions_have_lower_influence(truth: Chain) -> None:
 def test_no_placebo_is_a_choice(truth: Chain, tmp_path: Path) -> None:
     attribute_by(truth, tmp_path, placebo=7)  # nothing of which is left
     chain = replace(attribute_by(truth, tmp_path, placebo=0), source_folder=None)
-    for stage in ("student", "cluster", "curvature"):
+    for stage in ("student", "cluster", "redundancy", "curvature"):
         (tmp_path / stage).symlink_to(truth.out / stage)
     placebo = chain.run("curate").details["placebo"]
     assert placebo["estimated_wrong_share"] is placebo["influence_placebo"] is None

@@ -150,7 +150,7 @@ def test_cached_scores_give_the_stages_decision(
     truth: Chain, tmp_path: Path, settings: dict[str, object]
 ) -> None:
     curated = table(curate_by(truth, tmp_path, **settings))
-    subset = decide(Scores(truth.out / "attribute"), SelectConfig(**settings))
+    subset = decide(Scores(truth.out / "attribute", truth.out / "redundancy"), SelectConfig(**settings))
     np.testing.assert_array_equal(curated["kept"].to_numpy(), subset.kept)
     np.testing.assert_allclose(curated["weight"].to_numpy(), subset.weight, rtol=1e-6)
     assert curated["reason"].to_pylist() == subset.reason.tolist()
@@ -176,7 +176,7 @@ def test_a_threshold_that_keeps_nothing_is_said(truth: Chain, tmp_path: Path) ->
 def test_an_unsettled_student_is_warned_of(truth: Chain, tmp_path: Path) -> None:
     """In-training influences that are far from zero on average."""
     source = tmp_path / "source"
-    for stage in ("student", "attribute"):
+    for stage in ("student", "redundancy", "attribute"):
         (source / stage).mkdir(parents=True)
         for path in (truth.out / stage).iterdir():
             if path.is_file():

@@ -26,21 +26,38 @@ from influencespace.core.select import SelectConfig
 from influencespace.data.artifacts import MANIFEST, read_manifest
 from influencespace.data.blocks import write_block
 from influencespace.estimators.nystrom import CurvatureConfig
-from influencespace.stages import attribute, cluster, student
+from influencespace.stages import attribute, cluster, redundancy, student
 from influencespace.stages.attribute import AttributeConfig
 from influencespace.stages.cluster import ClusterConfig
 from influencespace.stages.curvature import TargetConfig
 from influencespace.stages.ray_runtime import RayRuntime
+from influencespace.stages.redundancy import RedundancyConfig
 from influencespace.stages.runtime import call, run_once
 from influencespace.stages.train import TrainConfig
 
-OF_PAIRS = ("student", "cluster", "attribute", "curate")  # stages with a row for every pair of the pool
+OF_PAIRS = (
+    "student",
+    "cluster",
+    "redundancy",
+    "attribute",
+    "curate",
+)  # stages with a row for every pair of the pool
 # what a changed setting leaves as it was
 CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "student": ({"student": student_config(steps=21)}, {"cluster"}),
     "cluster": ({"cluster": ClusterConfig(k=3)}, {"student", "curvature"}),
-    "curvature": ({"curvature": CurvatureConfig(rank=16, damping_factor=50)}, {"student", "cluster"}),
-    "curate": ({"select": SelectConfig(tau_low=0.1)}, {"student", "cluster", "curvature", "attribute"}),
+    "curvature": (
+        {"curvature": CurvatureConfig(rank=16, damping_factor=50)},
+        {"student", "cluster", "redundancy"},
+    ),
+    "redundancy": (
+        {"redundancy": RedundancyConfig(text=0.8)},
+        {"student", "cluster", "curvature", "attribute"},
+    ),
+    "curate": (
+        {"select": SelectConfig(tau_low=0.1)},
+        {"student", "cluster", "redundancy", "curvature", "attribute"},
+    ),
     "train": ({"train": TrainConfig(seeds=(5,))}, set(STAGES) - {"train", "evaluate"}),
 }
 
@@ -97,7 +114,7 @@ def blocks_written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         written.append(arguments[:3])
         write_block(*arguments)
 
-    for module in (student, cluster, attribute):
+    for module in (student, cluster, redundancy, attribute):
         monkeypatch.setattr(module, "write_block", note)
     return written
 
@@ -109,6 +126,7 @@ def blocks_written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         ("student", 3),
         ("student", 6),
         ("cluster", 2),
+        ("redundancy", 2),
         ("curvature", 3),
         ("curvature", 10),
         ("attribute", 2),

@@ -1,0 +1,132 @@
+"""Copies among the pairs of a pool: planted ones are found, others are not, and the decision keeps one of each group."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from chain import Chain
+
+from influencespace.core.select import HARMFUL, KEPT, REDUNDANT, SelectConfig
+from influencespace.data.artifacts import read_manifest
+from influencespace.data.blocks import read_columns
+from influencespace.stages.decide import Scores, decide
+from influencespace.stages.redundancy import RedundancyConfig
+
+EXACT, NEAR, OTHER_CAPTION = 20, 15, 10
+
+
+@pytest.fixture(scope="module")
+def copied(truth: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The planted world with more pairs at the end of its pool: exact copies, near ones, and old pictures with new captions."""
+    out = tmp_path_factory.mktemp("copied")
+    folder = out / "pool"
+    folder.mkdir()
+    source = truth.world.pool.folder
+    table = pq.read_table(source / "pairs.parquet")
+    columns = table.to_pydict()
+    images, texts = np.load(source / "images.npy"), np.load(source / "texts.npy")
+    generator = np.random.default_rng(5)
+
+    def nearly(rows: np.ndarray) -> np.ndarray:
+        rows = rows + 0.01 * generator.normal(size=rows.shape)
+        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+    old = generator.permutation(len(table))[: EXACT + NEAR + OTHER_CAPTION]
+    near = old[EXACT : EXACT + NEAR]
+    image, text = (np.array(columns[name])[old] for name in ("image", "text"))
+    image[EXACT : EXACT + NEAR] = len(images) + np.arange(NEAR)
+    text[EXACT:] = len(texts) + np.arange(NEAR + OTHER_CAPTION)
+    new_texts = generator.normal(size=(OTHER_CAPTION, texts.shape[1]))
+    np.save(folder / "images.npy", np.concatenate([images, nearly(images[np.array(columns["image"])[near]])]))
+    np.save(
+        folder / "texts.npy",
+        np.concatenate(
+            [
+                texts,
+                nearly(texts[np.array(columns["text"])[near]]),
+                (new_texts / np.linalg.norm(new_texts, axis=1, keepdims=True)).astype(np.float32),
+            ]
+        ),
+    )
+    more = table.take(pa.array(old))
+    for name, values in (("image", image), ("text", text), ("uid", [f"zz{i:03d}" for i in range(len(old))])):
+        column = pa.array(values, table.schema.field(name).type)
+        more = more.set_column(more.column_names.index(name), table.schema.field(name), column)
+    pq.write_table(pa.concat_tables([table, more]), folder / "pairs.parquet")
+    (folder / "manifest.json").write_bytes((source / "manifest.json").read_bytes())
+    np.save(folder / "old.npy", old)
+    world = replace(truth.world, pool=replace(truth.world.pool, folder=folder, fingerprint="copied"))
+    chain = replace(truth, out=out, world=world, select=SelectConfig(weights="uniform"))
+    chain.run("student", "cluster", "redundancy", "curvature", "attribute", "curate")
+    return chain
+
+
+def leaders(chain: Chain) -> np.ndarray:
+    return read_columns(chain.out / "redundancy" / "groups.parquet")["leader"]
+
+
+def by_config(copied: Chain, out: Path, **settings: object) -> Chain:
+    chain = replace(copied, out=out, source_folder=copied.out, redundancy=RedundancyConfig(**settings))
+    chain.run("redundancy")
+    return chain
+
+
+def test_planted_copies_are_found_and_nothing_else(copied: Chain) -> None:
+    old = np.load(copied.world.pool.folder / "old.npy")
+    leader = leaders(copied)
+    new = np.arange(len(leader) - len(old), len(leader))
+    np.testing.assert_array_equal(leader[leader], leader)
+    same = EXACT + NEAR
+    cluster = read_columns(copied.out / "cluster" / "clusters.parquet")["cluster"]
+    together = cluster[old[:same]] == cluster[new[:same]]
+    assert together[:EXACT].all()
+    np.testing.assert_array_equal(leader[old[:same]] == leader[new[:same]], together)
+    assert (leader[new[same:]] == new[same:]).all()
+    found = np.flatnonzero(leader != np.arange(len(leader)))
+    assert set(found) <= {*old[:same], *new[:same]}
+    assert len(found) == together.sum()
+    details = read_manifest(copied.out / "redundancy").details  # type: ignore[union-attr]
+    assert details == {"pairs": len(leader), "exact_copies": EXACT, "near_copies": together[EXACT:].sum()}
+
+
+def test_the_leader_is_the_best_of_its_group(copied: Chain) -> None:
+    quality = read_columns(copied.out / "attribute" / "strata.parquet", "quality")["quality"]
+    leader = leaders(copied)
+    assert (quality[leader] >= quality - 1e-9).all()
+
+
+def test_one_of_each_group_is_kept_unless_it_is_harmful(copied: Chain) -> None:
+    curated = pq.read_table(copied.out / "curate" / "curated.parquet").to_pandas()
+    leader = leaders(copied)
+    copy = leader != np.arange(len(leader))
+    reason = curated["reason"].to_numpy()
+    assert set(reason[copy]) <= {REDUNDANT, HARMFUL}
+    assert set(reason[~copy]) <= {KEPT, HARMFUL}
+    np.testing.assert_array_equal(reason == HARMFUL, (reason == HARMFUL)[leader])
+    np.testing.assert_allclose(curated["score"], curated["score"].to_numpy()[leader])
+    assert (curated["weight"][copy] == 0).all()
+    assert (reason == REDUNDANT).any()
+    reasons = read_manifest(copied.out / "curate").details["reasons"]  # type: ignore[union-attr]
+    assert reasons[REDUNDANT] == (reason == REDUNDANT).sum()
+    scores = Scores(copied.out / "attribute", copied.out / "redundancy")
+    assert decide(scores, SelectConfig(weights="uniform")).reason.tolist() == reason.tolist()
+
+
+def test_without_looking_nothing_is_a_copy(copied: Chain, tmp_path: Path) -> None:
+    leader = leaders(by_config(copied, tmp_path, find=False))
+    np.testing.assert_array_equal(leader, np.arange(len(leader)))
+
+
+def test_threshold_one_finds_exact_copies_only(copied: Chain, tmp_path: Path) -> None:
+    leader = leaders(by_config(copied, tmp_path, image=1, text=1))
+    assert (leader != np.arange(len(leader))).sum() == EXACT
+
+
+def test_small_parts_lose_few_copies(copied: Chain, tmp_path: Path) -> None:
+    whole, cut = leaders(copied), leaders(by_config(copied, tmp_path, most=40))
+    rows = np.arange(len(whole))
+    assert ((cut != rows) <= (whole != rows)).all()
+    assert (cut != rows).sum() >= 0.8 * (whole != rows).sum()
