@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from scipy.special import stdtrit
 
+from influencespace.core.fairness import with_floors
 from influencespace.core.strata import rank_within
 from influencespace.errors import InputError
 
@@ -36,6 +37,9 @@ class SelectConfig:
     """Prune only where the upper 95 % bound of the pooled influence is below `tau_low`."""
     target_size: float | None = Field(default=None, gt=0, le=1)
     """At most this fraction of the pool is kept: what helps least goes first, and further captions of an image before others."""
+    floor: float = Field(default=0.0, ge=0, le=1)
+    """At least this share of every group's pairs is kept, the least harmful ones, whatever the rule and the size say. A group
+    is what the data's `group` says; pairs without any are one group."""
     weights: Literal["confirmed", "uniform", "influence"] = "confirmed"
     """`influence`: entropy-regularised weights of mean 1. `confirmed`: such weights where real retraining confirms them
     on the choosing half of the target, with the temperature it likes best, else uniform: influence alone can order
@@ -68,12 +72,14 @@ def select(
     config: SelectConfig,
     redundant: BoolArray | None = None,
     image: IntArray | None = None,
+    group: IntArray | None = None,
 ) -> Subset:
     """Decide on every pair from its pooled influence and standard error (n,).
 
     `unit` is the standard deviation of single influences, in which thresholds are given. Of those that are not harmful the
     `redundant` (n,) go, copies of a pair that has their score. `predicted` (n,) is the influence of a pair by all quality
     axes: a target size is met by dropping the least of what is left, each further pair of an `image` (n,) counted lower.
+    Then each `group` (n,) gets back what its floor asks for, copies never.
     `influence` weights follow it too; `confirmed` weights are uniform here, since it takes retraining to confirm any.
     Raises InputError when nothing would be kept.
     """
@@ -93,6 +99,9 @@ def select(
             dropped = rows[np.argsort(worth, kind="stable")[:surplus]]
             kept[dropped] = False
             reason[dropped] = OVER_SIZE
+    if group is not None and config.floor:
+        kept[~copy] = with_floors(kept[~copy], score[~copy], group[~copy], config.floor)
+        reason[kept] = KEPT
     if not kept.any():
         raise InputError(
             f"every pair scores below tau_low = {config.tau_low}; likely the target does not fit the pool, or tau_low is too high"

@@ -292,7 +292,7 @@ class Needs:
         return self._need(
             "attribute",
             read=2 * (scored + target + placebo) * self.pair_bytes + 24 * self.n,
-            written=influence + 8 * (scored + target + 2 * placebo) + 36 * self.n,
+            written=influence + 8 * (scored + target + 2 * placebo) + 38 * self.n,
             temporary=influence,
             worker=scorers
             + self._block(

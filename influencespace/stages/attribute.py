@@ -218,6 +218,7 @@ class DrawSamples:
             "caption_images": caption_images(self.pool.image, self.pool.text),
             "caption_agreement": caption_agreement(self.pool),
             "sharpness": self.pool.sharpness,
+            "group": np.unique([str(name) for name in self.pool.column("group")], return_inverse=True)[1],
         }
         write_columns(self.folder / "strata.parquet", strata)
         return {name: len(rows) for name, rows in samples.items()} | {

@@ -166,4 +166,13 @@ def decide(scores: Scores, config: SelectConfig) -> Subset:
     """The subset that a configuration makes of cached scores: cheap, for sweeps."""
     score, se = scores.joint_scores
     redundant = scores.leader != np.arange(len(score))
-    return select(score, se, scores.unit, scores.predicted, config, redundant, scores.image)
+    return select(
+        score,
+        se,
+        scores.unit,
+        scores.predicted,
+        config,
+        redundant,
+        scores.image,
+        scores.strata["group"],
+    )

@@ -1,9 +1,12 @@
 """Laws of the decision: thresholds in standard deviations, exact sizes, weights of mean one below their cap."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from pydantic import ValidationError
 
 from influencespace.core import select as module
@@ -172,3 +175,30 @@ def test_the_top_fraction_has_its_size_and_no_better_row_outside(
 def test_wrong_options_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         SelectConfig(**wrong)
+
+
+@given(
+    score=arrays(np.float64, 40, elements=st.floats(-1, 1)),
+    floor=st.floats(0, 1),
+    size=st.none() | st.floats(0.1, 1),
+    seed=st.integers(0, 99),
+)
+def test_every_group_keeps_its_floor_and_no_copy_comes_back(
+    score: np.ndarray, floor: float, size: float | None, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    group, copy = generator.integers(0, 3, 40), generator.random(40) < 0.2
+    score[0], copy[0] = 1.0, False
+    config = SelectConfig(margin=0, target_size=size, weights="uniform")
+    before = select(score, np.zeros(40), 1.0, score, config, redundant=copy, group=group)
+    after = select(score, np.zeros(40), 1.0, score, replace(config, floor=floor), redundant=copy, group=group)
+    assert (after.kept >= before.kept).all()
+    assert not after.kept[copy].any()
+    np.testing.assert_array_equal(after.reason == KEPT, after.kept)
+    np.testing.assert_array_equal(after.weight > 0, after.kept)
+    for name in range(3):
+        mine = (group == name) & ~copy
+        assert after.kept[mine].sum() >= floor * mine.sum() - 1e-6
+        back, out = mine & after.kept & ~before.kept, mine & ~after.kept
+        if back.any() and out.any():
+            assert score[back].min() >= score[out].max()
