@@ -86,7 +86,7 @@ def _along_greatest_spread(X: Tensor) -> FloatArray:
     return along
 
 
-def group_means(values: FloatArray, leader: IntArray) -> FloatArray:
+def joint_mean(values: FloatArray, leader: IntArray) -> FloatArray:
     """The mean of values (n,) over all rows with the same leader (n,), for each row: (n,)."""
     mean = np.bincount(leader, values) / np.maximum(np.bincount(leader), 1)
     return mean[leader]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from influencespace.core.additive import Additive, fit_additive
 from influencespace.core.placebo import Placebo, placebo_check
-from influencespace.core.redundancy import group_means
+from influencespace.core.redundancy import joint_mean
 from influencespace.core.select import SelectConfig, Subset, select
 from influencespace.core.sequential import anytime_p, tightest_at
 from influencespace.core.strata import Pooled, means_by, pool, spread_of_repeats
@@ -131,7 +131,7 @@ class Scores:
     def joint_scores(self) -> tuple[FloatArray, FloatArray]:
         """Pooled influence and its standard error, copies judged together by their mean (n,), (n,)."""
         score, se = self.pair_scores
-        return group_means(score, self.leader), group_means(se, self.leader)
+        return joint_mean(score, self.leader), joint_mean(se, self.leader)
 
     @cached_property
     def placebo(self) -> Placebo:

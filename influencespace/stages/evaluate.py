@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass as options
 from safetensors.torch import load_file
 
+from influencespace.core.fairness import group_means
 from influencespace.core.metrics import (
     RECALL_LEVELS,
     bootstrap_means,
@@ -170,6 +171,29 @@ def _mean_recalls(recalls: list[dict[str, dict[str, float]]]) -> dict[str, dict[
 
 
 @dataclass(frozen=True)
+class ImageGroups:
+    """Task: the group of each image of the test set, None for one without."""
+
+    test: PairSet
+
+    def __call__(self) -> list[str | None]:
+        _, first = np.unique(self.test.image, return_index=True)
+        groups = self.test.column("group")
+        return [None if groups[i] is None else str(groups[i]) for i in first]
+
+
+def recall_by_group(by_image: FloatArray, groups: list[str | None]) -> dict[str, Any] | None:
+    """Mean recall of each group, of the worst, and how far that is below the best: recall by image (n,); None for one group."""
+    known = np.array([group is not None for group in groups])
+    names = np.array([group for group in groups if group is not None])
+    if len(np.unique(names)) < 2:
+        return None
+    found = dict(zip(np.unique(names).tolist(), group_means(by_image[known], names).tolist(), strict=True))
+    worst = min(found.values())
+    return {"by_group": found, "worst_group_recall": worst, "group_gap": max(found.values()) - worst}
+
+
+@dataclass(frozen=True)
 class KeptFractions:
     """Task: the share of the pool that each method trains on."""
 
@@ -216,13 +240,16 @@ def evaluate(
     methods = tuple(dict.fromkeys(run["method"] for run in runs))
     table, comparisons = summarise(results, methods)
     kept = run_once(runtime, KeptFractions(weights))
+    groups = run_once(runtime, ImageGroups(test))
     for method in methods:
         mine = [run for run in runs if run["method"] == method]
+        by_image = np.mean([result["by_image"] for result in results if result["method"] == method], 0)
+        table[method]["groups"] = recall_by_group(by_image, groups)
         table[method]["kept_fraction"] = kept[method]
         table[method]["steps"] = mine[0]["steps"]
         table[method]["seconds"] = float(np.mean([run["seconds"] for run in mine]))
-    by_image = {f"{result['method']}-{result['seed']}": result["by_image"] for result in results}
-    write_columns(out / "by_image.parquet", dict(sorted(by_image.items())))
+    shares = {f"{result['method']}-{result['seed']}": result["by_image"] for result in results}
+    write_columns(out / "by_image.parquet", dict(sorted(shares.items())))
     write_json(out / "methods.json", {"methods": table, "comparisons": comparisons})
     losses = {
         method: float(np.mean([r["target_loss"] for r in results if r["method"] == method]))

@@ -11,8 +11,8 @@ from influencespace.core.kmeans import unit_rows
 from influencespace.core.redundancy import (
     ROUNDING,
     exact_leaders,
-    group_means,
     halved,
+    joint_mean,
     near_leaders,
 )
 from influencespace.core.strata import rank_within
@@ -124,7 +124,7 @@ def test_halves_keep_bunches_together(seed: int) -> None:
 @pytest.mark.parametrize("leader", [[0, 0, 2, 0], [0, 1, 2, 3], [3, 3, 3, 3]])
 def test_a_group_has_the_mean_of_its_members(leader: list[int]) -> None:
     values = np.array([1.0, 2.0, 5.0, 6.0])
-    found = group_means(values, np.array(leader))
+    found = joint_mean(values, np.array(leader))
     for i, own in enumerate(leader):
         assert found[i] == pytest.approx(values[np.array(leader) == own].mean())
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from influencespace.data.blocks import read_columns
 from influencespace.stages.curate import METHODS
-from influencespace.stages.evaluate import Measure, summarise
+from influencespace.stages.evaluate import Measure, recall_by_group, summarise
 from influencespace.stages.student import TargetHalves, choosing_loss
 
 BASELINES = [method for method in METHODS if method != "curated"]
@@ -173,3 +173,28 @@ def test_a_result_does_not_depend_on_the_folder(truth: Chain, tmp_path: Path) ->
         prompts=None,
     )
     np.testing.assert_array_equal(other()["by_image"], original()["by_image"])
+
+
+def test_recall_by_group_is_the_mean_over_its_images() -> None:
+    by_image = np.array([10.0, 20.0, 60.0, 90.0, 0.0])
+    found = recall_by_group(by_image, ["a", "a", "b", None, "b"])
+    assert found == {
+        "by_group": {"a": 15.0, "b": 30.0},
+        "worst_group_recall": 15.0,
+        "group_gap": 15.0,
+    }
+    assert recall_by_group(by_image, ["a", None, "a", None, None]) is None
+
+
+def test_groups_of_the_test_images_are_reported(truth: Chain) -> None:
+    test = truth.sets["test"]
+    groups = test.column("group")
+    group_of_image = dict(zip(test.image.tolist(), groups, strict=True))
+    shares = read_columns(truth.out / "evaluate" / "by_image.parquet")
+    mean = np.mean([values for name, values in shares.items() if name.startswith("curated-")], 0)
+    reported = truth.manifest("evaluate").details["methods"]["curated"]["groups"]
+    assert set(reported["by_group"]) == set(groups)
+    for name, value in reported["by_group"].items():
+        mine = [image for image in sorted(group_of_image) if group_of_image[image] == name]
+        places = np.searchsorted(sorted(group_of_image), mine)
+        assert value == pytest.approx(mean[places].mean())
