@@ -174,5 +174,5 @@ def decide(scores: Scores, config: SelectConfig) -> Subset:
         config,
         redundant,
         scores.image,
-        scores.strata["group"],
+        scores.strata["group"] if config.floor else None,
     )
