@@ -18,6 +18,7 @@ import torch
 from common import ESTIMATING, TRAINING, Benchmark, cached
 from curation import World, measure_on_real_pairs
 from deletion import deletion_part
+from detection import detection_part, measured, synthetic_detection_part
 from scipy.stats import spearmanr
 from study import (
     BLIND,
@@ -34,7 +35,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from influencespace.core.batches import training_batches
-from influencespace.core.metrics import auroc, average_precision, interval, precision_recall_at
+from influencespace.core.metrics import interval
 from influencespace.core.objective import added_loss, contrastive
 from influencespace.data.images import decode_image
 from influencespace.data.readers import list_shards, read_shard
@@ -146,13 +147,6 @@ GROUPS = 4  # of the target's images, each an output whose rise and fall is to b
 CHUNK = 10  # subsets that are one cached result
 
 
-SLOW_AND_ALIKE = ("unrolled, whole", "unrolled, taylor")  # one backward pass a pair and step; as `unrolled`
-
-
-def measured() -> list[str]:
-    return [name for name in table() if name not in SLOW_AND_ALIKE]
-
-
 def half_subsets(pairs: int, count: int) -> FloatArray:
     """Random halves (count, N) of 0 and 1."""
     generator = np.random.default_rng(2024)
@@ -257,50 +251,6 @@ def lds(predicted: FloatArray, truth: FloatArray) -> float:
     return float(np.mean([spearmanr(predicted[:, g], truth[:, g]).statistic for g in range(truth.shape[1])]))
 
 
-def detection_of(study: Study) -> dict[str, Any]:
-    """How well each estimator finds the wrong captions of a whole pool, and its seconds."""
-    problem = study.problem(0)
-    wrong = study.is_wrong
-    found = {}
-    for name in measured():
-        score = table()[name]
-        suspicion = -score(problem)
-        known = np.isfinite(suspicion)
-        precision, _ = precision_recall_at(suspicion[known], wrong[known], float(wrong.mean()))
-        found[name] = {
-            "auroc": auroc(suspicion[known], wrong[known]),
-            "average_precision": average_precision(suspicion[known], wrong[known]),
-            "precision": precision,
-            "without_score": int((~known).sum()),
-        }
-    return found
-
-
-def detection_part(bench: Benchmark, world: World, quick: bool) -> None:
-    """Planted wrong captions, 10 to 40 %: AUROC and average precision of single-pair scores, one caption an image."""
-    config = StudentConfig(steps=30 if quick else 100)
-    for wrong in (0.3,) if quick else (0.1, 0.2, 0.3, 0.4):
-        runs = []
-        for seed in bench.seeds:
-            study = Study(
-                world=world, pairs=1000 if quick else None, wrong=wrong, config=config, noise_seed=1 + seed
-            )
-            runs.append(
-                cached(world.cache, ["detection", study.key], partial(detection_of, study), ESTIMATING)
-            )
-        for name in runs[0]:
-            values = {key: [run[name][key] for run in runs] for key in runs[0][name]}
-            bench.row(
-                estimator=name,
-                wrong=wrong,
-                auroc=float(np.mean(values["auroc"])),
-                lowest_auroc=min(values["auroc"]),
-                average_precision=float(np.mean(values["average_precision"])),
-                precision_at_share=float(np.mean(values["precision"])),
-                without_score=max(values["without_score"]),
-            )
-
-
 def speed_part(bench: Benchmark, world: World, quick: bool) -> None:
     """Seconds a pair of scoring through heads, beside per-sample gradients by a loop, by vmap, and embedding by the towers.
 
@@ -398,6 +348,7 @@ PARTS = {
     "leave_one_out": leave_one_out_part,
     "lds": lds_part,
     "detection": detection_part,
+    "synthetic_detection": synthetic_detection_part,
     "deletion": deletion_part,
     "speed": speed_part,
 }

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from common import TRAINING, cached
 from curation import Setting, World
+from dirt import Sources
 
 from influencespace.core.batches import folds_by_image
 from influencespace.data.artifacts import fingerprint
@@ -91,6 +92,45 @@ class Study:
     def target_group(self, group: int, groups: int) -> RecordedContext:
         rows = np.flatnonzero(folds_by_image(self.target.image, groups, 0) == group)
         return RecordedContext(inputs=rows_of(self.target.inputs, rows), image=self.target.image[rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticStudy(Study):
+    """The same with synthetic scenes, embedded by the same encoder, which has never seen any."""
+
+    @cached_property
+    def _rows(self) -> tuple[PairSet, list[np.ndarray]]:
+        """Pairs of distinct scenes: the pool's, 500 for the target, the others."""
+        scenes = Sources(self.world).scenes
+        rows = np.unique(scenes.image, return_index=True)[1]
+        rows = np.random.default_rng(self.noise_seed).permutation(rows)
+        assert self.pairs is not None
+        return scenes, np.split(rows, [self.pairs, self.pairs + 500])
+
+    @cached_property
+    def is_wrong(self) -> np.ndarray:
+        wrong: np.ndarray = np.arange(self.pairs or 0) < round(self.wrong * (self.pairs or 0))
+        return wrong
+
+    @cached_property
+    def pool(self) -> RecordedContext:
+        scenes, (rows, *_) = self._rows
+        said = rows.copy()
+        said[self.is_wrong] = np.roll(rows[self.is_wrong], 1)  # each has the caption of another
+        images, texts = scenes.inputs(rows)[0], scenes.inputs(said)[1]
+        return RecordedContext(
+            inputs=(images.to(self.dtype), texts.to(self.dtype)), image=np.arange(len(rows))
+        )
+
+    @cached_property
+    def target(self) -> RecordedContext:
+        scenes, (_, rows, _) = self._rows
+        return recorded(scenes, rows, self.dtype)
+
+    @cached_property
+    def validation(self) -> RecordedContext:
+        scenes, (*_, rows) = self._rows
+        return recorded(scenes, rows, self.dtype)
 
 
 def one_caption(pairs: PairSet, dtype: torch.dtype) -> RecordedContext:
