@@ -111,6 +111,11 @@ def check(config: RunConfig) -> None:
         raise InputError(
             "no encoder was given: use --encoder with a folder or hub id, or embed.encoder in the config"
         )
+    if config.curate.floor and config.iterate > 1:
+        raise InputError(
+            f"curate.floor = {config.curate.floor:g} is a share of one round's pairs, and iterate = {config.iterate} would "
+            "prune what it left: set iterate to 1, or the floor to 0"
+        )
     shards_of(config)
     if config.embed.encoder:
         embedding_dimension(config.embed.encoder, config.embed.trust_remote_code)

@@ -16,6 +16,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 BLOCK = 65_536  # pairs whose design is in memory at once
+PAIRS_A_KNOT = 10
 ROUNDS = 100  # of the evidence's fixed point; ten to forty are enough where axes tell anything
 SETTLED = 1e-3  # relative change of every variance
 LEAST = 1e-6  # of the influences' variance: no prior and no noise is narrower, which keeps the solve well conditioned
@@ -81,28 +82,27 @@ def design(curves: Sequence[Curve], axes: FloatArray) -> FloatArray:
     return np.hstack([np.ones((len(axes), 1)), *parts])
 
 
-def fit_additive(
-    axes: FloatArray, rows: IntArray, influence: FloatArray, pairs: FloatArray, quantiles: int
-) -> Additive:
+def fit_additive(axes: FloatArray, rows: IntArray, influence: FloatArray, quantiles: int) -> Additive:
     """Fit the influence (m,) of the scored pairs `rows` (m,) of the pool, whose axes are (n, A).
 
-    `pairs` (m,) is how many pairs of the pool each scored one stands for. An axis that is unknown for a pair, nan, says
-    nothing of it. Raises ValueError when an influence is not finite.
+    However unevenly strata were sampled, every scored pair counts once: what the sampling depends on is among the axes, and
+    weights would make standard errors of few pairs look like those of many. Curves have at most `quantiles` knots and ten
+    pairs for each; fewer pairs would be interpolated, noise and all. An axis that is unknown for a pair, nan, says nothing of
+    it. Raises ValueError when an influence is not finite.
     """
     if not np.isfinite(influence).all():
         wrong = int((~np.isfinite(influence)).sum())
         raise ValueError(f"{wrong} of {len(influence)} influences are not finite")
-    curves = [curve_along(values, quantiles) for values in axes.T]
+    knots = min(quantiles, max(2, len(influence) // PAIRS_A_KNOT))
+    curves = [curve_along(values, knots) for values in axes.T]
     group = _groups(curves)
-    weight = pairs / pairs.mean()
     gram, moment = np.zeros((len(group), len(group))), np.zeros(len(group))
     for start in range(0, len(rows), BLOCK):
         some = slice(start, start + BLOCK)
         X = design(curves, axes[rows[some]])
-        weighted = X * weight[some, None]
-        gram += weighted.T @ X
-        moment += weighted.T @ influence[some]
-    square = float(weight @ influence**2)
+        gram += X.T @ X
+        moment += X.T @ influence[some]
+    square = float(influence @ influence)
     m, groups = len(influence), int(group.max(initial=0)) + 1
     spread = float(influence.var()) or 1.0
     noise = spread

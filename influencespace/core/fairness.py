@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq, minimize
 from scipy.special import wrightomega
 
-from influencespace.core.strata import between_variance, means_by
+from influencespace.core.strata import between_variance, means_by, rank_within
 from influencespace.errors import InputError
 
 FloatArray = NDArray[np.float64]
@@ -125,6 +125,8 @@ def minimax_weights(
     s = np.ones(len(p)) if start is None else start
     share = counts / n[:, None]  # (K, G) of a stratum's pairs that are of a group
     _check(p, s, share, temperature, cap, floor, radius)
+    if cap <= 1 + 1e-9:  # nothing else has a mean of 1
+        return np.ones(len(p))
     A, G = len(loss), share.shape[1]
     # one for all sizes of influence; a constant influence moves nothing
     unit = float(np.sqrt(np.max(p @ (influence - p @ influence) ** 2))) or 1.0
@@ -228,10 +230,11 @@ def with_floors(kept: BoolArray, score: FloatArray, group: Labels, floor: float)
     """
     if not 0 <= floor <= 1:
         raise InputError(f"floor = {floor}: it is the share of each group's pairs that is kept, from 0 to 1")
+    number, groups = _numbered(group)
+    needed = np.ceil(floor * np.bincount(number, minlength=groups) - 1e-9)
+    lacking = needed - np.bincount(number[kept], minlength=groups)
+    pruned = np.flatnonzero(~kept)
+    back = pruned[rank_within(number[pruned], score[pruned]) < lacking[number[pruned]]]
     result = kept.copy()
-    for name in np.unique(group):
-        rows = np.flatnonzero(group == name)
-        lacking = int(np.ceil(floor * len(rows) - 1e-9)) - int(kept[rows].sum())
-        pruned = rows[~kept[rows]]
-        result[pruned[np.argsort(-score[pruned], kind="stable")[: max(lacking, 0)]]] = True
+    result[back] = True
     return result

@@ -5,6 +5,8 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+MOST_SHARED = 0.5
+"""Share of pairs with another image's caption above which captions are names of classes, not descriptions."""
 
 
 def standardised(values: FloatArray) -> FloatArray:
@@ -32,6 +34,20 @@ def caption_images(image: IntArray, text: IntArray) -> FloatArray:
     held, counts = np.unique(pairs[0], return_counts=True)
     found: FloatArray = np.log(counts[np.searchsorted(held, text)])
     return found
+
+
+def shared_captions(image: IntArray, text: IntArray) -> float:
+    """The share of pairs whose caption another image has as well: (n,), (n,)."""
+    return float((caption_images(image, text) > 0).mean())
+
+
+def caption_axis(image: IntArray, text: IntArray) -> FloatArray:
+    """`caption_images`, but unknown, nan, for all where most captions are shared: (n,), (n,) -> (n,).
+
+    There a caption is the name of a class, and how many images have it is the size of the class.
+    """
+    found = caption_images(image, text)
+    return found if (found > 0).mean() <= MOST_SHARED else np.full(len(found), np.nan)
 
 
 def agreement(texts: NDArray[np.float32], image: IntArray) -> FloatArray:

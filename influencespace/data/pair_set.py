@@ -62,6 +62,13 @@ class PairSet:
         """Sharpness of each pair's picture (n,); nan where embeddings came without pictures."""
         return self.table.column("sharpness").astype(np.float64)[self.rows]
 
+    @cached_property
+    def group(self) -> IntArray:
+        """Group of each pair, numbered; -1 where the data names none (n,)."""
+        names = self.table.pairs("group")["group"].combine_chunks().dictionary_encode()
+        codes: IntArray = names.indices.fill_null(-1).to_numpy().astype(np.int64)
+        return codes[self.rows]
+
     def column(self, name: str) -> Sequence[object]:
         """A column of the artifact's pairs as Python values (n,)."""
         values: Sequence[object] = self.table.pairs(name)[name].take(self.rows).to_pylist()

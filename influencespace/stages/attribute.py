@@ -13,9 +13,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.core.quality import agreement, caption_images, quality_axis
+from influencespace.core.quality import agreement, caption_axis, quality_axis
 from influencespace.core.sequential import anytime_p, next_look, tightest_at
-from influencespace.core.strata import balance, means_by, quantile_of, stratified_sample
+from influencespace.core.strata import balance, means_by, quantile_of, shared_spread, stratified_sample
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
 from influencespace.data.blocks import (
     Columns,
@@ -215,10 +215,10 @@ class DrawSamples:
             "seen": quality["neg_clip_in"],
             "held_out": quality["neg_clip_out"],
             "given": self.pool.clip_score,
-            "caption_images": caption_images(self.pool.image, self.pool.text),
+            "caption_images": caption_axis(self.pool.image, self.pool.text),
             "caption_agreement": caption_agreement(self.pool),
             "sharpness": self.pool.sharpness,
-            "group": np.unique([str(name) for name in self.pool.column("group")], return_inverse=True)[1],
+            "group": self.pool.group,
         }
         write_columns(self.folder / "strata.parquet", strata)
         return {name: len(rows) for name, rows in samples.items()} | {
@@ -240,21 +240,23 @@ class LookAgain:
         strata = read_columns(self.folder / "strata.parquet", "cluster", "quantile")
         quantiles = int(strata["quantile"].max()) + 1
         stratum = strata["cluster"] * quantiles + strata["quantile"]
-        size = np.bincount(stratum)
+        size = np.bincount(stratum, minlength=(int(strata["cluster"].max()) + 1) * quantiles)
         blocks = [read_block(self.folder, "influence", start, "pair", "influence") for start in self.starts]
         rows, values = (np.concatenate([block[name] for block in blocks]) for name in ("pair", "influence"))
         scored = means_by(stratum[rows], values, len(size))
-        # a stratum's own spread is known too badly to stop by
-        spread, count = np.full(len(size), values.std()), scored.count.astype(np.float64)
+        count = scored.count.astype(np.float64)
+        # of single pairs: a stratum's own spread is known too badly to stop by, that of its quantile of quality well
+        spread = np.sqrt(shared_spread(scored, quantiles).variance * count)
         p = anytime_p(scored.mean, spread, count, tightest_at(self.config.first_look, self.config.level))
+        save_rows(self.folder / "p_values.npy", p)
         wanted = next_look(scored.count, size, p, self.config.level, self.config.budget)
-        sample = np.load(self.folder / "sample.npy")
         more = stratified_sample(stratum, wanted, after=scored.count)
-        save_rows(self.folder / "sample.npy", np.concatenate([sample, more]))
-        return len(sample) + len(more)
+        # from what is scored, not from the file: a task may be begun again after it has written
+        save_rows(self.folder / "sample.npy", np.concatenate([rows, more]))
+        return len(rows) + len(more)
 
 
-def save_rows(path: Path, rows: IntArray) -> None:
+def save_rows(path: Path, rows: NDArray[Any]) -> None:
     with atomic_path(path) as aside, aside.open("wb") as file:
         np.save(file, rows)
 

@@ -12,7 +12,6 @@ from influencespace.core.additive import Additive, fit_additive
 from influencespace.core.placebo import Placebo, placebo_check
 from influencespace.core.redundancy import joint_mean
 from influencespace.core.select import SelectConfig, Subset, select
-from influencespace.core.sequential import anytime_p, tightest_at
 from influencespace.core.strata import Pooled, means_by, pool, spread_of_repeats
 from influencespace.data.blocks import Columns, read_columns
 
@@ -26,7 +25,6 @@ VALUE_AXES = ("seen", "held_out", "given", "caption_images", "caption_agreement"
 """What weights follow: the match by the student that trained on the pair, by one that did not and by the given encoder, and
 the same."""
 KNOTS = 20  # of each axis
-LEVEL = 0.05  # of the p-values of strata, at which their sequences are tight
 
 
 @dataclass(frozen=True)
@@ -71,11 +69,9 @@ class Scores:
 
     @cached_property
     def p_values(self) -> FloatArray:
-        """Of every leaf's mean influence being other than zero, however often it was looked at (C * Q,)."""
-        leaf = self.pooled.leaf
-        usual = max(float(np.median(leaf.count[leaf.count > 0])), 1.0)
-        spread = np.full(len(leaf.count), self.unit)
-        return anytime_p(leaf.mean, spread, leaf.count.astype(np.float64), tightest_at(usual, LEVEL))
+        """Of every leaf's mean influence on this target being zero, however often it was looked at (C * Q,)."""
+        found: FloatArray = np.load(self.folder / "p_values.npy")
+        return found
 
     @cached_property
     def common_variance(self) -> FloatArray:
@@ -105,7 +101,7 @@ class Scores:
     def additive(self, names: Sequence[str]) -> Additive:
         """Influence as a sum of curves along these axes."""
         rows, influence = self.influence["pair"], self.influence["influence"]
-        return fit_additive(self._axes(names), rows, influence, self._pairs_a_scored_pair(), KNOTS)
+        return fit_additive(self._axes(names), rows, influence, KNOTS)
 
     def _axes(self, names: Sequence[str]) -> FloatArray:
         return np.stack([self.strata[name] for name in names], 1)

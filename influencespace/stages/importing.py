@@ -64,7 +64,7 @@ def import_embeddings(
     if shards:
         inputs["data"] = fingerprint(sorted(shard_identities(shards)))
     read = read or ReadOptions()
-    mark = fingerprint({"stage": "import", "config": [options, read], "inputs": inputs})
+    mark = fingerprint({"stage": "import", "config": [options, read, "sharpness"], "inputs": inputs})
     if is_done(out, mark):
         return finished(out)
     parts = reopen(out) / "parts"

@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
 from influencespace.core.kmeans import unit_rows
-from influencespace.core.quality import quality_axis
+from influencespace.core.quality import MOST_SHARED, quality_axis, shared_captions
 from influencespace.core.redundancy import exact_leaders, halved, near_leaders
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
 from influencespace.data.blocks import has_block, join_blocks, read_columns, write_block, write_columns
@@ -31,7 +31,8 @@ class RedundancyConfig:
     """When a pair is a copy of another: both its image and its caption are."""
 
     find: bool = True
-    """Whether copies are looked for; exact ones need no threshold."""
+    """Whether copies are looked for; exact ones need no threshold. Near ones are looked for only where most captions are of one
+    image: two pictures of a class that has one caption are no copies, however alike."""
     image: float = Field(default=0.75, gt=0, le=1)
     """Two images are one from this cosine of the given encoder's embeddings on, their mean taken off: encoders differ in how
     alike they find any two pictures. 1 finds equal ones only."""
@@ -43,7 +44,10 @@ class RedundancyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OrderPairs:
-    """Task: drop exact copies, and order the others by cluster and quality; the end of each cluster in that order."""
+    """Task: drop exact copies, and order the others by cluster and quality.
+
+    Gives the end of each cluster in that order, and whether captions describe images.
+    """
 
     pool: PairSet
     config: RedundancyConfig
@@ -51,7 +55,7 @@ class OrderPairs:
     clusters: Path
     folder: Path
 
-    def __call__(self) -> list[int]:
+    def __call__(self) -> tuple[list[int], bool]:
         columns = read_columns(self.quality, "neg_clip_in", "neg_clip_out")
         quality = quality_axis(columns["neg_clip_in"], columns["neg_clip_out"])
         leader = np.arange(len(quality))
@@ -65,7 +69,7 @@ class OrderPairs:
                 np.save(file, values)
         sizes = np.bincount(cluster)
         ends: list[int] = np.cumsum(sizes[sizes > 0]).tolist()
-        return ends
+        return ends, shared_captions(self.pool.image, self.pool.text) <= MOST_SHARED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,8 @@ class CompareCluster:
     start: int
     stop: int
     mark: str
+    describing: bool
+    """Whether captions describe single images, so that an equal one says that a pair is a copy."""
 
     @property
     def name(self) -> str:
@@ -92,7 +98,7 @@ class CompareCluster:
         return self.stop - self.start
 
     def _leaders(self, rows: IntArray) -> IntArray:
-        if not self.config.find:
+        if not (self.config.find and self.describing):
             return rows
         table = self.pool.table
         images, texts = (
@@ -156,8 +162,8 @@ def redundancy(
         clusters=cluster_folder / "clusters.parquet",
         folder=out,
     )
-    ends = run_once(runtime, ordering)
-    make = partial(CompareCluster, pool=pool, config=config, folder=out, mark=mark)
+    ends, describing = run_once(runtime, ordering)
+    make = partial(CompareCluster, pool=pool, config=config, folder=out, mark=mark, describing=describing)
     tasks = [make(start=a, stop=b) for a, b in zip([0, *ends], ends)]
     with progress("redundancy", ends[-1], "pairs") as bar:
         for count in runtime.map(call, tasks, num_actors=runtime.cores):

@@ -16,7 +16,7 @@ def pool(seed: int, n: int = 600, axes: int = 3) -> tuple[np.ndarray, np.ndarray
 
 
 def fitted(axes: np.ndarray, rows: np.ndarray, influence: np.ndarray, quantiles: int = 12) -> np.ndarray:
-    return fit_additive(axes, rows, influence, np.ones(len(rows)), quantiles).predict(axes)[0]
+    return fit_additive(axes, rows, influence, quantiles).predict(axes)[0]
 
 
 @given(seed=seeds)
@@ -32,7 +32,7 @@ def test_a_bend_along_one_axis_and_a_slope_along_another_are_told_apart() -> Non
     axes, rows = pool(0, 8000)
     truth = np.minimum(axes[:, 0], 0) + 0.3 * axes[:, 1]
     noise = np.random.default_rng(1).normal(size=len(rows))
-    model = fit_additive(axes, rows, truth[rows] + noise, np.ones(len(rows)), 20)
+    model = fit_additive(axes, rows, truth[rows] + noise, 20)
     found = model.predict(axes)[0]
     assert ((found - truth) ** 2).mean() < 0.02 * truth.var()
     assert model.freedom[2] < 1.0 < model.freedom[0]
@@ -41,7 +41,7 @@ def test_a_bend_along_one_axis_and_a_slope_along_another_are_told_apart() -> Non
 def test_noise_alone_moves_no_pair_far() -> None:
     axes, rows = pool(3, 8000)
     influence = np.random.default_rng(2).normal(size=len(rows))
-    model = fit_additive(axes, rows, influence, np.ones(len(rows)), 20)
+    model = fit_additive(axes, rows, influence, 20)
     mean, se = model.predict(axes)
     assert np.abs(mean - influence.mean()).max() < 0.15
     assert model.freedom.sum() < 4
@@ -54,7 +54,7 @@ def test_standard_errors_are_those_of_repeated_samples() -> None:
     hits = []
     for seed in range(40):
         noise = np.random.default_rng(seed).normal(size=len(rows))
-        mean, se = fit_additive(axes, rows, truth[rows] + noise, np.ones(len(rows)), 15).predict(axes)
+        mean, se = fit_additive(axes, rows, truth[rows] + noise, 15).predict(axes)
         hits.append((np.abs(mean - truth) < 1.96 * se).mean())
     assert 0.88 < np.mean(hits) < 0.995
 
@@ -93,21 +93,37 @@ def test_two_kinds_of_pairs_are_two_levels() -> None:
     generator = np.random.default_rng(0)
     kind = (generator.random(4000) < 0.3).astype(float)
     influence = np.where(kind > 0, -0.2, 0.1) + generator.normal(size=4000)
-    mean, se = fit_additive(kind[:, None], np.arange(4000), influence, np.ones(4000), 20).predict(
-        kind[:, None]
-    )
+    mean, se = fit_additive(kind[:, None], np.arange(4000), influence, 20).predict(kind[:, None])
     assert mean[kind > 0].mean() == pytest.approx(influence[kind > 0].mean(), abs=0.03)
     assert (mean + 2 * se < 0)[kind > 0].all()
     assert (mean - 2 * se > 0)[kind == 0].all()
 
 
-def test_pairs_that_were_sampled_more_often_do_not_count_more() -> None:
-    axes = np.zeros((300, 1))
-    rows = np.arange(300)
-    influence = np.where(rows < 100, 1.0, 0.0)  # of 900 pairs of the first kind every ninth was scored
-    stands_for = np.where(rows < 100, 9.0, 1.0)
-    found = fit_additive(axes, rows, influence, stands_for, 5).predict(axes)[0]
-    np.testing.assert_allclose(found, 900 / 1100, rtol=1e-6)
+@pytest.mark.parametrize("pairs", [8, 12, 20])
+def test_few_pairs_are_not_interpolated(pairs: int) -> None:
+    found = []
+    for seed in range(30):
+        generator = np.random.default_rng(seed)
+        axes, noise = generator.normal(size=(pairs, 4)), generator.normal(size=pairs)
+        mean, se = fit_additive(axes, np.arange(pairs), noise, 20).predict(axes)
+        found.append((np.corrcoef(mean, noise)[0, 1] if np.ptp(mean) > 0 else 0.0, np.median(se)))
+    correlation, error = np.median(found, 0)
+    assert error > 0.1
+    if pairs > 8:
+        assert correlation < 0.8
+
+
+def test_standard_errors_hold_where_some_strata_were_sampled_eight_times_as_often() -> None:
+    generator = np.random.default_rng(0)
+    axes = generator.normal(size=(20_000, 2))
+    often = axes[:, 0] > 0
+    hits = []
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        rows = np.flatnonzero(draw.random(20_000) < np.where(often, 0.16, 0.02))
+        mean, se = fit_additive(axes, rows, draw.normal(size=len(rows)), 20).predict(axes)
+        hits.append((np.abs(mean) < 1.96 * se).mean())
+    assert np.mean(hits) > 0.88
 
 
 def test_an_influence_that_is_not_finite_is_refused() -> None:

@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from influencespace.core.quality import agreement, caption_images, quality_axis, standardised
+from influencespace.core.quality import (
+    agreement,
+    caption_axis,
+    caption_images,
+    quality_axis,
+    shared_captions,
+    standardised,
+)
 
 
 @given(seed=st.integers(0, 2**31), scale=st.floats(0.01, 100), shift=st.floats(-10, 10))
@@ -49,3 +56,12 @@ def test_captions_and_their_agreement_are_what_loops_find(seed: int) -> None:
         for n in range(20)
     ]
     np.testing.assert_allclose(agreement(T, image), expected, atol=1e-6)
+
+
+def test_names_of_classes_are_no_axis() -> None:
+    image, text = np.arange(30), np.arange(30) % 3
+    assert shared_captions(image, text) == 1
+    assert np.isnan(caption_axis(image, text)).all()
+    mostly_own = np.where(np.arange(30) < 12, 0, np.arange(30))
+    assert shared_captions(image, mostly_own) == 0.4
+    np.testing.assert_array_equal(caption_axis(image, mostly_own), caption_images(image, mostly_own))

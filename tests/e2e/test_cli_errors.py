@@ -101,6 +101,14 @@ def test_a_run_needs_data(influencespace: Command, tmp_path: Path) -> None:
     assert "no data was given: use --data" in error_of(influencespace("run", "--out", tmp_path / "run"))
 
 
+def test_a_floor_over_several_rounds_is_refused(
+    influencespace: Command, shard: Path, bert: Path, tmp_path: Path
+) -> None:
+    settings = ("--set", "curate.floor=0.5", "--set", "iterate=3")
+    done = influencespace("run", "--data", shard, "--encoder", bert, "--out", tmp_path / "run", *settings)
+    assert "set iterate to 1, or the floor to 0" in error_of(done)
+
+
 def test_a_run_needs_a_folder(influencespace: Command) -> None:
     assert "Missing option '--out'" in error_of(influencespace("run", "--data", "x", "--encoder", "y"))
 

@@ -65,9 +65,12 @@ def test_embeddings_are_joined_to_the_pairs_of_the_shards(
     assert summary["rejected"]["pool"] == 0
     mine, theirs = (pq.read_table(folder / "curated.parquet") for folder in (tmp_path, finished))
     assert mine["uid"] == theirs["uid"]
+    single = Path("attribute", "influence.parquet")
+    influence = [pq.read_table(folder / single)["influence"].to_numpy() for folder in (tmp_path, finished)]
+    assert spearmanr(*influence).statistic >= 0.9999
+    # embeddings do not say how sharp a picture is, which the pooled score of a run on pictures knows
     scores = [table["score"].to_numpy() for table in (mine, theirs)]
-    assert spearmanr(*scores).statistic >= 0.9999
-    assert mine["kept"] == theirs["kept"]
+    assert spearmanr(*scores).statistic >= 0.9
 
 
 def test_a_plan_is_calibrated_on_a_slice_and_leaves_nothing(

@@ -1,5 +1,6 @@
 """Influence of sampled pairs: the estimator's own numbers, balanced, whatever the blocks; samples and placebo."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from chain import Chain, assert_equal_results, results
 from influencespace.core.metrics import auroc
 from influencespace.core.quality import agreement, quality_axis
 from influencespace.core.sequential import anytime_p, tightest_at
-from influencespace.core.strata import balance, means_by, stratified_sample
+from influencespace.core.strata import balance, means_by, shared_spread, stratified_sample
 from influencespace.data.artifacts import read_manifest
-from influencespace.data.blocks import read_columns
+from influencespace.data.blocks import read_columns, write_block
 from influencespace.estimators.nystrom import Influence, InfluenceScorer
 from influencespace.models.space import Space
-from influencespace.stages.attribute import AttributeConfig, caption_agreement
+from influencespace.stages.attribute import AttributeConfig, LookAgain, caption_agreement
 from influencespace.stages.curvature import directions_of
 from influencespace.stages.student import Student, image_folds, student_name
 
@@ -132,16 +133,14 @@ def test_only_strata_of_unsure_sign_are_looked_at_again(truth: Chain, tmp_path: 
     assert manifest.details["looks"] > 1
     assert manifest.details["sample"] == scored.sum()
     # every stratum is either decided or exhausted, and each holds the first of its pairs
-    p = anytime_p(
-        means_by(leaf[found["pair"]], found["influence"], 12).mean,
-        np.full(12, found["influence"].std()),
-        scored.astype(float),
-        tightest_at(4, 0.05),
-    )
+    p = np.load(tmp_path / "attribute" / "p_values.npy")
     exhausted = scored == np.minimum(size, 60)
     assert (exhausted | (p < 0.05)).all()
     assert not exhausted.all()
     np.testing.assert_array_equal(np.sort(found["pair"]), stratified_sample(leaf, scored))
+    means = means_by(leaf[found["pair"]], found["influence"], 12)
+    spread = np.sqrt(shared_spread(means, 6).variance * scored)
+    np.testing.assert_allclose(p, anytime_p(means.mean, spread, scored.astype(float), tightest_at(4, 0.05)))
     # a score does not depend on the look in which it was taken
     everything = columns(truth, "influence")
     by_pair = dict(zip(everything["pair"], everything["influence"], strict=True))
@@ -150,6 +149,23 @@ def test_only_strata_of_unsure_sign_are_looked_at_again(truth: Chain, tmp_path: 
         [by_pair[pair] for pair in found["pair"]],
         atol=1e-5 * everything["influence"].std(),
     )
+
+
+def test_a_look_that_is_begun_again_draws_the_same_pairs(truth: Chain, tmp_path: Path) -> None:
+    shutil.copytree(truth.out / "attribute", tmp_path / "attribute")
+    everything = columns(truth, "influence")
+    few = stratified_sample(columns(truth, "strata")["cluster"], 8)
+    rows = np.isin(everything["pair"], few)
+    scored = {name: everything[name][rows] for name in ("pair", "influence")}
+    write_block(tmp_path / "attribute", "influence", 0, "mark", scored)
+    again = LookAgain(
+        config=AttributeConfig(first_look=4, level=1e-9), folder=tmp_path / "attribute", starts=[0]
+    )
+    first = again()
+    sample = np.load(tmp_path / "attribute" / "sample.npy")
+    assert first == len(sample) == len(np.unique(sample)) > rows.sum()
+    assert again() == first
+    np.testing.assert_array_equal(np.load(tmp_path / "attribute" / "sample.npy"), sample)
 
 
 def test_the_folds_of_the_target_average_to_the_whole_influence(truth: Chain) -> None:

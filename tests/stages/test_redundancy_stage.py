@@ -1,5 +1,6 @@
 """Copies among the pairs of a pool: planted ones are found, others are not, and the decision keeps one of each group."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,3 +131,20 @@ def test_small_parts_lose_few_copies(copied: Chain, tmp_path: Path) -> None:
     rows = np.arange(len(whole))
     assert ((cut != rows) <= (whole != rows)).all()
     assert (cut != rows).sum() >= 0.8 * (whole != rows).sum()
+
+
+def test_pictures_of_a_class_with_one_caption_are_no_copies(truth: Chain, tmp_path: Path) -> None:
+    source, folder = truth.world.pool.folder, tmp_path / "pool"
+    shutil.copytree(source, folder)
+    table = pq.read_table(source / "pairs.parquet")
+    text = pa.array(table["image"].to_numpy() % 3, table.schema.field("text").type)
+    table = table.set_column(table.column_names.index("text"), "text", text)
+    pq.write_table(table, folder / "pairs.parquet")
+    images = np.load(source / "images.npy")
+    np.save(folder / "images.npy", np.repeat(images[:1], len(images), 0))  # as alike as can be
+    world = replace(truth.world, pool=replace(truth.world.pool, folder=folder, fingerprint="classes"))
+    chain = replace(truth, out=tmp_path, world=world, source_folder=truth.out)
+    chain.run("redundancy")
+    leader = leaders(chain)
+    pairs = np.stack([table["image"].to_numpy(), table["text"].to_numpy()], 1)
+    assert len(np.unique(leader)) == len(np.unique(pairs, axis=0))  # exact copies alone have gone
