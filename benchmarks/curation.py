@@ -14,7 +14,7 @@ from common import SCORING, Benchmark, arguments, code_version, real_data
 from filelock import FileLock
 
 from influencespace.core.metrics import auroc, average_precision, mean_recall_by_image, retrieval_ranks
-from influencespace.core.select import SelectConfig, top_fraction
+from influencespace.core.select import HARMFUL, REDUNDANT, SelectConfig, top_fraction
 from influencespace.core.strata import means_by
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, read_manifest, reopen
 from influencespace.data.blocks import read_columns
@@ -198,7 +198,8 @@ class Curation:
         scores = self.run()
         subset = decide(scores, self.choice)
         score, _ = scores.pair_scores
-        pruned = ~subset.kept
+        # of copies that are alike one stays, whichever the planted one is: they are no question of precision
+        pruned = subset.reason == HARMFUL
         single = np.full(len(score), np.nan)
         single[scores.influence["pair"]] = scores.influence["influence"]
         known = np.isfinite(single)
@@ -206,6 +207,7 @@ class Curation:
             "pairs": len(score),
             "wrong": float(self.wrong.mean()),
             "pruned": float(pruned.mean()),
+            "redundant": float((subset.reason == REDUNDANT).mean()),
             "precision": float(self.wrong[pruned].mean()) if pruned.any() else None,
             "auroc": auroc(-score, self.wrong) if self.wrong.any() else None,
             "average_precision": average_precision(-score, self.wrong) if self.wrong.any() else None,

@@ -22,7 +22,7 @@ def chosen_fraction(bench: Benchmark, world: World, quick: bool) -> None:
         for steps in (100,) if quick else (100, 200, 600):
             for wrong in fractions:
                 setting = Setting(wrong=wrong, captions=captions, steps=steps)
-                key = ["judge", setting]
+                key = ["harmful", setting]
                 result = cached(world.cache, key, Curation(world, setting).judge)
                 bench.row(captions=captions, steps=steps, **result)
                 gap = result["pruned"] - result["wrong"]
@@ -40,7 +40,7 @@ def detection(bench: Benchmark, world: World, quick: bool) -> None:
         if quick and captions == 5:
             continue
         setting = Setting(wrong=0.3, captions=captions, steps=200)
-        result = cached(world.cache, ["judge", setting], Curation(world, setting).judge)
+        result = cached(world.cache, ["harmful", setting], Curation(world, setting).judge)
         bench.row(captions=captions, steps=200, **result)
         bench.target(
             name=f"AUROC of the pooled score, 30% wrong, {captions} caption(s) an image",

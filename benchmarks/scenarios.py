@@ -271,7 +271,7 @@ def judged(name: str, bench: Benchmark, world: World, quick: bool) -> None:
     scenario = SCENARIOS[name]
     setting = Setting(wrong=scenario.share, captions=scenario.captions, steps=50 if quick else 200)
     curation = DirtyCuration(world, setting, name)
-    found = cached(world.cache, ["scenario", name, setting], curation.judge)
+    found = cached(world.cache, ["harmful", name, setting], curation.judge)
     kinds = cached(world.cache, ["kinds", name, setting], curation.judge_kinds)
     for kind, values in kinds.items():
         bench.row(scenario=name, kind=kind, **values)
@@ -285,7 +285,7 @@ def judged(name: str, bench: Benchmark, world: World, quick: bool) -> None:
         )
     if found["precision"] is not None and has_dirt and name not in WRONG:
         bench.target(
-            name=f"{name}: share of what was pruned that is dirt",
+            name=f"{name}: share of what was pruned as harmful that is dirt",
             target="at least 0.9",
             measured=found["precision"],
             reached=found["precision"] >= 0.9,
