@@ -133,11 +133,9 @@ def _groups(curves: Sequence[Curve]) -> IntArray:
     """The prior of each coefficient: 0 the mean, then a slope and the bends of every curve: (p,)."""
     group = [0]
     for curve in curves:
-        for first, columns in ((1, curve.basis.shape[1]), (2, max(0, curve.basis.shape[1] - 1))):
-            if first == 1 and columns:
-                group.append(max(group) + 1)
-            elif first == 2 and columns:
-                group += [max(group) + 1] * columns
+        if columns := curve.basis.shape[1]:
+            slope = group[-1] + 1
+            group += [slope] + [slope + 1] * (columns - 1)
     return np.array(group)
 
 

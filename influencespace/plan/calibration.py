@@ -26,6 +26,7 @@ from influencespace.errors import InputError
 from influencespace.plan.needs import Choices, Need, Needs
 from influencespace.plan.survey import survey_all
 from influencespace.stages.embed import share
+from influencespace.stages.finish import STAGES
 from influencespace.stages.progress import progress
 from influencespace.stages.runtime import LocalRuntime, Pool, Runtime, call
 from influencespace.stages.student import ALL
@@ -33,17 +34,6 @@ from influencespace.stages.student import ALL
 # Groups of processes that a stage starts for itself; each costs what the calibration's own one took to start. Other
 # tasks find processes that are there already.
 STARTS = {"embed": 2, "cluster": 1, "train": 2}
-STAGES = (
-    "split",
-    "student",
-    "cluster",
-    "redundancy",
-    "curvature",
-    "attribute",
-    "curate",
-    "train",
-    "evaluate",
-)
 CLEAR_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 forgets the peak of this process
 
 

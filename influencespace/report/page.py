@@ -18,23 +18,13 @@ from influencespace.data.artifacts import atomic_path, read_manifest
 from influencespace.errors import InputError
 from influencespace.report import charts, table
 from influencespace.report.pictures import BATCH_ROWS, Example, examples
+from influencespace.stages.finish import STAGES
 
 REPORT = "report.html"
 ROLES = ("pool", "target", "test")
 
 # JSON sorts them by name; any other stage comes last.
-STAGES = (
-    "embed",
-    "split",
-    "student",
-    "cluster",
-    "redundancy",
-    "curvature",
-    "attribute",
-    "curate",
-    "train",
-    "evaluate",
-)
+IN_ORDER = ("embed", *STAGES)
 
 # Reasons of rejection on the page, and examples of each; the rest is counted.
 REASONS_SHOWN = 12
@@ -229,11 +219,15 @@ def _stages(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _stage_order(item: tuple[str, Any]) -> tuple[int, int, str]:
-    """By round, then by place in STAGES: names are like `embed pool`, `student`, `student (round 2)`."""
+    """By round, then by place in IN_ORDER: names are like `embed pool`, `student`, `student (round 2)`."""
     name = item[0]
     stage = name.partition(" ")[0]
     number = re.search(r"\(round (\d+)\)$", name)
-    return int(number[1]) if number else 1, STAGES.index(stage) if stage in STAGES else len(STAGES), name
+    return (
+        int(number[1]) if number else 1,
+        IN_ORDER.index(stage) if stage in IN_ORDER else len(IN_ORDER),
+        name,
+    )
 
 
 def _config(path: Path) -> str:

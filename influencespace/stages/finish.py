@@ -14,6 +14,19 @@ from influencespace.data.artifacts import (
 )
 from influencespace.errors import InputError
 
+STAGES = (
+    "split",
+    "student",
+    "cluster",
+    "redundancy",
+    "curvature",
+    "attribute",
+    "curate",
+    "train",
+    "evaluate",
+)
+"""What a run does once its data are embedded, in order."""
+
 
 def finish_stage(out: Path, manifest: Manifest, began: float) -> Manifest:
     """Write the manifest of the stage that filled `out` since `began` (time.monotonic)."""

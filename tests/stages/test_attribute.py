@@ -32,6 +32,17 @@ def attribute_by(truth: Chain, out: Path, **settings: object) -> Chain:
     return chain
 
 
+def assert_scores_of(truth: Chain, found: dict[str, np.ndarray]) -> None:
+    """Pairs have the influence that they have where all are scored."""
+    everything = columns(truth, "influence")
+    by_pair = dict(zip(everything["pair"], everything["influence"], strict=True))
+    np.testing.assert_allclose(
+        found["influence"],
+        [by_pair[pair] for pair in found["pair"]],
+        atol=1e-5 * everything["influence"].std(),
+    )
+
+
 def influence(truth: Chain, fold: int | None, rows: np.ndarray, captions_of: np.ndarray) -> Influence:
     """The estimator, called without any stage."""
     pool, train = truth.sets["pool"], truth.student.train
@@ -113,13 +124,7 @@ def test_a_budget_bounds_the_sample_of_each_stratum(truth: Chain, tmp_path: Path
     assert target["by_target_fold"].shape == (18, truth.target.folds)
     assert len(columns(chain, "placebo")["pair"]) == 7
     # a score does not depend on what is scored beside it
-    everything = columns(truth, "influence")
-    by_pair = dict(zip(everything["pair"], everything["influence"], strict=True))
-    np.testing.assert_allclose(
-        found["influence"],
-        [by_pair[pair] for pair in found["pair"]],
-        atol=1e-5 * everything["influence"].std(),
-    )
+    assert_scores_of(truth, found)
 
 
 def test_only_strata_of_unsure_sign_are_looked_at_again(truth: Chain, tmp_path: Path) -> None:
@@ -142,13 +147,7 @@ def test_only_strata_of_unsure_sign_are_looked_at_again(truth: Chain, tmp_path: 
     spread = np.sqrt(shared_spread(means, 6).variance * scored)
     np.testing.assert_allclose(p, anytime_p(means.mean, spread, scored.astype(float), tightest_at(4, 0.05)))
     # a score does not depend on the look in which it was taken
-    everything = columns(truth, "influence")
-    by_pair = dict(zip(everything["pair"], everything["influence"], strict=True))
-    np.testing.assert_allclose(
-        found["influence"],
-        [by_pair[pair] for pair in found["pair"]],
-        atol=1e-5 * everything["influence"].std(),
-    )
+    assert_scores_of(truth, found)
 
 
 def test_a_look_that_is_begun_again_draws_the_same_pairs(truth: Chain, tmp_path: Path) -> None:
