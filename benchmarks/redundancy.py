@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from common import Benchmark, cached, code_version
 from curation import RUNTIME, Setting, World, by_image, measure_on_real_pairs
-from scenarios import SCENARIOS, DirtyCuration
+from pools import SCENARIOS, DirtyCuration
 
 from influencespace.core import coreset
 from influencespace.core.kmeans import unit_rows
