@@ -176,9 +176,9 @@ SCORING = (
 )
 DECIDING = (
     *SCORING,
-    *_files("core", "additive", "strata", "select", "redundancy", "placebo", "metrics"),
+    *_files("core", "additive", "strata", "select", "redundancy", "fairness", "ridge", "placebo", "metrics"),
     *_files("data", "pair_set", "dirt"),
-    *_files("stages", "decide", "redundancy", "confirm", "train", "evaluate"),
+    *_files("stages", "decide", "redundancy", "fairness", "confirm", "train", "evaluate"),
 )
 TRAINING = (
     *_files("core", *LOSSES, "batches"),

@@ -30,6 +30,7 @@ from influencespace.stages.confirm import confirm
 from influencespace.stages.curvature import TargetConfig, curvature
 from influencespace.stages.decide import Scores, decide
 from influencespace.stages.embed import embed
+from influencespace.stages.fairness import fairness
 from influencespace.stages.finish import finish_stage
 from influencespace.stages.redundancy import RedundancyConfig, redundancy
 from influencespace.stages.runtime import LocalRuntime
@@ -161,7 +162,7 @@ class Curation:
     def run(self) -> Scores:
         names = ("student", "cluster", "curvature", "attribute")
         at = {name: self.folder / name for name in names}
-        at["redundancy"] = self.folder / "redundancy" / code_version()
+        at |= {name: self.folder / name / code_version() for name in ("redundancy", "fairness")}
         inputs = {
             "pool": self.pool.table.manifest.fingerprint,
             "target": self.target.table.manifest.fingerprint,
@@ -190,8 +191,21 @@ class Curation:
             RUNTIME,
         )
         inputs |= {"cluster": clusters.fingerprint, "curvature": solved.fingerprint}
-        attribute(self.pool, self.config, at, inputs, self.attribution, at["attribute"], RUNTIME)
-        return Scores(at["attribute"], at["redundancy"])
+        scored = attribute(self.pool, self.config, at, inputs, self.attribution, at["attribute"], RUNTIME)
+        fairness(
+            self.pool,
+            self.target,
+            self.config,
+            self.curvature,
+            at["student"],
+            at["attribute"],
+            True,
+            (done.rows_out, scored.details["sample"]),
+            inputs | {"attribute": scored.fingerprint},
+            at["fairness"],
+            RUNTIME,
+        )
+        return Scores(at["attribute"], at["redundancy"], at["fairness"])
 
     def judge(self) -> dict[str, Any]:
         """The decision against the planted truth."""

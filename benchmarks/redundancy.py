@@ -47,7 +47,7 @@ def leaders_by(curation: DirtyCuration, config: RedundancyConfig) -> np.ndarray:
     folder = curation.folder / "redundancy" / code_version() / f"{config.image:g}-{config.text:g}"
     student, cluster = curation.folder / "student", curation.folder / "cluster"
     redundancy(curation.pool, student, cluster, {}, config, folder, RUNTIME)
-    return read_columns(folder / "groups.parquet")["leader"]
+    return read_columns(folder / "copies.parquet")["leader"]
 
 
 def same_pair(curation: DirtyCuration) -> np.ndarray:

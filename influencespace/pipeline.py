@@ -19,10 +19,12 @@ from influencespace.models.encoders import embedding_dimension
 from influencespace.report.page import write_report
 from influencespace.stages.attribute import attribute
 from influencespace.stages.cluster import cluster
+from influencespace.stages.confirm import serves_groups
 from influencespace.stages.curate import Earlier, KeptRows, curate
 from influencespace.stages.curvature import curvature
 from influencespace.stages.embed import embed
 from influencespace.stages.evaluate import evaluate
+from influencespace.stages.fairness import fairness
 from influencespace.stages.importing import import_embeddings
 from influencespace.stages.redundancy import redundancy
 from influencespace.stages.runtime import Runtime, run_once
@@ -200,7 +202,17 @@ def run_round(
 ) -> Round:
     """The stages after the split, on one pool."""
     pool, target, test = (sets[role] for role in ROLES)
-    stages = ("student", "cluster", "redundancy", "curvature", "attribute", "curate", "train", "evaluate")
+    stages = (
+        "student",
+        "cluster",
+        "redundancy",
+        "curvature",
+        "attribute",
+        "fairness",
+        "curate",
+        "train",
+        "evaluate",
+    )
     at = {name: folder / name for name in stages}
     done: dict[str, Manifest] = {}
 
@@ -239,14 +251,28 @@ def run_round(
         at["attribute"],
         runtime,
     )
+    done["fairness"] = fairness(
+        pool,
+        target,
+        config.student,
+        config.curvature,
+        at["student"],
+        at["attribute"],
+        serves_groups(config.curate),
+        (rows, done["attribute"].details["sample"]),
+        given("student", "attribute"),
+        at["fairness"],
+        runtime,
+    )
     steps = done["student"].details["steps"]
     done["curate"] = curate(
         pool,
         target,
         at["attribute"],
         at["redundancy"],
+        at["fairness"],
         at["student"],
-        given("student", "redundancy", "attribute"),
+        given("student", "redundancy", "attribute", "fairness"),
         config.curate,
         config.student,
         steps,
@@ -306,7 +332,7 @@ def summarise(
         "target_loss": evaluated["target_loss"],
         "kept_fraction": curated["kept_fraction"],
         "reasons": curated["reasons"],
-        "weights": {key: curated[key] for key in ("weights", "tau_high", "trials")},
+        "weights": {key: curated[key] for key in ("weights", "tau_high", "group_share", "trials")},
         "rows": roles.details["rows"],
         "rejected": {role: manifest.rejected for role, manifest in embedded.items()},
         "rejected_reasons": reasons,

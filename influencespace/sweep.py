@@ -161,7 +161,8 @@ def sweep(run: Path, config: SweepConfig, out: Path) -> Best:
     run_config = load_config(run / "config.yaml", {})
     objective = retraining(run, run_config, config.student_seeds)
     inputs = {
-        name: stage_of(run, name, TO_SWEEP).fingerprint for name in ("student", "redundancy", "attribute")
+        name: stage_of(run, name, TO_SWEEP).fingerprint
+        for name in ("student", "redundancy", "attribute", "fairness")
     }
     select = confirmed_settings(run, run_config.curate)
     own = own_settings(select)
@@ -201,7 +202,7 @@ def retraining(run: Path, config: RunConfig, seeds: tuple[int, ...]) -> Retraini
     return Retraining(
         pool=_absolute(sets["pool"]),
         target=_absolute(sets["target"]),
-        scores=Scores(run / "attribute", run / "redundancy"),
+        scores=Scores(run / "attribute", run / "redundancy", run / "fairness"),
         select=config.curate,
         students=config.student,
         steps=int(stage_of(run, "student", TO_SWEEP).details["steps"]),
@@ -221,7 +222,9 @@ def confirmed_settings(run: Path, select: SelectConfig) -> SelectConfig:
         return select
     if manifest is None:
         return replace(select, weights="uniform")
-    return replace(select, weights=manifest.details["weights"], tau_high=manifest.details["tau_high"])
+    return replace(
+        select, **{name: manifest.details[name] for name in ("weights", "tau_high", "group_share")}
+    )
 
 
 def own_settings(select: SelectConfig) -> dict[str, Any]:

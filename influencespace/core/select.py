@@ -44,6 +44,12 @@ class SelectConfig:
     """`influence`: entropy-regularised weights of mean 1. `confirmed`: such weights where real retraining confirms them
     on the choosing half of the target, with the temperature it likes best, else uniform: influence alone can order
     helpful pairs wrongly."""
+    groups: Literal["confirmed", "ignored"] = "confirmed"
+    """`confirmed`: where the target names groups, weights are chosen by the loss of the one that is worst off, among those that
+    leave the target as a whole no worse than uniform weights; `ignored`: by the whole. Needs `weights: confirmed`."""
+    group_share: float = Field(default=0.0, ge=0)
+    """How much influence on the groups that are worse off counts in what `influence` weights follow, beside influence on the
+    whole target, which counts 1; `confirmed` finds its own."""
     tau_high: float = Field(default=1.0, gt=0)
     """Temperature of `influence` weights in standard deviations: larger is nearer to uniform. `confirmed` finds its own."""
     max_weight: float = Field(default=5.0, ge=1)
@@ -139,6 +145,18 @@ def top_fraction(score: FloatArray, keep: int) -> BoolArray:
     chosen = np.zeros(len(score), bool)
     chosen[np.argsort(-score, kind="stable")[:keep]] = True
     return chosen
+
+
+def fairest_candidate(losses: FloatArray, by_group: list[FloatArray]) -> int:
+    """The candidate that does most for the group that is worst off under the first, if that is sure, else 0.
+
+    `losses` (candidates, folds) of the whole target, `by_group` the same for each group, with folds of its own. None that is
+    worse on the whole than the first is taken: nobody is served at the cost of everybody.
+    """
+    whole = losses.mean(1)
+    able = np.flatnonzero(whole <= whole[0])  # the first is
+    worst_off = max(by_group, key=lambda group: float(group[0].mean()))
+    return int(able[best_candidate(worst_off[able])])
 
 
 def best_candidate(losses: FloatArray) -> int:

@@ -12,8 +12,9 @@ from influencespace.config import RunConfig
 from influencespace.data.consolidate import BLOCK_BYTES, BLOCK_PAIRS
 from influencespace.plan.survey import Sizes
 from influencespace.report.pictures import SHOWN
-from influencespace.stages.confirm import SEEDS, candidates
+from influencespace.stages.confirm import SEEDS, candidates, serves_groups
 from influencespace.stages.embed import share, worker_bytes
+from influencespace.stages.fairness import FAIRNESS_BLOCK, MOST_FITTED
 from influencespace.stages.importing import PART_PAIRS
 from influencespace.stages.runtime import AHEAD, Runtime
 
@@ -24,7 +25,7 @@ TASK_BYTES = 4096  # a task on the driver: itself, pickled, and Ray's record of 
 # Columns of all pairs (rows, images, captions, folds, orders) in each worker of a stage, in bytes a pair: what peaks
 # grew by from 200,000 to 600,000 pairs, rounded up. Consolidation says about itself that it takes 100.
 PAIR_BYTES = {"embed": 100, "split": 100, "student": 350, "cluster": 200, "redundancy": 200}
-PAIR_BYTES |= {"curvature": 200, "attribute": 300, "curate": 400, "train": 350}
+PAIR_BYTES |= {"curvature": 200, "attribute": 300, "fairness": 100, "curate": 400, "train": 350}
 CAPTION_BYTES = 1000  # a row of pairs.parquet while it is made
 # A solve holds probes and products in float32 and some six copies in float64: 56 to 59 bytes were measured.
 SKETCH_BYTES = 60
@@ -115,6 +116,7 @@ class Needs:
             self.redundancy(),
             self.curvature(),
             self.attribute(),
+            self.fairness(),
             self.curate(),
         ]
         return repeated([*once, *rounds, self.train(), self.evaluate(), self.report()], self.config.iterate)
@@ -277,10 +279,17 @@ class Needs:
         at_work = rows * (ROW_BYTES * self.p + 16 * M * (M + 2 * self.d))
         return max(SKETCH_BYTES * self.p * rank, PROBE_BYTES * self.p * rank + at_work)
 
+    @property
+    def _scored(self) -> int:
+        """Pairs that are scored at most."""
+        given = self.config.attribute
+        quantiles = min(given.quantiles, max(2, self.n // 10))
+        return min(self.n, self.choices.levels[-1] * quantiles * given.budget)
+
     def attribute(self) -> Need:
         given, (C, M) = self.config.attribute, self.bank
         quantiles = min(given.quantiles, max(2, self.n // 10))
-        scored = min(self.n, self.choices.levels[-1] * quantiles * given.budget)
+        scored = self._scored
         target, placebo = (
             min(self.n, quantiles * given.target_budget),
             min(self.n, given.placebo),
@@ -305,9 +314,35 @@ class Needs:
             tasks=self._blocks(given.block_size),
         )
 
+    @property
+    def _serves_groups(self) -> bool:
+        return self.sizes.target_groups and serves_groups(self.config.curate)
+
+    def fairness(self) -> Need:
+        """Of a target that names groups; of another it is next to nothing."""
+        if not self._serves_groups:
+            return self._need("fairness", read=0, written=0)
+        C, M = self.bank
+        scored, target = self._scored, self.sizes.roles["target"].pairs
+        fitted = min(scored, MOST_FITTED)
+        workers = self._workers(self.n, FAIRNESS_BLOCK)
+        return self._need(
+            "fairness",
+            read=(target + C * M + scored + fitted + self.n) * self.pair_bytes,
+            written=16 * scored + 8 * self.n + 4 * self.p,
+            temporary=16 * scored + 8 * self.n,
+            # embeddings in float64, centred, and their Gram matrix with its eigenvectors
+            worker=max(self._sketching(), fitted * 5 * self.pair_bytes + 3 * 8 * (2 * self.D) ** 2),
+            workers=workers,
+            work=4 * scored * (2 * self.D * self.d + 4 * C * M * self.d) / workers
+            + fitted * (2 * self.D) ** 2
+            + C * M * (self.config.curvature.rank + 2) * (4 * self.D * self.d + 2 * M * self.d),
+            tasks=self._blocks(FAIRNESS_BLOCK),
+        )
+
     def curate(self) -> Need:
         strata = self.choices.levels[-1] * self.config.attribute.quantiles
-        choices = candidates(self.config.curate)
+        choices = candidates(self.config.curate, self._serves_groups)
         trials = len(choices) * len(SEEDS) if len(choices) > 1 else 0
         workers = max(1, min(self.runtime.cores, trials))
         return self._need(

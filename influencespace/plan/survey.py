@@ -46,6 +46,8 @@ class Survey:
     uid_bytes: float
     image_bytes: float
     """Of an encoded image; 0 where there are no pictures."""
+    groups: bool = False
+    """Whether the pairs looked at name two groups or more."""
 
     @property
     def exact(self) -> bool:
@@ -67,6 +69,11 @@ class Sizes:
     surveys: Mapping[str, Survey]  # of the roles that have data of their own
     roles: Mapping[str, Amount]  # pool, target, test
     dimension: int  # D
+
+    @property
+    def target_groups(self) -> bool:
+        """Whether the target names groups."""
+        return self.surveys["target" if "target" in self.surveys else "pool"].groups
 
 
 def survey_all(config: RunConfig) -> Sizes:
@@ -141,6 +148,7 @@ def survey(shards: Sequence[Shard], read: ReadOptions) -> Survey:
         row_bytes=_row_bytes(rows),
         uid_bytes=float(np.mean([len(row["uid"]) for row in rows])),
         image_bytes=encoded / samples,
+        groups=len({row["group"] for row in rows} - {None}) > 1,
     )
 
 

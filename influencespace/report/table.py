@@ -164,19 +164,26 @@ def weights_told(summary: Summary) -> list[str]:
     trials = chosen.get("trials")
     if not trials:
         return []
-    losses = {(trial["weights"], trial["tau_high"]): trial["target_loss"] for trial in trials}
-    uniform, *weighted = losses.values()
+    uniform, *weighted = trials
+    before = number(uniform["target_loss"], 3)
     if chosen["weights"] == "uniform":
-        best = number(min(weighted), 3)
+        best = number(min(trial["target_loss"] for trial in weighted), 3)
         return [
             "The kept pairs have equal weights: no weights by influence were surely better when retrained "
-            f"(target loss {number(uniform, 3)} with equal ones, {best} with the best others)."
+            f"(target loss {before} with equal ones, {best} with the best others)."
         ]
-    loss = number(losses[chosen["weights"], chosen["tau_high"]], 3)
-    return [
+    (taken,) = (trial for trial in weighted if trial["confirmed"])
+    loss = number(taken["target_loss"], 3)
+    sentences = [
         f"The kept pairs are weighted by influence, at a temperature of {chosen['tau_high']:g} standard deviations: "
-        f"retraining confirmed it (target loss {loss} instead of {number(uniform, 3)} with equal weights)."
+        f"retraining confirmed it (target loss {loss} instead of {before} with equal weights)."
     ]
+    if taken.get("group_share"):
+        worst = [number(trial["worst_group_loss"], 3) for trial in (taken, uniform)]
+        sentences.append(
+            f"They serve the target's groups that are worse off too: the worst group's loss is {worst[0]} instead of {worst[1]}."
+        )
+    return sentences
 
 
 def summary_table(summary: Summary, *, wide: bool = False) -> Table:

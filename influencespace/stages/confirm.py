@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from influencespace.core.select import SelectConfig, best_candidate
+from influencespace.core.select import SelectConfig, best_candidate, fairest_candidate
 from influencespace.data.artifacts import write_json
 from influencespace.data.pair_set import PairSet
 from influencespace.stages.decide import Scores, decide
@@ -17,7 +17,8 @@ from influencespace.stages.runtime import Runtime, call
 from influencespace.stages.student import (
     StudentsConfig,
     TargetHalves,
-    choosing_losses,
+    choosing_terms,
+    losses_by_fold,
     read_note,
     train_subset,
 )
@@ -25,15 +26,26 @@ from influencespace.stages.student import (
 FloatArray = NDArray[np.float64]
 # Halved from one standard deviation of influence; colder ones leave too few pairs.
 TEMPERATURES = (1.0, 0.5, 0.25)
-GROUPS = 20  # of the target's images, over which the gain must be sure
+GROUP_SHARES = (0.5, 1.0)  # of influence on groups that are worse off
+FOLDS = 20  # of the target's images, over which the gain must be sure
 SEEDS = (101, 102)  # not those of the retraining that judges
 
 
-def candidates(config: SelectConfig) -> list[SelectConfig]:
-    """The decisions to choose from, uniform weights first."""
+def serves_groups(config: SelectConfig) -> bool:
+    """Whether the decision may serve groups that are worse off."""
+    return bool(config.group_share) or (config.weights == config.groups == "confirmed")
+
+
+def candidates(config: SelectConfig, names_groups: bool = False) -> list[SelectConfig]:
+    """The decisions to choose from, uniform weights first, and those that serve groups last."""
     if config.weights != "confirmed":
         return [config]
-    weighted = [replace(config, weights="influence", tau_high=tau) for tau in TEMPERATURES]
+    shares = [0.0, *GROUP_SHARES] if names_groups and serves_groups(config) else [0.0]
+    weighted = [
+        replace(config, weights="influence", tau_high=tau, group_share=share)
+        for share in shares
+        for tau in TEMPERATURES
+    ]
     return [replace(config, weights="uniform"), *weighted]
 
 
@@ -53,7 +65,8 @@ class TrialStudent:
 
     @property
     def name(self) -> str:
-        return f"trial-{self.config.weights}-{self.config.tau_high:g}-{self.seed}"
+        config = self.config
+        return f"trial-{config.weights}-{config.tau_high:g}-{config.group_share:g}-{self.seed}"
 
     def __call__(self) -> dict[str, Any]:
         note = self.folder / "trials" / f"{self.name}.json"
@@ -64,13 +77,19 @@ class TrialStudent:
         weight = decide(self.scores, self.config).weight
         trained = train_subset(self.pool, weight, self.students.train, self.steps, self.seed)
         halves = TargetHalves(self.target, self.students.seed)
-        groups = min(GROUPS, len(np.unique(self.target.image[halves.choosing])))
+        rows, losses = choosing_terms(trained.heads, halves, self.students.train)
+        group = halves.group[rows]
         result = {
             "mark": self.mark,
             "weights": self.config.weights,
             "tau_high": self.config.tau_high,
+            "group_share": self.config.group_share,
             "seed": self.seed,
-            "target_loss": choosing_losses(trained.heads, halves, self.students.train, groups),
+            "target_loss": losses_by_fold(halves, rows, losses, FOLDS),
+            "by_group": [
+                losses_by_fold(halves, rows[group == code], losses[group == code], FOLDS)
+                for code in np.unique(group[group >= 0])
+            ],
             "seconds": time.monotonic() - began,
         }
         write_json(note, result)
@@ -89,7 +108,7 @@ def confirm(
     runtime: Runtime,
 ) -> tuple[SelectConfig, list[dict[str, Any]]]:
     """The candidate that retraining likes best, and the trials; nothing is trained where the config leaves no choice."""
-    choices = candidates(config)
+    choices = candidates(config, scores.names_groups)
     if len(choices) == 1:
         return config, []
     tasks = [
@@ -112,11 +131,26 @@ def confirm(
         for trial in runtime.map(call, tasks, num_actors=runtime.cores):
             trials.append(trial)
             bar.advance()
-    loss = {(t["weights"], t["tau_high"], t["seed"]): t["target_loss"] for t in trials}
-    losses = np.array([[loss[c.weights, c.tau_high, seed] for seed in SEEDS] for c in choices])
-    best = best_candidate(losses.mean(1))
+    by_choice = {(t["weights"], t["tau_high"], t["group_share"], t["seed"]): t for t in trials}
+    found = [[by_choice[c.weights, c.tau_high, c.group_share, seed] for seed in SEEDS] for c in choices]
+    losses = np.array([[trial["target_loss"] for trial in seeds] for seeds in found]).mean(1)
+    for_all = [i for i, choice in enumerate(choices) if not choice.group_share]
+    best = for_all[best_candidate(losses[for_all])]
+    groups = range(len(found[0][0]["by_group"])) if len(for_all) < len(choices) else ()
+    by_group = [
+        np.array([[trial["by_group"][g] for trial in seeds] for seeds in found]).mean(1) for g in groups
+    ]
+    if by_group:
+        best = fairest_candidate(losses, by_group, best)
     table = [
-        {"weights": c.weights, "tau_high": c.tau_high, "target_loss": float(mean), "confirmed": i == best}
-        for i, (c, mean) in enumerate(zip(choices, losses.mean((1, 2))))
+        {
+            "weights": choice.weights,
+            "tau_high": choice.tau_high,
+            "group_share": choice.group_share,
+            "target_loss": float(losses[i].mean()),
+            "worst_group_loss": max((float(group[i].mean()) for group in by_group), default=None),
+            "confirmed": i == best,
+        }
+        for i, choice in enumerate(choices)
     ]
     return choices[best], table

@@ -184,6 +184,7 @@ def curate(
     target: PairSet,
     attribute_folder: Path,
     redundancy_folder: Path,
+    fairness_folder: Path,
     student_folder: Path,
     inputs: dict[str, str],
     config: SelectConfig,
@@ -203,7 +204,7 @@ def curate(
         return done
     began = time.monotonic()
     reopen(out)
-    scores = Scores(attribute_folder, redundancy_folder)
+    scores = Scores(attribute_folder, redundancy_folder, fairness_folder)
     confirmed, trials = confirm(pool, target, scores, config, students, steps, out, mark, runtime)
     task = Curate(
         pool=earlier.pool if earlier else pool,
@@ -215,7 +216,12 @@ def curate(
         seed=seed,
     )
     details = run_once(runtime, task)
-    details |= {"weights": confirmed.weights, "tau_high": confirmed.tau_high, "trials": trials}
+    details |= {
+        "weights": confirmed.weights,
+        "tau_high": confirmed.tau_high,
+        "group_share": confirmed.group_share,
+        "trials": trials,
+    }
     rows = sum(details["reasons"].values())
     manifest = Manifest(
         stage="curate", fingerprint=mark, inputs=inputs, rows_in=rows, rows_out=rows, details=details

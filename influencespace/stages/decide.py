@@ -32,8 +32,10 @@ class Scores:
     """The attribute stage's results, opened where they are used."""
 
     folder: Path
-    groups: Path | None = None
+    copies: Path | None = None
     """The redundancy stage's; None where no pair is a copy of another, and no two have one image."""
+    groups: Path | None = None
+    """The fairness stage's; None where the target names no groups."""
 
     @cached_property
     def strata(self) -> Columns:
@@ -107,21 +109,21 @@ class Scores:
         return np.stack([self.strata[name] for name in names], 1)
 
     @cached_property
-    def _groups(self) -> Columns:
-        if self.groups is None:
+    def _copies(self) -> Columns:
+        if self.copies is None:
             alone = np.arange(len(self.strata["quality"]))
             return {"leader": alone, "image": alone}
-        return read_columns(self.groups / "groups.parquet")
+        return read_columns(self.copies / "copies.parquet")
 
     @property
     def leader(self) -> NDArray[np.int64]:
         """The pair of the pool that each pair is a copy of, itself where it is none (n,)."""
-        return self._groups["leader"]
+        return self._copies["leader"]
 
     @property
     def image(self) -> NDArray[np.int64]:
         """The image of each pair (n,)."""
-        return self._groups["image"]
+        return self._copies["image"]
 
     @cached_property
     def joint_scores(self) -> tuple[FloatArray, FloatArray]:
@@ -143,6 +145,18 @@ class Scores:
         """Influence of every pair from all that is known of it (n,): what weights follow."""
         return self.additive(VALUE_AXES).predict(self._axes(VALUE_AXES))[0]
 
+    @property
+    def names_groups(self) -> bool:
+        """Whether some group of the target is worse off than others."""
+        return self.groups is not None and (self.groups / "groups.parquet").exists()
+
+    @cached_property
+    def for_groups(self) -> FloatArray:
+        """Influence of every pair on the groups of the target that are worse off (n,); zeros where there are none."""
+        if self.groups is None or not self.names_groups:
+            return np.zeros(len(self.strata["quality"]))
+        return read_columns(self.groups / "groups.parquet")["influence"]
+
     def _pairs_a_scored_pair(self) -> FloatArray:
         leaf = self.strata["cluster"] * self.quantiles + self.strata["quantile"]
         leaves = self.clusters * self.quantiles
@@ -162,11 +176,14 @@ def decide(scores: Scores, config: SelectConfig) -> Subset:
     """The subset that a configuration makes of cached scores: cheap, for sweeps."""
     score, se = scores.joint_scores
     redundant = scores.leader != np.arange(len(score))
+    predicted = scores.predicted
+    if config.group_share and scores.names_groups:
+        predicted = predicted + config.group_share * scores.for_groups
     return select(
         score,
         se,
         scores.unit,
-        scores.predicted,
+        predicted,
         config,
         redundant,
         scores.image,

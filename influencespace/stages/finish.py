@@ -21,6 +21,7 @@ STAGES = (
     "redundancy",
     "curvature",
     "attribute",
+    "fairness",
     "curate",
     "train",
     "evaluate",

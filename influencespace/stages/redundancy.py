@@ -114,7 +114,7 @@ class CompareCluster:
 
 
 @dataclass(frozen=True)
-class JoinGroups:
+class JoinCopies:
     """Task: write leader and image of every pair in canonical order; how many pairs are exact copies, and how many near ones."""
 
     pool: PairSet
@@ -127,7 +127,7 @@ class JoinGroups:
         exact = np.load(self.folder / "leader.npy")
         leader = exact.copy()
         leader[near["pair"]] = near["leader"]
-        write_columns(self.folder / "groups.parquet", {"leader": leader[exact], "image": self.pool.image})
+        write_columns(self.folder / "copies.parquet", {"leader": leader[exact], "image": self.pool.image})
         for name in ("near.parquet", "leader.npy", "order.npy"):
             (self.folder / name).unlink()
         return {
@@ -146,7 +146,7 @@ def redundancy(
     out: Path,
     runtime: Runtime,
 ) -> Manifest:
-    """Find the copies among the pairs of the pool; writes groups.parquet: each pair's image and its leader.
+    """Find the copies among the pairs of the pool; writes copies.parquet: each pair's image and its leader.
 
     A pair that copies no other leads itself. Copies in different clusters are missed, exact ones aside.
     """
@@ -168,7 +168,7 @@ def redundancy(
     with progress("redundancy", ends[-1], "pairs") as bar:
         for count in runtime.map(call, tasks, num_actors=runtime.cores):
             bar.advance(count)
-    counts = run_once(runtime, JoinGroups(pool, out, [task.start for task in tasks]))
+    counts = run_once(runtime, JoinCopies(pool, out, [task.start for task in tasks]))
     rows = counts["pairs"]
     manifest = Manifest(
         stage="redundancy", fingerprint=mark, inputs=inputs, rows_in=rows, rows_out=rows, details=counts

@@ -32,6 +32,7 @@ from influencespace.stages.runtime import Runtime, call, run_once
 
 ALL = "all"
 FEWEST_TARGET_IMAGES = 8  # four for model choices, four for the gradient: two contexts of two pairs each
+FEWEST_GROUP_IMAGES = 16  # of a group in each half of the target: fewer do not say how well it is served
 
 
 @options(frozen=True, kw_only=True)
@@ -139,29 +140,50 @@ class TargetHalves:
     def gradient(self) -> NDArray[np.int64]:
         return np.flatnonzero(self._fold == 1)
 
+    @cached_property
+    def group(self) -> NDArray[np.int64]:
+        """Group of each pair of the target (n,); -1 for one without, or of a group with too few images in a half."""
+        group = self.target.group.copy()
+        for code in np.unique(group[group >= 0]):
+            images = [
+                np.unique(self.target.image[half][group[half] == code])
+                for half in (self.choosing, self.gradient)
+            ]
+            if min(map(len, images)) < FEWEST_GROUP_IMAGES:
+                group[group == code] = -1
+        return group
+
     def contexts(self, half: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
         """The half's pairs in contexts of at most a batch, at most one pair an image in each."""
         return [half[c] for c in covering_contexts(self.target.image[half], batch_size, self.seed)]
 
 
 @torch.no_grad()
-def choosing_losses(heads: Heads, halves: TargetHalves, config: StudentConfig, groups: int) -> list[float]:
-    """Mean loss on the choosing half of the target, for each of `groups` groups of its images."""
+def choosing_terms(
+    heads: Heads, halves: TargetHalves, config: StudentConfig
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The pairs of the choosing half of the target, and the loss of each (m,), (m,)."""
     contexts = halves.contexts(halves.choosing, config.batch_size)
     terms = []
     for rows in contexts:
         u, t = heads(*halves.target.inputs(rows))
         terms.append(config.objective.terms(u, t).double().numpy())
-    image = halves.target.image[np.concatenate(contexts)]
-    group = folds_by_image(image, groups, halves.seed)
-    values = np.concatenate(terms)
-    return [float(values[group == g].mean()) for g in range(groups)]
+    return np.concatenate(contexts), np.concatenate(terms)
+
+
+def losses_by_fold(
+    halves: TargetHalves, rows: NDArray[np.int64], losses: NDArray[np.float64], folds: int
+) -> list[float]:
+    """Mean loss of pairs `rows` of the target (m,) for each of `folds` folds of their images, or fewer where they have fewer."""
+    image = halves.target.image[rows]
+    folds = min(folds, len(np.unique(image)))
+    fold = folds_by_image(image, folds, halves.seed)
+    return [float(losses[fold == k].mean()) for k in range(folds)]
 
 
 def choosing_loss(heads: Heads, halves: TargetHalves, config: StudentConfig) -> float:
     """Mean loss on the choosing half of the target."""
-    (loss,) = choosing_losses(heads, halves, config, 1)
-    return loss
+    return float(choosing_terms(heads, halves, config)[1].mean())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,16 +20,28 @@ from influencespace.estimators.nystrom import CurvatureConfig
 from influencespace.models.training import StudentConfig
 from influencespace.stages.attribute import AttributeConfig, attribute
 from influencespace.stages.cluster import ClusterConfig, cluster
+from influencespace.stages.confirm import serves_groups
 from influencespace.stages.curate import curate
 from influencespace.stages.curvature import TargetConfig, curvature
 from influencespace.stages.evaluate import EvaluateConfig, evaluate
+from influencespace.stages.fairness import fairness
 from influencespace.stages.redundancy import RedundancyConfig, redundancy
 from influencespace.stages.runtime import LocalRuntime, Pool, Recipe, Runtime
 from influencespace.stages.student import StudentsConfig, students
 from influencespace.stages.towers import EmbedConfig
 from influencespace.stages.train import TrainConfig, train
 
-STAGES = ("student", "cluster", "redundancy", "curvature", "attribute", "curate", "train", "evaluate")
+STAGES = (
+    "student",
+    "cluster",
+    "redundancy",
+    "curvature",
+    "attribute",
+    "fairness",
+    "curate",
+    "train",
+    "evaluate",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,14 +175,30 @@ class Chain:
             self.runtime,
         )
 
+    def _fairness(self) -> Manifest:
+        return fairness(
+            self.sets["pool"],
+            self.sets["target"],
+            self.student,
+            self.curvature,
+            self.source / "student",
+            self.source / "attribute",
+            serves_groups(self.select),
+            (len(self.sets["pool"]), self.manifest("attribute").details["sample"]),
+            self.given("student", "attribute"),
+            self.out / "fairness",
+            self.runtime,
+        )
+
     def _curate(self) -> Manifest:
         return curate(
             self.sets["pool"],
             self.sets["target"],
             self.source / "attribute",
             self.source / "redundancy",
+            self.source / "fairness",
             self.source / "student",
-            self.given("student", "redundancy", "attribute"),
+            self.given("student", "redundancy", "attribute", "fairness"),
             self.select,
             self.student,
             self.manifest("student").details["steps"],

@@ -8,10 +8,10 @@ import numpy as np
 from chain import Chain, Counting, Idle
 
 from influencespace.core.select import SelectConfig, best_candidate
-from influencespace.stages.confirm import GROUPS, SEEDS, TEMPERATURES, candidates, confirm
+from influencespace.stages.confirm import FOLDS, SEEDS, TEMPERATURES, candidates, confirm
 from influencespace.stages.decide import Scores, decide
 from influencespace.stages.runtime import LocalRuntime, Runtime
-from influencespace.stages.student import TargetHalves, choosing_losses, train_subset
+from influencespace.stages.student import TargetHalves, choosing_terms, losses_by_fold, train_subset
 
 
 def confirmed(truth: Chain, folder: Path, config: SelectConfig, runtime: Runtime) -> SelectConfig:
@@ -53,7 +53,8 @@ def test_the_choice_is_that_of_the_ray_free_loop(truth: Chain, tmp_path: Path) -
     def losses(choice: SelectConfig) -> np.ndarray:
         weight = decide(scores, choice).weight
         runs = [train_subset(pool, weight, config.train, steps, seed).heads for seed in SEEDS]
-        return np.mean([choosing_losses(heads, halves, config.train, GROUPS) for heads in runs], 0)
+        terms = [choosing_terms(heads, halves, config.train) for heads in runs]
+        return np.mean([losses_by_fold(halves, *found, FOLDS) for found in terms], 0)
 
     choices = candidates(SelectConfig())
     found = np.stack([losses(choice) for choice in choices])

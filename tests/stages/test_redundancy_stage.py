@@ -66,7 +66,7 @@ def copied(truth: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 
 def leaders(chain: Chain) -> np.ndarray:
-    return read_columns(chain.out / "redundancy" / "groups.parquet")["leader"]
+    return read_columns(chain.out / "redundancy" / "copies.parquet")["leader"]
 
 
 def by_config(copied: Chain, out: Path, **settings: object) -> Chain:

@@ -1,0 +1,262 @@
+"""The fairness stage: what pairs do for the target's groups that are worse off, carried over to every pair of the pool.
+
+One direction serves all these groups: the gradient of their losses, each weighted by how far it is above the mean. Few pairs
+of a rare group are in the pool, so its influence is carried over by likeness: a linear function of the given embeddings.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from influencespace.core.fairness import disadvantage, group_means
+from influencespace.core.ridge import Ridge, fit_ridge
+from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
+from influencespace.data.blocks import blocks_of, has_block, join_blocks, read_columns, write_block
+from influencespace.data.pair_set import PairSet
+from influencespace.estimators.nystrom import (
+    CurvatureConfig,
+    InfluenceScorer,
+    damping_of,
+    floored,
+    sketch_curvature,
+    solve_directions,
+)
+from influencespace.models.space import Space
+from influencespace.stages.finish import finish_stage, finished_stage
+from influencespace.stages.progress import progress
+from influencespace.stages.runtime import Runtime, call, run_once
+from influencespace.stages.student import Student, StudentsConfig, TargetHalves, student_name
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+MOST_FITTED = 20_000  # scored pairs whose embeddings are in memory at once
+FAIRNESS_BLOCK = 16_384  # pairs scored or predicted in one task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disadvantaged:
+    """The groups of the target that the student of all pairs serves worse than the mean, on the half that gives gradients."""
+
+    pool: PairSet
+    target: PairSet
+    students: StudentsConfig
+    curvature: CurvatureConfig
+    student_folder: Path
+
+    @cached_property
+    def student(self) -> Student:
+        return Student(self.student_folder, student_name(None))
+
+    @cached_property
+    def halves(self) -> TargetHalves:
+        return TargetHalves(self.target, self.students.seed)
+
+    @cached_property
+    def contexts(self) -> list[IntArray]:
+        return self.halves.contexts(self.halves.gradient, self.students.train.batch_size)
+
+    @cached_property
+    def losses(self) -> tuple[IntArray, FloatArray]:
+        """Group and loss of each pair of the contexts, those of no group left out (m,), (m,)."""
+        groups, losses = [], []
+        for rows in self.contexts:
+            with torch.no_grad():
+                terms = self.students.train.objective.terms(*self.student.embed(self.target.inputs(rows)))
+            groups.append(self.halves.group[rows])
+            losses.append(terms.double().numpy())
+        group, loss = np.concatenate(groups), np.concatenate(losses)
+        return group[group >= 0], loss[group >= 0]
+
+    @cached_property
+    def share(self) -> FloatArray:
+        """How much each group counts (A,), 1 in all; zeros where none is worse off."""
+        group, loss = self.losses
+        return disadvantage(loss, group) if len(np.unique(group)) > 1 else np.zeros(len(np.unique(group)))
+
+    def gradient(self) -> Tensor:
+        """Of the groups' mean losses, weighted by their shares: (1, p)."""
+        space = Space(self.student.heads)
+        group, _ = self.losses
+        codes, counts = np.unique(group, return_counts=True)
+        weight = np.zeros(int(codes.max()) + 1)
+        weight[codes] = self.share / counts
+        total = torch.zeros(1, space.size, dtype=torch.float64)
+        for rows in self.contexts:
+            code = self.halves.group[rows]
+            weights = torch.from_numpy(np.where(code >= 0, weight[code], 0.0))[None]
+            inputs, objective = self.target.inputs(rows), self.students.train.objective
+            total += space.loss_gradients(inputs, weights.to(space.like), objective).double().cpu()
+        return total.to(space.like)
+
+    def direction(self) -> Tensor:
+        """The gradient solved as the target's is, so that both influences are in one unit: (1, p)."""
+        space, train = Space(self.student.heads), self.students.train
+        contexts = [self.pool.inputs(rows) for rows in self.student.bank]
+        D = floored(self.student.preconditioner)
+        sketch = sketch_curvature(
+            space, contexts, train.objective, D, self.curvature.rank, self.curvature.seed
+        )
+        damping = damping_of(self.curvature, self.student.sum_of_learning_rates, train.weight_decay)
+        solution = solve_directions(
+            space, contexts, train.objective, D, sketch, damping, self.gradient(), self.curvature
+        )
+        return solution.x
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveDisadvantaged:
+    """Task: write the direction that serves the groups that are worse off; the groups, and whether there are any."""
+
+    groups: Disadvantaged
+    folder: Path
+
+    def __call__(self) -> dict[str, Any]:
+        group, loss = self.groups.losses
+        share = self.groups.share
+        if share.any():
+            with atomic_path(self.folder / "direction.safetensors") as aside:
+                save_file({"direction": self.groups.direction().contiguous()}, aside)
+        names, codes = self.groups.target.column("group"), self.groups.halves.group
+        means = group_means(loss, group) if len(group) else share
+        return {
+            str(names[int(np.argmax(codes == code))]): {"loss": float(mean), "share": float(part)}
+            for code, mean, part in zip(np.unique(group), means, share, strict=True)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreForGroups:
+    """Task: in-training influence of some scored pairs on the groups that are worse off."""
+
+    groups: Disadvantaged
+    sample: Path
+    folder: Path
+    mark: str
+    start: int
+    stop: int
+
+    def __call__(self) -> int:
+        if not has_block(self.folder, "scored", self.start, self.mark):
+            g = self.groups
+            rows = read_columns(self.sample, "pair")["pair"][self.start : self.stop]
+            scorer = InfluenceScorer(
+                Space(g.student.heads),
+                load_file(self.folder / "direction.safetensors")["direction"],
+                g.student.recorded_bank(g.pool),
+                g.students.train.objective,
+                g.students.train.batch_size,
+            )
+            by_context = scorer(g.pool.inputs(rows), g.pool.image[rows]).by_context[0]
+            known = np.isfinite(by_context).any(1)
+            columns = {"pair": rows[known], "influence": np.nanmean(by_context[known], 1)}
+            write_block(self.folder, "scored", self.start, self.mark, columns)
+        return self.stop - self.start
+
+
+def features(pool: PairSet, rows: IntArray) -> FloatArray:
+    """Both given embeddings of pairs, side by side: (n, 2 D)."""
+    return torch.cat(pool.inputs(rows), 1).double().numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitForGroups:
+    """Task: fit influence on the groups as a linear function of embeddings; its effective degrees of freedom."""
+
+    pool: PairSet
+    folder: Path
+
+    def __call__(self) -> float:
+        scored = read_columns(self.folder / "scored.parquet")
+        rows = slice(0, MOST_FITTED)  # a look is in canonical order, which is random
+        fitted = fit_ridge(features(self.pool, scored["pair"][rows]), scored["influence"][rows])
+        with atomic_path(self.folder / "ridge.npz") as aside, aside.open("wb") as file:
+            np.savez(
+                file, centre=fitted.centre, coefficients=fitted.coefficients, offset=np.array(fitted.offset)
+            )
+        return fitted.freedom
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictForGroups:
+    """Task: the fitted influence of a block of the pool."""
+
+    pool: PairSet
+    folder: Path
+    mark: str
+    start: int
+    stop: int
+
+    def __call__(self) -> int:
+        if not has_block(self.folder, "groups", self.start, self.mark):
+            found = np.load(self.folder / "ridge.npz")
+            fitted = Ridge(
+                centre=found["centre"],
+                coefficients=found["coefficients"],
+                offset=float(found["offset"]),
+                freedom=0,
+            )
+            rows = np.arange(self.start, self.stop)
+            columns = {"influence": fitted.predict(features(self.pool, rows))}
+            write_block(self.folder, "groups", self.start, self.mark, columns)
+        return self.stop - self.start
+
+
+def fairness(
+    pool: PairSet,
+    target: PairSet,
+    students: StudentsConfig,
+    config: CurvatureConfig,
+    student_folder: Path,
+    attribute_folder: Path,
+    wanted: bool,
+    rows: tuple[int, int],
+    inputs: dict[str, str],
+    out: Path,
+    runtime: Runtime,
+) -> Manifest:
+    """Influence of all `rows[0]` pairs on the groups that are worse off, from `rows[1]` scored ones; writes groups.parquet.
+
+    Nothing is written where it is not `wanted`, the target names fewer than two groups, or none is worse off than the mean.
+    """
+    mark = fingerprint({"stage": "fairness", "config": config, "wanted": wanted, "inputs": inputs})
+    if (done := finished_stage(out, mark)) is not None:
+        return done
+    began = time.monotonic()
+    reopen(out)
+    groups = Disadvantaged(
+        pool=pool, target=target, students=students, curvature=config, student_folder=student_folder
+    )
+    found = run_once(runtime, SolveDisadvantaged(groups=groups, folder=out)) if wanted else {}
+    details: dict[str, Any] = {"groups": found}
+    if any(group["share"] for group in found.values()):
+        sample = attribute_folder / "influence.parquet"
+        score = partial(ScoreForGroups, groups=groups, sample=sample, folder=out, mark=mark)
+        _blockwise(runtime, score, rows[1], "scored", "fairness", out)
+        details["freedom"] = run_once(runtime, FitForGroups(pool=pool, folder=out))
+        predict = partial(PredictForGroups, pool=pool, folder=out, mark=mark)
+        _blockwise(runtime, predict, rows[0], "groups", "fairness (all pairs)", out)
+    manifest = Manifest(
+        stage="fairness",
+        fingerprint=mark,
+        inputs=inputs,
+        rows_in=rows[0],
+        rows_out=rows[0],
+        details=details,
+    )
+    return finish_stage(out, manifest, began)
+
+
+def _blockwise(runtime: Runtime, make: "partial[Any]", count: int, name: str, what: str, out: Path) -> None:
+    tasks = [make(start=a, stop=b) for a, b in blocks_of(count, FAIRNESS_BLOCK)]
+    with progress(what, count, "pairs") as bar:
+        for done in runtime.map(call, tasks, num_actors=runtime.cores):
+            bar.advance(done)
+    run_once(runtime, partial(join_blocks, out, name, [task.start for task in tasks]))
