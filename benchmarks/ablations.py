@@ -174,16 +174,16 @@ class Dynamic(Curation):
             decided=decided,
         )
 
-        began, shares = time.monotonic(), []
+        began, shares = time.process_time(), []
         for seed in seeds:
             if method.isdecimal():
                 trained = train_dynamically(self.pool, weight, reweighting, int(method), steps, seed)
             else:
                 trained = train_subset(self.pool, weight, self.config.train, steps, seed)
             shares.append(by_image(trained.heads, self.test).tolist())
-        seconds = (time.monotonic() - began) / len(seeds)
+        seconds = (time.process_time() - began) / len(seeds)
         chosen = {"weights": decided.weights, "temperature": reweighting.temperature}
-        return {"shares": shares, "seconds": seconds, "kept": float((weight > 0).mean()), **chosen}
+        return {"shares": shares, "cpu_seconds": seconds, "kept": float((weight > 0).mean()), **chosen}
 
 
 def dynamic(bench: Benchmark, world: World, quick: bool) -> None:
@@ -197,7 +197,7 @@ def dynamic(bench: Benchmark, world: World, quick: bool) -> None:
         found = {
             method: cached(
                 world.cache,
-                ["dynamic", curation.setting, method, seeds],
+                ["reweighted", curation.setting, method, seeds],
                 partial(curation.retrained_by, method, seeds),
                 code,
             )

@@ -13,6 +13,8 @@ from influencespace.data.consolidate import BLOCK_BYTES, BLOCK_PAIRS
 from influencespace.plan.survey import Sizes
 from influencespace.report.pictures import SHOWN
 from influencespace.stages.confirm import SEEDS, candidates
+from influencespace.stages.curate import DYNAMIC
+from influencespace.stages.dynamic import MOST_SCORED
 from influencespace.stages.embed import share, worker_bytes
 from influencespace.stages.importing import PART_PAIRS
 from influencespace.stages.runtime import AHEAD, Runtime
@@ -35,6 +37,9 @@ ROW_BYTES = 40
 FUSION_CENTROIDS = 32
 LARGEST_CLUSTER = 3  # in mean sizes; 1.9 was measured on real pairs, 2.9 where a third of them were copies
 DECISION_WORK = 10_000  # of one pair in the decision, in multiplications
+AXES_BYTES = (
+    250  # of one pair whose sampler is re-weighted: what strata and axes hold of it, its weights old and new
+)
 PAGE_BYTES = 75_000  # report.html without its pictures
 THUMBNAIL_BYTES = 8_000  # as base64
 
@@ -167,8 +172,32 @@ class Needs:
         return self.B * (6 * self.D * self.d + 3 * self.B * self.d)
 
     @property
+    def _quality_work(self) -> int:
+        """Multiplications of the quality of all pairs by one student."""
+        C, M = self.bank
+        return self.n * (2 * self.D * self.d + 2 * C * M * self.d)
+
+    @property
+    def _quality_bytes(self) -> int:
+        row = self.pair_bytes + 8 * self.d + 12 * self.bank[1]
+        return self._block(self.config.student.block_size, row)
+
+    @property
+    def _influence_work(self) -> int:
+        """Multiplications of the influence of one pair: its embeddings or tangents, against the bank."""
+        C, M = self.bank
+        return 2 * self.D * self.d + 4 * C * M * self.d
+
+    @property
     def runs(self) -> int:
         return len(self.config.train.seeds) * len(self.config.train.methods)
+
+    @property
+    def refreshes(self) -> int:
+        """Re-weightings of all dynamic students together."""
+        train = self.config.train
+        dynamic = len(train.seeds) * (DYNAMIC in train.methods)
+        return dynamic * ((self.choices.steps - 1) // train.refresh)
 
     def embed(self, role: str) -> Need:
         given, found = self.config.embed, self.sizes.surveys[role]
@@ -203,8 +232,6 @@ class Needs:
 
     def student(self) -> Need:
         given, (C, M) = self.config.student, self.bank
-        forward = 2 * self.D * self.d
-        quality = self.n * 2 * (forward + 2 * C * M * self.d)
         turns = -(-given.folds // min(given.folds, self.runtime.cores))
         path = self.choices.tried + self.choices.steps * turns
         workers = self._workers(self.n, given.block_size, least=given.folds)
@@ -212,9 +239,9 @@ class Needs:
             "student",
             read=3 * self.n * self.pair_bytes,  # to train, and twice for quality
             written=self.students * (8 * self.p + 8 * C * M) + 32 * self.n,
-            worker=self._training + self._block(given.block_size, self.pair_bytes + 8 * self.d + 12 * M),
+            worker=self._training + self._quality_bytes,
             workers=workers,
-            work=path * self._step_work + quality / workers,
+            work=path * self._step_work + 2 * self._quality_work / workers,
             tasks=self._blocks(given.block_size),
         )
 
@@ -301,7 +328,7 @@ class Needs:
                 + max(16 * self.d + 40 * M, (8 * self.d * (1 + self.F) + 40 * M + 16 * M * self.F) // 4),
             ),
             workers=workers,
-            work=passes * (2 * self.D * self.d + 4 * C * M * self.d) / workers,
+            work=passes * self._influence_work / workers,
             tasks=self._blocks(given.block_size),
         )
 
@@ -320,13 +347,16 @@ class Needs:
         )
 
     def train(self) -> Need:
+        judged = min(self.n, MOST_SCORED) + self.sizes.roles["target"].pairs // 2
+        refresh = self._quality_work + 2 * judged * self._influence_work + DECISION_WORK * self.n
+        weighing = AXES_BYTES * self.n + self._quality_bytes if self.refreshes else 0
         return self._need(
             "train",
-            read=self.n * self.pair_bytes,
+            read=(1 + self.refreshes) * self.n * self.pair_bytes,
             written=4 * self.p * self.runs,
-            worker=self._training,
+            worker=self._training + weighing,
             workers=self.config.train.workers,
-            work=self.runs * self.choices.steps * self._step_work,
+            work=self.runs * self.choices.steps * self._step_work + self.refreshes * refresh,
         )
 
     def evaluate(self) -> Need:
