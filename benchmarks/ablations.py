@@ -173,7 +173,6 @@ class Dynamic(Curation):
             scores=scores,
             decided=decided,
         )
-
         began, shares = time.process_time(), []
         for seed in seeds:
             if method.isdecimal():
@@ -208,7 +207,7 @@ def dynamic(bench: Benchmark, world: World, quick: bool) -> None:
             difference = bootstrap_means(values) - bootstrap_means(shares["curated"])
             bench.row(
                 wrong=wrong,
-                refresh=method,
+                method=f"dynamic, every {method} steps" if method.isdecimal() else method,
                 mean_recall=float(values.mean()),
                 minus_curated=float(values.mean() - shares["curated"].mean()),
                 paired_interval=list(interval(difference)),
