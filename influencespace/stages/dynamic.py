@@ -31,7 +31,7 @@ from influencespace.stages.student import Student, StudentsConfig, TargetHalves,
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-MOST_SCORED = 4096  # pairs at each refresh: a smooth fit along six axes needs no more
+MOST_SCORED = 4096  # pairs at each refresh, so that its time grows with the axes of the pool alone
 
 
 @dataclass(frozen=True, kw_only=True)
