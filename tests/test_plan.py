@@ -25,7 +25,8 @@ from influencespace.errors import InputError
 from influencespace.models.encoders import embedding_dimension
 from influencespace.plan import Plan, plan, print_plan
 from influencespace.plan.calibration import STARTS, Calibration, Measured, Watched, extrapolate
-from influencespace.plan.needs import SKETCH_BYTES, Needs, most_choices, most_levels
+from influencespace.plan.choices import most_choices, most_levels
+from influencespace.plan.needs import SKETCH_BYTES, Needs
 from influencespace.plan.survey import Amount, Sizes, Survey, survey
 from influencespace.plan.table import size
 from influencespace.stages.fit_encoder import FitEncoder

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from influencespace.config import RunConfig
 from influencespace.data.consolidate import BLOCK_BYTES, BLOCK_PAIRS
+from influencespace.plan.choices import Choices
 from influencespace.plan.survey import Sizes
 from influencespace.report.pictures import SHOWN
 from influencespace.stages.confirm import SEEDS, candidates
@@ -64,42 +65,6 @@ class Need:
     work: float = 1.0
     seconds: float | None = None
     """None before a calibration."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choices:
-    """What a run finds out by itself: at most this, or what a calibration found."""
-
-    steps: int
-    tried: int
-    """Steps of all students among which `steps` was chosen."""
-    rank: int
-    levels: tuple[int, ...]
-    """Clusters of each level of the tree."""
-
-
-def most_choices(config: RunConfig, pairs: int) -> Choices:
-    """The longest training, the configured rank, and all levels that `pairs` allow."""
-    doublings = config.student.most_doublings if config.student.choose_steps else 0
-    steps = config.student.first_steps(pairs)
-    return Choices(
-        steps=steps * 2**doublings,
-        tried=steps * (2 ** (doublings + 1) - 1),
-        rank=config.curvature.rank,
-        levels=most_levels(config, pairs),
-    )
-
-
-def most_levels(config: RunConfig, pairs: int) -> tuple[int, ...]:
-    """Clusters of each level if the Davies-Bouldin index never settles."""
-    given = config.cluster
-    if given.k != "auto":
-        return (min(given.k, pairs),)
-    most = max(1, pairs // given.least_size)
-    levels = [min(given.first, most)]
-    while 2 * levels[-1] <= most:
-        levels.append(2 * levels[-1])
-    return tuple(levels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,14 +144,12 @@ class Needs:
 
     @property
     def _quality_bytes(self) -> int:
-        row = self.pair_bytes + 8 * self.d + 12 * self.bank[1]
-        return self._block(self.config.student.block_size, row)
+        return self._block(self.config.student.block_size, self.pair_bytes + 8 * self.d + 12 * self.bank[1])
 
     @property
     def _influence_work(self) -> int:
         """Multiplications of the influence of one pair: its embeddings or tangents, against the bank."""
-        C, M = self.bank
-        return 2 * self.D * self.d + 4 * C * M * self.d
+        return 2 * self.D * self.d + 4 * self.bank[0] * self.bank[1] * self.d
 
     @property
     def runs(self) -> int:
@@ -195,9 +158,8 @@ class Needs:
     @property
     def refreshes(self) -> int:
         """Re-weightings of all dynamic students together."""
-        train = self.config.train
-        dynamic = len(train.seeds) * (DYNAMIC in train.methods)
-        return dynamic * ((self.choices.steps - 1) // train.refresh)
+        given = self.config.train
+        return len(given.seeds) * (DYNAMIC in given.methods) * ((self.choices.steps - 1) // given.refresh)
 
     def embed(self, role: str) -> Need:
         given, found = self.config.embed, self.sizes.surveys[role]
