@@ -5,6 +5,7 @@ is wrong. Needs the real data; see docs/benchmarks.md.
 """
 
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import SCORING, Benchmark, cached, code_version
+from common import DECIDING, SCORING, Benchmark, cached, code_version
 from curation import Curation, Setting, World, by_image, measure_on_real_pairs
 
 from influencespace.core.metrics import auroc, bootstrap_means, interval
@@ -24,7 +25,8 @@ from influencespace.models.fusion import FusionConfig
 from influencespace.stages.attribute import AttributeConfig
 from influencespace.stages.cluster import ClusterConfig
 from influencespace.stages.decide import decide
-from influencespace.stages.student import StudentsConfig, train_subset
+from influencespace.stages.dynamic import Reweighting, train_dynamically
+from influencespace.stages.student import ALL, Student, StudentsConfig, train_subset
 
 Changes = Mapping[str, Any]
 STEPS = 100
@@ -154,6 +156,65 @@ def weight_cap(bench: Benchmark, world: World, quick: bool) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Dynamic(Curation):
+    """Students whose sampler is re-weighted while they train, beside those whose sampler is not."""
+
+    def retrained_by(self, method: str, seeds: tuple[int, ...]) -> dict[str, Any]:
+        """Recall by test image, (seeds, images), of `curated`, `everything`, or so many steps between two re-weightings."""
+        scores, steps = self.run(), self.setting.steps
+        decided = self.confirmed(scores)
+        weight = decide(scores, decided).weight if method != "everything" else np.ones(len(self.pool))
+        reweighting = Reweighting(
+            pool=self.pool,
+            target=self.target,
+            students=self.config,
+            student=Student(self.folder / "student", ALL),
+            scores=scores,
+            decided=decided,
+        )
+        began, shares = time.process_time(), []
+        for seed in seeds:
+            if method.isdecimal():
+                trained = train_dynamically(self.pool, weight, reweighting, int(method), steps, seed)
+            else:
+                trained = train_subset(self.pool, weight, self.config.train, steps, seed)
+            shares.append(by_image(trained.heads, self.test).tolist())
+        seconds = (time.process_time() - began) / len(seeds)
+        chosen = {"weights": decided.weights, "temperature": reweighting.temperature}
+        return {"shares": shares, "cpu_seconds": seconds, "kept": float((weight > 0).mean()), **chosen}
+
+
+def dynamic(bench: Benchmark, world: World, quick: bool) -> None:
+    """Mean recall with the sampler re-weighted every so many of 200 steps, on a pool with wrong captions and on a clean one."""
+    seeds = tuple(bench.seeds)
+    code = (*DECIDING, "estimators/momentary.py", "stages/dynamic.py")
+    for wrong in (0.3,) if quick else (0.3, 0.0):
+        curation = Dynamic(
+            world, Setting(wrong=wrong, captions=2 if quick else 5, steps=STEPS if quick else 200)
+        )
+        found = {
+            method: cached(
+                world.cache,
+                ["reweighted", curation.setting, method, seeds],
+                partial(curation.retrained_by, method, seeds),
+                code,
+            )
+            for method in ("curated", "everything", "25", "50", "100")
+        }
+        shares = {method: np.array(result.pop("shares")) for method, result in found.items()}
+        for method, values in shares.items():
+            difference = bootstrap_means(values) - bootstrap_means(shares["curated"])
+            bench.row(
+                wrong=wrong,
+                method=f"dynamic, every {method} steps" if method.isdecimal() else method,
+                mean_recall=float(values.mean()),
+                minus_curated=float(values.mean() - shares["curated"].mean()),
+                paired_interval=list(interval(difference)),
+                **found[method],
+            )
+
+
 def stage(name: str, option: str, *values: Any) -> dict[str, Changes]:
     return {str(value): {name: {option: value}} for value in values}
 
@@ -175,6 +236,7 @@ PARTS: dict[str, Callable[[Benchmark, World, bool], None]] = {
     **{name: partial(one_by_one, name, values) for name, values in SETTINGS.items()},
     "opinions": opinions,
     "weight_cap": weight_cap,
+    "dynamic": dynamic,
 }
 
 

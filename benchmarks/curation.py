@@ -249,7 +249,11 @@ class Curation:
         return {name: chosen[name].astype(np.float64) for name in METHODS}
 
     def curated(self, scores: Scores) -> np.ndarray:
-        """Our weights, the temperature confirmed on the choosing half of the target."""
+        """Our weights."""
+        return decide(scores, self.confirmed(scores)).weight
+
+    def confirmed(self, scores: Scores) -> SelectConfig:
+        """What decides, its temperature confirmed on the choosing half of the target."""
         config, _ = confirm(
             self.pool,
             self.target,
@@ -261,7 +265,7 @@ class Curation:
             code_version(),
             RUNTIME,
         )
-        return decide(scores, config).weight
+        return config
 
     def retrained(self, seeds: tuple[int, ...]) -> dict[str, Any]:
         """Recall by test image of students retrained on each method's subset, (seeds, images) for each."""

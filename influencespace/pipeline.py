@@ -22,6 +22,8 @@ from influencespace.stages.cluster import cluster
 from influencespace.stages.confirm import serves_groups
 from influencespace.stages.curate import Earlier, KeptRows, curate
 from influencespace.stages.curvature import curvature
+from influencespace.stages.decide import Scores
+from influencespace.stages.dynamic import Reweighting
 from influencespace.stages.embed import embed
 from influencespace.stages.evaluate import evaluate
 from influencespace.stages.fairness import fairness
@@ -29,7 +31,7 @@ from influencespace.stages.importing import import_embeddings
 from influencespace.stages.redundancy import redundancy
 from influencespace.stages.runtime import Runtime, run_once
 from influencespace.stages.split import pair_sets, split
-from influencespace.stages.student import students
+from influencespace.stages.student import ALL, Student, students
 from influencespace.stages.train import train
 
 ROLES = ("pool", "target", "test")
@@ -281,6 +283,15 @@ def run_round(
         runtime,
         earlier,
     )
+    confirmed = {name: done["curate"].details[name] for name in ("weights", "tau_high")}
+    reweighting = Reweighting(
+        pool=pool,
+        target=target,
+        students=config.student,
+        student=Student(at["student"], ALL),
+        scores=Scores(at["attribute"]),
+        decided=replace(config.curate, **confirmed),
+    )
     done["train"] = train(
         earlier.pool if earlier else pool,
         at["curate"] / "weights.parquet",
@@ -290,6 +301,7 @@ def run_round(
         config.train,
         at["train"],
         runtime,
+        reweighting,
     )
     done["evaluate"] = evaluate(
         test,

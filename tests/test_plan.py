@@ -25,7 +25,8 @@ from influencespace.errors import InputError
 from influencespace.models.encoders import embedding_dimension
 from influencespace.plan import Plan, plan, print_plan
 from influencespace.plan.calibration import STARTS, Calibration, Measured, Watched, extrapolate
-from influencespace.plan.needs import SKETCH_BYTES, Needs, most_choices, most_levels
+from influencespace.plan.choices import most_choices, most_levels
+from influencespace.plan.needs import SKETCH_BYTES, Needs
 from influencespace.plan.survey import Amount, Sizes, Survey, survey
 from influencespace.plan.table import size
 from influencespace.stages.fit_encoder import FitEncoder
@@ -273,6 +274,19 @@ class TestFormulas:
         assert ratios.pop("report") == ratios.pop("split") == ratios.pop("embed pool") == 1
         assert ratios.pop("embed target") == ratios.pop("embed test") == 1
         assert set(ratios.values()) == {3}
+
+    def test_dynamic_students_take_a_run_and_a_pass_over_the_pool_for_each_refresh(self) -> None:
+        """16 times the 100 steps at most, so 1600 / 400 - 1 re-weightings of each of three students."""
+        methods = {"train__methods": ["curated", "dynamic"], "student__most_doublings": 4}
+        plain = needs_of(train__methods=["curated"], student__most_doublings=4).train()
+        rare, often = (needs_of(train__refresh=every, **methods) for every in (400, 200))
+        assert (rare.runs, rare.refreshes, often.refreshes) == (6, 9, 21)
+        never = needs_of(train__refresh=1600, **methods).train()
+        assert (never.read, never.worker) == (plain.read, plain.worker)
+        assert (never.written, never.work) == (2 * plain.written, 2 * plain.work)
+        assert rare.train().read == 10 * plain.read
+        assert often.train().work - never.work == pytest.approx(21 / 9 * (rare.train().work - never.work))
+        assert rare.train().worker > never.worker
 
     def test_levels_double_while_the_pool_allows(self) -> None:
         config = load_config(None, {})

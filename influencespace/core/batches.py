@@ -4,7 +4,7 @@ A contrastive loss takes the other pairs of a batch as negatives; another captio
 one. Training batches, the bank's contexts and the target's contexts all follow this one rule.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,7 @@ def weighted_order(weights: NDArray[np.float64], generator: np.random.Generator)
 
 
 def training_batches(
-    weights: NDArray[np.float64], images: IntArray, size: int, steps: int, seed: int
+    weights: NDArray[np.float64], images: IntArray, size: int, steps: int, seed: int | Sequence[int]
 ) -> Iterator[IntArray]:
     """`steps` batches of `size` pairs for a weighted set: epoch after epoch, distinct images in a batch.
 
@@ -76,6 +76,26 @@ def training_batches(
             done += 1
             if done == steps:
                 return
+
+
+def reweighted_batches(
+    weights: NDArray[np.float64],
+    images: IntArray,
+    size: int,
+    steps: int,
+    seed: int,
+    every: int,
+    reweigh: Callable[[], NDArray[np.float64]],
+) -> Iterator[IntArray]:
+    """`training_batches` whose weights are asked for anew after each `every` batches, when a new epoch begins.
+
+    `reweigh` is called between two batches, once what came before has been used; not after the last.
+    """
+    for start in range(0, steps, every):
+        if start:
+            weights = reweigh()
+        draws = (seed, start) if start else seed
+        yield from training_batches(weights, images, size, min(every, steps - start), draws)
 
 
 def disjoint_contexts(

@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from scipy.special import stdtrit
 
+from influencespace.core.additive import fit_additive
 from influencespace.core.fairness import with_floors
 from influencespace.core.strata import rank_within
 from influencespace.errors import InputError
@@ -138,6 +139,20 @@ def capped_weights(utility: FloatArray, cap: float) -> FloatArray:
         weight[over] = cap
         free &= ~over
     return weight
+
+
+def weights_along(
+    axes: FloatArray, rows: IntArray, influence: FloatArray, knots: int, temperature: float, cap: float
+) -> FloatArray:
+    """Weights of mean 1 that follow what axes (n, A) say of the influence (m,) of the pairs `rows` (m,): (n,).
+
+    The temperature is in standard deviations of single influences, so that their unit does not matter. With fewer than two
+    of them nothing is known, and weights are equal.
+    """
+    if len(influence) < 2:
+        return np.ones(len(axes))
+    predicted, _ = fit_additive(axes, rows, influence, knots).predict(axes)
+    return capped_weights(predicted / ((float(influence.std()) or 1.0) * temperature), cap)
 
 
 def top_fraction(score: FloatArray, keep: int) -> BoolArray:

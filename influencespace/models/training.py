@@ -94,6 +94,13 @@ def _whole_batch(part: Tensor, exchange: Exchange) -> Tensor:
     return torch.cat(parts)
 
 
+def adamw_of(heads: Heads, config: StudentConfig) -> torch.optim.Optimizer:
+    """The optimiser of heads before its first step."""
+    return torch.optim.AdamW(
+        heads.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, eps=1e-8
+    )
+
+
 def train_heads(
     inputs: Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]],
     batches: Iterable[NDArray[np.int64]],
@@ -101,16 +108,16 @@ def train_heads(
     config: StudentConfig,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     exchange: Exchange | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Trained:
     """Fit heads by the configured loss on the given batches; `inputs(rows)` gives a batch's embeddings.
 
-    All workers of an `exchange` are given the same batches, and each embeds its share of every one.
+    All workers of an `exchange` are given the same batches, and each embeds its share of every one. Batches that depend on
+    the state of the training are drawn from heads and `optimizer`, `adamw_of` these heads, as they are between two steps.
     Raises FloatingPointError when the loss is not finite, naming the step.
     """
     exchange = exchange or Alone()
-    optimizer = torch.optim.AdamW(
-        heads.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, eps=1e-8
-    )
+    optimizer = optimizer or adamw_of(heads, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_factor(step, config.steps))
     losses, rates = [], 0.0
     for step, rows in enumerate(batches):

@@ -23,7 +23,8 @@ from influencespace.data.imported import EmbeddingBatch, read_imported_embedding
 from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import ReadOptions, Sample
 from influencespace.errors import InputError
-from influencespace.plan.needs import Choices, Need, Needs
+from influencespace.plan.choices import Choices
+from influencespace.plan.needs import Need, Needs
 from influencespace.plan.survey import survey_all
 from influencespace.stages.embed import share
 from influencespace.stages.finish import STAGES

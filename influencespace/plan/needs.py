@@ -10,9 +10,12 @@ from functools import cached_property
 
 from influencespace.config import RunConfig
 from influencespace.data.consolidate import BLOCK_BYTES, BLOCK_PAIRS
+from influencespace.plan.choices import Choices
 from influencespace.plan.survey import Sizes
 from influencespace.report.pictures import SHOWN
 from influencespace.stages.confirm import SEEDS, candidates, serves_groups
+from influencespace.stages.curate import DYNAMIC
+from influencespace.stages.dynamic import MOST_SCORED
 from influencespace.stages.embed import share, worker_bytes
 from influencespace.stages.fairness import FAIRNESS_BLOCK, MOST_FITTED
 from influencespace.stages.importing import PART_PAIRS
@@ -36,6 +39,8 @@ ROW_BYTES = 40
 FUSION_CENTROIDS = 32
 LARGEST_CLUSTER = 3  # in mean sizes; 1.9 was measured on real pairs, 2.9 where a third of them were copies
 DECISION_WORK = 10_000  # of one pair in the decision, in multiplications
+# Of one pair whose sampler is re-weighted: what strata and axes hold of it, its weights old and new.
+AXES_BYTES = 250
 PAGE_BYTES = 75_000  # report.html without its pictures
 THUMBNAIL_BYTES = 8_000  # as base64
 
@@ -60,42 +65,6 @@ class Need:
     work: float = 1.0
     seconds: float | None = None
     """None before a calibration."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choices:
-    """What a run finds out by itself: at most this, or what a calibration found."""
-
-    steps: int
-    tried: int
-    """Steps of all students among which `steps` was chosen."""
-    rank: int
-    levels: tuple[int, ...]
-    """Clusters of each level of the tree."""
-
-
-def most_choices(config: RunConfig, pairs: int) -> Choices:
-    """The longest training, the configured rank, and all levels that `pairs` allow."""
-    doublings = config.student.most_doublings if config.student.choose_steps else 0
-    steps = config.student.first_steps(pairs)
-    return Choices(
-        steps=steps * 2**doublings,
-        tried=steps * (2 ** (doublings + 1) - 1),
-        rank=config.curvature.rank,
-        levels=most_levels(config, pairs),
-    )
-
-
-def most_levels(config: RunConfig, pairs: int) -> tuple[int, ...]:
-    """Clusters of each level if the Davies-Bouldin index never settles."""
-    given = config.cluster
-    if given.k != "auto":
-        return (min(given.k, pairs),)
-    most = max(1, pairs // given.least_size)
-    levels = [min(given.first, most)]
-    while 2 * levels[-1] <= most:
-        levels.append(2 * levels[-1])
-    return tuple(levels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +138,29 @@ class Needs:
         return self.B * (6 * self.D * self.d + 3 * self.B * self.d)
 
     @property
+    def _quality_work(self) -> int:
+        """Multiplications of the quality of all pairs by one student."""
+        C, M = self.bank
+        return self.n * (2 * self.D * self.d + 2 * C * M * self.d)
+
+    @property
+    def _quality_bytes(self) -> int:
+        return self._block(self.config.student.block_size, self.pair_bytes + 8 * self.d + 12 * self.bank[1])
+
+    @property
+    def _influence_work(self) -> int:
+        """Multiplications of the influence of one pair: its embeddings or tangents, against the bank."""
+        return 2 * self.D * self.d + 4 * self.bank[0] * self.bank[1] * self.d
+
+    @property
     def runs(self) -> int:
         return len(self.config.train.seeds) * len(self.config.train.methods)
+
+    @property
+    def refreshes(self) -> int:
+        """Re-weightings of all dynamic students together."""
+        given = self.config.train
+        return len(given.seeds) * (DYNAMIC in given.methods) * ((self.choices.steps - 1) // given.refresh)
 
     def embed(self, role: str) -> Need:
         given, found = self.config.embed, self.sizes.surveys[role]
@@ -205,8 +195,6 @@ class Needs:
 
     def student(self) -> Need:
         given, (C, M) = self.config.student, self.bank
-        forward = 2 * self.D * self.d
-        quality = self.n * 2 * (forward + 2 * C * M * self.d)
         turns = -(-given.folds // min(given.folds, self.runtime.cores))
         path = self.choices.tried + self.choices.steps * turns
         workers = self._workers(self.n, given.block_size, least=given.folds)
@@ -214,9 +202,9 @@ class Needs:
             "student",
             read=3 * self.n * self.pair_bytes,  # to train, and twice for quality
             written=self.students * (8 * self.p + 8 * C * M) + 32 * self.n,
-            worker=self._training + self._block(given.block_size, self.pair_bytes + 8 * self.d + 12 * M),
+            worker=self._training + self._quality_bytes,
             workers=workers,
-            work=path * self._step_work + quality / workers,
+            work=path * self._step_work + 2 * self._quality_work / workers,
             tasks=self._blocks(given.block_size),
         )
 
@@ -310,7 +298,7 @@ class Needs:
                 + max(16 * self.d + 40 * M, (8 * self.d * (1 + self.F) + 40 * M + 16 * M * self.F) // 4),
             ),
             workers=workers,
-            work=passes * (2 * self.D * self.d + 4 * C * M * self.d) / workers,
+            work=passes * self._influence_work / workers,
             tasks=self._blocks(given.block_size),
         )
 
@@ -355,13 +343,16 @@ class Needs:
         )
 
     def train(self) -> Need:
+        judged = min(self.n, MOST_SCORED) + self.sizes.roles["target"].pairs // 2
+        refresh = self._quality_work + 2 * judged * self._influence_work + DECISION_WORK * self.n
+        weighing = AXES_BYTES * self.n + self._quality_bytes if self.refreshes else 0
         return self._need(
             "train",
-            read=self.n * self.pair_bytes,
+            read=(1 + self.refreshes) * self.n * self.pair_bytes,
             written=4 * self.p * self.runs,
-            worker=self._training,
+            worker=self._training + weighing,
             workers=self.config.train.workers,
-            work=self.runs * self.choices.steps * self._step_work,
+            work=self.runs * self.choices.steps * self._step_work + self.refreshes * refresh,
         )
 
     def evaluate(self) -> Need:

@@ -6,7 +6,8 @@ from influencespace.config import RunConfig
 from influencespace.errors import InputError
 from influencespace.pipeline import check
 from influencespace.plan.calibration import calibrate, extrapolate
-from influencespace.plan.needs import SKETCH_BYTES, Need, Needs, most_choices
+from influencespace.plan.choices import most_choices
+from influencespace.plan.needs import SKETCH_BYTES, Need, Needs
 from influencespace.plan.survey import Sizes, survey_all
 from influencespace.stages.runtime import Runtime
 

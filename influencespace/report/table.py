@@ -20,6 +20,7 @@ Verdict = Literal["ahead", "behind", "unclear"]
 
 LABELS = {
     "curated": "Curated",
+    "dynamic": "Dynamic",
     "everything": "Everything",
     "random": "Random",
     "clip_score": "CLIP score",

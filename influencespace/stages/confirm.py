@@ -26,7 +26,8 @@ from influencespace.stages.student import (
 FloatArray = NDArray[np.float64]
 # Halved from one standard deviation of influence; colder ones leave too few pairs.
 TEMPERATURES = (1.0, 0.5, 0.25)
-GROUP_SHARES = (0.5, 1.0)  # of influence on groups that are worse off
+# Of influence on groups that are worse off, beside 1 for the whole target: it is the stronger where a group is rare.
+GROUP_SHARES = (0.15, 0.3)
 FOLDS = 20  # of the target's images, over which the gain must be sure
 SEEDS = (101, 102)  # not those of the retraining that judges
 
@@ -134,14 +135,11 @@ def confirm(
     by_choice = {(t["weights"], t["tau_high"], t["group_share"], t["seed"]): t for t in trials}
     found = [[by_choice[c.weights, c.tau_high, c.group_share, seed] for seed in SEEDS] for c in choices]
     losses = np.array([[trial["target_loss"] for trial in seeds] for seeds in found]).mean(1)
-    for_all = [i for i, choice in enumerate(choices) if not choice.group_share]
-    best = for_all[best_candidate(losses[for_all])]
-    groups = range(len(found[0][0]["by_group"])) if len(for_all) < len(choices) else ()
+    groups = range(len(found[0][0]["by_group"])) if choices[-1].group_share else ()
     by_group = [
         np.array([[trial["by_group"][g] for trial in seeds] for seeds in found]).mean(1) for g in groups
     ]
-    if by_group:
-        best = fairest_candidate(losses, by_group, best)
+    best = fairest_candidate(losses, by_group) if by_group else best_candidate(losses)
     table = [
         {
             "weights": choice.weights,

@@ -26,8 +26,14 @@ from influencespace.stages.student import StudentsConfig
 # clip_score is the given encoder's, as most people filter; the last two are by the student of all pairs
 BASELINES = ("everything", "random", "clip_score", "student_clip_score", "neg_clip_loss")
 METHODS = ("curated", *BASELINES)
+DYNAMIC = "dynamic"  # begins as curated does, and re-weights the kept pairs while it trains
 FALSE_DISCOVERIES = 0.05  # rate among the strata that are said to harm
 UNSETTLED = 0.1  # |mean I_in| above this many standard deviations: the student is not at rest (algorithms, 6)
+
+
+def weights_of(method: str) -> str:
+    """The column of weights.parquet that a method begins with."""
+    return "curated" if method == DYNAMIC else method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from influencespace.data.blocks import read_columns, write_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.models.heads import Heads
 from influencespace.models.training import StudentConfig
+from influencespace.stages.curate import weights_of
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.progress import progress
 from influencespace.stages.runtime import Runtime, call, run_once
@@ -245,7 +246,7 @@ def evaluate(
         mine = [run for run in runs if run["method"] == method]
         by_image = np.mean([result["by_image"] for result in results if result["method"] == method], 0)
         table[method]["groups"] = recall_by_group(by_image, groups)
-        table[method]["kept_fraction"] = kept[method]
+        table[method]["kept_fraction"] = kept[weights_of(method)]
         table[method]["steps"] = mine[0]["steps"]
         table[method]["seconds"] = float(np.mean([run["seconds"] for run in mine]))
     shares = {f"{result['method']}-{result['seed']}": result["by_image"] for result in results}

@@ -21,8 +21,9 @@ from torch import Tensor
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen, write_json
 from influencespace.data.blocks import read_columns
 from influencespace.data.pair_set import PairSet
-from influencespace.models.training import Alone, Exchange, StudentConfig
-from influencespace.stages.curate import METHODS
+from influencespace.models.training import Alone, Exchange, StudentConfig, Trained
+from influencespace.stages.curate import DYNAMIC, METHODS, weights_of
+from influencespace.stages.dynamic import Reweighting, train_dynamically
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.progress import progress
 from influencespace.stages.runtime import LocalRuntime, Runtime, call
@@ -38,14 +39,15 @@ class TrainConfig:
     workers: int = Field(default=1, ge=1)
     """Workers of a run; the global batch does not change with them."""
     methods: tuple[str, ...] = plain_field(default=METHODS)
-    """What is trained and compared; `curated` is always among them."""
+    """What is trained and compared; `curated` is always among them. `dynamic` can be asked for beside the default ones: it
+    begins as `curated` and re-weights the kept pairs while it trains."""
+    refresh: int = Field(default=50, ge=1)
+    """Steps of `dynamic` between two re-weightings."""
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.methods) - set(METHODS))
-        if unknown or "curated" not in self.methods:
-            raise ValueError(
-                f"methods = {self.methods}: curated and any of {', '.join(METHODS[1:])} are known"
-            )
+        known = (*METHODS, DYNAMIC)
+        if "curated" not in self.methods or not set(self.methods) <= set(known):
+            raise ValueError(f"methods = {self.methods}: curated and any of {', '.join(known[1:])} are known")
         for name in ("seeds", "methods"):
             given = getattr(self, name)
             if not given or len(set(given)) < len(given):
@@ -63,6 +65,8 @@ class Retrain:
     student: StudentConfig
     folder: Path
     mark: str
+    refresh: int
+    reweighting: Reweighting | None
 
     @property
     def name(self) -> str:
@@ -88,10 +92,7 @@ class Retrain:
         if exchange.rank == 0:
             self.note.unlink(missing_ok=True)  # of another config: never beside weights that are not its own
         began = time.monotonic()
-        weights = read_columns(self.weights, self.method)[self.method]
-        trained = train_subset(
-            self.pool, weights, self.student, self.student.steps, self.seed, exchange=exchange
-        )
+        trained = self.train(exchange)
         result = {
             "mark": self.mark,
             "method": self.method,
@@ -106,6 +107,17 @@ class Retrain:
                 save_file(state, aside)
             write_json(self.note, result)
         return result
+
+    def train(self, exchange: Exchange) -> Trained:
+        column = weights_of(self.method)
+        weights = read_columns(self.weights, column)[column]
+        steps, seed = self.student.steps, self.seed
+        if self.method == DYNAMIC:
+            assert self.reweighting is not None, "nothing says what to weigh by"
+            return train_dynamically(
+                self.pool, weights, self.reweighting, self.refresh, steps, seed, exchange
+            )
+        return train_subset(self.pool, weights, self.student, steps, seed, exchange)
 
 
 class Gloo:
@@ -147,8 +159,9 @@ def train(
     config: TrainConfig,
     out: Path,
     runtime: Runtime,
+    reweighting: Reweighting | None = None,
 ) -> Manifest:
-    """Retrain on every method's subset with every seed, for equally many steps."""
+    """Retrain on every method's subset with every seed, for equally many steps; `dynamic` needs to know its re-weighting."""
     mark = fingerprint(
         {"stage": "train", "config": config, "student": student, "steps": steps, "inputs": inputs}
     )
@@ -163,6 +176,8 @@ def train(
         student=replace(student, steps=steps),
         folder=out,
         mark=mark,
+        refresh=config.refresh,
+        reweighting=reweighting,
     )
     runs = [make(method=method, seed=seed) for seed in config.seeds for method in config.methods]
     left = [run for run in runs if run.done() is None]

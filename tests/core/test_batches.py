@@ -52,6 +52,30 @@ def test_training_batches_are_full_distinct_and_seeded(
         assert len(set(images[batch])) == len(batch)
 
 
+@given(every=st.integers(1, 12), steps=st.integers(1, 9))
+def test_reweighted_batches_are_those_of_the_weights_at_the_time(every: int, steps: int) -> None:
+    images, weights = np.arange(40), np.random.default_rng(0).uniform(0.5, 3, 40)
+    drawn: list[np.ndarray] = []
+    asked: list[int] = []
+
+    def reweigh() -> np.ndarray:
+        """From now on the first twenty pairs only."""
+        asked.append(len(drawn))
+        return np.where(images < 20, weights, 0.0)
+
+    for batch in batches.reweighted_batches(weights, images, 5, steps, 3, every, reweigh):
+        drawn.append(batch)
+    assert len(drawn) == steps
+    assert asked == list(range(every, steps, every))
+    plain = list(batches.training_batches(weights, images, 5, steps, 3))
+    for before, same in zip(drawn[:every], plain):
+        np.testing.assert_array_equal(before, same)
+    for after in drawn[every:]:
+        assert (after < 20).all()
+    if len(asked) > 1:
+        assert not np.array_equal(drawn[every], drawn[2 * every])
+
+
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("spread", [0.1, 1.0, 8.0])
 def test_a_small_weighted_set_has_batches_of_which_some_pairs_are_left_out(spread: float) -> None:

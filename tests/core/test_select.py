@@ -10,6 +10,7 @@ from hypothesis.extra.numpy import arrays
 from pydantic import ValidationError
 
 from influencespace.core import select as module
+from influencespace.core.additive import fit_additive
 from influencespace.core.select import (
     HARMFUL,
     KEPT,
@@ -18,6 +19,7 @@ from influencespace.core.select import (
     SelectConfig,
     capped_weights,
     select,
+    weights_along,
 )
 from influencespace.errors import InputError
 
@@ -113,6 +115,30 @@ def test_influence_weights_have_mean_one_rise_with_what_is_predicted_and_stay_be
     assert kept.max() <= cap
     assert (subset.weight[~subset.kept] == 0).all()
     assert (np.diff(kept[np.argsort(predicted[subset.kept])]) >= -1e-9).all()
+
+
+@given(slope=st.floats(0.5, 5), temperature=st.floats(0.2, 5), cap=st.floats(1.5, 8), seed=st.integers(0, 99))
+def test_weights_along_an_axis_follow_what_it_says_of_influence_in_any_unit(
+    slope: float, temperature: float, cap: float, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    axes = generator.normal(size=(300, 2))
+    rows = generator.permutation(300)[:200]
+    influence = slope * axes[rows, 0] + 0.1 * generator.normal(size=200)
+    weight = weights_along(axes, rows, influence, 5, temperature, cap)
+    predicted, _ = fit_additive(axes, rows, influence, 5).predict(axes)
+    np.testing.assert_allclose(weight, capped_weights(predicted / influence.std() / temperature, cap))
+    assert weight.mean() == pytest.approx(1)
+    assert weight.max() <= cap * (1 + 1e-9)
+    assert weight[axes[:, 0] > 1].mean() > weight[axes[:, 0] < -1].mean()
+    np.testing.assert_allclose(weights_along(axes, rows, 1e-6 * influence, 5, temperature, cap), weight, 1e-6)
+
+
+@pytest.mark.parametrize("influence", [[], [1.0], [2.0] * 30], ids=["none", "one", "all alike"])
+def test_weights_are_equal_where_nothing_is_known(influence: list[float]) -> None:
+    axes = np.random.default_rng(0).normal(size=(40, 2))
+    weight = weights_along(axes, np.arange(len(influence)), np.array(influence), 5, 1.0, 5.0)
+    np.testing.assert_allclose(weight, 1.0)
 
 
 @given(utility=st.lists(st.floats(-2, 2), min_size=2, max_size=20).map(np.array), cap=st.floats(1.1, 4))

@@ -159,3 +159,13 @@ def test_a_second_call_does_nothing(world: Path, rounds: Path, monkeypatch: pyte
     again = run_with_losses(world, rounds, (3.0, 2.0, 1.0), monkeypatch)
     assert len(again["rounds"]) == 3
     assert [path.stat().st_mtime_ns for path in manifests] == before
+
+
+def test_dynamic_students_of_a_later_round_weigh_what_it_has_scored(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"iterate": 2, "train__methods": ["curated", "dynamic"], "train__refresh": 40}
+    run_with_losses(world, tmp_path / "mine", (2.0, 1.0), monkeypatch, **settings)
+    for folder in FOLDERS[:2]:
+        train = tmp_path / "mine" / folder / "train"
+        assert file_digest(train / "dynamic-0.safetensors") != file_digest(train / "curated-0.safetensors")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -60,6 +61,29 @@ def test_the_same_command_again_does_nothing(influencespace: Command, world: Pat
     again = influencespace(*run_arguments(world, finished))
     assert again.returncode == 0, again.stderr[-3000:]
     assert before == {stage: (finished / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+
+
+def test_a_dynamic_student_is_trained_where_it_is_asked_for(
+    influencespace: Command, world: Path, finished: Path, tmp_path: Path
+) -> None:
+    """In a copy of the finished run, of which only the training and what follows are done anew."""
+    out = tmp_path / "dynamic"
+    shutil.copytree(finished, out)
+    before = {stage: (out / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+    methods = "train.methods=[curated,everything,dynamic]"
+    done = influencespace(*run_arguments(world, out, methods, "train.refresh=15"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Dynamic" in done.stdout
+    after = {stage: (out / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == {"train", "evaluate"}
+    found = json.loads((out / "summary.json").read_text())["methods"]
+    assert set(found) == {"curated", "everything", "dynamic"}
+    assert found["dynamic"]["kept_fraction"] == found["curated"]["kept_fraction"] < 1
+    assert found["dynamic"]["steps"] == 40
+    assert found["dynamic"]["mean_recall"] > 0
+    students = {method: file_digest(out / "train" / f"{method}-0.safetensors") for method in found}
+    assert len(set(students.values())) == 3
+    assert students["curated"] == file_digest(finished / "train" / "curated-0.safetensors")
 
 
 def test_a_changed_decision_recomputes_only_what_follows(world: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from influencespace.stages.cluster import ClusterConfig, cluster
 from influencespace.stages.confirm import serves_groups
 from influencespace.stages.curate import curate
 from influencespace.stages.curvature import TargetConfig, curvature
+from influencespace.stages.decide import Scores
+from influencespace.stages.dynamic import Reweighting
 from influencespace.stages.evaluate import EvaluateConfig, evaluate
 from influencespace.stages.fairness import fairness
 from influencespace.stages.redundancy import RedundancyConfig, redundancy
 from influencespace.stages.runtime import LocalRuntime, Pool, Recipe, Runtime
-from influencespace.stages.student import StudentsConfig, students
+from influencespace.stages.student import ALL, Student, StudentsConfig, students
 from influencespace.stages.towers import EmbedConfig
 from influencespace.stages.train import TrainConfig, train
 
@@ -217,6 +219,19 @@ class Chain:
             self.train,
             self.out / "train",
             self.runtime,
+            self.reweighting,
+        )
+
+    @property
+    def reweighting(self) -> Reweighting:
+        confirmed = {name: self.manifest("curate").details[name] for name in ("weights", "tau_high")}
+        return Reweighting(
+            pool=self.sets["pool"],
+            target=self.sets["target"],
+            students=self.student,
+            student=Student(self.source / "student", ALL),
+            scores=Scores(self.source / "attribute"),
+            decided=replace(self.select, **confirmed),
         )
 
     def _evaluate(self) -> Manifest:

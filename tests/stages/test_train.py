@@ -82,7 +82,7 @@ def test_pairs_without_weight_are_not_seen(truth: Chain, tmp_path: Path) -> None
 def test_two_workers_of_ray_train_the_same_students(
     truth: Chain, tmp_path: Path, ray_runtime: RayRuntime
 ) -> None:
-    settings = {"seeds": (0,), "methods": ("curated", "everything")}
+    settings = {"seeds": (0,), "methods": ("curated", "everything", "dynamic"), "refresh": 5}
     train_by(truth, tmp_path / "local", **settings)
     train_by(replace(truth, runtime=RayRuntime(2)), tmp_path / "ray", workers=2, **settings)
     assert_equal_results(tmp_path / "local" / "train", tmp_path / "ray" / "train", spreads=1e-4)
