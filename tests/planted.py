@@ -38,12 +38,13 @@ def plant(
     meanings: int = 6,
     noise: float = 0.3,
     groups: tuple[str, ...] = (),
+    unclear: float = 1.0,
     seed: int = 0,
 ) -> Planted:
     """Write the artifact of `images` images with `captions` captions each, of which a share is wrong.
 
     Both modalities show the same meaning through maps of their own, which a student can learn and which are the same
-    for every seed; an image's group is decided by its meaning.
+    for every seed; an image's group is decided by its meaning, and images of the last group have `unclear` times the noise.
     """
     maps = np.random.default_rng(12345).normal(size=(2, meanings, dimension)) / meanings**0.5
     generator = np.random.default_rng(seed)
@@ -53,9 +54,10 @@ def plant(
     swapped = generator.permutation(n) < round(wrong * n)
     described = owner.copy()
     described[swapped] = (owner[swapped] + generator.integers(1, images, swapped.sum())) % images
-    shown = meaning @ maps[0] + noise * generator.normal(size=(images, dimension))
-    said = meaning[described] @ maps[1] + noise * generator.normal(size=(n, dimension))
     group = np.argmax(meaning[:, : len(groups)], axis=1) if groups else None
+    blur = np.where(group == len(groups) - 1, unclear, 1.0)[:, None] if groups else 1.0
+    shown = meaning @ maps[0] + noise * blur * generator.normal(size=(images, dimension))
+    said = meaning[described] @ maps[1] + noise * generator.normal(size=(n, dimension))
 
     names = [f"pair-{seed}-{i}" for i in range(n)]
     order = np.array(sorted(range(n), key=lambda i: digest(names[i].encode())))
@@ -84,7 +86,9 @@ def plant(
     pq.write_table(REJECTED_SCHEMA.empty_table(), folder / "rejected.parquet")
     np.save(folder / "images.npy", X)
     np.save(folder / "texts.npy", T)
-    mark = fingerprint({"planted": [images, captions, wrong, dimension, meanings, noise, groups, seed]})
+    mark = fingerprint(
+        {"planted": [images, captions, wrong, dimension, meanings, noise, groups, unclear, seed]}
+    )
     write_manifest(folder, Manifest(stage="embed", fingerprint=mark, rows_in=n, rows_out=n))
     return Planted(folder=folder, fingerprint=mark, uids=uids, wrong=swapped[order])
 

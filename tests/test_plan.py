@@ -34,7 +34,7 @@ from influencespace.stages.runtime import LocalRuntime
 
 STAGES = [
     *("embed pool", "embed target", "embed test", "split", "student", "cluster", "redundancy"),
-    *("curvature", "attribute", "curate", "train", "evaluate", "report"),
+    *("curvature", "attribute", "fairness", "curate", "train", "evaluate", "report"),
 ]
 SMALL = {
     "student.train.dimension": 16,

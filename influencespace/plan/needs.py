@@ -309,7 +309,9 @@ class Needs:
     def fairness(self) -> Need:
         """Of a target that names groups; of another it is next to nothing."""
         if not self._serves_groups:
-            return self._need("fairness", read=0, written=0)
+            return self._need(
+                "fairness", read=self.sizes.roles["target"].pairs * self.pair_bytes, written=1000
+            )
         C, M = self.bank
         scored, target = self._scored, self.sizes.roles["target"].pairs
         fitted = min(scored, MOST_FITTED)

@@ -21,6 +21,7 @@ from influencespace.errors import InputError
 from influencespace.models.encoders import embedding_dimension
 from influencespace.pipeline import ROLES
 from influencespace.stages.indexing import LOOKUPS, file_version
+from influencespace.stages.student import FEWEST_GROUP_IMAGES
 
 # Bytes of shards that are indexed for a role (a second or two from a disk); a smaller data set is counted exactly.
 INDEX_BYTES = 64 * 2**20
@@ -47,7 +48,7 @@ class Survey:
     image_bytes: float
     """Of an encoded image; 0 where there are no pictures."""
     groups: bool = False
-    """Whether the pairs looked at name two groups or more."""
+    """Whether the pairs looked at name two groups or more that are large enough to be served."""
 
     @property
     def exact(self) -> bool:
@@ -148,8 +149,15 @@ def survey(shards: Sequence[Shard], read: ReadOptions) -> Survey:
         row_bytes=_row_bytes(rows),
         uid_bytes=float(np.mean([len(row["uid"]) for row in rows])),
         image_bytes=encoded / samples,
-        groups=len({row["group"] for row in rows} - {None}) > 1,
+        groups=large_groups(rows) > 1,
     )
+
+
+def large_groups(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Groups with images enough for both halves of a target."""
+    images = {(row["group"], row["image"]) for row in rows if row["group"] is not None}
+    sizes = Counter(group for group, _ in images)
+    return sum(size >= 2 * FEWEST_GROUP_IMAGES for size in sizes.values())
 
 
 def survey_embeddings(path: str) -> tuple[Survey, int]:

@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 
 from influencespace.core.fairness import (
     demographic_parity,
+    disadvantage,
     equalised_odds,
     group_means,
     minimax_weights,
@@ -329,3 +330,22 @@ def test_no_floor_changes_nothing_and_a_whole_one_keeps_all(seed: int) -> None:
 def test_a_floor_that_is_no_share_says_so(floor: float) -> None:
     with pytest.raises(InputError, match="from 0 to 1"):
         with_floors(np.ones(2, bool), np.zeros(2), np.zeros(2), floor)
+
+
+def test_disadvantage_counts_groups_above_the_mean_by_how_far_they_are():
+    rng = np.random.default_rng(0)
+    group = np.repeat([0, 1, 2], 1000)
+    loss = np.array([1.0, 2.0, 4.5])[group] + 0.1 * rng.normal(size=3000)
+    share = disadvantage(loss, group)
+    np.testing.assert_allclose(share, [0, 0, 1], atol=1e-12)
+    loss = np.array([1.0, 4.0, 7.0])[group] + 0.1 * rng.normal(size=3000)
+    loss[group == 1] += 0.5
+    share = disadvantage(loss, group)
+    assert share.sum() == pytest.approx(1)
+    assert share[0] == 0
+    assert share[2] / share[1] == pytest.approx((7 - loss.mean()) / (4.5 - loss.mean()), rel=0.1)
+
+
+def test_a_difference_by_chance_disadvantages_nobody():
+    loss = np.full(100, 2.0)
+    assert disadvantage(loss, np.arange(100) % 2).tolist() == [0, 0]

@@ -18,7 +18,17 @@ from influencespace.config import load_config
 from influencespace.data.pair_set import PairSet
 
 pytestmark = pytest.mark.e2e
-STAGES = ("student", "cluster", "redundancy", "curvature", "attribute", "curate", "train", "evaluate")
+STAGES = (
+    "student",
+    "cluster",
+    "redundancy",
+    "curvature",
+    "attribute",
+    "fairness",
+    "curate",
+    "train",
+    "evaluate",
+)
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ STAGES = (
     "redundancy",
     "curvature",
     "attribute",
+    "fairness",
     "curate",
     "train",
     "evaluate",

@@ -112,7 +112,10 @@ def test_numbers_as_people_read_them() -> None:
 
 
 def chosen(weights: str, tau_high: float, losses: dict[tuple[str, float], float]) -> dict[str, Any]:
-    trials = [{"weights": w, "tau_high": t, "target_loss": x} for (w, t), x in losses.items()]
+    trials = [
+        {"weights": w, "tau_high": t, "target_loss": x, "confirmed": (w, t) == (weights, tau_high)}
+        for (w, t), x in losses.items()
+    ]
     return {"weights": {"weights": weights, "tau_high": tau_high, "trials": trials}}
 
 
@@ -124,4 +127,8 @@ def test_the_weights_are_told_with_what_retraining_said() -> None:
     (told,) = weights_told(chosen("uniform", 1.0, losses | {("influence", 0.5): 3.1}))
     assert "equal weights" in told
     assert "3.000 with equal ones, 2.900 with the best others" in told
+    fair = chosen("influence", 0.5, losses)
+    fair["weights"]["trials"][0] |= {"group_share": 0.0, "worst_group_loss": 5.0}
+    fair["weights"]["trials"][2] |= {"group_share": 0.3, "worst_group_loss": 4.5}
+    assert "worst group's loss is 4.500 instead of 5.000" in weights_told(fair)[1]
     assert weights_told({"weights": {"weights": "uniform", "tau_high": 1.0, "trials": []}}) == []

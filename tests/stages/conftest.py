@@ -43,11 +43,11 @@ def local_runtime() -> LocalRuntime:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A pool of 120 images with two captions each, of which a fifth is wrong; a clean target and test set."""
+    """A pool of 120 images with two captions each, of which a fifth is wrong; a clean target and test set, with groups."""
     folder = tmp_path_factory.mktemp("world")
     return World(
         pool=plant(folder / "pool", 120, captions=2, wrong=0.2, seed=1),
-        target=plant(folder / "target", 60, seed=2),
+        target=plant(folder / "target", 80, groups=("cat", "dog"), unclear=4.0, seed=2),
         test=plant(folder / "test", 50, captions=2, groups=("cat", "dog", "tree"), seed=3),
     )
 

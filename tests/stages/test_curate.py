@@ -176,7 +176,7 @@ def test_a_threshold_that_keeps_nothing_is_said(truth: Chain, tmp_path: Path) ->
 def test_an_unsettled_student_is_warned_of(truth: Chain, tmp_path: Path) -> None:
     """In-training influences that are far from zero on average."""
     source = tmp_path / "source"
-    for stage in ("student", "redundancy", "attribute"):
+    for stage in ("student", "redundancy", "attribute", "fairness"):
         (source / stage).mkdir(parents=True)
         for path in (truth.out / stage).iterdir():
             if path.is_file():

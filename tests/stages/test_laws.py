@@ -40,6 +40,7 @@ OF_PAIRS = (
     "cluster",
     "redundancy",
     "attribute",
+    "fairness",
     "curate",
 )  # stages with a row for every pair of the pool
 # what a changed setting leaves as it was
@@ -52,11 +53,11 @@ CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
     "redundancy": (
         {"redundancy": RedundancyConfig(text=0.8)},
-        {"student", "cluster", "curvature", "attribute"},
+        {"student", "cluster", "curvature", "attribute", "fairness"},
     ),
     "curate": (
         {"select": SelectConfig(tau_low=0.1)},
-        {"student", "cluster", "redundancy", "curvature", "attribute"},
+        {"student", "cluster", "redundancy", "curvature", "attribute", "fairness"},
     ),
     "train": ({"train": TrainConfig(seeds=(5,))}, set(STAGES) - {"train", "evaluate"}),
 }
@@ -131,6 +132,7 @@ def blocks_written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         ("curvature", 10),
         ("attribute", 2),
         ("attribute", 6),
+        ("fairness", 1),
         ("train", 4),
         ("evaluate", 3),
     ],
