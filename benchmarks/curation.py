@@ -252,13 +252,13 @@ class Curation:
         """Our weights."""
         return decide(scores, self.confirmed(scores)).weight
 
-    def confirmed(self, scores: Scores) -> SelectConfig:
+    def confirmed(self, scores: Scores, choice: SelectConfig | None = None) -> SelectConfig:
         """What decides, its temperature confirmed on the choosing half of the target."""
         config, _ = confirm(
             self.pool,
             self.target,
             scores,
-            self.choice,
+            choice or self.choice,
             self.config,
             self.setting.steps,
             self.folder / "curate",

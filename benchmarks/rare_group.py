@@ -5,16 +5,22 @@ The group is a keyword rule over captions. Pool, target and test set name it in 
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from curation import Curation
+from common import Benchmark, cached
+from curation import Curation, Setting, World
 
+from influencespace.core.metrics import bootstrap_means, interval
+from influencespace.core.select import SelectConfig, top_fraction
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, read_manifest, reopen
 from influencespace.data.pair_set import PairSet
+from influencespace.estimators.similarity import random_score
+from influencespace.stages.decide import decide
 from influencespace.stages.finish import finish_stage
 
 RARE, OTHERS = "women", "others"
@@ -87,3 +93,78 @@ class RareGroup(Curation):
     @property
     def folder(self) -> Path:
         return super().folder / "rare group"
+
+    @cached_property
+    def rare_images(self) -> np.ndarray:
+        """Which images of the test set show the group, in the order of `by_image`."""
+        first = np.unique(self.test.image, return_index=True)[1]
+        rare: np.ndarray = (np.array(self.test.column("group")) == RARE)[first]
+        return rare
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Ours, with the groups and without looking at them, and others of which some know the pool's groups."""
+        scores = self.run()
+        rare = np.array(self.pool.column("group")) == RARE
+        keep = round(0.7 * len(self.pool))
+        uids = [str(uid) for uid in self.pool.column("uid")]
+        ignoring = self.confirmed(scores, SelectConfig(groups="ignored"))
+        return {
+            "curated": self.curated(scores),
+            "curated, groups ignored": decide(scores, ignoring).weight,
+            "everything": np.ones(len(self.pool)),
+            "random": top_fraction(random_score(uids), keep).astype(np.float64),
+            "clip_score": top_fraction(self.pool.clip_score, keep).astype(np.float64),
+            "re-weighted by group": np.where(rare, 0.5 / rare.mean(), 0.5 / (~rare).mean()),
+        }
+
+
+def rare_group(bench: Benchmark, world: World, quick: bool) -> None:
+    """Recall of the group and of all others, dev's two tars swapped and taken together."""
+    seeds = tuple(bench.seeds)
+    found, rare = [], []
+    for target in (0,) if quick else (0, 1):
+        curation = RareGroup(world, Setting(wrong=0.0, captions=5, steps=50 if quick else 200, target=target))
+        found.append(
+            cached(world.cache, ["rare group", curation.setting, seeds], partial(curation.retrained, seeds))
+        )
+        rare.append(curation.rare_images)
+    of_rare = np.concatenate(rare)
+    draws: dict[str, dict[str, np.ndarray]] = {}
+    means: dict[str, dict[str, float]] = {}
+    for method in found[0]["shares"]:
+        shares = np.concatenate([np.array(each["shares"][method]) for each in found], 1)
+        parts = {"all": shares, "rare": shares[:, of_rare], "others": shares[:, ~of_rare]}
+        draws[method] = {name: bootstrap_means(values) for name, values in parts.items()}
+        means[method] = {name: float(values.mean()) for name, values in parts.items()}
+        for of in (draws[method], means[method]):
+            of["gap"] = of["others"] - of["rare"]
+        bench.row(
+            method=method,
+            kept=float(np.mean([each["kept"][method] for each in found])),
+            mean_recall=means[method]["all"],
+            recall_of_the_group=means[method]["rare"],
+            recall_of_others=means[method]["others"],
+            gap=means[method]["gap"],
+            gap_interval=list(interval(draws[method]["gap"])),
+        )
+
+    def compared(name: str) -> dict[str, Any]:
+        low, high = interval(draws["curated"][name] - draws["everything"][name])
+        return {"measured": means["curated"][name] - means["everything"][name], "interval": (low, high)}
+
+    smaller = 1 - means["curated"]["gap"] / means["everything"]["gap"]
+    bench.target(
+        name="rare group: gap in recall, how much smaller than everything's",
+        target="at least 0.3",
+        measured=smaller,
+        interval=interval(1 - draws["curated"]["gap"] / draws["everything"]["gap"]),
+        reached=smaller >= 0.3,
+    )
+    for name, what in (("all", "mean recall"), ("rare", "recall of the group")):
+        told = compared(name)
+        bench.target(
+            name=f"rare group: {what} of curated minus everything's",
+            target="at least 0",
+            reached=told["measured"] >= 0,
+            **told,
+        )

@@ -15,6 +15,7 @@ from curation import Setting, World, measure_on_real_pairs
 from dirt import clean, wrong
 from pools import SCENARIOS, SIZED, DirtyCuration
 from prototype import prototype
+from rare_group import rare_group
 
 from influencespace.core.metrics import bootstrap_means, interval
 
@@ -133,5 +134,5 @@ if __name__ == "__main__":
     parts: dict[str, Callable[[Benchmark, World, bool], None]] = {
         name.replace(" ", "_"): partial(judged, name) for name in SCENARIOS
     }
-    parts["prototype"] = prototype
+    parts |= {"prototype": prototype, "rare_group": rare_group}
     sys.exit(measure_on_real_pairs(__doc__ or "", "scenarios", ((0,), (0, 1, 2)), parts))
