@@ -136,8 +136,8 @@ def rare_group(bench: Benchmark, world: World, quick: bool) -> None:
         parts = {"all": shares, "rare": shares[:, of_rare], "others": shares[:, ~of_rare]}
         draws[method] = {name: bootstrap_means(values) for name, values in parts.items()}
         means[method] = {name: float(values.mean()) for name, values in parts.items()}
-        for of in (draws[method], means[method]):
-            of["gap"] = of["others"] - of["rare"]
+        draws[method]["gap"] = draws[method]["others"] - draws[method]["rare"]
+        means[method]["gap"] = means[method]["others"] - means[method]["rare"]
         bench.row(
             method=method,
             kept=float(np.mean([each["kept"][method] for each in found])),

@@ -183,15 +183,27 @@ class ImageGroups:
         return [None if groups[i] is None else str(groups[i]) for i in first]
 
 
-def recall_by_group(by_image: FloatArray, groups: list[str | None]) -> dict[str, Any] | None:
-    """Mean recall of each group, of the worst, and how far that is below the best: recall by image (n,); None for one group."""
+def recall_by_group(shares: FloatArray, groups: list[str | None]) -> dict[str, Any] | None:
+    """Mean recall of each group, of the worst, and how far that is below the best, with intervals over seeds and images.
+
+    Recall by seed and image (R, n); None for one group. Which groups are worst and best is taken as it was found.
+    """
     known = np.array([group is not None for group in groups])
     names = np.array([group for group in groups if group is not None])
     if len(np.unique(names)) < 2:
         return None
-    found = dict(zip(np.unique(names).tolist(), group_means(by_image[known], names).tolist(), strict=True))
-    worst = min(found.values())
-    return {"by_group": found, "worst_group_recall": worst, "group_gap": max(found.values()) - worst}
+    means = group_means(shares.mean(0)[known], names)
+    found = dict(zip(np.unique(names).tolist(), means.tolist(), strict=True))
+    worst, best = min(found, key=lambda name: found[name]), max(found, key=lambda name: found[name])
+    low, high = (bootstrap_means(shares[:, known][:, names == name]) for name in (worst, best))
+    return {
+        "by_group": found,
+        "worst_group": worst,
+        "worst_group_recall": found[worst],
+        "worst_group_recall_ci": list(interval(low)),
+        "group_gap": found[best] - found[worst],
+        "group_gap_ci": list(interval(high - low)),
+    }
 
 
 @dataclass(frozen=True)
@@ -244,13 +256,13 @@ def evaluate(
     groups = run_once(runtime, ImageGroups(test))
     for method in methods:
         mine = [run for run in runs if run["method"] == method]
-        by_image = np.mean([result["by_image"] for result in results if result["method"] == method], 0)
-        table[method]["groups"] = recall_by_group(by_image, groups)
+        shares = np.stack([result["by_image"] for result in results if result["method"] == method])
+        table[method]["groups"] = recall_by_group(shares, groups)
         table[method]["kept_fraction"] = kept[weights_of(method)]
         table[method]["steps"] = mine[0]["steps"]
         table[method]["seconds"] = float(np.mean([run["seconds"] for run in mine]))
-    shares = {f"{result['method']}-{result['seed']}": result["by_image"] for result in results}
-    write_columns(out / "by_image.parquet", dict(sorted(shares.items())))
+    by_image = {f"{result['method']}-{result['seed']}": result["by_image"] for result in results}
+    write_columns(out / "by_image.parquet", dict(sorted(by_image.items())))
     write_json(out / "methods.json", {"methods": table, "comparisons": comparisons})
     losses = {
         method: float(np.mean([r["target_loss"] for r in results if r["method"] == method]))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chain import Chain, assert_equal_results, results
+from chain import Chain, Counting, Killed, assert_equal_results, results
 
 from influencespace.core.metrics import auroc
 from influencespace.core.quality import agreement, quality_axis
@@ -18,6 +18,7 @@ from influencespace.estimators.nystrom import Influence, InfluenceScorer
 from influencespace.models.space import Space
 from influencespace.stages.attribute import AttributeConfig, LookAgain, caption_agreement
 from influencespace.stages.curvature import directions_of
+from influencespace.stages.ray_runtime import RayRuntime
 from influencespace.stages.student import Student, image_folds, student_name
 
 
@@ -148,6 +149,28 @@ def test_only_strata_of_unsure_sign_are_looked_at_again(truth: Chain, tmp_path: 
     np.testing.assert_allclose(p, anytime_p(means.mean, spread, scored.astype(float), tightest_at(4, 0.05)))
     # a score does not depend on the look in which it was taken
     assert_scores_of(truth, found)
+
+
+@pytest.mark.parametrize("after", [26, 29, 31])
+def test_a_run_killed_between_looks_continues_to_the_same(truth: Chain, after: int, tmp_path: Path) -> None:
+    looks = {"first_look": 4, "budget": 60, "block_size": 16}
+    whole = Counting()
+    attribute_by(replace(truth, runtime=whole), tmp_path / "whole", **looks)
+    assert whole.tasks > 31
+    with pytest.raises(Killed):
+        attribute_by(replace(truth, runtime=Counting(most=after)), tmp_path / "killed", **looks)
+    left = Counting()
+    attribute_by(replace(truth, runtime=left), tmp_path / "killed", **looks)
+    assert_equal_results(tmp_path / "whole" / "attribute", tmp_path / "killed" / "attribute")
+
+
+def test_looks_on_ray_are_those_of_the_plain_loop(
+    truth: Chain, tmp_path: Path, ray_runtime: RayRuntime
+) -> None:
+    looks = {"first_look": 4, "budget": 60, "block_size": 16}
+    attribute_by(truth, tmp_path / "plain", **looks)
+    attribute_by(replace(truth, runtime=ray_runtime), tmp_path / "ray", **looks)
+    assert_equal_results(tmp_path / "plain" / "attribute", tmp_path / "ray" / "attribute", spreads=1e-6)
 
 
 def test_a_look_that_is_begun_again_draws_the_same_pairs(truth: Chain, tmp_path: Path) -> None:

@@ -176,14 +176,23 @@ def test_a_result_does_not_depend_on_the_folder(truth: Chain, tmp_path: Path) ->
 
 
 def test_recall_by_group_is_the_mean_over_its_images() -> None:
-    by_image = np.array([10.0, 20.0, 60.0, 90.0, 0.0])
-    found = recall_by_group(by_image, ["a", "a", "b", None, "b"])
-    assert found == {
-        "by_group": {"a": 15.0, "b": 30.0},
-        "worst_group_recall": 15.0,
-        "group_gap": 15.0,
-    }
-    assert recall_by_group(by_image, ["a", None, "a", None, None]) is None
+    shares = np.array([[10.0, 20.0, 60.0, 90.0, 0.0], [30.0, 20.0, 60.0, 90.0, 0.0]])
+    found = recall_by_group(shares, ["a", "a", "b", None, "b"])
+    assert found is not None
+    assert found["by_group"] == {"a": 20.0, "b": 30.0}
+    assert (found["worst_group"], found["worst_group_recall"], found["group_gap"]) == ("a", 20.0, 10.0)
+    low, high = found["worst_group_recall_ci"]
+    assert 10 <= low < 20 < high <= 30
+    low, high = found["group_gap_ci"]
+    assert low < 0 < 10 < high
+    assert recall_by_group(shares, ["a", None, "a", None, None]) is None
+
+
+def test_a_gap_of_all_images_is_sure() -> None:
+    shares = np.array([[0.0, 1.0, 100.0, 99.0] * 10])
+    found = recall_by_group(shares, ["a", "a", "b", "b"] * 10)
+    assert found is not None
+    assert found["group_gap_ci"] == pytest.approx([99, 99], abs=0.5)
 
 
 def test_groups_of_the_test_images_are_reported(truth: Chain) -> None:
