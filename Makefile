@@ -36,7 +36,7 @@ lint: $(STAMP)
 # The figures of docs/benchmarks.md, anew; real data in INFLUENCESPACE_DATA. The extra is other packages, to compare with.
 bench: $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[cpu,bench]"
-	cd benchmarks && python quality.py && python scenarios.py && python redundancy.py && python ablations.py && python attribution.py && python peers.py && python calibration.py && \
+	cd benchmarks && python quality.py && python scenarios.py && python transfer.py && python redundancy.py && python ablations.py && python attribution.py && python peers.py && python calibration.py && \
 		python cleaning.py && python fairness.py && python throughput.py && python towers.py && python tables.py
 
 clean:

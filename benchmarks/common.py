@@ -186,6 +186,11 @@ TRAINING = (
     *_files("estimators", "student_problem"),
     *_files("data", "pair_set", "dirt"),
 )
+TUNING = (
+    *_files("core", *LOSSES, "batches", "metrics"),
+    *_files("models", "dual_encoder", "tower_parameters", "tuning"),
+    *_files("data", "pair_set", "dirt"),
+)
 ESTIMATING = (
     *TRAINING,
     *_files("core", "linalg", "projection"),

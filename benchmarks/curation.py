@@ -1,5 +1,6 @@
 """Real pairs with captions shuffled on purpose, curated stage by stage with the plain loop, and judged by the planted truth."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -83,7 +84,7 @@ class World:
         """The pool with some captions moved between images, and which pairs are wrong."""
         mark = fingerprint(["corrupted", setting.wrong, setting.captions, setting.noise_seed])
         folder = self.cache / "pools" / mark
-        if read_manifest(folder) is None:
+        if read_manifest(folder) is None or not (folder / "images.npy").exists():
             self._corrupt(setting, reopen(folder), mark)
         return PairSet(folder), np.load(folder / "wrong.npy")
 
@@ -101,7 +102,8 @@ class World:
             table = table.set_column(table.column_names.index(column), column, table[column].take(source))
         for name in ("images.npy", "texts.npy"):
             (folder / name).unlink(missing_ok=True)
-            (folder / name).symlink_to((self.pool / name).absolute())
+            # relative: a cache may be moved or copied
+            (folder / name).symlink_to(os.path.relpath(self.pool / name, folder))
         images, texts = (np.load(folder / name, mmap_mode="r") for name in ("images.npy", "texts.npy"))
         score = (images[table["image"].to_numpy()] * texts[table["text"].to_numpy()]).sum(1)
         table = table.set_column(table.column_names.index("clip_score"), "clip_score", pa.array(score))
@@ -300,11 +302,15 @@ class Curation:
 
 @torch.no_grad()
 def by_image(heads: torch.nn.Module, test: PairSet) -> np.ndarray:
-    distinct, own = np.unique(test.image, return_inverse=True)
-    first = np.array([np.argmax(test.image == image) for image in distinct])
-    u, _ = heads(*test.inputs(first))
-    _, t = heads(*test.inputs(slice(None)))
-    ranks = retrieval_ranks(u, t, torch.from_numpy(own))
+    """Each test image's share of the mean recall by a student (images,)."""
+    u, t = heads(*test.inputs(slice(None)))
+    return recall_by_image(u, t, test.image)
+
+
+def recall_by_image(u: torch.Tensor, t: torch.Tensor, image: np.ndarray) -> np.ndarray:
+    """Each image's share of the mean recall, from the embeddings of pairs (n, d) and the image of each (n,): (images,)."""
+    _, first, own = np.unique(image, return_index=True, return_inverse=True)
+    ranks = retrieval_ranks(u[torch.from_numpy(first)], t, torch.from_numpy(own))
     return mean_recall_by_image(*ranks, torch.from_numpy(own)).numpy()
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,14 +66,38 @@ def last_block(name: str, part: nn.Module) -> list[str]:
 
 def add_adapters(model: nn.Module, rank: int, seed: int) -> None:
     """Put low-rank adapters beside all linear layers of a model; raises InputError without peft."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise InputError(
-            'the space lora needs peft, which is not installed: pip install "influencespace[lora]"'
-        ) from None
-    linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    config = adapter_config(model, rank)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), model)
+        import_peft().inject_adapter_in_model(config, model)
     model.eval().requires_grad_(False)
+
+
+def adapter_config(model: nn.Module, rank: int, parts: Sequence[str] = ()) -> Any:
+    """peft's configuration of low-rank adapters beside a model's linear layers: all, or those in parts of these names.
+
+    Raises InputError where there is no such layer, or without peft.
+    """
+    linear = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and (not parts or name.split(".")[0] in parts)
+    ]
+    if not linear:
+        found = ", ".join(name for name, _ in model.named_children())
+        raise InputError(
+            f"low-rank adapters go beside linear layers, and {type(model).__name__} has none in "
+            f"{' or '.join(parts) or 'any part'}; its parts are {found}"
+        )
+    return import_peft().LoraConfig(r=rank, lora_alpha=rank, target_modules=linear)
+
+
+def import_peft() -> Any:
+    """The package peft, which is an extra; raises InputError where it is not installed."""
+    try:
+        import peft
+    except ImportError:
+        raise InputError(
+            'low-rank adapters need peft, which is not installed: pip install "influencespace[lora]"'
+        ) from None
+    return peft
