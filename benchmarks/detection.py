@@ -62,7 +62,7 @@ def detection_rows(bench: Benchmark, study_of: Callable[..., Study], wrong: floa
         study = study_of(wrong=wrong, config=config, noise_seed=1 + seed)
         key = ["detection", type(study).__name__, study.key]
         runs.append(cached(study.world.cache, key, partial(detection_of, study), ESTIMATING))
-    for name in runs[0]:
+    for name in measured(wrong):
         values = {key: [run[name][key] for run in runs] for key in runs[0][name]}
         bench.row(
             estimator=name,
