@@ -22,6 +22,7 @@ from influencespace.data.blocks import read_columns
 from influencespace.data.dirt import shuffle_captions
 from influencespace.data.pair_set import PairSet
 from influencespace.data.readers import list_shards
+from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.estimators.nystrom import CurvatureConfig
 from influencespace.estimators.similarity import random_score
 from influencespace.models.training import StudentConfig
@@ -39,6 +40,10 @@ from influencespace.stages.student import StudentsConfig, TargetHalves, choosing
 from influencespace.stages.towers import EmbedConfig
 
 RUNTIME = LocalRuntime()
+CLEAN_SCENES: dict[str, Any] = {
+    **dict.fromkeys(("wrong_captions", "near_duplicates", "boilerplate", "irrelevant"), 0.0),
+    "captions_per_image": 3,
+}
 METHODS = ("curated", "everything", "random", "clip_score", "student_clip_score", "neg_clip_loss", "oracle")
 
 
@@ -70,15 +75,26 @@ class World:
         config = EmbedConfig(encoder=self.encoder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # benchmarks that run at once share a cache
-            embed(list_shards(str(self.data / "flickr8k" / shards)), config, folder, RUNTIME)
+            embed(list_shards(shards), config, folder, RUNTIME)
         return folder
+
+    @property
+    def pool_shards(self) -> str:
+        return str(self.data / "flickr8k" / "pool" / "*.tar")
 
     @cached_property
     def pool(self) -> Path:
-        return self.embedded("pool", "pool/*.tar")
+        return self.embedded("pool", self.pool_shards)
 
     def dev(self, tar: int) -> PairSet:
-        return PairSet(self.embedded(f"dev{tar}", f"dev/{tar:05d}.tar"))
+        return PairSet(self.embedded(f"dev{tar}", str(self.data / "flickr8k" / "dev" / f"{tar:05d}.tar")))
+
+    @cached_property
+    def other_domain(self) -> Path:
+        """Synthetic scenes, rightly captioned."""
+        folder = self.cache / "scenes"
+        write_world(folder, WorldConfig(pretrain=0, target=0, test=0, pool=3000, **CLEAN_SCENES))
+        return self.embedded("scenes", str(folder / "pool" / "*.tar"))
 
     def corrupted(self, setting: Setting) -> tuple[PairSet, np.ndarray]:
         """The pool with some captions moved between images, and which pairs are wrong."""
@@ -112,6 +128,29 @@ class World:
         np.save(folder / "wrong.npy", wrong)
         manifest = Manifest(stage="embed", fingerprint=mark, rows_in=len(table), rows_out=len(table))
         finish_stage(folder, manifest, 0.0)
+
+
+@dataclass(frozen=True)
+class SyntheticWorld(World):
+    """Synthetic scenes in place of photographs, which are the other domain; beside the real pairs' cache."""
+
+    @cached_property
+    def scenes(self) -> Path:
+        folder = self.cache / "world"
+        write_world(folder, WorldConfig(pretrain=0, pool=2000, target=500, test=500, **CLEAN_SCENES))
+        return folder
+
+    @property
+    def pool_shards(self) -> str:
+        return str(self.scenes / "pool" / "*.tar")
+
+    def dev(self, tar: int) -> PairSet:
+        split = ("target", "test")[tar]
+        return PairSet(self.embedded(split, str(self.scenes / split / "*.tar")))
+
+    @cached_property
+    def other_domain(self) -> Path:
+        return self.embedded("photographs", str(self.data / "flickr8k" / "dev" / "*.tar"))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from io import BytesIO
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from curation import RUNTIME, World
+from curation import World
 from PIL import Image, ImageFilter
 
 from influencespace.data.artifacts import atomic_path
@@ -17,10 +17,7 @@ from influencespace.data.images import decode_image, sharpness
 from influencespace.data.pair_set import PairSet
 from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import Sample
-from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.models.encoders import load_encoder
-from influencespace.stages.embed import embed
-from influencespace.stages.towers import EmbedConfig
 
 FloatArray = np.ndarray
 BOILERPLATE = (
@@ -93,22 +90,13 @@ class Sources:
 
     @cached_property
     def scenes(self) -> PairSet:
-        """Synthetic scenes, rightly captioned: another domain."""
-        folder = self.world.cache / "scenes"
-        none = {"pretrain": 0, "target": 0, "test": 0, "wrong_captions": 0.0, "near_duplicates": 0.0}
-        clean = {"boilerplate": 0.0, "irrelevant": 0.0, "captions_per_image": 3}
-        write_world(folder, WorldConfig(**none, **clean, pool=3000))  # type: ignore[arg-type]
-        return self._embedded("scenes", str(folder / "pool" / "*.tar"))
-
-    def _embedded(self, name: str, shards: str) -> PairSet:
-        folder = self.world.cache / "embed" / name
-        embed(list_shards(shards), EmbedConfig(encoder=self.world.encoder), folder, RUNTIME)
-        return PairSet(folder)
+        """Rightly captioned pairs of another domain."""
+        return PairSet(self.world.other_domain)
 
     def coco(self) -> PairSet:
         """COCO's train and val pictures: a target from elsewhere."""
         root = self.world.data / "coco2017-mini" / "annotations"
-        return self._embedded("coco", str(root / "captions_*.json"))
+        return PairSet(self.world.embedded("coco", str(root / "captions_*.json")))
 
     @cached_property
     def blurred(self) -> tuple[FloatArray, FloatArray]:
@@ -137,7 +125,7 @@ class Sources:
                 embeddings[[index for index, _ in pending]] = encoder.encode_image(pictures).cpu().numpy()
                 pending.clear()
 
-            for shard in list_shards(str(self.world.data / "flickr8k" / "pool" / "*.tar")):
+            for shard in list_shards(self.world.pool_shards):
                 for sample in read_shard(shard):
                     if isinstance(sample, Sample):
                         index = row[str(sample.uid)]
@@ -280,7 +268,7 @@ def boilerplate(draft: Draft, share: float, rng: np.random.Generator, sources: S
 
 
 def irrelevant(draft: Draft, share: float, rng: np.random.Generator, sources: Sources) -> Draft:
-    """Synthetic scenes added until they are `share` of the pool."""
+    """Pairs of another domain added until they are `share` of the pool."""
     scenes = sources.scenes
     extra = rng.choice(len(scenes), min(len(scenes), round(share / (1 - share) * len(draft))), replace=False)
     image = 3 * sources.count + scenes.image[extra]

@@ -1,12 +1,14 @@
 """How well curation works on real pairs: Flickr8k with captions shuffled on purpose, judged by the planted truth.
 
-The truth is used for judging only. Needs the real data (INFLUENCESPACE_DATA or ../shared/data); see docs/benchmarks.md.
+The truth is used for judging only. `--scenario all`, or the name of one, is benchmarks/scenarios.py. Needs the real data
+(INFLUENCESPACE_DATA or ../shared/data); see docs/benchmarks.md.
 """
 
 import sys
 from functools import partial
 
 import numpy as np
+import scenarios
 from common import Benchmark, cached, code_version
 from curation import METHODS, RUNTIME, Curation, Setting, World, measure_on_real_pairs
 
@@ -156,4 +158,9 @@ PARTS = {
 
 
 if __name__ == "__main__":
+    if "--scenario" in sys.argv:  # a benchmark of its own: its parts are the scenarios
+        at = sys.argv.index("--scenario")
+        chosen = scenarios.PARTS if sys.argv[at + 1] == "all" else sys.argv[at + 1 : at + 2]
+        sys.argv[at : at + 2] = ["--parts", *chosen]
+        sys.exit(scenarios.main())
     sys.exit(measure_on_real_pairs(__doc__ or "", "quality", ((0,), (0, 1, 2)), PARTS))

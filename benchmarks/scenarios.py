@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 from common import Benchmark, cached
-from curation import Setting, World, measure_on_real_pairs
+from curation import Setting, SyntheticWorld, World, measure_on_real_pairs
 from dirt import clean, wrong
 from pools import SCENARIOS, SIZED, DirtyCuration
 from prototype import prototype
@@ -24,7 +24,7 @@ QUICKER = ("wrong 30", "web")
 """Where the full set's quality is asked for in half of its steps."""
 
 
-def judged(name: str, bench: Benchmark, world: World, quick: bool) -> None:
+def judged(name: str, bench: Benchmark, world: World, quick: bool, of: str = "") -> None:
     """What becomes of each kind of pair by the default settings, and what a student retrained on the rest is worth."""
     scenario = SCENARIOS[name]
     setting = Setting(wrong=scenario.share, captions=scenario.captions, steps=50 if quick else 200)
@@ -32,26 +32,26 @@ def judged(name: str, bench: Benchmark, world: World, quick: bool) -> None:
     found = cached(world.cache, ["harmful", name, setting], curation.judge)
     kinds = cached(world.cache, ["kinds", name, setting], curation.judge_kinds)
     for kind, values in kinds.items():
-        bench.row(scenario=name, kind=kind, **values)
+        bench.row(scenario=of + name, kind=kind, **values)
     has_dirt = bool(found["wrong"])
     if scenario.dirt in (clean, wrong):
         bench.target(
-            name=f"{name}: fraction pruned by the method itself",
+            name=f"{of}{name}: fraction pruned by the method itself",
             target=f"within 0.04 of {found['wrong']:.3f}" if has_dirt else "at most 0.05",
             measured=found["pruned"],
             reached=abs(found["pruned"] - found["wrong"]) <= (0.04 if has_dirt else 0.05),
         )
     if found["precision"] is not None and scenario.dirt not in (clean, wrong):
         bench.target(
-            name=f"{name}: share of what was pruned as harmful that is dirt",
+            name=f"{of}{name}: share of what was pruned as harmful that is dirt",
             target="at least 0.9",
             measured=found["precision"],
             reached=found["precision"] >= 0.9,
         )
-    retrained_part(name, bench, curation)
+    retrained_part(name, bench, curation, of)
 
 
-def retrained_part(name: str, bench: Benchmark, curation: DirtyCuration) -> None:
+def retrained_part(name: str, bench: Benchmark, curation: DirtyCuration, of: str) -> None:
     """Mean recall of students retrained at equal steps, ours paired with every other."""
     seeds = tuple(bench.seeds)
     key = [name, curation.setting, seeds]
@@ -60,7 +60,7 @@ def retrained_part(name: str, bench: Benchmark, curation: DirtyCuration) -> None
     draws = {method: bootstrap_means(values) for method, values in shares.items()}
     for method in shares:
         bench.row(
-            scenario=name,
+            scenario=of + name,
             method=method,
             mean_recall=float(shares[method].mean()),
             interval=list(interval(draws[method])),
@@ -76,7 +76,7 @@ def retrained_part(name: str, bench: Benchmark, curation: DirtyCuration) -> None
     best = max(FILTERS, key=lambda method: float(shares[method].mean()))
     gap, around = compared("oracle")
     bench.target(
-        name=f"{name}: mean recall of curated minus the oracle's",
+        name=f"{of}{name}: mean recall of curated minus the oracle's",
         target="at least -0.5",
         measured=gap,
         interval=around,
@@ -84,7 +84,7 @@ def retrained_part(name: str, bench: Benchmark, curation: DirtyCuration) -> None
     )
     gap, around = compared(best)
     bench.target(
-        name=f"{name}: mean recall of curated minus that of the best simple filter, {best}",
+        name=f"{of}{name}: mean recall of curated minus that of the best simple filter, {best}",
         target="surely above 0, or not surely below where the filter beats the oracle",
         measured=gap,
         interval=around,
@@ -93,7 +93,7 @@ def retrained_part(name: str, bench: Benchmark, curation: DirtyCuration) -> None
     if SIZED in shares:
         share = float(shares[SIZED].mean() / shares["everything"].mean())
         bench.target(
-            name=f"{name}: mean recall of {SIZED}, as a share of everything's",
+            name=f"{of}{name}: mean recall of {SIZED}, as a share of everything's",
             target="at least 0.99",
             measured=share,
             reached=share >= 0.99,
@@ -101,7 +101,7 @@ def retrained_part(name: str, bench: Benchmark, curation: DirtyCuration) -> None
         for other in ("random", "clip_score"):
             gap, around = compared(other, SIZED)
             bench.target(
-                name=f"{name}: mean recall of {SIZED} minus {other} of that size",
+                name=f"{of}{name}: mean recall of {SIZED} minus {other} of that size",
                 target="above 0",
                 measured=gap,
                 interval=around,
@@ -112,7 +112,7 @@ def retrained_part(name: str, bench: Benchmark, curation: DirtyCuration) -> None
         for part, values in quicker.items():
             some = bootstrap_means(np.array(values)) - draws["everything"]
             bench.row(
-                scenario=name,
+                scenario=of + name,
                 method=f"curated, 1/{part} of the steps",
                 mean_recall=float(np.mean(values)),
                 interval=list(interval(bootstrap_means(np.array(values)))),
@@ -122,7 +122,7 @@ def retrained_part(name: str, bench: Benchmark, curation: DirtyCuration) -> None
             )
             if part == "2":
                 bench.target(
-                    name=f"{name}: mean recall of curated after half of the steps minus everything's after all",
+                    name=f"{of}{name}: mean recall of curated after half of the steps minus everything's after all",
                     target="at least 0",
                     measured=float(np.mean(values) - shares["everything"].mean()),
                     interval=interval(some),
@@ -130,9 +130,24 @@ def retrained_part(name: str, bench: Benchmark, curation: DirtyCuration) -> None
                 )
 
 
+def synthetic(bench: Benchmark, world: World, quick: bool) -> None:
+    """Some scenarios on synthetic scenes, embedded by the same encoder, which has never seen any."""
+    scenes = SyntheticWorld(world.data, world.cache / "synthetic")
+    for name in ("wrong 30",) if quick else ("clean", "wrong 30", "web"):
+        judged(name, bench, scenes, quick, of="scenes, ")
+
+
+PARTS: dict[str, Callable[[Benchmark, World, bool], None]] = {
+    **{name.replace(" ", "_"): partial(judged, name) for name in SCENARIOS},
+    "prototype": prototype,
+    "rare_group": rare_group,
+    "synthetic": synthetic,
+}
+
+
+def main() -> int:
+    return measure_on_real_pairs(__doc__ or "", "scenarios", ((0,), (0, 1, 2)), PARTS)
+
+
 if __name__ == "__main__":
-    parts: dict[str, Callable[[Benchmark, World, bool], None]] = {
-        name.replace(" ", "_"): partial(judged, name) for name in SCENARIOS
-    }
-    parts |= {"prototype": prototype, "rare_group": rare_group}
-    sys.exit(measure_on_real_pairs(__doc__ or "", "scenarios", ((0,), (0, 1, 2)), parts))
+    sys.exit(main())
