@@ -241,6 +241,7 @@ class Curation:
             at["student"],
             at["attribute"],
             True,
+            self.attribution.block_size,
             (done.rows_out, scored.details["sample"]),
             inputs | {"attribute": scored.fingerprint},
             at["fairness"],

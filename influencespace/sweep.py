@@ -60,6 +60,7 @@ Range = tuple[float, float]
 
 LOSS, MEAN_RECALL = "loss", "mean_recall"
 DIRECTION = {LOSS: "min", MEAN_RECALL: "max"}
+CONFIRMED = ("weights", "tau_high", "group_share")  # what retraining may have chosen in place of the config
 SETTINGS = ("weights", "tau_low", "tau_high", "target_size")
 TO_SWEEP = "to sweep over"
 TUNE = "tune"  # Tune's own folder, removed at the end
@@ -159,12 +160,12 @@ def sweep(run: Path, config: SweepConfig, out: Path) -> Best:
     The same call continues a search that was interrupted. Raises InputError where the run has no scores yet.
     """
     run_config = load_config(run / "config.yaml", {})
-    objective = retraining(run, run_config, config.student_seeds)
     inputs = {
         name: stage_of(run, name, TO_SWEEP).fingerprint
         for name in ("student", "redundancy", "attribute", "fairness")
     }
     select = confirmed_settings(run, run_config.curate)
+    objective = replace(retraining(run, run_config, config.student_seeds), select=select)
     own = own_settings(select)
     mark = fingerprint(
         {
@@ -179,7 +180,7 @@ def sweep(run: Path, config: SweepConfig, out: Path) -> Best:
         reopen(out)
         trials = search(objective, own, config, out / f"trials-{mark[:16]}")
         best = best_of(trials, config.measure)
-        chosen = replace(run_config, curate=replace(run_config.curate, **_settings(best)))
+        chosen = replace(run_config, curate=replace(select, **_settings(best)))
         save_config(chosen, out / "best.yaml")
         with atomic_path(out / "trials.parquet") as aside:
             pq.write_table(pa.Table.from_pylist(trials), aside)
@@ -222,9 +223,8 @@ def confirmed_settings(run: Path, select: SelectConfig) -> SelectConfig:
         return select
     if manifest is None:
         return replace(select, weights="uniform")
-    return replace(
-        select, **{name: manifest.details[name] for name in ("weights", "tau_high", "group_share")}
-    )
+    known = {name: manifest.details.get(name, getattr(select, name)) for name in CONFIRMED}
+    return replace(select, **known)
 
 
 def own_settings(select: SelectConfig) -> dict[str, Any]:

@@ -95,8 +95,8 @@ def shrunken_group_means(values: FloatArray, group: Labels) -> FloatArray:
 def disadvantage(loss: FloatArray, group: Labels) -> FloatArray:
     """How much each group counts for a target that serves those that are worse off: losses (n,) -> (A,), 1 in all.
 
-    In proportion to how far a group's loss, shrunken for chance, is above the mean of all; zeros where none is. A step of the
-    multiplicative weights of group distributionally robust optimisation (Sagawa et al. 2020), from equal weights.
+    In proportion to how far a group's loss, shrunken for chance, is above the mean of all; zeros where none is. In the spirit
+    of group distributionally robust optimisation (Sagawa et al. 2020), which weighs groups up by their losses step by step.
     """
     excess = np.maximum(shrunken_group_means(loss, group) - loss.mean(), 0.0)
     share: FloatArray = excess / (excess.sum() or 1.0)

@@ -33,8 +33,10 @@ def fit_ridge(features: FloatArray, values: FloatArray) -> Ridge:
 
     Coefficients have one normal prior, so features must be alike in scale, as the entries of an embedding are. Where they tell
     nothing the prior's variance falls to zero, and what is left is the mean. Raises ValueError when a value or a feature is
-    not finite.
+    not finite, or there are fewer than two rows.
     """
+    if len(values) < 2:
+        raise ValueError(f"ridge regression needs two rows or more, not {len(values)}")
     if not (np.isfinite(values).all() and np.isfinite(features).all()):
         raise ValueError("ridge regression needs finite features and values")
     centre, offset = features.mean(0), float(values.mean())

@@ -46,11 +46,11 @@ class SelectConfig:
     on the choosing half of the target, with the temperature it likes best, else uniform: influence alone can order
     helpful pairs wrongly."""
     groups: Literal["confirmed", "ignored"] = "confirmed"
-    """`confirmed`: where the target names groups, weights are chosen by the loss of the one that is worst off, among those that
-    leave the target as a whole no worse than uniform weights; `ignored`: by the whole. Needs `weights: confirmed`."""
+    """`confirmed`: where the target names groups, weights are chosen that surely help the one that is worst off and leave the
+    target as a whole no worse than uniform weights, if there are such; `ignored`: by the whole. Needs `weights: confirmed`."""
     group_share: float = Field(default=0.0, ge=0)
-    """How much influence on the groups that are worse off counts in what `influence` weights follow, beside influence on the
-    whole target, which counts 1; `confirmed` finds its own."""
+    """How much influence on the groups that are worse off counts in what `influence` weights follow, and in what leaves first for
+    a target size, beside influence on the whole target, which counts 1; `confirmed` finds its own."""
     tau_high: float = Field(default=1.0, gt=0)
     """Temperature of `influence` weights in standard deviations: larger is nearer to uniform. `confirmed` finds its own."""
     max_weight: float = Field(default=5.0, ge=1)
@@ -162,28 +162,29 @@ def top_fraction(score: FloatArray, keep: int) -> BoolArray:
     return chosen
 
 
-def fairest_candidate(losses: FloatArray, by_group: list[FloatArray]) -> int:
-    """The candidate that does most for the group that is worst off under the first, if that is sure, else 0.
+def fairest_candidate(losses: FloatArray, worst_off: FloatArray) -> int:
+    """The candidate that does most for the group that is worst off, if that is sure, else the one that is best on the whole.
 
-    `losses` (candidates, folds) of the whole target, `by_group` the same for each group, with folds of its own. None that is
-    worse on the whole than the first is taken: nobody is served at the cost of everybody.
+    `losses` (candidates, folds) of the whole target, `worst_off` the same for that group, with folds of its own; which group
+    it is must be known from other pairs. None that is worse on the whole than the first is taken for the group: nobody is
+    served at the cost of everybody. Both are asked, so each at half the error of `best_candidate`.
     """
-    whole = losses.mean(1)
-    able = np.flatnonzero(whole <= whole[0])  # the first is
-    worst_off = max(by_group, key=lambda group: float(group[0].mean()))
-    return int(able[best_candidate(worst_off[able])])
+    able = losses.mean(1) <= losses[0].mean()  # the first is
+    # as a candidate that does nothing for the group, so that all of them still count in the test
+    chosen = best_candidate(np.where(able[:, None], worst_off, worst_off[0]), level=0.025)
+    return chosen or best_candidate(losses, level=0.025)
 
 
-def best_candidate(losses: FloatArray) -> int:
+def best_candidate(losses: FloatArray, level: float = 0.05) -> int:
     """The candidate of the lowest mean loss among those that are surely below the first, else 0: (candidates, groups).
 
-    Losses are means over seeds, by group of the target's images. Sure is a t-test over the groups, paired, at 95 % one-sided
-    for all candidates together (Bonferroni).
+    Losses are means over seeds, by fold of the target's images. Sure is a t-test over the folds, paired, one-sided, whose error
+    is `level` for all candidates together (Bonferroni).
     """
     gains = losses[0] - losses[1:]  # (candidates - 1, groups)
     count = gains.shape[1]
     if count < 2 or len(gains) == 0:
         return 0
     error = np.maximum(gains.std(1, ddof=1), np.finfo(np.float64).tiny) / np.sqrt(count)
-    sure = gains.mean(1) / error > stdtrit(count - 1, 1 - 0.05 / len(gains))
+    sure = gains.mean(1) / error > stdtrit(count - 1, 1 - level / len(gains))
     return 1 + int(np.argmax(np.where(sure, gains.mean(1), -np.inf))) if sure.any() else 0

@@ -17,7 +17,7 @@ from influencespace.stages.confirm import SEEDS, candidates, serves_groups
 from influencespace.stages.curate import DYNAMIC
 from influencespace.stages.dynamic import MOST_SCORED
 from influencespace.stages.embed import share, worker_bytes
-from influencespace.stages.fairness import FAIRNESS_BLOCK, MOST_FITTED
+from influencespace.stages.fairness import MOST_FITTED
 from influencespace.stages.importing import PART_PAIRS
 from influencespace.stages.runtime import AHEAD, Runtime
 
@@ -315,19 +315,24 @@ class Needs:
         C, M = self.bank
         scored, target = self._scored, self.sizes.roles["target"].pairs
         fitted = min(scored, MOST_FITTED)
-        workers = self._workers(self.n, FAIRNESS_BLOCK)
+        block = self.config.attribute.block_size
+        workers = self._workers(scored, block)
         return self._need(
             "fairness",
             read=(target + C * M + scored + fitted + self.n) * self.pair_bytes,
             written=16 * scored + 8 * self.n + 4 * self.p,
             temporary=16 * scored + 8 * self.n,
-            # embeddings in float64, centred, and their Gram matrix with its eigenvectors
-            worker=max(self._sketching(), fitted * 5 * self.pair_bytes + 3 * 8 * (2 * self.D) ** 2),
+            # embeddings in float64, centred, and their Gram matrix with its eigenvectors; or a block that is scored
+            worker=max(
+                self._sketching(),
+                fitted * 5 * self.pair_bytes + 3 * 8 * (2 * self.D) ** 2,
+                20 * self.p + self._block(block, 5 * self.pair_bytes + 16 * self.d + 40 * M),
+            ),
             workers=workers,
-            work=4 * scored * (2 * self.D * self.d + 4 * C * M * self.d) / workers
+            work=2 * scored * self._influence_work / workers
             + fitted * (2 * self.D) ** 2
             + C * M * (self.config.curvature.rank + 2) * (4 * self.D * self.d + 2 * M * self.d),
-            tasks=self._blocks(FAIRNESS_BLOCK),
+            tasks=self._blocks(block),
         )
 
     def curate(self) -> Need:

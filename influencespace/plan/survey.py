@@ -47,8 +47,8 @@ class Survey:
     uid_bytes: float
     image_bytes: float
     """Of an encoded image; 0 where there are no pictures."""
-    groups: bool = False
-    """Whether the pairs looked at name two groups or more that are large enough to be served."""
+    groups: tuple[float, ...] = ()
+    """Images of each group that is named, in proportion to the pairs looked at."""
 
     @property
     def exact(self) -> bool:
@@ -73,8 +73,10 @@ class Sizes:
 
     @property
     def target_groups(self) -> bool:
-        """Whether the target names groups."""
-        return self.surveys["target" if "target" in self.surveys else "pool"].groups
+        """Whether the target names two groups or more that are large enough to be served."""
+        source = self.surveys["target" if "target" in self.surveys else "pool"]
+        share = self.roles["target"].images / source.images
+        return sum(share * images >= 2 * FEWEST_GROUP_IMAGES for images in source.groups) > 1
 
 
 def survey_all(config: RunConfig) -> Sizes:
@@ -149,15 +151,14 @@ def survey(shards: Sequence[Shard], read: ReadOptions) -> Survey:
         row_bytes=_row_bytes(rows),
         uid_bytes=float(np.mean([len(row["uid"]) for row in rows])),
         image_bytes=encoded / samples,
-        groups=large_groups(rows) > 1,
+        groups=group_images([(row["group"], row["image"]) for row in rows], factor * pairs),
     )
 
 
-def large_groups(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Groups with images enough for both halves of a target."""
-    images = {(row["group"], row["image"]) for row in rows if row["group"] is not None}
-    sizes = Counter(group for group, _ in images)
-    return sum(size >= 2 * FEWEST_GROUP_IMAGES for size in sizes.values())
+def group_images(seen: Sequence[tuple[str | None, Any]], pairs: float) -> tuple[float, ...]:
+    """Images of each group in `pairs` pairs, of some of which the group and the image were seen."""
+    sizes = Counter(group for group, _ in set(seen) if group is not None)
+    return tuple(size * pairs / len(seen) for size in sizes.values())
 
 
 def survey_embeddings(path: str) -> tuple[Survey, int]:
@@ -182,6 +183,7 @@ def survey_embeddings(path: str) -> tuple[Survey, int]:
         row_bytes=_row_bytes([{"uid": uid, "caption": text} for uid, text in zip(batch.uids, captions)]),
         uid_bytes=float(np.mean([len(uid) for uid in batch.uids])),
         image_bytes=0.0,
+        groups=group_images(list(zip(batch.groups or [None] * len(batch.uids), batch.uids)), pairs),
     )
     return found, batch.images.shape[1]
 

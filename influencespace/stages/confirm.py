@@ -34,20 +34,21 @@ SEEDS = (101, 102)  # not those of the retraining that judges
 
 def serves_groups(config: SelectConfig) -> bool:
     """Whether the decision may serve groups that are worse off."""
-    return bool(config.group_share) or (config.weights == config.groups == "confirmed")
+    asked = config.weights == "influence" and config.group_share > 0
+    return asked or config.weights == config.groups == "confirmed"
 
 
 def candidates(config: SelectConfig, names_groups: bool = False) -> list[SelectConfig]:
     """The decisions to choose from, uniform weights first, and those that serve groups last."""
     if config.weights != "confirmed":
         return [config]
-    shares = [0.0, *GROUP_SHARES] if names_groups and serves_groups(config) else [0.0]
+    shares = [0.0, *GROUP_SHARES] if names_groups and config.groups == "confirmed" else [0.0]
     weighted = [
         replace(config, weights="influence", tau_high=tau, group_share=share)
         for share in shares
         for tau in TEMPERATURES
     ]
-    return [replace(config, weights="uniform"), *weighted]
+    return [replace(config, weights="uniform", group_share=0.0), *weighted]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ def confirm(
     by_group = [
         np.array([[trial["by_group"][g] for trial in seeds] for seeds in found]).mean(1) for g in groups
     ]
-    best = fairest_candidate(losses, by_group) if by_group else best_candidate(losses)
+    best = fairest_candidate(losses, by_group[scores.worst_off]) if by_group else best_candidate(losses)
     table = [
         {
             "weights": choice.weights,

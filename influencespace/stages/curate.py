@@ -21,7 +21,7 @@ from influencespace.stages.confirm import confirm
 from influencespace.stages.decide import Scores, decide
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.runtime import Runtime, run_once
-from influencespace.stages.student import StudentsConfig
+from influencespace.stages.student import FEWEST_GROUP_IMAGES, StudentsConfig
 
 # clip_score is the given encoder's, as most people filter; the last two are by the student of all pairs
 BASELINES = ("everything", "random", "clip_score", "student_clip_score", "neg_clip_loss")
@@ -152,6 +152,11 @@ class Curate:
             warnings.append(
                 f"the student is not at rest: its mean in-training influence is {self.scores.rest:.2f} standard deviations "
                 f"(should be below {UNSETTLED}); train it longer, or lower its learning rate"
+            )
+        if self.config.group_share and not self.scores.names_groups:
+            warnings.append(
+                f"curate.group_share = {self.config.group_share:g} has no effect: the target names no two groups of "
+                f"{2 * FEWEST_GROUP_IMAGES} images or more, or none is worse off"
             )
         reasons, counts = np.unique(curated["reason"].to_pylist(), return_counts=True)
         return {

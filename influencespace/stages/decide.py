@@ -13,6 +13,7 @@ from influencespace.core.placebo import Placebo, placebo_check
 from influencespace.core.redundancy import joint_mean
 from influencespace.core.select import SelectConfig, Subset, select
 from influencespace.core.strata import Pooled, means_by, pool, spread_of_repeats
+from influencespace.data.artifacts import read_manifest
 from influencespace.data.blocks import Columns, read_columns
 
 FloatArray = NDArray[np.float64]
@@ -35,7 +36,7 @@ class Scores:
     copies: Path | None = None
     """The redundancy stage's; None where no pair is a copy of another, and no two have one image."""
     groups: Path | None = None
-    """The fairness stage's; None where the target names no groups."""
+    """The fairness stage's, which may have found none that is worse off; None is the same."""
 
     @cached_property
     def strata(self) -> Columns:
@@ -149,6 +150,13 @@ class Scores:
     def names_groups(self) -> bool:
         """Whether some group of the target is worse off than others."""
         return self.groups is not None and (self.groups / "groups.parquet").exists()
+
+    @cached_property
+    def worst_off(self) -> int:
+        """Which of the target's groups the student of all pairs serves worst, in their order, on the gradient's half."""
+        manifest = None if self.groups is None else read_manifest(self.groups)
+        assert manifest is not None, "asked of scores without groups"
+        return int(np.argmax([group["loss"] for group in manifest.details["groups"]]))
 
     @cached_property
     def for_groups(self) -> FloatArray:

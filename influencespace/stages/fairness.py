@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from influencespace.core.fairness import disadvantage, group_means
+from influencespace.core.linalg import Solution
 from influencespace.core.ridge import Ridge, fit_ridge
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
 from influencespace.data.blocks import blocks_of, has_block, join_blocks, read_columns, write_block
@@ -38,7 +39,7 @@ from influencespace.stages.student import Student, StudentsConfig, TargetHalves,
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 MOST_FITTED = 20_000  # scored pairs whose embeddings are in memory at once
-FAIRNESS_BLOCK = 16_384  # pairs scored or predicted in one task
+GROUPS = "groups.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +66,20 @@ class Disadvantaged:
 
     @cached_property
     def losses(self) -> tuple[IntArray, FloatArray]:
-        """Group and loss of each pair of the contexts, those of no group left out (m,), (m,)."""
-        groups, losses = [], []
+        """Group and mean loss of each image of the contexts, those of no group left out (m,), (m,).
+
+        Captions of one image are no independent opinions of how well a group is served.
+        """
+        losses = []
         for rows in self.contexts:
             with torch.no_grad():
                 terms = self.students.train.objective.terms(*self.student.embed(self.target.inputs(rows)))
-            groups.append(self.halves.group[rows])
             losses.append(terms.double().numpy())
-        group, loss = np.concatenate(groups), np.concatenate(losses)
-        return group[group >= 0], loss[group >= 0]
+        rows, loss = np.concatenate(self.contexts), np.concatenate(losses)
+        named = self.halves.group[rows] >= 0
+        keys = np.stack([self.halves.group[rows[named]], self.target.image[rows[named]]])
+        images, place = np.unique(keys, axis=1, return_inverse=True)
+        return images[0], np.bincount(place.reshape(-1), loss[named]) / np.bincount(place.reshape(-1))
 
     @cached_property
     def share(self) -> FloatArray:
@@ -84,8 +90,8 @@ class Disadvantaged:
     def gradient(self) -> Tensor:
         """Of the groups' mean losses, weighted by their shares: (1, p)."""
         space = Space(self.student.heads)
-        group, _ = self.losses
-        codes, counts = np.unique(group, return_counts=True)
+        pairs = self.halves.group[np.concatenate(self.contexts)]
+        codes, counts = np.unique(pairs[pairs >= 0], return_counts=True)
         weight = np.zeros(int(codes.max()) + 1)
         weight[codes] = self.share / counts
         total = torch.zeros(1, space.size, dtype=torch.float64)
@@ -96,8 +102,8 @@ class Disadvantaged:
             total += space.loss_gradients(inputs, weights.to(space.like), objective).double().cpu()
         return total.to(space.like)
 
-    def direction(self) -> Tensor:
-        """The gradient solved as the target's is, so that both influences are in one unit: (1, p)."""
+    def solution(self) -> Solution:
+        """The gradient solved at the target's damping, so that both influences are in one unit: x (1, p)."""
         space, train = Space(self.student.heads), self.students.train
         contexts = [self.pool.inputs(rows) for rows in self.student.bank]
         D = floored(self.student.preconditioner)
@@ -105,15 +111,14 @@ class Disadvantaged:
             space, contexts, train.objective, D, self.curvature.rank, self.curvature.seed
         )
         damping = damping_of(self.curvature, self.student.sum_of_learning_rates, train.weight_decay)
-        solution = solve_directions(
+        return solve_directions(
             space, contexts, train.objective, D, sketch, damping, self.gradient(), self.curvature
         )
-        return solution.x
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolveDisadvantaged:
-    """Task: write the direction that serves the groups that are worse off; the groups, and whether there are any."""
+    """Task: write the direction that serves the groups that are worse off, if any are; what is known of the groups."""
 
     groups: Disadvantaged
     folder: Path
@@ -121,15 +126,19 @@ class SolveDisadvantaged:
     def __call__(self) -> dict[str, Any]:
         group, loss = self.groups.losses
         share = self.groups.share
+        solve = {}
         if share.any():
+            solution = self.groups.solution()
+            solve = {"iterations": solution.iterations, "residual": solution.residual}
             with atomic_path(self.folder / "direction.safetensors") as aside:
-                save_file({"direction": self.groups.direction().contiguous()}, aside)
+                save_file({"direction": solution.x.contiguous()}, aside)
         names, codes = self.groups.target.column("group"), self.groups.halves.group
         means = group_means(loss, group) if len(group) else share
-        return {
-            str(names[int(np.argmax(codes == code))]): {"loss": float(mean), "share": float(part)}
+        groups = [
+            {"group": str(names[int(np.argmax(codes == code))]), "loss": float(mean), "share": float(part)}
             for code, mean, part in zip(np.unique(group), means, share, strict=True)
-        }
+        ]
+        return {"groups": groups, **solve}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +184,7 @@ class FitForGroups:
 
     def __call__(self) -> float:
         scored = read_columns(self.folder / "scored.parquet")
-        rows = slice(0, MOST_FITTED)  # a look is in canonical order, which is random
+        rows = slice(0, MOST_FITTED)  # of the first look, which is in canonical order; this is random
         fitted = fit_ridge(features(self.pool, scored["pair"][rows]), scored["influence"][rows])
         with atomic_path(self.folder / "ridge.npz") as aside, aside.open("wb") as file:
             np.savez(
@@ -217,6 +226,7 @@ def fairness(
     student_folder: Path,
     attribute_folder: Path,
     wanted: bool,
+    block_size: int,
     rows: tuple[int, int],
     inputs: dict[str, str],
     out: Path,
@@ -224,6 +234,7 @@ def fairness(
 ) -> Manifest:
     """Influence of all `rows[0]` pairs on the groups that are worse off, from `rows[1]` scored ones; writes groups.parquet.
 
+    `config.rank` is the one that the curvature stage found large enough; `block_size` pairs are scored in one task.
     Nothing is written where it is not `wanted`, the target names fewer than two groups, or none is worse off than the mean.
     """
     mark = fingerprint({"stage": "fairness", "config": config, "wanted": wanted, "inputs": inputs})
@@ -231,18 +242,20 @@ def fairness(
         return done
     began = time.monotonic()
     reopen(out)
+    for name in (GROUPS, "scored.parquet", "ridge.npz", "direction.safetensors"):
+        (out / name).unlink(missing_ok=True)  # of another target: there may be none to take their place
     groups = Disadvantaged(
         pool=pool, target=target, students=students, curvature=config, student_folder=student_folder
     )
-    found = run_once(runtime, SolveDisadvantaged(groups=groups, folder=out)) if wanted else {}
-    details: dict[str, Any] = {"groups": found}
-    if any(group["share"] for group in found.values()):
+    solve = SolveDisadvantaged(groups=groups, folder=out)
+    details: dict[str, Any] = run_once(runtime, solve) if wanted else {"groups": []}
+    if any(group["share"] for group in details["groups"]):
         sample = attribute_folder / "influence.parquet"
         score = partial(ScoreForGroups, groups=groups, sample=sample, folder=out, mark=mark)
-        _blockwise(runtime, score, rows[1], "scored", "fairness", out)
+        _blockwise(runtime, score, rows[1], block_size, "scored", "fairness", out)
         details["freedom"] = run_once(runtime, FitForGroups(pool=pool, folder=out))
         predict = partial(PredictForGroups, pool=pool, folder=out, mark=mark)
-        _blockwise(runtime, predict, rows[0], "groups", "fairness (all pairs)", out)
+        _blockwise(runtime, predict, rows[0], block_size, "groups", "fairness (all pairs)", out)
     manifest = Manifest(
         stage="fairness",
         fingerprint=mark,
@@ -254,8 +267,10 @@ def fairness(
     return finish_stage(out, manifest, began)
 
 
-def _blockwise(runtime: Runtime, make: "partial[Any]", count: int, name: str, what: str, out: Path) -> None:
-    tasks = [make(start=a, stop=b) for a, b in blocks_of(count, FAIRNESS_BLOCK)]
+def _blockwise(
+    runtime: Runtime, make: "partial[Any]", count: int, block: int, name: str, what: str, out: Path
+) -> None:
+    tasks = [make(start=a, stop=b) for a, b in blocks_of(count, block)]
     with progress(what, count, "pairs") as bar:
         for done in runtime.map(call, tasks, num_actors=runtime.cores):
             bar.advance(done)

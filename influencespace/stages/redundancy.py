@@ -23,6 +23,7 @@ from influencespace.stages.progress import progress
 from influencespace.stages.runtime import Runtime, call, run_once
 
 IntArray = NDArray[np.int64]
+COPIES = "copies.parquet"
 MEAN_SAMPLE = 4096  # distinct images, and captions, whose mean is taken off
 
 
@@ -127,7 +128,7 @@ class JoinCopies:
         exact = np.load(self.folder / "leader.npy")
         leader = exact.copy()
         leader[near["pair"]] = near["leader"]
-        write_columns(self.folder / "copies.parquet", {"leader": leader[exact], "image": self.pool.image})
+        write_columns(self.folder / COPIES, {"leader": leader[exact], "image": self.pool.image})
         for name in ("near.parquet", "leader.npy", "order.npy"):
             (self.folder / name).unlink()
         return {
@@ -150,7 +151,7 @@ def redundancy(
 
     A pair that copies no other leads itself. Copies in different clusters are missed, exact ones aside.
     """
-    mark = fingerprint({"stage": "redundancy", "config": config, "inputs": inputs})
+    mark = fingerprint({"stage": "redundancy", "writes": COPIES, "config": config, "inputs": inputs})
     if (done := finished_stage(out, mark)) is not None:
         return done
     began = time.monotonic()

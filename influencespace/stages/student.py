@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from influencespace.core.batches import covering_contexts, disjoint_contexts, folds_by_image, training_batches
+from influencespace.core.quality import MOST_SHARED, shared_captions
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen, write_json
 from influencespace.data.blocks import blocks_of, has_block, join_blocks, write_block
 from influencespace.data.pair_set import PairSet
@@ -142,15 +143,19 @@ class TargetHalves:
 
     @cached_property
     def group(self) -> NDArray[np.int64]:
-        """Group of each pair of the target (n,); -1 for one without, or of a group with too few images in a half."""
+        """Group of each pair of the target (n,); -1 for one without, or of a group with too few images in a half.
+
+        Where most captions are shared, as the names of classes are, there are none: a loss then tells how frequent a class is.
+        """
         group = self.target.group.copy()
-        for code in np.unique(group[group >= 0]):
-            images = [
-                np.unique(self.target.image[half][group[half] == code])
-                for half in (self.choosing, self.gradient)
-            ]
-            if min(map(len, images)) < FEWEST_GROUP_IMAGES:
-                group[group == code] = -1
+        if shared_captions(self.target.image, self.target.text) > MOST_SHARED:
+            return np.full_like(group, -1)
+        enough = np.ones(int(group.max(initial=-1)) + 1, bool)
+        for half in (self.choosing, self.gradient):
+            images = np.unique(np.stack([group[half], self.target.image[half]]), axis=1)[0]
+            enough &= np.bincount(images[images >= 0], minlength=len(enough)) >= FEWEST_GROUP_IMAGES
+        named = group >= 0
+        group[named] = np.where(enough[group[named]], group[named], -1)
         return group
 
     def contexts(self, half: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:

@@ -40,7 +40,7 @@ class TrainConfig:
     """Workers of a run; the global batch does not change with them."""
     methods: tuple[str, ...] = plain_field(default=METHODS)
     """What is trained and compared; `curated` is always among them. `dynamic` can be asked for beside the default ones: it
-    begins as `curated` and re-weights the kept pairs while it trains."""
+    begins as `curated` and re-weights the kept pairs while it trains, by influence on the target as a whole."""
     refresh: int = Field(default=50, ge=1)
     """Steps of `dynamic` between two re-weightings."""
 

