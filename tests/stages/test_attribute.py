@@ -224,6 +224,7 @@ def test_no_placebo_is_a_choice(truth: Chain, tmp_path: Path) -> None:
     chain = replace(attribute_by(truth, tmp_path, placebo=0), source_folder=None)
     for stage in ("student", "cluster", "redundancy", "curvature"):
         (tmp_path / stage).symlink_to(truth.out / stage)
+    chain.run("fairness")
     placebo = chain.run("curate").details["placebo"]
     assert placebo["estimated_wrong_share"] is placebo["influence_placebo"] is None
 

@@ -61,7 +61,7 @@ def copied(truth: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     np.save(folder / "old.npy", old)
     world = replace(truth.world, pool=replace(truth.world.pool, folder=folder, fingerprint="copied"))
     chain = replace(truth, out=out, world=world, select=SelectConfig(weights="uniform"))
-    chain.run("student", "cluster", "redundancy", "curvature", "attribute", "curate")
+    chain.run("student", "cluster", "redundancy", "curvature", "attribute", "fairness", "curate")
     return chain
 
 
