@@ -149,6 +149,7 @@ def keep_nothing_above_zero(settings: Mapping[str, Any]) -> dict[str, float]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_search_continues(tmp_path: Path, calls: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="is-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

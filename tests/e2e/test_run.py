@@ -64,6 +64,7 @@ def test_the_same_command_again_does_nothing(influencespace: Command, world: Pat
     assert before == {stage: (finished / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
 
 
+@pytest.mark.slow
 def test_a_dynamic_student_is_trained_where_it_is_asked_for(
     influencespace: Command, world: Path, finished: Path, tmp_path: Path
 ) -> None:
