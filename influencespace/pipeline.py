@@ -27,6 +27,7 @@ from influencespace.stages.dynamic import Reweighting
 from influencespace.stages.embed import embed
 from influencespace.stages.evaluate import evaluate
 from influencespace.stages.fairness import fairness
+from influencespace.stages.finish import STAGES
 from influencespace.stages.importing import import_embeddings
 from influencespace.stages.redundancy import redundancy
 from influencespace.stages.runtime import Runtime, run_once
@@ -204,18 +205,7 @@ def run_round(
 ) -> Round:
     """The stages after the split, on one pool."""
     pool, target, test = (sets[role] for role in ROLES)
-    stages = (
-        "student",
-        "cluster",
-        "redundancy",
-        "curvature",
-        "attribute",
-        "fairness",
-        "curate",
-        "train",
-        "evaluate",
-    )
-    at = {name: folder / name for name in stages}
+    at = {name: folder / name for name in STAGES}
     done: dict[str, Manifest] = {}
 
     def given(*names: str) -> dict[str, str]:

@@ -80,7 +80,7 @@ class Reweighting:
     def _influence(self, kept: IntArray, heads: Heads, preconditioner: Tensor) -> tuple[IntArray, FloatArray]:
         """Some pairs of the pool that are kept, and the influence of each."""
         scored = self.scores.influence["pair"]
-        # sampled in the canonical order, which is random, so that the first ones are a random sample
+        # the first of the first look: it has some of every stratum, in canonical order, which is random
         sample = scored[np.isin(scored, kept)][:MOST_SCORED]
         train = self.students.train
         scorer = momentary_scorer(
