@@ -5,6 +5,7 @@ of a rare group are in the pool, so its influence is carried over by likeness: a
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +21,14 @@ from influencespace.core.fairness import disadvantage, group_means
 from influencespace.core.linalg import Solution
 from influencespace.core.ridge import Ridge, fit_ridge
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
-from influencespace.data.blocks import blocks_of, has_block, join_blocks, read_columns, write_block
+from influencespace.data.blocks import (
+    blocks_of,
+    has_block,
+    join_blocks,
+    read_block,
+    read_columns,
+    write_block,
+)
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.nystrom import (
     CurvatureConfig,
@@ -181,11 +189,16 @@ class FitForGroups:
 
     pool: PairSet
     folder: Path
+    starts: Sequence[int]
+    """Blocks of the pairs that are scored."""
 
     def __call__(self) -> float:
-        scored = read_columns(self.folder / "scored.parquet")
+        blocks = [read_block(self.folder, "scored", start, "pair", "influence") for start in self.starts]
+        pair, influence = (
+            np.concatenate([block[name] for block in blocks]) for name in ("pair", "influence")
+        )
         rows = slice(0, MOST_FITTED)  # of the first look, which is in canonical order; this is random
-        fitted = fit_ridge(features(self.pool, scored["pair"][rows]), scored["influence"][rows])
+        fitted = fit_ridge(features(self.pool, pair[rows]), influence[rows])
         with atomic_path(self.folder / "ridge.npz") as aside, aside.open("wb") as file:
             np.savez(
                 file, centre=fitted.centre, coefficients=fitted.coefficients, offset=np.array(fitted.offset)
@@ -252,10 +265,13 @@ def fairness(
     if any(group["share"] for group in details["groups"]):
         sample = attribute_folder / "influence.parquet"
         score = partial(ScoreForGroups, groups=groups, sample=sample, folder=out, mark=mark)
-        _blockwise(runtime, score, rows[1], block_size, "scored", "fairness", out)
-        details["freedom"] = run_once(runtime, FitForGroups(pool=pool, folder=out))
+        starts = {"scored": _blockwise(runtime, score, rows[1], block_size, "fairness")}
+        fit = FitForGroups(pool=pool, folder=out, starts=starts["scored"])
+        details["freedom"] = run_once(runtime, fit)
         predict = partial(PredictForGroups, pool=pool, folder=out, mark=mark)
-        _blockwise(runtime, predict, rows[0], block_size, "groups", "fairness (all pairs)", out)
+        starts["groups"] = _blockwise(runtime, predict, rows[0], block_size, "fairness (all pairs)")
+        for name, begins in starts.items():
+            run_once(runtime, partial(join_blocks, out, name, begins))
     manifest = Manifest(
         stage="fairness",
         fingerprint=mark,
@@ -267,11 +283,9 @@ def fairness(
     return finish_stage(out, manifest, began)
 
 
-def _blockwise(
-    runtime: Runtime, make: "partial[Any]", count: int, block: int, name: str, what: str, out: Path
-) -> None:
+def _blockwise(runtime: Runtime, make: "partial[Any]", count: int, block: int, what: str) -> list[int]:
     tasks = [make(start=a, stop=b) for a, b in blocks_of(count, block)]
     with progress(what, count, "pairs") as bar:
         for done in runtime.map(call, tasks, num_actors=runtime.cores):
             bar.advance(done)
-    run_once(runtime, partial(join_blocks, out, name, [task.start for task in tasks]))
+    return [task.start for task in tasks]

@@ -23,7 +23,7 @@ from influencespace.estimators.nystrom import InfluenceScorer
 from influencespace.models.space import Space
 from influencespace.stages.confirm import GROUP_SHARES, SEEDS, TEMPERATURES, candidates, serves_groups
 from influencespace.stages.decide import Scores, decide
-from influencespace.stages.fairness import Disadvantaged, features
+from influencespace.stages.fairness import Disadvantaged, PredictForGroups, features
 from influencespace.stages.ray_runtime import RayRuntime
 from influencespace.stages.student import TargetHalves
 
@@ -116,6 +116,23 @@ def test_blocks_do_not_change_it(truth: Chain, tmp_path: Path) -> None:
 def test_ray_gives_what_the_plain_loop_gives(truth: Chain, tmp_path: Path, ray_runtime: RayRuntime) -> None:
     replace(truth, out=tmp_path, source_folder=truth.out, runtime=ray_runtime).run("fairness")
     assert_equal_results(truth.out / "fairness", tmp_path / "fairness", spreads=1e-4)
+
+
+def test_a_kill_while_it_predicts_costs_no_score(
+    truth: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = replace(truth, out=tmp_path, source_folder=truth.out)
+
+    def killed(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PredictForGroups, "__call__", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            chain.run("fairness")
+    monkeypatch.setattr(InfluenceScorer, "__call__", killed)  # nothing is scored again
+    chain.run("fairness")
+    np.testing.assert_array_equal(influence(chain), influence(truth))
 
 
 def test_weights_follow_what_serves_the_groups(truth: Chain) -> None:
