@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from common import Benchmark, cached
-from curation import Curation, Setting, World
+from curation import Curation, Setting, World, by_image
 
 from influencespace.core.metrics import bootstrap_means, interval
 from influencespace.core.select import SelectConfig, top_fraction
@@ -22,6 +22,7 @@ from influencespace.data.pair_set import PairSet
 from influencespace.estimators.similarity import random_score
 from influencespace.stages.decide import decide
 from influencespace.stages.finish import finish_stage
+from influencespace.stages.student import train_subset
 
 RARE, OTHERS = "women", "others"
 RULE = r"\b(woman|women|lady|ladies|girl|girls)\b"
@@ -64,8 +65,13 @@ class RareGroup(Curation):
     """The stages up to the decision, on a pool that has few pictures of the group."""
 
     @cached_property
+    def whole(self) -> PairSet:
+        """With all pictures of the group."""
+        return with_groups(PairSet(self.world.pool), self.world.cache / "groups" / "pool")
+
+    @cached_property
     def pool(self) -> PairSet:
-        whole = with_groups(PairSet(self.world.pool), self.world.cache / "groups" / "pool")
+        whole = self.whole
         rare = in_group(whole)
         images = np.unique(whole.image[rare])
         left = np.random.default_rng(0).choice(images, round(LEFT * len(images)), replace=False)
@@ -116,6 +122,17 @@ class RareGroup(Curation):
             "clip_score": top_fraction(self.pool.clip_score, keep).astype(np.float64),
             "re-weighted by group": np.where(rare, 0.5 / rare.mean(), 0.5 / (~rare).mean()),
         }
+
+    def retrained(self, seeds: tuple[int, ...]) -> dict[str, Any]:
+        """And of students of the pool that lacks no picture of the group: what can be won back at all."""
+        found = super().retrained(seeds)
+        everything, train = np.ones(len(self.whole)), self.config.train
+        found["shares"]["everything, not thinned"] = [
+            by_image(train_subset(self.whole, everything, train, train.steps, seed).heads, self.test).tolist()
+            for seed in seeds
+        ]
+        found["kept"]["everything, not thinned"] = 1.0
+        return found
 
 
 def rare_group(bench: Benchmark, world: World, quick: bool) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
-from scipy.special import stdtrit
+from scipy.special import ndtr, stdtrit
 
 from influencespace.core.additive import fit_additive
 from influencespace.core.fairness import with_floors
@@ -34,6 +34,9 @@ class SelectConfig:
     margin: float = Field(default=0.5, ge=0)
     """Standard errors by which pooled influence must be below `tau_low`: without any, pools with few wrong pairs lose too many
     right ones (docs/benchmarks.md)."""
+    false_share: float = Field(default=0.05, ge=0, lt=1)
+    """Where many pairs are surely harmful, some go without that margin too: pairs below `tau_low`, while no more than this share
+    of all that go is expected to be above it. Where few are, none do."""
     cautious: bool = False
     """Prune only where the upper 95 % bound of the pooled influence is below `tau_low`."""
     target_size: float | None = Field(default=None, gt=0, le=1)
@@ -90,8 +93,7 @@ def select(
     `influence` weights follow it too; `confirmed` weights are uniform here, since it takes retraining to confirm any.
     Raises InputError when nothing would be kept.
     """
-    bound = score + config.standard_errors * se
-    harmful = bound < config.tau_low * unit
+    harmful = below_threshold(score - config.tau_low * unit, se, config)
     copy = np.zeros(len(score), bool) if redundant is None else redundant
     reason = np.where(harmful, HARMFUL, np.where(copy, REDUNDANT, KEPT)).astype("U20")
     kept = ~harmful & ~copy
@@ -120,6 +122,27 @@ def select(
         else 1.0
     )
     return Subset(kept=kept, weight=weight, reason=reason)
+
+
+def below_threshold(excess: FloatArray, se: FloatArray, config: SelectConfig) -> BoolArray:
+    """Which pairs leave, by their pooled influence above the threshold and its standard error (n,): (n,).
+
+    Those that are below it by the margin. Beyond, where the rule is not `cautious`, the largest set of the surest ones whose
+    expected share of pairs above the threshold is `false_share` (Newton, Noueiry, Sarkar and Ahlquist 2004).
+    """
+    sure = excess + config.standard_errors * se < 0
+    if config.cautious:
+        return sure
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        above = ndtr(
+            np.nan_to_num(excess / se, nan=np.inf)
+        )  # a score of zero without any error is not below zero
+    ranked = np.sort(above)
+    expected = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
+    whole = np.append(ranked[1:] > ranked[:-1], True)  # pairs that are equally sure go together
+    last = ranked[whole & (expected <= config.false_share)].max(initial=-1.0)
+    found: BoolArray = sure | ((above <= last) & (excess < 0))
+    return found
 
 
 def capped_weights(utility: FloatArray, cap: float) -> FloatArray:

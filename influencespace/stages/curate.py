@@ -160,7 +160,7 @@ class Curate:
             )
         reasons, counts = np.unique(curated["reason"].to_pylist(), return_counts=True)
         return {
-            "rule": "upper bound of T < 0" if self.config.cautious else f"T + {self.config.margin:g} SE < 0",
+            "rule": rule_of(self.config),
             "margin": self.config.standard_errors,
             "threshold": self.config.tau_low * self.scores.unit,
             "unit": self.scores.unit,
@@ -173,6 +173,14 @@ class Curate:
             "placebo": asdict(self.scores.placebo),
             "warnings": warnings,
         }
+
+
+def rule_of(config: SelectConfig) -> str:
+    """What makes a pair harmful, for the report."""
+    if config.cautious:
+        return "upper bound of T < 0"
+    more = f", or T < 0 while at most {config.false_share:.0%} of those that go are expected to be above 0"
+    return f"T + {config.margin:g} SE < 0" + (more if config.false_share and config.margin else "")
 
 
 @dataclass(frozen=True)

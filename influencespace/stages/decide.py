@@ -56,8 +56,9 @@ class Scores:
 
     @cached_property
     def unit(self) -> float:
-        """Standard deviation of single balanced influences: what thresholds are given in."""
-        return float(self.influence["influence"].std())
+        """Standard deviation of single balanced influences over the pool: what thresholds are given in."""
+        values, weight = self.influence["influence"], self._pairs_a_scored_pair()
+        return float(np.sqrt(np.cov(values, aweights=weight, bias=True)))
 
     @cached_property
     def pooled(self) -> Pooled:

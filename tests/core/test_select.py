@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pydantic import ValidationError
+from scipy.stats import norm
 
 from influencespace.core import select as module
 from influencespace.core.additive import fit_additive
@@ -17,6 +18,7 @@ from influencespace.core.select import (
     OVER_SIZE,
     REDUNDANT,
     SelectConfig,
+    below_threshold,
     capped_weights,
     select,
     weights_along,
@@ -42,6 +44,35 @@ def test_what_is_below_the_threshold_goes(pairs: tuple[np.ndarray, ...], unit: f
     np.testing.assert_array_equal(subset.kept, score >= tau_low * unit)
     np.testing.assert_array_equal(subset.reason, np.where(subset.kept, KEPT, HARMFUL))
     np.testing.assert_array_equal(subset.weight, subset.kept.astype(float))
+
+
+@given(pairs=scored(), rate=st.floats(0, 0.5))
+def test_where_many_are_surely_harmful_some_less_sure_ones_go_along(
+    pairs: tuple[np.ndarray, ...], rate: float
+) -> None:
+    score, se, _ = pairs
+    config = SelectConfig(false_share=rate)
+    harmful = below_threshold(score, se, config)
+    sure = score + config.margin * se < 0
+    assert (harmful >= sure).all()
+    assert not (harmful & (score >= 0)).any()
+    with np.errstate(over="ignore"):
+        above = np.array([norm.cdf(s / e) if e else float(s >= 0) for s, e in zip(score, se, strict=True)])
+    surest = [above <= value for value in np.unique(above) if above[above <= value].mean() <= rate]
+    wanted = surest[-1] if surest else np.zeros(len(above), bool)
+    np.testing.assert_array_equal(harmful, sure | (wanted & (score < 0)))
+
+
+def test_the_more_are_surely_harmful_the_more_doubtful_ones_go_with_them() -> None:
+    doubtful, good = np.linspace(-0.25, -0.15, 10), np.full(10, 5.0)
+    for sure, gone in ((0, 0), (10, 1), (60, 8), (600, 10)):
+        score = np.concatenate([np.full(sure, -9.0), doubtful, good])
+        harmful = below_threshold(score, np.ones(len(score)), SelectConfig())
+        assert harmful[sure : sure + 10].tolist() == [True] * gone + [False] * (10 - gone)
+        assert harmful[:sure].all()
+        assert not harmful[sure + 10 :].any()
+        only = below_threshold(score, np.ones(len(score)), SelectConfig(false_share=0))
+        assert only.sum() == sure
 
 
 @given(pairs=scored())

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import pytest
 from chain import Chain
 
 from influencespace.core.select import HARMFUL, KEPT, OVER_SIZE, SelectConfig
+from influencespace.core.strata import rank_within
 from influencespace.data.artifacts import write_manifest
 from influencespace.data.blocks import read_columns, write_columns
 from influencespace.errors import InputError
 from influencespace.estimators.similarity import random_score
-from influencespace.stages.curate import METHODS, KeptRows
+from influencespace.stages.curate import METHODS, KeptRows, rule_of
 from influencespace.stages.decide import Scores, decide
 
 CURATED = pa.schema(
@@ -100,7 +102,10 @@ def test_the_strata_have_the_columns_of_the_contract(truth: Chain) -> None:
 
 def test_the_manifest_tells_the_rule_and_the_placebo(truth: Chain) -> None:
     details = truth.manifest("curate").details
-    assert details["rule"] == "T + 0.5 SE < 0"
+    assert details["rule"].startswith("T + 0.5 SE < 0, or T < 0 while at most 5% of those that go")
+    assert rule_of(SelectConfig(false_share=0)) == "T + 0.5 SE < 0"
+    assert rule_of(SelectConfig(margin=0)) == "T + 0 SE < 0"
+    assert rule_of(SelectConfig(cautious=True)) == "upper bound of T < 0"
     assert details["threshold"] == 0
     assert details["kept_fraction"] == pytest.approx(float(table(truth)["kept"].to_numpy().mean()))
     assert sum(details["reasons"].values()) == len(truth.world.pool)
@@ -162,10 +167,30 @@ def test_cached_scores_give_the_stages_decision(
 def test_the_threshold_is_in_standard_deviations_of_single_influences(truth: Chain) -> None:
     scores = Scores(truth.out / "attribute")
     score, se = scores.pair_scores
-    assert scores.unit == pytest.approx(scores.influence["influence"].std())
+    assert scores.unit == pytest.approx(scores.influence["influence"].std())  # all pairs are scored here
     for margin in (0.0, 1.0):
-        subset = decide(scores, SelectConfig(tau_low=0.3, margin=margin))
+        subset = decide(scores, SelectConfig(tau_low=0.3, margin=margin, false_share=0))
         np.testing.assert_array_equal(subset.kept, score + margin * se >= 0.3 * scores.unit)
+
+
+def test_that_standard_deviation_is_the_pools_however_unevenly_strata_were_sampled(
+    truth: Chain, tmp_path: Path
+) -> None:
+    whole = Scores(truth.out / "attribute")
+    columns = dict(whole.influence)
+    stratum = (whole.strata["cluster"] * whole.quantiles + whole.strata["quantile"])[columns["pair"]]
+    some = rank_within(stratum, np.zeros(len(stratum))) < np.where(stratum % 2, 3, 9)
+    write_columns(tmp_path / "influence.parquet", {name: column[some] for name, column in columns.items()})
+    shutil.copy(truth.out / "attribute" / "strata.parquet", tmp_path)
+    inside = [
+        (int((stratum == one).sum()), columns["influence"][some & (stratum == one)])
+        for one in np.unique(stratum)
+    ]
+    first, second = (
+        sum(size * (values**power).mean() for size, values in inside) / len(stratum) for power in (1, 2)
+    )
+    assert some.sum() < len(stratum)
+    assert Scores(tmp_path).unit == pytest.approx(np.sqrt(second - first**2))
 
 
 def test_a_threshold_that_keeps_nothing_is_said(truth: Chain, tmp_path: Path) -> None:
