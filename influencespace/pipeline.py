@@ -19,7 +19,7 @@ from influencespace.models.encoders import embedding_dimension
 from influencespace.report.page import write_report
 from influencespace.stages.attribute import attribute
 from influencespace.stages.cluster import cluster
-from influencespace.stages.confirm import serves_groups
+from influencespace.stages.confirm import CONFIRMED, serves_groups
 from influencespace.stages.curate import Earlier, KeptRows, curate
 from influencespace.stages.curvature import curvature
 from influencespace.stages.decide import Scores
@@ -335,7 +335,7 @@ def summarise(
         "target_loss": evaluated["target_loss"],
         "kept_fraction": curated["kept_fraction"],
         "reasons": curated["reasons"],
-        "weights": {key: curated[key] for key in ("weights", "tau_high", "group_share", "trials")},
+        "weights": {key: curated[key] for key in (*CONFIRMED, "trials")},
         "rows": roles.details["rows"],
         "rejected": {role: manifest.rejected for role, manifest in embedded.items()},
         "rejected_reasons": reasons,

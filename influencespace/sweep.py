@@ -46,6 +46,7 @@ from influencespace.data.artifacts import (
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import InputError
 from influencespace.models.heads import Heads
+from influencespace.stages.confirm import CONFIRMED
 from influencespace.stages.decide import Scores, decide
 from influencespace.stages.finish import finish_stage, stage_of
 from influencespace.stages.ray_session import start_ray
@@ -60,7 +61,6 @@ Range = tuple[float, float]
 
 LOSS, MEAN_RECALL = "loss", "mean_recall"
 DIRECTION = {LOSS: "min", MEAN_RECALL: "max"}
-CONFIRMED = ("weights", "tau_high", "group_share")  # what retraining may have chosen in place of the config
 SETTINGS = ("weights", "tau_low", "tau_high", "target_size")
 TO_SWEEP = "to sweep over"
 TUNE = "tune"  # Tune's own folder, removed at the end

@@ -54,6 +54,9 @@ class SelectConfig:
     group_share: float = Field(default=0.0, ge=0)
     """How much influence on the groups that are worse off counts in what `influence` weights follow, and in what leaves first for
     a target size, beside influence on the whole target, which counts 1; `confirmed` finds its own."""
+    clip_score_share: float = Field(default=0.0, ge=0)
+    """How much the given encoder's CLIP score counts there, beside predicted influence, which counts 1, both by their standard
+    deviation over the pool; `confirmed` finds its own."""
     tau_high: float = Field(default=1.0, gt=0)
     """Temperature of `influence` weights in standard deviations: larger is nearer to uniform. `confirmed` finds its own."""
     max_weight: float = Field(default=5.0, ge=1)
@@ -162,6 +165,15 @@ def capped_weights(utility: FloatArray, cap: float) -> FloatArray:
         weight[over] = cap
         free &= ~over
     return weight
+
+
+def spread_like(values: FloatArray, other: FloatArray) -> FloatArray:
+    """Values (n,) moved and scaled to mean zero and the standard deviation of others (n,); zeros where they are nan."""
+    known = values[np.isfinite(values)]
+    if len(known) == 0 or np.ptp(known) == 0:  # rounding gives equal values a spread
+        return np.zeros(len(values))
+    moved: FloatArray = np.nan_to_num((values - known.mean()) / known.std()) * other.std()
+    return moved
 
 
 def weights_along(

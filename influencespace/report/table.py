@@ -175,8 +175,11 @@ def weights_told(summary: Summary) -> list[str]:
         ]
     (taken,) = (trial for trial in weighted if trial["confirmed"])
     loss = number(taken["target_loss"], 3)
+    by = "influence"
+    if share := taken.get("clip_score_share"):
+        by += f" and, {share:g} times as much, by the given encoder's CLIP score"
     sentences = [
-        f"The kept pairs are weighted by influence, at a temperature of {chosen['tau_high']:g} standard deviations: "
+        f"The kept pairs are weighted by {by}, at a temperature of {chosen['tau_high']:g} standard deviations: "
         f"retraining confirmed it (target loss {loss} instead of {before} with equal weights)."
     ]
     if taken.get("group_share"):

@@ -26,10 +26,15 @@ from influencespace.stages.student import (
 FloatArray = NDArray[np.float64]
 # Halved from one standard deviation of influence; colder ones leave too few pairs.
 TEMPERATURES = (1.0, 0.5, 0.25)
+# Of the given encoder's CLIP score, beside 1 for influence: what pairs do to a student of all pairs is told by influence, what
+# they would do to one of chosen pairs only in part.
+CLIP_SCORE_SHARES = (0.0, 0.5)
 # Of influence on groups that are worse off, beside 1 for the whole target: it is the stronger where a group is rare.
 GROUP_SHARES = (0.15, 0.3)
 FOLDS = 20  # of the target's images, over which the gain must be sure
 SEEDS = (101, 102)  # not those of the retraining that judges
+CONFIRMED = ("weights", "tau_high", "group_share", "clip_score_share")
+"""What retraining may choose in place of the config."""
 
 
 def serves_groups(config: SelectConfig) -> bool:
@@ -42,13 +47,20 @@ def candidates(config: SelectConfig, names_groups: bool = False) -> list[SelectC
     """The decisions to choose from, uniform weights first, and those that serve groups last."""
     if config.weights != "confirmed":
         return [config]
-    shares = [0.0, *GROUP_SHARES] if names_groups and config.groups == "confirmed" else [0.0]
+    shares = [(0.0, clip_score) for clip_score in CLIP_SCORE_SHARES]
+    if names_groups and config.groups == "confirmed":
+        shares += [(group, CLIP_SCORE_SHARES[-1]) for group in GROUP_SHARES]
     weighted = [
-        replace(config, weights="influence", tau_high=tau, group_share=share)
-        for share in shares
+        replace(config, weights="influence", tau_high=tau, group_share=group, clip_score_share=clip_score)
+        for group, clip_score in shares
         for tau in TEMPERATURES
     ]
-    return [replace(config, weights="uniform", group_share=0.0), *weighted]
+    return [replace(config, weights="uniform", group_share=0.0, clip_score_share=0.0), *weighted]
+
+
+def chosen(config: SelectConfig) -> dict[str, Any]:
+    """What of it retraining may have chosen."""
+    return {name: getattr(config, name) for name in CONFIRMED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +79,8 @@ class TrialStudent:
 
     @property
     def name(self) -> str:
-        config = self.config
-        return f"trial-{config.weights}-{config.tau_high:g}-{config.group_share:g}-{self.seed}"
+        weights, *numbers = chosen(self.config).values()
+        return "-".join(["trial", weights, *(f"{number:g}" for number in numbers), str(self.seed)])
 
     def __call__(self) -> dict[str, Any]:
         note = self.folder / "trials" / f"{self.name}.json"
@@ -83,9 +95,7 @@ class TrialStudent:
         group = halves.group[rows]
         result = {
             "mark": self.mark,
-            "weights": self.config.weights,
-            "tau_high": self.config.tau_high,
-            "group_share": self.config.group_share,
+            **chosen(self.config),
             "seed": self.seed,
             "target_loss": losses_by_fold(halves, rows, losses, FOLDS),
             "by_group": [
@@ -133,8 +143,8 @@ def confirm(
         for trial in runtime.map(call, tasks, num_actors=runtime.cores):
             trials.append(trial)
             bar.advance()
-    by_choice = {(t["weights"], t["tau_high"], t["group_share"], t["seed"]): t for t in trials}
-    found = [[by_choice[c.weights, c.tau_high, c.group_share, seed] for seed in SEEDS] for c in choices]
+    by_choice = {(*(trial[name] for name in CONFIRMED), trial["seed"]): trial for trial in trials}
+    found = [[by_choice[*chosen(choice).values(), seed] for seed in SEEDS] for choice in choices]
     losses = np.array([[trial["target_loss"] for trial in seeds] for seeds in found]).mean(1)
     groups = range(len(found[0][0]["by_group"])) if choices[-1].group_share else ()
     by_group = [
@@ -143,9 +153,7 @@ def confirm(
     best = fairest_candidate(losses, by_group[scores.worst_off]) if by_group else best_candidate(losses)
     table = [
         {
-            "weights": choice.weights,
-            "tau_high": choice.tau_high,
-            "group_share": choice.group_share,
+            **chosen(choice),
             "target_loss": float(losses[i].mean()),
             "worst_group_loss": max((float(group[i].mean()) for group in by_group), default=None),
             "confirmed": i == best,

@@ -17,7 +17,7 @@ from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, re
 from influencespace.data.blocks import Columns, read_columns, write_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.similarity import random_score
-from influencespace.stages.confirm import confirm
+from influencespace.stages.confirm import chosen, confirm
 from influencespace.stages.decide import Scores, decide
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.runtime import Runtime, run_once
@@ -235,12 +235,7 @@ def curate(
         seed=seed,
     )
     details = run_once(runtime, task)
-    details |= {
-        "weights": confirmed.weights,
-        "tau_high": confirmed.tau_high,
-        "group_share": confirmed.group_share,
-        "trials": trials,
-    }
+    details |= chosen(confirmed) | {"trials": trials}
     rows = sum(details["reasons"].values())
     manifest = Manifest(
         stage="curate", fingerprint=mark, inputs=inputs, rows_in=rows, rows_out=rows, details=details

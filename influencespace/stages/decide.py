@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from influencespace.core.additive import Additive, fit_additive
 from influencespace.core.placebo import Placebo, placebo_check
 from influencespace.core.redundancy import joint_mean
-from influencespace.core.select import SelectConfig, Subset, select
+from influencespace.core.select import SelectConfig, Subset, select, spread_like
 from influencespace.core.strata import Pooled, means_by, pool, spread_of_repeats
 from influencespace.data.artifacts import read_manifest
 from influencespace.data.blocks import Columns, read_columns
@@ -147,6 +147,11 @@ class Scores:
         """Influence of every pair from all that is known of it (n,): what weights follow."""
         return self.additive(VALUE_AXES).predict(self._axes(VALUE_AXES))[0]
 
+    @cached_property
+    def clip_score(self) -> FloatArray:
+        """The given encoder's, in the spread of what is predicted (n,)."""
+        return spread_like(self.strata["given"], self.predicted)
+
     @property
     def names_groups(self) -> bool:
         """Whether some group of the target is worse off than others."""
@@ -186,6 +191,8 @@ def decide(scores: Scores, config: SelectConfig) -> Subset:
     score, se = scores.joint_scores
     redundant = scores.leader != np.arange(len(score))
     predicted = scores.predicted
+    if config.clip_score_share:
+        predicted = predicted + config.clip_score_share * scores.clip_score
     if config.group_share and scores.names_groups:
         predicted = predicted + config.group_share * scores.for_groups
     return select(

@@ -21,6 +21,7 @@ from influencespace.core.select import (
     below_threshold,
     capped_weights,
     select,
+    spread_like,
     weights_along,
 )
 from influencespace.errors import InputError
@@ -259,3 +260,25 @@ def test_every_group_keeps_its_floor_and_no_copy_comes_back(
         back, out = mine & after.kept & ~before.kept, mine & ~after.kept
         if back.any() and out.any():
             assert score[back].min() >= score[out].max()
+
+
+@given(
+    values=st.lists(finite, min_size=2, max_size=30).map(np.array), factor=st.floats(0.1, 10), shift=finite
+)
+def test_another_score_takes_the_spread_of_what_it_is_added_to(
+    values: np.ndarray, factor: float, shift: float
+) -> None:
+    other = np.array([1.0, 2.0, 4.0])
+    assume(values.std() > 1e-3)
+    moved = spread_like(values, other)
+    assert moved.mean() == pytest.approx(0, abs=1e-9)
+    assert moved.std() == pytest.approx(other.std())
+    assert np.corrcoef(moved, values)[0, 1] == pytest.approx(1)
+    np.testing.assert_allclose(spread_like(factor * values + shift, other), moved, atol=1e-6)
+    unknown = np.append(values, np.nan)
+    np.testing.assert_allclose(spread_like(unknown, other), np.append(moved, 0.0))
+
+
+def test_a_score_that_tells_nothing_adds_nothing() -> None:
+    for nothing in (np.full(3, 0.2), np.full(3, np.nan), np.empty(0)):
+        assert not spread_like(nothing, np.array([1.0, 2.0])).any()

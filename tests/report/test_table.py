@@ -131,4 +131,7 @@ def test_the_weights_are_told_with_what_retraining_said() -> None:
     fair["weights"]["trials"][0] |= {"group_share": 0.0, "worst_group_loss": 5.0}
     fair["weights"]["trials"][2] |= {"group_share": 0.3, "worst_group_loss": 4.5}
     assert "worst group's loss is 4.500 instead of 5.000" in weights_told(fair)[1]
+    assert "CLIP score" not in weights_told(fair)[0]
+    fair["weights"]["trials"][2] |= {"clip_score_share": 0.5}
+    assert "by influence and, 0.5 times as much, by the given encoder's CLIP score" in weights_told(fair)[0]
     assert weights_told({"weights": {"weights": "uniform", "tau_high": 1.0, "trials": []}}) == []

@@ -20,7 +20,7 @@ from influencespace.estimators.nystrom import CurvatureConfig
 from influencespace.models.training import StudentConfig
 from influencespace.stages.attribute import AttributeConfig, attribute
 from influencespace.stages.cluster import ClusterConfig, cluster
-from influencespace.stages.confirm import serves_groups
+from influencespace.stages.confirm import CONFIRMED, serves_groups
 from influencespace.stages.curate import curate
 from influencespace.stages.curvature import TargetConfig, curvature
 from influencespace.stages.decide import Scores
@@ -225,7 +225,7 @@ class Chain:
 
     @property
     def reweighting(self) -> Reweighting:
-        confirmed = {name: self.manifest("curate").details[name] for name in ("weights", "tau_high")}
+        confirmed = {name: self.manifest("curate").details[name] for name in CONFIRMED}
         return Reweighting(
             pool=self.sets["pool"],
             target=self.sets["target"],

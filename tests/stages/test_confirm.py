@@ -5,10 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from chain import Chain, Counting, Idle
 
 from influencespace.core.select import SelectConfig, best_candidate
-from influencespace.stages.confirm import FOLDS, SEEDS, TEMPERATURES, candidates, confirm
+from influencespace.stages.confirm import (
+    CLIP_SCORE_SHARES,
+    FOLDS,
+    SEEDS,
+    TEMPERATURES,
+    candidates,
+    confirm,
+)
 from influencespace.stages.decide import Scores, decide
 from influencespace.stages.runtime import LocalRuntime, Runtime
 from influencespace.stages.student import TargetHalves, choosing_terms, losses_by_fold, train_subset
@@ -39,7 +47,8 @@ def test_chance_is_confirmed_in_about_one_of_twenty_cases() -> None:
 
 
 def test_only_an_open_choice_has_candidates() -> None:
-    assert [c.weights for c in candidates(SelectConfig())] == ["uniform"] + ["influence"] * len(TEMPERATURES)
+    weighted = len(TEMPERATURES) * len(CLIP_SCORE_SHARES)
+    assert [c.weights for c in candidates(SelectConfig())] == ["uniform"] + ["influence"] * weighted
     fixed = SelectConfig(weights="influence", tau_high=0.3)
     assert candidates(fixed) == [fixed]
 
@@ -72,7 +81,7 @@ def test_a_fixed_choice_trains_nothing(truth: Chain, tmp_path: Path) -> None:
 def test_finished_trials_are_not_trained_again(truth: Chain, tmp_path: Path) -> None:
     first = confirmed(truth, tmp_path, SelectConfig(), LocalRuntime())
     notes = sorted((tmp_path / "trials").iterdir())
-    assert len(notes) == len(SEEDS) * (1 + len(TEMPERATURES))
+    assert len(notes) == len(SEEDS) * (1 + len(TEMPERATURES) * len(CLIP_SCORE_SHARES))
     before = [note.stat().st_mtime_ns for note in notes[1:]]
     notes[0].unlink()
     assert confirmed(truth, tmp_path, SelectConfig(), Counting()) == first
@@ -85,3 +94,13 @@ def test_weights_follow_the_influence_that_is_predicted(truth: Chain) -> None:
     subset = decide(scores, replace(SelectConfig(), weights="influence", tau_high=1.0))
     order = np.argsort(scores.predicted[subset.kept])
     assert (np.diff(subset.weight[subset.kept][order]) >= -1e-9).all()
+
+
+def test_the_clip_score_counts_as_much_as_it_is_told_to(truth: Chain) -> None:
+    scores = Scores(truth.out / "attribute")
+    subset = decide(scores, SelectConfig(weights="influence", tau_high=1.0, clip_score_share=0.5))
+    given = scores.strata["given"]
+    wanted = scores.predicted + 0.5 * scores.predicted.std() * (given - given.mean()) / given.std()
+    kept = subset.kept & (subset.weight < SelectConfig().max_weight)
+    slope, _ = np.polyfit(wanted[kept], np.log(subset.weight[kept]), 1)
+    assert slope * scores.unit == pytest.approx(1, abs=1e-6)

@@ -21,7 +21,15 @@ from influencespace.data.blocks import read_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.nystrom import InfluenceScorer
 from influencespace.models.space import Space
-from influencespace.stages.confirm import GROUP_SHARES, SEEDS, TEMPERATURES, candidates, serves_groups
+from influencespace.stages.confirm import (
+    CLIP_SCORE_SHARES,
+    GROUP_SHARES,
+    SEEDS,
+    TEMPERATURES,
+    candidates,
+    chosen,
+    serves_groups,
+)
 from influencespace.stages.decide import Scores, decide
 from influencespace.stages.fairness import Disadvantaged, PredictForGroups, features
 from influencespace.stages.ray_runtime import RayRuntime
@@ -147,14 +155,13 @@ def test_weights_follow_what_serves_the_groups(truth: Chain) -> None:
 def test_the_choice_is_that_of_the_trials_notes(truth: Chain) -> None:
     details = truth.manifest("curate").details
     trials = details["trials"]
-    assert len(trials) == 1 + (1 + len(GROUP_SHARES)) * len(TEMPERATURES)
+    assert len(trials) == 1 + (len(CLIP_SCORE_SHARES) + len(GROUP_SHARES)) * len(TEMPERATURES)
     notes = [json.loads(path.read_text()) for path in (truth.out / "curate" / "trials").glob("*.json")]
     choices = candidates(SelectConfig(), True)
     scores = Scores(truth.out / "attribute", groups=truth.out / "fairness")
 
     def mean_over_seeds(choice: SelectConfig, name: str) -> np.ndarray:
-        setting = (choice.weights, choice.tau_high, choice.group_share)
-        mine = [n for n in notes if (n["weights"], n["tau_high"], n["group_share"]) == setting]
+        mine = [n for n in notes if n | chosen(choice) == n]
         assert len(mine) == len(SEEDS)
         values = [n["target_loss"] if name == "whole" else n["by_group"][scores.worst_off] for n in mine]
         return np.mean(values, 0)
@@ -162,8 +169,8 @@ def test_the_choice_is_that_of_the_trials_notes(truth: Chain) -> None:
     whole, worst_off = (
         np.stack([mean_over_seeds(choice, name) for choice in choices]) for name in ("whole", "worst off")
     )
-    chosen = choices[fairest_candidate(whole, worst_off)]
-    assert (details["weights"], details["group_share"]) == (chosen.weights, chosen.group_share)
+    best = choices[fairest_candidate(whole, worst_off)]
+    assert details | chosen(best) == details
 
 
 def test_a_target_without_groups_or_with_small_ones_asks_for_nothing(truth: Chain, tmp_path: Path) -> None:
@@ -222,7 +229,7 @@ def test_names_of_classes_are_no_groups_to_serve(tmp_path: Path) -> None:
 
 def test_groups_are_served_only_where_asked_for() -> None:
     ignoring = SelectConfig(groups="ignored", group_share=0.3)
-    assert len(candidates(ignoring, True)) == 1 + len(TEMPERATURES)
+    assert len(candidates(ignoring, True)) == 1 + len(TEMPERATURES) * len(CLIP_SCORE_SHARES)
     assert candidates(replace(ignoring, groups="confirmed"), True)[0].group_share == 0
     assert not serves_groups(ignoring)
     assert serves_groups(replace(ignoring, weights="influence"))
