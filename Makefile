@@ -20,9 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	influencespace demo --out runs/demo
 
-# Two processes: most of the time goes into waiting for Ray to start. One thread each: the tests run many small ones.
+# Two processes: most of the time goes into waiting for Ray to start; in the order of the files, in which the slow ones are not
+# last. One thread each: the tests run many small ones.
 test: lint
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # What `make test` leaves out, e.g. a kill in every stage.
 test-slow: $(STAMP)

@@ -181,7 +181,7 @@ class Dynamic(Curation):
                 trained = train_subset(self.pool, weight, self.config.train, steps, seed)
             shares.append(by_image(trained.heads, self.test).tolist())
         seconds = (time.process_time() - began) / len(seeds)
-        chosen = {"weights": decided.weights, "temperature": reweighting.temperature}
+        chosen = {"weights": decided.weights, "temperature": reweighting.rule.tau_high}
         return {"shares": shares, "cpu_seconds": seconds, "kept": float((weight > 0).mean()), **chosen}
 
 

@@ -11,7 +11,7 @@ from scipy.special import ndtr, stdtrit
 
 from influencespace.core.additive import fit_additive
 from influencespace.core.fairness import with_floors
-from influencespace.core.strata import rank_within
+from influencespace.core.strata import rank_within, weighted_deviation
 from influencespace.errors import InputError
 
 FloatArray = NDArray[np.float64]
@@ -32,13 +32,13 @@ class SelectConfig:
     tau_low: float = Field(default=0.0, allow_inf_nan=False)
     """Prune pooled influence below this, as a multiple of the standard deviation of single influences."""
     margin: float = Field(default=0.5, ge=0)
-    """Standard errors by which pooled influence must be below `tau_low`: without any, pools with few wrong pairs lose too many
-    right ones (docs/benchmarks.md)."""
+    """Standard errors by which pooled influence is below `tau_low` where a pair is pruned for itself: without any, pools with few
+    wrong pairs lose too many right ones (docs/benchmarks.md)."""
     false_share: float = Field(default=0.05, ge=0, lt=1)
-    """Where many pairs are surely harmful, some go without that margin too: pairs below `tau_low`, while no more than this share
-    of all that go is expected to be above it. Where few are, none do."""
+    """Where many pairs are surely harmful, others below `tau_low` go along, however large the margin, while no more than this
+    share of those is expected to be above it. 0: none."""
     cautious: bool = False
-    """Prune only where the upper 95 % bound of the pooled influence is below `tau_low`."""
+    """Prune only where the upper 95 % bound of the pooled influence is below `tau_low`, whatever margin and false share."""
     target_size: float | None = Field(default=None, gt=0, le=1)
     """At most this fraction of the pool is kept: what helps least goes first, and further captions of an image before others."""
     floor: float = Field(default=0.0, ge=0, le=1)
@@ -64,7 +64,7 @@ class SelectConfig:
 
     @property
     def standard_errors(self) -> float:
-        """How many must be added to a score that is still below the threshold."""
+        """How many must be added to a score that is still below the threshold, for a pair that is pruned for itself."""
         return 1.96 if self.cautious else self.margin
 
 
@@ -96,8 +96,8 @@ def select(
     `influence` weights follow it too; `confirmed` weights are uniform here, since it takes retraining to confirm any.
     Raises InputError when nothing would be kept.
     """
-    harmful = below_threshold(score - config.tau_low * unit, se, config)
     copy = np.zeros(len(score), bool) if redundant is None else redundant
+    harmful = below_threshold(score - config.tau_low * unit, se, config, ~copy)
     reason = np.where(harmful, HARMFUL, np.where(copy, REDUNDANT, KEPT)).astype("U20")
     kept = ~harmful & ~copy
     if config.target_size is not None:
@@ -127,25 +127,33 @@ def select(
     return Subset(kept=kept, weight=weight, reason=reason)
 
 
-def below_threshold(excess: FloatArray, se: FloatArray, config: SelectConfig) -> BoolArray:
+def below_threshold(
+    excess: FloatArray, se: FloatArray, config: SelectConfig, counted: BoolArray | None = None
+) -> BoolArray:
     """Which pairs leave, by their pooled influence above the threshold and its standard error (n,): (n,).
 
-    Those that are below it by the margin. Beyond, where the rule is not `cautious`, the largest set of the surest ones whose
-    expected share of pairs above the threshold is `false_share` (Newton, Noueiry, Sarkar and Ahlquist 2004).
+    Those that are below it by the margin. Beyond, where the rule is not `cautious`, as many of those below it as can leave, the
+    surest first, while at most `false_share` of them are expected to be above it (Newton, Noueiry, Sarkar and Ahlquist 2004);
+    of these only the `counted` (n,) are counted: copies are one piece of evidence.
     """
-    sure = excess + config.standard_errors * se < 0
-    if config.cautious:
-        return sure
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        above = ndtr(
-            np.nan_to_num(excess / se, nan=np.inf)
-        )  # a score of zero without any error is not below zero
-    ranked = np.sort(above)
-    expected = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
-    whole = np.append(ranked[1:] > ranked[:-1], True)  # pairs that are equally sure go together
-    last = ranked[whole & (expected <= config.false_share)].max(initial=-1.0)
-    found: BoolArray = sure | ((above <= last) & (excess < 0))
-    return found
+    leave: BoolArray = excess + config.standard_errors * se < 0
+    if config.cautious or not config.false_share:
+        return leave
+    below = excess < 0
+    with np.errstate(divide="ignore", over="ignore"):
+        sureness = excess[below] / se[below]
+    above = np.sort(ndtr(sureness if counted is None else sureness[counted[below]]))
+    expected = np.cumsum(above) / np.arange(1, len(above) + 1)
+    whole = np.append(above[1:] > above[:-1], True)[: len(above)]  # pairs that are equally sure go together
+    leave[below] |= ndtr(sureness) <= above[whole & (expected <= config.false_share)].max(initial=-1.0)
+    return leave
+
+
+def margin_that_held(excess: FloatArray, se: FloatArray, harmful: BoolArray, config: SelectConfig) -> float:
+    """Standard errors that part the `harmful` pairs (n,) from the others: the rule's, or fewer where some went along."""
+    with np.errstate(divide="ignore", over="ignore"):
+        nearest = (excess[harmful] / se[harmful]).max(initial=-np.inf)
+    return float(np.clip(-nearest, 0.0, config.standard_errors))
 
 
 def capped_weights(utility: FloatArray, cap: float) -> FloatArray:
@@ -177,17 +185,26 @@ def spread_like(values: FloatArray, other: FloatArray) -> FloatArray:
 
 
 def weights_along(
-    axes: FloatArray, rows: IntArray, influence: FloatArray, knots: int, temperature: float, cap: float
+    axes: FloatArray,
+    rows: IntArray,
+    influence: FloatArray,
+    stands_for: FloatArray,
+    knots: int,
+    config: SelectConfig,
+    clip_score: FloatArray,
 ) -> FloatArray:
     """Weights of mean 1 that follow what axes (n, A) say of the influence (m,) of the pairs `rows` (m,): (n,).
 
-    The temperature is in standard deviations of single influences, so that their unit does not matter. With fewer than two
-    of them nothing is known, and weights are equal.
+    The temperature is in standard deviations of single influences over the pool, of which each scored pair `stands_for` so many
+    (m,), so that their unit does not matter; the `clip_score` (n,) counts as the config says. With fewer than two scored pairs
+    nothing is known, and weights are equal.
     """
     if len(influence) < 2:
         return np.ones(len(axes))
     predicted, _ = fit_additive(axes, rows, influence, knots).predict(axes)
-    return capped_weights(predicted / ((float(influence.std()) or 1.0) * temperature), cap)
+    followed = predicted + config.clip_score_share * spread_like(clip_score, predicted)
+    unit = weighted_deviation(influence, stands_for) or 1.0
+    return capped_weights(followed / (unit * config.tau_high), config.max_weight)
 
 
 def top_fraction(score: FloatArray, keep: int) -> BoolArray:

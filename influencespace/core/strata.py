@@ -43,6 +43,20 @@ def stratified_sample(stratum: IntArray, budget: int | IntArray, after: int | In
     return np.flatnonzero((place >= of_row(after)) & (place < of_row(budget)))
 
 
+def pairs_stood_for(stratum: IntArray, rows: IntArray) -> FloatArray:
+    """How many pairs of its stratum (n,) each sampled row (m,) stands for: (m,). Strata without any stand for nothing."""
+    sampled = stratum[rows]
+    everywhere = np.bincount(stratum)
+    found: FloatArray = everywhere[sampled] / np.bincount(sampled, minlength=len(everywhere))[sampled]
+    return found
+
+
+def weighted_deviation(values: FloatArray, weight: FloatArray) -> float:
+    """Standard deviation of values (n,) of which each counts by its weight (n,)."""
+    mean = np.average(values, weights=weight)
+    return float(np.sqrt(np.average((values - mean) ** 2, weights=weight)))
+
+
 def balance(seen: FloatArray, held_out: FloatArray, folds: int) -> FloatArray:
     """T = (1 - a) I_in + a I_out, a = (K - 1) / (2 K): the influence integrated from weight 1 to weight 0."""
     a = (folds - 1) / (2 * folds)

@@ -32,7 +32,7 @@ EXAMPLES_SHOWN = 3
 MAX_CONFIG = 50_000  # characters
 
 EXPLANATIONS = {
-    "harmful": "the pooled influence of its stratum is below the threshold, surely enough: training on it raises the target loss",
+    "harmful": "the pooled influence of its like is below the threshold, by the rule: training on them raises the target loss",
     "over target size": "nothing is wrong with it, but a target size was asked for and others come first",
     "redundant": "a copy, or nearly one, of a pair that is kept: the same picture with the same caption",
 }

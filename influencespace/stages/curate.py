@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from influencespace.core.select import SelectConfig, Subset, top_fraction
+from influencespace.core.select import HARMFUL, SelectConfig, Subset, margin_that_held, top_fraction
 from influencespace.core.sequential import surely_below_zero
 from influencespace.core.strata import Means, means_by
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
@@ -75,7 +75,7 @@ class Curate:
         weight = np.zeros(len(uids))
         weight[rows] = subset.weight
         self._write_weights(uids.tolist(), weight)
-        return self._details(curated) | {"harmful_strata": int(table["harmful"].sum())}
+        return self._details(curated, subset) | {"harmful_strata": int(table["harmful"].sum())}
 
     def _with_others(self, rows: NDArray[np.int64], decisions: pa.Table) -> pa.Table:
         """The decisions on these rows of the pool amid those that were made before."""
@@ -146,7 +146,7 @@ class Curate:
         names = [f"c{c:03d}/q{q:02d}" for c, q in zip(table["cluster"], table["quantile"])]
         return {"stratum": np.array(names), **table}
 
-    def _details(self, curated: pa.Table) -> dict[str, Any]:
+    def _details(self, curated: pa.Table, subset: Subset) -> dict[str, Any]:
         warnings = []
         if abs(self.scores.rest) > UNSETTLED:
             warnings.append(
@@ -158,11 +158,13 @@ class Curate:
                 f"curate.group_share = {self.config.group_share:g} has no effect: the target names no two groups of "
                 f"{2 * FEWEST_GROUP_IMAGES} images or more, or none is worse off"
             )
+        score, se = self.scores.joint_scores
+        threshold = self.config.tau_low * self.scores.unit
         reasons, counts = np.unique(curated["reason"].to_pylist(), return_counts=True)
         return {
             "rule": rule_of(self.config),
-            "margin": self.config.standard_errors,
-            "threshold": self.config.tau_low * self.scores.unit,
+            "margin": margin_that_held(score - threshold, se, subset.reason == HARMFUL, self.config),
+            "threshold": threshold,
             "unit": self.scores.unit,
             "kept_fraction": float(curated["kept"].to_numpy().mean()),
             "reasons": {str(reason): int(count) for reason, count in zip(reasons, counts)},
@@ -179,7 +181,7 @@ def rule_of(config: SelectConfig) -> str:
     """What makes a pair harmful, for the report."""
     if config.cautious:
         return "upper bound of T < 0"
-    more = f", or T < 0 while at most {config.false_share:.0%} of those that go are expected to be above 0"
+    more = f", or T < 0 as long as at most {100 * config.false_share:g} % of such pairs are expected to be above 0"
     return f"T + {config.margin:g} SE < 0" + (more if config.false_share and config.margin else "")
 
 

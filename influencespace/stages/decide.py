@@ -12,7 +12,14 @@ from influencespace.core.additive import Additive, fit_additive
 from influencespace.core.placebo import Placebo, placebo_check
 from influencespace.core.redundancy import joint_mean
 from influencespace.core.select import SelectConfig, Subset, select, spread_like
-from influencespace.core.strata import Pooled, means_by, pool, spread_of_repeats
+from influencespace.core.strata import (
+    Pooled,
+    means_by,
+    pairs_stood_for,
+    pool,
+    spread_of_repeats,
+    weighted_deviation,
+)
 from influencespace.data.artifacts import read_manifest
 from influencespace.data.blocks import Columns, read_columns
 
@@ -57,8 +64,7 @@ class Scores:
     @cached_property
     def unit(self) -> float:
         """Standard deviation of single balanced influences over the pool: what thresholds are given in."""
-        values, weight = self.influence["influence"], self._pairs_a_scored_pair()
-        return float(np.sqrt(np.cov(values, aweights=weight, bias=True)))
+        return weighted_deviation(self.influence["influence"], self._stands_for)
 
     @cached_property
     def pooled(self) -> Pooled:
@@ -138,7 +144,7 @@ class Scores:
         placebo = read_columns(self.folder / "placebo.parquet")["influence_out"]
         # judged on a plain sample of the pool: the stratified one would count rare strata too often
         held_out, rows = self.influence["influence_out"], self.influence["pair"]
-        weight = self._pairs_a_scored_pair()
+        weight = self._stands_for
         draw = np.random.default_rng(0).choice(len(rows), len(rows), p=weight / weight.sum())
         return placebo_check(held_out[draw], self.strata["quality"][rows][draw], placebo)
 
@@ -171,19 +177,21 @@ class Scores:
             return np.zeros(len(self.strata["quality"]))
         return read_columns(self.groups / "groups.parquet")["influence"]
 
-    def _pairs_a_scored_pair(self) -> FloatArray:
-        leaf = self.strata["cluster"] * self.quantiles + self.strata["quantile"]
-        leaves = self.clusters * self.quantiles
-        everywhere = np.bincount(leaf, minlength=leaves)
-        scored_leaf = leaf[self.influence["pair"]]
-        return everywhere[scored_leaf] / np.bincount(scored_leaf, minlength=leaves)[scored_leaf]
+    @property
+    def stratum(self) -> NDArray[np.int64]:
+        """Of each pair, over all clusters (n,)."""
+        return self.strata["cluster"] * self.quantiles + self.strata["quantile"]
+
+    @cached_property
+    def _stands_for(self) -> FloatArray:
+        """How many pairs of the pool each scored pair stands for (m,)."""
+        return pairs_stood_for(self.stratum, self.influence["pair"])
 
     @cached_property
     def rest(self) -> float:
         """Mean in-training influence in standard deviations: zero for a student at rest."""
-        values = self.influence["influence_in"]
-        weight = self._pairs_a_scored_pair()
-        return float((values * weight).sum() / weight.sum() / values.std())
+        values, weight = self.influence["influence_in"], self._stands_for
+        return float(np.average(values, weights=weight)) / weighted_deviation(values, weight)
 
 
 def decide(scores: Scores, config: SelectConfig) -> Subset:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from influencespace.core.batches import reweighted_batches
 from influencespace.core.select import SelectConfig, weights_along
+from influencespace.core.strata import pairs_stood_for
 from influencespace.data.blocks import blocks_of
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.momentary import momentary_scorer
@@ -49,9 +50,9 @@ class Reweighting:
     """With the weights that were confirmed."""
 
     @property
-    def temperature(self) -> float:
-        """In standard deviations of influence: that of the weights to begin with, one where these are equal."""
-        return self.decided.tau_high if self.decided.weights == "influence" else 1.0
+    def rule(self) -> SelectConfig:
+        """How weights follow influence: as was confirmed, at one standard deviation where that is not at all."""
+        return self.decided if self.decided.weights == "influence" else replace(self.decided, tau_high=1.0)
 
     @cached_property
     def _target(self) -> list[Inputs]:
@@ -68,13 +69,15 @@ class Reweighting:
         sample, influence = self._influence(kept, heads, preconditioner)
         axes = [self.scores.strata[name][kept] for name in VALUE_AXES]
         axes[VALUE_AXES.index("seen")] = self._seen(kept, heads)
+        rows = np.searchsorted(kept, sample)
         return weights_along(
             np.stack(axes, 1),
-            np.searchsorted(kept, sample),
+            rows,
             influence,
+            pairs_stood_for(self.scores.stratum[kept], rows),
             KNOTS,
-            self.temperature,
-            self.decided.max_weight,
+            self.rule,
+            self.scores.strata["given"][kept],
         )
 
     def _influence(self, kept: IntArray, heads: Heads, preconditioner: Tensor) -> tuple[IntArray, FloatArray]:

@@ -250,7 +250,9 @@ def fairness(
     `config.rank` is the one that the curvature stage found large enough; `block_size` pairs are scored in one task.
     Nothing is written where it is not `wanted`, the target names fewer than two groups, or none is worse off than the mean.
     """
-    mark = fingerprint({"stage": "fairness", "config": config, "wanted": wanted, "inputs": inputs})
+    mark = fingerprint(
+        {"stage": "fairness", "config": config, "wanted": wanted, "block_size": block_size, "inputs": inputs}
+    )
     if (done := finished_stage(out, mark)) is not None:
         return done
     began = time.monotonic()
@@ -270,8 +272,8 @@ def fairness(
         details["freedom"] = run_once(runtime, fit)
         predict = partial(PredictForGroups, pool=pool, folder=out, mark=mark)
         starts["groups"] = _blockwise(runtime, predict, rows[0], block_size, "fairness (all pairs)")
-        for name, begins in starts.items():
-            run_once(runtime, partial(join_blocks, out, name, begins))
+        for name in ("groups", "scored"):  # scores last, since the others follow from them
+            run_once(runtime, partial(join_blocks, out, name, starts[name]))
     manifest = Manifest(
         stage="fairness",
         fingerprint=mark,

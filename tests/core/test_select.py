@@ -20,6 +20,7 @@ from influencespace.core.select import (
     SelectConfig,
     below_threshold,
     capped_weights,
+    margin_that_held,
     select,
     spread_like,
     weights_along,
@@ -58,10 +59,10 @@ def test_where_many_are_surely_harmful_some_less_sure_ones_go_along(
     assert (harmful >= sure).all()
     assert not (harmful & (score >= 0)).any()
     with np.errstate(over="ignore"):
-        above = np.array([norm.cdf(s / e) if e else float(s >= 0) for s, e in zip(score, se, strict=True)])
+        above = np.array([norm.cdf(s / e) if e else 0.0 for s, e in zip(score, se, strict=True) if s < 0])
     surest = [above <= value for value in np.unique(above) if above[above <= value].mean() <= rate]
-    wanted = surest[-1] if surest else np.zeros(len(above), bool)
-    np.testing.assert_array_equal(harmful, sure | (wanted & (score < 0)))
+    along = surest[-1] if surest and rate else np.zeros(len(above), bool)
+    np.testing.assert_array_equal(harmful[score < 0], sure[score < 0] | along)
 
 
 def test_the_more_are_surely_harmful_the_more_doubtful_ones_go_with_them() -> None:
@@ -74,6 +75,25 @@ def test_the_more_are_surely_harmful_the_more_doubtful_ones_go_with_them() -> No
         assert not harmful[sure + 10 :].any()
         only = below_threshold(score, np.ones(len(score)), SelectConfig(false_share=0))
         assert only.sum() == sure
+        held = margin_that_held(score, np.ones(len(score)), harmful, SelectConfig())
+        np.testing.assert_array_equal(harmful, score < -held + 1e-12 if gone else score < -held)
+        assert held == pytest.approx(0.5 if gone == 0 else -doubtful[gone - 1])
+
+
+def test_copies_of_a_harmful_pair_take_no_other_pair_along() -> None:
+    score = np.concatenate([np.full(600, -9.0), np.linspace(-0.25, -0.15, 10), np.full(10, 5.0)])
+    leader = np.arange(len(score)) == 0
+    leader[600:] = True
+    harmful = below_threshold(score, np.ones(len(score)), SelectConfig(), leader)
+    assert harmful[:600].all()
+    assert not harmful[600:].any()
+    copies = select(score, np.ones(len(score)), 1.0, score, SelectConfig(), redundant=~leader)
+    np.testing.assert_array_equal(copies.reason == HARMFUL, harmful)
+
+
+def test_a_margin_is_kept_to_where_nothing_may_go_along() -> None:
+    score = np.array([-40.0, 5.0])
+    assert not below_threshold(score, np.ones(2), SelectConfig(margin=100, false_share=0)).any()
 
 
 @given(pairs=scored())
@@ -154,23 +174,29 @@ def test_weights_along_an_axis_follow_what_it_says_of_influence_in_any_unit(
     slope: float, temperature: float, cap: float, seed: int
 ) -> None:
     generator = np.random.default_rng(seed)
-    axes = generator.normal(size=(300, 2))
-    rows = generator.permutation(300)[:200]
+    axes, other = generator.normal(size=(300, 2)), generator.normal(size=300)
+    rows, stands_for = generator.permutation(300)[:200], generator.uniform(1, 3, 200)
     influence = slope * axes[rows, 0] + 0.1 * generator.normal(size=200)
-    weight = weights_along(axes, rows, influence, 5, temperature, cap)
+    rule = SelectConfig(tau_high=temperature, max_weight=cap, clip_score_share=0.3)
+    weight = weights_along(axes, rows, influence, stands_for, 5, rule, other)
     predicted, _ = fit_additive(axes, rows, influence, 5).predict(axes)
-    np.testing.assert_allclose(weight, capped_weights(predicted / influence.std() / temperature, cap))
+    followed = predicted + 0.3 * spread_like(other, predicted)
+    unit = np.sqrt(np.cov(influence, aweights=stands_for, bias=True))
+    np.testing.assert_allclose(weight, capped_weights(followed / unit / temperature, cap))
     assert weight.mean() == pytest.approx(1)
     assert weight.max() <= cap * (1 + 1e-9)
     assert weight[axes[:, 0] > 1].mean() > weight[axes[:, 0] < -1].mean()
-    np.testing.assert_allclose(weights_along(axes, rows, 1e-6 * influence, 5, temperature, cap), weight, 1e-6)
+    again = weights_along(axes, rows, 1e-6 * influence, stands_for, 5, rule, other)
+    np.testing.assert_allclose(again, weight, 1e-6)
 
 
 @pytest.mark.parametrize("influence", [[], [1.0], [2.0] * 30], ids=["none", "one", "all alike"])
 def test_weights_are_equal_where_nothing_is_known(influence: list[float]) -> None:
     axes = np.random.default_rng(0).normal(size=(40, 2))
-    weight = weights_along(axes, np.arange(len(influence)), np.array(influence), 5, 1.0, 5.0)
-    np.testing.assert_allclose(weight, 1.0)
+    rows, alike = np.arange(len(influence)), np.ones(len(influence))
+    rule = SelectConfig(clip_score_share=0.5)
+    weight = weights_along(axes, rows, np.array(influence), alike, 5, rule, np.arange(40.0))
+    np.testing.assert_allclose(weight, 1.0, atol=1e-6)
 
 
 @given(utility=st.lists(st.floats(-2, 2), min_size=2, max_size=20).map(np.array), cap=st.floats(1.1, 4))

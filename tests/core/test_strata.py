@@ -231,3 +231,21 @@ def test_what_cannot_be_pooled_is_said() -> None:
     values[3] = np.nan
     with pytest.raises(ValueError, match="1 of 90 influences are not finite"):
         strata.pool(values, cluster, quantile, 3, 6)
+
+
+@given(seed=st.integers(0, 99))
+def test_a_sample_stands_for_its_strata(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    stratum = generator.integers(0, 4, 60)
+    rows = np.flatnonzero(generator.random(60) < 0.2 + 0.2 * stratum)
+    values = generator.normal(size=60)
+    weight = strata.pairs_stood_for(stratum, rows)
+    for one in np.unique(stratum[rows]):
+        assert weight[stratum[rows] == one].sum() == pytest.approx((stratum == one).sum())
+    np.testing.assert_allclose(strata.pairs_stood_for(stratum, np.arange(60)), 1.0)
+    deviation = strata.weighted_deviation(values[rows], weight)
+    assert deviation == pytest.approx(np.sqrt(np.cov(values[rows], aweights=weight, bias=True)))
+    repeated = np.repeat(values[rows[:5]], [1, 2, 3, 4, 5][: len(rows[:5])])
+    assert strata.weighted_deviation(values[rows[:5]], np.arange(1.0, 1 + len(rows[:5]))) == pytest.approx(
+        repeated.std()
+    )

@@ -14,7 +14,7 @@ from chain import Chain
 
 from influencespace.core.select import HARMFUL, KEPT, OVER_SIZE, SelectConfig
 from influencespace.core.strata import rank_within
-from influencespace.data.artifacts import write_manifest
+from influencespace.data.artifacts import read_manifest, write_manifest
 from influencespace.data.blocks import read_columns, write_columns
 from influencespace.errors import InputError
 from influencespace.estimators.similarity import random_score
@@ -102,11 +102,12 @@ def test_the_strata_have_the_columns_of_the_contract(truth: Chain) -> None:
 
 def test_the_manifest_tells_the_rule_and_the_placebo(truth: Chain) -> None:
     details = truth.manifest("curate").details
-    assert details["rule"].startswith("T + 0.5 SE < 0, or T < 0 while at most 5% of those that go")
+    assert details["rule"].startswith("T + 0.5 SE < 0, or T < 0 as long as at most 5 % of such")
     assert rule_of(SelectConfig(false_share=0)) == "T + 0.5 SE < 0"
     assert rule_of(SelectConfig(margin=0)) == "T + 0 SE < 0"
     assert rule_of(SelectConfig(cautious=True)) == "upper bound of T < 0"
     assert details["threshold"] == 0
+    assert details["margin"] == 0.5
     assert details["kept_fraction"] == pytest.approx(float(table(truth)["kept"].to_numpy().mean()))
     assert sum(details["reasons"].values()) == len(truth.world.pool)
     assert set(details["placebo"]) == {
@@ -171,6 +172,20 @@ def test_the_threshold_is_in_standard_deviations_of_single_influences(truth: Cha
     for margin in (0.0, 1.0):
         subset = decide(scores, SelectConfig(tau_low=0.3, margin=margin, false_share=0))
         np.testing.assert_array_equal(subset.kept, score + margin * se >= 0.3 * scores.unit)
+
+
+def test_the_margin_that_is_told_parts_what_goes_from_what_stays(truth: Chain, tmp_path: Path) -> None:
+    """A margin that hardly any pair has, beyond which others go along."""
+    run = curate_by(truth, tmp_path, margin=1.5, false_share=0.4)
+    scores = Scores(truth.out / "attribute", truth.out / "redundancy")
+    score, se = scores.joint_scores
+    manifest = read_manifest(tmp_path / "curate")
+    assert manifest is not None
+    told = manifest.details["margin"]
+    harmful = np.array(table(run)["reason"].to_pylist()) == HARMFUL
+    assert 0 < told < 1.5
+    assert harmful.sum() > (score + 1.5 * se < 0).sum()
+    np.testing.assert_array_equal(harmful, score + told * se < 1e-12)
 
 
 def test_that_standard_deviation_is_the_pools_however_unevenly_strata_were_sampled(

@@ -95,6 +95,9 @@ def test_pairs_that_are_not_kept_are_never_drawn_and_others_by_other_weights(
     assert (weights[np.concatenate(drawn)] > 0).all()
 
 
+CHOSEN = SelectConfig(weights="influence", tau_high=0.5, clip_score_share=0.5)
+
+
 def trained_so_far(truth: Chain, steps: int) -> tuple[Heads, Tensor]:
     """Heads and preconditioner of the curated student in the midst of its training."""
     seen: list[tuple[Heads, Tensor]] = []
@@ -118,7 +121,7 @@ def test_the_weights_are_those_of_their_definition(truth: Chain, monkeypatch: py
     monkeypatch.setattr(dynamic, "MOST_SCORED", 50)
     heads, D = trained_so_far(truth, 7)
     pool, target, config = truth.sets["pool"], truth.sets["target"], truth.student
-    reweighting = replace(truth.reweighting, decided=SelectConfig(weights="influence", tau_high=0.5))
+    reweighting = replace(truth.reweighting, decided=CHOSEN)
     kept = np.flatnonzero(curated_weights(truth) > 0)
     found = reweighting.weights(kept, heads, D)
 
@@ -145,7 +148,12 @@ def test_the_weights_are_those_of_their_definition(truth: Chain, monkeypatch: py
     axes[:, VALUE_AXES.index("seen")] = neg_clip_loss(u, t, contexts, 1 / config.train.temperature)
     rows = np.array([list(kept).index(row) for row in sample])
     predicted, _ = fit_additive(axes, rows, influence, KNOTS).predict(axes)
-    expected = capped_weights(predicted / (influence.std() * 0.5), reweighting.decided.max_weight)
+    given = strata["given"][kept]
+    followed = predicted + 0.5 * predicted.std() * (given - given.mean()) / given.std()
+    stratum = (strata["cluster"] * 1000 + strata["quantile"])[kept]
+    stands_for = [np.sum(stratum == stratum[row]) / np.sum(stratum[rows] == stratum[row]) for row in rows]
+    spread = np.sqrt(np.cov(influence, aweights=stands_for, bias=True))
+    expected = capped_weights(followed / (spread * 0.5), CHOSEN.max_weight)
     np.testing.assert_allclose(found, expected, rtol=1e-3)
     assert found.std() > 0.01
 
@@ -153,7 +161,7 @@ def test_the_weights_are_those_of_their_definition(truth: Chain, monkeypatch: py
 @pytest.mark.parametrize(("weights", "temperature"), [("uniform", 1.0), ("influence", 0.25)])
 def test_the_temperature_is_the_confirmed_one(truth: Chain, weights: Any, temperature: float) -> None:
     decided = SelectConfig(weights=weights, tau_high=0.25)
-    assert replace(truth.reweighting, decided=decided).temperature == temperature
+    assert replace(truth.reweighting, decided=decided).rule.tau_high == temperature
 
 
 def test_a_later_rounds_pool_is_part_of_what_is_trained_on(truth: Chain, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from influencespace.data.blocks import read_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.nystrom import InfluenceScorer
 from influencespace.models.space import Space
+from influencespace.stages import fairness as stage
 from influencespace.stages.confirm import (
     CLIP_SCORE_SHARES,
     GROUP_SHARES,
@@ -126,12 +128,12 @@ def test_ray_gives_what_the_plain_loop_gives(truth: Chain, tmp_path: Path, ray_r
     assert_equal_results(truth.out / "fairness", tmp_path / "fairness", spreads=1e-4)
 
 
-def test_a_kill_while_it_predicts_costs_no_score(
+def test_a_kill_after_the_scores_costs_none(
     truth: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain = replace(truth, out=tmp_path, source_folder=truth.out)
 
-    def killed(*_: object) -> None:
+    def killed(*_: object) -> NoReturn:
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
@@ -139,6 +141,16 @@ def test_a_kill_while_it_predicts_costs_no_score(
         with pytest.raises(RuntimeError, match="killed"):
             chain.run("fairness")
     monkeypatch.setattr(InfluenceScorer, "__call__", killed)  # nothing is scored again
+    join = stage.join_blocks
+    for killed_at in ("groups", "scored"):
+
+        def joins(folder: Path, name: str, starts: list[int], last: str = killed_at) -> int:
+            return killed() if name == last else join(folder, name, starts)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "join_blocks", joins)
+            with pytest.raises(RuntimeError, match="killed"):
+                chain.run("fairness")
     chain.run("fairness")
     np.testing.assert_array_equal(influence(chain), influence(truth))
 
