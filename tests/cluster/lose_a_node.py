@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 
 from influencespace.stages.ray_session import start_ray
 
-TASKS = 24
+TASKS = 48
 BEFORE_THE_LOSS = 6
 OBJECT_STORE = 100 * 2**20
 SOON_MISSED = {
@@ -43,11 +43,13 @@ def main() -> None:
     try:
         with start_ray(address=cluster.address) as runtime:
             before = runtime.cores
-            results = []
+            results, lost = [], False
             for result in runtime.map(SlowSquare(), range(TASKS), num_actors=4):
                 results.append(result)
-                if len(results) == BEFORE_THE_LOSS:
+                at_work = second.node_id in {node for *_, node in results}  # its workers may start late
+                if not lost and at_work and len(results) >= BEFORE_THE_LOSS:
                     cluster.remove_node(second, allow_graceful=False)
+                    lost = True
             outcome = {"results": results, "cores": [before, runtime.cores], "lost": second.node_id}
             Path(sys.argv[1]).write_text(json.dumps(outcome), encoding="utf-8")
     finally:
