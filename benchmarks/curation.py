@@ -98,7 +98,8 @@ class World:
 
     def corrupted(self, setting: Setting) -> tuple[PairSet, np.ndarray]:
         """The pool with some captions moved between images, and which pairs are wrong."""
-        mark = fingerprint(["corrupted", setting.wrong, setting.captions, setting.noise_seed])
+        columns = pq.read_schema(self.pool / "pairs.parquet").names  # a cache may be older than one of them
+        mark = fingerprint(["corrupted", setting.wrong, setting.captions, setting.noise_seed, columns])
         folder = self.cache / "pools" / mark
         if read_manifest(folder) is None or not (folder / "images.npy").exists():
             self._corrupt(setting, reopen(folder), mark)
