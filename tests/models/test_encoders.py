@@ -326,7 +326,10 @@ def test_a_wrong_image_size_is_told(encoder_folders: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./none", "~/none", "none", "a/b/c", "../x"])
-def test_a_missing_path_is_told_without_asking_the_network(name: str) -> None:
+def test_a_missing_path_is_told_without_asking_the_network(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # nothing lies beside it
     with pytest.raises(InputError, match="does not exist"):
         load_encoder(name)
 
