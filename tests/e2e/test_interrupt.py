@@ -48,10 +48,22 @@ def interrupted_in(
     return driver.returncode, said
 
 
-@pytest.mark.parametrize(
-    "stage", ["train", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("embed/pool", "student"))]
-)
-def test_an_interrupted_run_says_so_and_continues_to_the_same_subset(
+def interrupted(stage: str, world: Path, out: Path, environment: dict[str, str]) -> None:
+    code, said = interrupted_in(stage, run_arguments(world, out), out, environment)
+    assert code == 130, said
+    assert "Traceback" not in said
+    assert "the same command continues" in said.splitlines()[-1]
+    assert not (out / "curated.parquet").exists()
+
+
+def test_an_interrupted_run_says_so(environment: dict[str, str], world: Path, tmp_path: Path) -> None:
+    """In the stage that Ray Train would otherwise end by itself, without a word."""
+    interrupted("train", world, tmp_path / "interrupted", environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["embed/pool", "student", "train"])
+def test_an_interrupted_run_continues_to_the_same_subset(
     influencespace: Command,
     environment: dict[str, str],
     world: Path,
@@ -60,11 +72,7 @@ def test_an_interrupted_run_says_so_and_continues_to_the_same_subset(
     stage: str,
 ) -> None:
     out = tmp_path / "interrupted"
-    code, said = interrupted_in(stage, run_arguments(world, out), out, environment)
-    assert code == 130, said
-    assert "Traceback" not in said
-    assert "the same command continues" in said.splitlines()[-1]
-    assert not (out / "curated.parquet").exists()
+    interrupted(stage, world, out, environment)
     done = influencespace(*run_arguments(world, out))
     assert done.returncode == 0, done.stderr[-3000:]
     assert file_digest(out / "curated.parquet") == file_digest(finished / "curated.parquet")
