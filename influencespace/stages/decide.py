@@ -189,9 +189,9 @@ class Scores:
 
     @cached_property
     def rest(self) -> float:
-        """Mean in-training influence in standard deviations: zero for a student at rest."""
+        """Mean in-training influence in standard deviations: zero for a student at rest, and where there is no spread to tell."""
         values, weight = self.influence["influence_in"], self._stands_for
-        return float(np.average(values, weights=weight)) / weighted_deviation(values, weight)
+        return float(np.average(values, weights=weight)) / (weighted_deviation(values, weight) or np.inf)
 
 
 def decide(scores: Scores, config: SelectConfig) -> Subset:

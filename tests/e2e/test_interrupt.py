@@ -48,7 +48,7 @@ def interrupted_in(
     return driver.returncode, said
 
 
-def interrupted(stage: str, world: Path, out: Path, environment: dict[str, str]) -> None:
+def check_interrupted(stage: str, world: Path, out: Path, environment: dict[str, str]) -> None:
     code, said = interrupted_in(stage, run_arguments(world, out), out, environment)
     assert code == 130, said
     assert "Traceback" not in said
@@ -58,7 +58,7 @@ def interrupted(stage: str, world: Path, out: Path, environment: dict[str, str])
 
 def test_an_interrupted_run_says_so(environment: dict[str, str], world: Path, tmp_path: Path) -> None:
     """In the stage that Ray Train would otherwise end by itself, without a word."""
-    interrupted("train", world, tmp_path / "interrupted", environment)
+    check_interrupted("train", world, tmp_path / "interrupted", environment)
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_an_interrupted_run_continues_to_the_same_subset(
     stage: str,
 ) -> None:
     out = tmp_path / "interrupted"
-    interrupted(stage, world, out, environment)
+    check_interrupted(stage, world, out, environment)
     done = influencespace(*run_arguments(world, out))
     assert done.returncode == 0, done.stderr[-3000:]
     assert file_digest(out / "curated.parquet") == file_digest(finished / "curated.parquet")

@@ -208,6 +208,13 @@ def test_that_standard_deviation_is_the_pools_however_unevenly_strata_were_sampl
     assert Scores(tmp_path).unit == pytest.approx(np.sqrt(second - first**2))
 
 
+def test_one_scored_pair_has_no_spread_to_be_at_rest_by(truth: Chain, tmp_path: Path) -> None:
+    columns = Scores(truth.out / "attribute").influence
+    write_columns(tmp_path / "influence.parquet", {name: column[:1] for name, column in columns.items()})
+    shutil.copy(truth.out / "attribute" / "strata.parquet", tmp_path)
+    assert Scores(tmp_path).rest == 0
+
+
 def test_a_threshold_that_keeps_nothing_is_said(truth: Chain, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"every pair scores below tau_low = 50\.0"):
         curate_by(truth, tmp_path, tau_low=50.0)
