@@ -17,7 +17,15 @@ from filelock import FileLock
 from influencespace.core.metrics import auroc, average_precision, mean_recall_by_image, retrieval_ranks
 from influencespace.core.select import HARMFUL, REDUNDANT, SelectConfig, top_fraction
 from influencespace.core.strata import means_by
-from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, read_manifest, reopen
+from influencespace.data.artifacts import (
+    Manifest,
+    atomic_path,
+    file_digest,
+    fingerprint,
+    folder_digest,
+    read_manifest,
+    reopen,
+)
 from influencespace.data.blocks import read_columns
 from influencespace.data.dirt import shuffle_captions
 from influencespace.data.pair_set import PairSet
@@ -71,11 +79,16 @@ class World:
         return str(self.data.parent / "models" / "mobilenetv2-minilm")
 
     def embedded(self, name: str, shards: str) -> Path:
+        """The embedding artifact of these shards, made once for their content, whatever date the files have."""
         folder = self.cache / "embed" / name
-        config = EmbedConfig(encoder=self.encoder)
+        listed = list_shards(shards)
+        content = fingerprint([folder_digest(self.encoder), *(file_digest(shard.path) for shard in listed)])
+        made_of = folder.with_suffix(".content")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # benchmarks that run at once share a cache
-            embed(list_shards(shards), config, folder, RUNTIME)
+            if not (made_of.is_file() and made_of.read_text() == content and read_manifest(folder)):
+                embed(listed, EmbedConfig(encoder=self.encoder), folder, RUNTIME)
+                made_of.write_text(content)
         return folder
 
     @property
