@@ -15,16 +15,23 @@ from dirt import (
     CLEAN,
     Dirt,
     Draft,
-    Sources,
     blurred,
     boilerplate,
     clean,
+    covered,
+    cut,
+    doubled,
     duplicates,
+    file_names,
+    garbled,
     hard_wrong,
     irrelevant,
+    placeholders,
+    upside_down,
     web,
     wrong,
 )
+from sources import Sources
 
 from influencespace.core.select import SelectConfig
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, read_manifest, reopen
@@ -69,6 +76,11 @@ SCENARIOS: dict[str, Scenario] = {
     "shifted target": Scenario(dirt=wrong, share=0.3, shifted=True),
     "no target": Scenario(dirt=wrong, share=0.3, own_target=True),
 }
+UNFORESEEN: dict[str, Scenario] = {
+    dirt.__name__.replace("_", " "): Scenario(dirt=dirt, share=0.3, seed=7)
+    for dirt in (file_names, cut, garbled, doubled, placeholders, covered, upside_down)
+}
+"""Dirt that nothing was developed on: neither the axes of quality nor any setting was changed after these were seen."""
 
 
 def written(sources: Sources, scenario: Scenario, cache: Path) -> tuple[PairSet, np.ndarray]:
@@ -79,7 +91,7 @@ def written(sources: Sources, scenario: Scenario, cache: Path) -> tuple[PairSet,
     folder = cache / "pools" / mark
     if read_manifest(folder) is None:
         rng = np.random.default_rng(scenario.seed)
-        draft = scenario.dirt(sources.start(scenario.captions), scenario.share, rng, sources)
+        draft = scenario.dirt(Draft.of(sources, scenario.captions), scenario.share, rng, sources)
         order = rng.permutation(len(draft))  # as the canonical order of uids would be
         reopen(folder)
         _write(draft, order, sources, folder)
@@ -117,7 +129,7 @@ class DirtyCuration(Curation):
 
     @property
     def scenario(self) -> Scenario:
-        return SCENARIOS[self.name]
+        return (SCENARIOS | UNFORESEEN)[self.name]
 
     @cached_property
     def sources(self) -> Sources:

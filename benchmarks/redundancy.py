@@ -56,7 +56,7 @@ def same_pair(curation: DirtyCuration) -> np.ndarray:
     sources = curation.sources
     shown = [
         (found @ torch.from_numpy(np.array(known)).T).max(1)
-        for known in (sources.pool.table.images, sources.recompressed)
+        for known in (sources.pool.table.images, sources.altered("recompressed")[0])
     ]
     picture = torch.where(shown[0].values >= shown[1].values, shown[0].indices, shown[1].indices).numpy()
     number: np.ndarray = np.unique(

@@ -14,7 +14,7 @@ import numpy as np
 from common import Benchmark, cached
 from curation import Setting, SyntheticWorld, World, measure_on_real_pairs
 from dirt import clean, wrong
-from pools import SCENARIOS, SIZED, DirtyCuration
+from pools import SCENARIOS, SIZED, UNFORESEEN, DirtyCuration
 from prototype import prototype
 from rare_group import rare_group
 
@@ -27,7 +27,7 @@ QUICKER = ("wrong 30", "web")
 
 def judged(name: str, bench: Benchmark, world: World, quick: bool, of: str = "") -> None:
     """What becomes of each kind of pair by the default settings, and what a student retrained on the rest is worth."""
-    scenario = SCENARIOS[name]
+    scenario = (SCENARIOS | UNFORESEEN)[name]
     setting = setting_of(name, quick)
     curation = DirtyCuration(world, setting, name)
     found = cached(world.cache, ["harmful", name, setting], curation.judge)
@@ -172,8 +172,14 @@ def every_kind(bench: Benchmark, world: World, quick: bool) -> None:
         )
 
 
+def unforeseen(bench: Benchmark, world: World, quick: bool) -> None:
+    """Kinds of dirt that nothing was developed on."""
+    for name in list(UNFORESEEN)[:1] if quick else UNFORESEEN:
+        judged(name, bench, world, quick)
+
+
 def setting_of(name: str, quick: bool) -> Setting:
-    scenario = SCENARIOS[name]
+    scenario = (SCENARIOS | UNFORESEEN)[name]
     return Setting(wrong=scenario.share, captions=scenario.captions, steps=50 if quick else 200)
 
 
@@ -188,6 +194,7 @@ PARTS: dict[str, Callable[[Benchmark, World, bool], None]] = {
     **{name.replace(" ", "_"): partial(judged, name) for name in SCENARIOS},
     "prototype": prototype,
     "every_kind": every_kind,
+    "unforeseen": unforeseen,
     "rare_group": rare_group,
     "synthetic": synthetic,
 }

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from common import TRAINING, cached
 from curation import Setting, World
-from dirt import Sources
+from sources import Sources
 
 from influencespace.core.batches import folds_by_image
 from influencespace.data.artifacts import fingerprint
