@@ -186,6 +186,12 @@ TRAINING = (
     *_files("estimators", "student_problem"),
     *_files("data", "pair_set", "dirt"),
 )
+RETRAINING = (
+    *_files("core", *LOSSES, "batches", "metrics"),
+    *_files("models", "heads", "training"),
+    *_files("data", "pair_set"),
+    *_files("stages", "student"),
+)
 TUNING = (
     *_files("core", *LOSSES, "batches", "metrics"),
     *_files("models", "dual_encoder", "tower_parameters", "tuning"),

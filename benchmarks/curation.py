@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from common import SCORING, Benchmark, arguments, code_version, real_data
+from common import RETRAINING, SCORING, Benchmark, arguments, cached, code_version, real_data
 from filelock import FileLock
 
 from influencespace.core.metrics import auroc, average_precision, mean_recall_by_image, retrieval_ranks
@@ -323,17 +323,39 @@ class Curation:
         )
         return config
 
+    @property
+    def tests(self) -> tuple[int, ...]:
+        """Which tars of dev are the test set."""
+        return (1 - self.setting.target,)
+
+    def recall_of(
+        self, weight: np.ndarray, seed: int, steps: int | None = None, pool: PairSet | None = None
+    ) -> list[float]:
+        """Each test image's share of the mean recall by a student of the pool by weight (n,).
+
+        Students are kept by their weights, so that nobody's change trains another's anew.
+        """
+        pool, steps = pool or self.pool, steps or self.setting.steps
+        train = self.config.train
+
+        def trained() -> dict[str, Any]:
+            heads = train_subset(pool, weight, train, steps, seed).heads
+            return {"shares": [by_image(heads, self.world.dev(tar)).tolist() for tar in (0, 1)]}
+
+        which = [pool.table.manifest.fingerprint, fingerprint(pool.rows.tolist())]
+        key = ["retrained", which, fingerprint(weight.tolist()), replace(train, steps=steps), seed]
+        by_tar = cached(self.world.cache, key, trained, RETRAINING)["shares"]
+        return [share for tar in self.tests for share in by_tar[tar]]
+
     def retrained(self, seeds: tuple[int, ...]) -> dict[str, Any]:
         """Recall by test image of students retrained on each method's subset, (seeds, images) for each."""
         weights = self.weights()
-        train = replace(self.config.train, steps=self.setting.steps)
-        shares: dict[str, list[list[float]]] = {}
-        for name, weight in weights.items():
-            shares[name] = []
-            for seed in seeds:
-                trained = train_subset(self.pool, weight, train, train.steps, seed)
-                shares[name].append(by_image(trained.heads, self.test).tolist())
-        return {"shares": shares, "kept": {name: float((w > 0).mean()) for name, w in weights.items()}}
+        return {
+            "shares": {
+                name: [self.recall_of(weight, seed) for seed in seeds] for name, weight in weights.items()
+            },
+            "kept": {name: float((weight > 0).mean()) for name, weight in weights.items()},
+        }
 
     def removals(self, groups: int, seeds: tuple[int, ...]) -> dict[str, Any]:
         """Predicted influence and real change of the target loss for each quality group of the pool, removed for real."""

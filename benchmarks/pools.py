@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from baselines import baselines
 from common import SCORING, code_version
-from curation import RUNTIME, Curation, by_image
+from curation import RUNTIME, Curation
 from dirt import (
     CLEAN,
     Dirt,
@@ -39,7 +39,6 @@ from influencespace.data.pair_set import PairSet
 from influencespace.stages.decide import decide
 from influencespace.stages.finish import finish_stage
 from influencespace.stages.split import SplitConfig, pair_sets, split
-from influencespace.stages.student import train_subset
 
 SIZED = "curated, of a given size"
 
@@ -60,6 +59,11 @@ class Scenario:
     """No target is given: a part of the pool is set apart, dirt and all, as the split stage does."""
     size: float | None = None
     """The share that the others keep, and ours once more; None is the share that is no dirt."""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether no pair of dev is the target, so that all of it is the test set."""
+        return self.shifted or self.own_target
 
 
 SCENARIOS: dict[str, Scenario] = {
@@ -166,6 +170,10 @@ class DirtyCuration(Curation):
         bad: np.ndarray = self.kind != CLEAN
         return bad
 
+    @property
+    def tests(self) -> tuple[int, ...]:
+        return (0, 1) if self.scenario.elsewhere else super().tests
+
     @cached_property
     def target(self) -> PairSet:
         if self.scenario.own_target:
@@ -205,18 +213,7 @@ class DirtyCuration(Curation):
             **baselines(self, keep),
         }
 
-    def in_fewer_steps(self, seeds: tuple[int, ...], parts: tuple[int, ...] = (2, 4)) -> dict[str, Any]:
-        """Recall by test image of students trained on our subset for a part of the steps: (seeds, images) for each."""
-        weight = self.curated(self.run())
-        return {
-            str(part): [
-                by_image(
-                    train_subset(
-                        self.pool, weight, self.config.train, self.setting.steps // part, seed
-                    ).heads,
-                    self.test,
-                ).tolist()
-                for seed in seeds
-            ]
-            for part in parts
-        }
+    def in_fewer_steps(self, part: int, seeds: tuple[int, ...]) -> list[list[float]]:
+        """Recall by test image of students trained on our subset for a part of the steps: (seeds, images)."""
+        weight, steps = self.curated(self.run()), self.setting.steps // part
+        return [self.recall_of(weight, seed, steps) for seed in seeds]

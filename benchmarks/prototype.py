@@ -1,13 +1,13 @@
 """The seed prototype's method beside ours at its own settings: why the one lost to chance."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-from common import Benchmark, cached
+from common import Benchmark
 from curation import Setting, World
 from pools import SCENARIOS, DirtyCuration
+from retrained import retrained
 
 from influencespace.core.metrics import bootstrap_means, interval
 from influencespace.core.select import SelectConfig, top_fraction
@@ -79,9 +79,8 @@ def prototype(bench: Benchmark, world: World, quick: bool) -> None:
     scenario = SCENARIOS["wrong 20"]
     setting = Setting(wrong=scenario.share, captions=scenario.captions, steps=80)
     curation = PrototypeCuration(world, setting, "wrong 20")
-    seeds = tuple(bench.seeds)
-    result = cached(world.cache, ["prototype", setting, seeds], partial(curation.retrained, seeds))
-    shares = {method: np.array(values) for method, values in result["shares"].items()}
+    result = retrained([curation], bench.seeds)
+    shares = dict(result.shares)
     naive = [values for method, values in shares.items() if method.startswith("whole clusters")]
     shares["whole clusters, all draws"] = np.concatenate(naive)
     draws = {method: bootstrap_means(values) for method, values in shares.items()}
@@ -91,7 +90,7 @@ def prototype(bench: Benchmark, world: World, quick: bool) -> None:
             method=method,
             mean_recall=float(values.mean()),
             interval=list(interval(draws[method])),
-            kept=result["kept"].get(method),
+            kept=result.kept.get(method),
         )
     for ours, theirs in (("curated", "random"), ("curated", "whole clusters, all draws")):
         low, high = interval(draws[ours] - draws[theirs])

@@ -11,8 +11,8 @@ import numpy as np
 import scenarios
 from common import Benchmark, cached, code_version
 from curation import METHODS, RUNTIME, Curation, Setting, World, measure_on_real_pairs
+from retrained import retrained
 
-from influencespace.core.metrics import bootstrap_means, interval
 from influencespace.data.artifacts import fingerprint
 from influencespace.demo import run_demo
 
@@ -55,38 +55,29 @@ def detection(bench: Benchmark, world: World, quick: bool) -> None:
 def recall(bench: Benchmark, world: World, quick: bool) -> None:
     """Retraining at equal steps, dev's two tars swapped and averaged, paired over images and seeds."""
     captions = 2 if quick else 5
-    shares: dict[str, list[np.ndarray]] = {name: [] for name in METHODS}
-    kept: dict[str, float] = {}
-    for target in (0,) if quick else (0, 1):
-        setting = Setting(wrong=0.3, captions=captions, steps=100 if quick else 200, target=target)
-        curation = Curation(world, setting)
-        result = cached(
-            world.cache,
-            ["retrained", setting, bench.seeds],
-            partial(curation.retrained, tuple(bench.seeds)),
-        )
-        for name in METHODS:
-            shares[name].append(np.array(result["shares"][name]))
-            kept[name] = result["kept"][name]
-    together = {name: np.concatenate(parts, 1) for name, parts in shares.items()}
+    curations = [
+        Curation(world, Setting(wrong=0.3, captions=captions, steps=100 if quick else 200, target=target))
+        for target in ((0,) if quick else (0, 1))
+    ]
+    found = retrained(curations, bench.seeds)
     for name in METHODS:
-        low, high = interval(bootstrap_means(together["curated"]) - bootstrap_means(together[name]))
+        gap, around = found.compared(name)
         bench.row(
             method=name,
-            mean_recall=float(together[name].mean()),
-            interval=list(interval(bootstrap_means(together[name]))),
-            kept=kept[name],
-            curated_minus_this=float(together["curated"].mean() - together[name].mean()),
-            paired_interval=[low, high],
+            mean_recall=found.mean(name),
+            interval=list(found.around(name)),
+            kept=found.kept[name],
+            curated_minus_this=gap,
+            paired_interval=list(around),
         )
     for name in ("clip_score", "student_clip_score"):
-        low, high = interval(bootstrap_means(together["curated"]) - bootstrap_means(together[name]))
+        gap, around = found.compared(name)
         bench.target(
             name=f"mean recall of curated minus {name} at the true fraction, 30% wrong, {captions} captions",
             target="not surely below 0",
-            measured=float(together["curated"].mean() - together[name].mean()),
-            interval=(low, high),
-            reached=high >= 0,
+            measured=gap,
+            interval=around,
+            reached=around[1] >= 0,
         )
 
 

@@ -5,15 +5,16 @@ The group is a keyword rule over captions. Pool, target and test set name it in 
 
 import re
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import Benchmark, cached
-from curation import Curation, Setting, World, by_image
+from common import Benchmark
+from curation import Curation, Setting, World
+from retrained import retrained
 
 from influencespace.core.metrics import bootstrap_means, interval
 from influencespace.core.select import SelectConfig, top_fraction
@@ -22,7 +23,6 @@ from influencespace.data.pair_set import PairSet
 from influencespace.estimators.similarity import random_score
 from influencespace.stages.decide import decide
 from influencespace.stages.finish import finish_stage
-from influencespace.stages.student import train_subset
 
 RARE, OTHERS = "women", "others"
 RULE = r"\b(woman|women|lady|ladies|girl|girls)\b"
@@ -126,10 +126,9 @@ class RareGroup(Curation):
     def retrained(self, seeds: tuple[int, ...]) -> dict[str, Any]:
         """And of students of the pool that lacks no picture of the group: what can be won back at all."""
         found = super().retrained(seeds)
-        everything, train = np.ones(len(self.whole)), self.config.train
+        everything = np.ones(len(self.whole))
         found["shares"]["everything, not thinned"] = [
-            by_image(train_subset(self.whole, everything, train, train.steps, seed).heads, self.test).tolist()
-            for seed in seeds
+            self.recall_of(everything, seed, pool=self.whole) for seed in seeds
         ]
         found["kept"]["everything, not thinned"] = 1.0
         return found
@@ -137,23 +136,15 @@ class RareGroup(Curation):
 
 def rare_group(bench: Benchmark, world: World, quick: bool) -> None:
     """Recall of the group and of all others, dev's two tars swapped and taken together."""
-    seeds = tuple(bench.seeds)
-    found, rare = [], []
-    for target in (0,) if quick else (0, 1):
-        curation = RareGroup(world, Setting(wrong=0.0, captions=5, steps=50 if quick else 200, target=target))
-        found.append(
-            cached(
-                world.cache,
-                ["rare group", RULE, LEAST, LEFT, curation.setting, seeds],
-                partial(curation.retrained, seeds),
-            )
-        )
-        rare.append(curation.rare_images)
-    of_rare = np.concatenate(rare)
+    curations = [
+        RareGroup(world, Setting(wrong=0.0, captions=5, steps=50 if quick else 200, target=target))
+        for target in ((0,) if quick else (0, 1))
+    ]
+    found = retrained(curations, bench.seeds)
+    of_rare = np.concatenate([curation.rare_images for curation in curations])
     draws: dict[str, dict[str, np.ndarray]] = {}
     means: dict[str, dict[str, float]] = {}
-    for method in found[0]["shares"]:
-        shares = np.concatenate([np.array(each["shares"][method]) for each in found], 1)
+    for method, shares in found.shares.items():
         parts = {"all": shares, "rare": shares[:, of_rare], "others": shares[:, ~of_rare]}
         draws[method] = {name: bootstrap_means(values) for name, values in parts.items()}
         means[method] = {name: float(values.mean()) for name, values in parts.items()}
@@ -162,7 +153,7 @@ def rare_group(bench: Benchmark, world: World, quick: bool) -> None:
         bench.row(
             scenario="rare group",
             method=method,
-            kept=float(np.mean([each["kept"][method] for each in found])),
+            kept=found.kept[method],
             mean_recall=means[method]["all"],
             recall_of_the_group=means[method]["rare"],
             recall_of_others=means[method]["others"],
