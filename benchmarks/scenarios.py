@@ -32,15 +32,20 @@ def curations(name: str, world: World, quick: bool) -> list[DirtyCuration]:
     return [DirtyCuration(world, replace(setting, target=target), name) for target in targets]
 
 
-def judged(name: str, bench: Benchmark, world: World, quick: bool, of: str = "") -> None:
-    """What becomes of each kind of pair by the default settings, and what a student retrained on the rest is worth."""
+def judged(
+    name: str, bench: Benchmark, world: World, quick: bool, column: str = "scenario", of: str = ""
+) -> None:
+    """What becomes of each kind of pair by the default settings, and what a student retrained on the rest is worth.
+
+    Rows say in `column` which scenario they are of, so that each family has its tables.
+    """
     swapped = curations(name, world, quick)
     found = [cached(world.cache, ["harmful", name, each.setting], each.judge) for each in swapped]
     kinds = [cached(world.cache, ["kinds", name, each.setting], each.judge_kinds) for each in swapped]
     for kind in kinds[0]:
         values = [each[kind] for each in kinds]
         means = {column: float(np.mean([value[column] for value in values])) for column in values[0]}
-        bench.row(scenario=of + name, kind=kind, **means)
+        bench.row(**{column: name}, kind=kind, **means)
     planted = swapped[0].scenario.dirt
     if planted in (clean, wrong):
         farthest = max(found, key=lambda each: abs(each["pruned"] - each["wrong"]))
@@ -62,16 +67,18 @@ def judged(name: str, bench: Benchmark, world: World, quick: bool, of: str = "")
             measured=precision,
             reached=precision >= 0.9,
         )
-    retrained_part(name, bench, swapped, of)
+    retrained_part(name, bench, swapped, column, of)
 
 
-def retrained_part(name: str, bench: Benchmark, swapped: Sequence[DirtyCuration], of: str) -> None:
+def retrained_part(
+    name: str, bench: Benchmark, swapped: Sequence[DirtyCuration], column: str, of: str
+) -> None:
     """Mean recall of students retrained at equal steps, ours paired with every other."""
     found = retrained(swapped, bench.seeds)
     for method in found.shares:
         gap, around = found.compared(method)
         bench.row(
-            scenario=of + name,
+            **{column: name},
             method=method,
             mean_recall=found.mean(method),
             interval=list(found.around(method)),
@@ -114,11 +121,11 @@ def retrained_part(name: str, bench: Benchmark, swapped: Sequence[DirtyCuration]
                 reached=gap > 0,
             )
     if name in QUICKER:
-        in_fewer_steps(name, bench, swapped, found, of)
+        in_fewer_steps(name, bench, swapped, found, column, of)
 
 
 def in_fewer_steps(
-    name: str, bench: Benchmark, swapped: Sequence[DirtyCuration], found: Retrained, of: str
+    name: str, bench: Benchmark, swapped: Sequence[DirtyCuration], found: Retrained, column: str, of: str
 ) -> None:
     """What our subset comes to in a part of the steps, beside everything in all of them."""
     for part in (2, 4):
@@ -129,7 +136,7 @@ def in_fewer_steps(
             kept={**found.kept, ours: found.kept["curated"]},
         )
         bench.row(
-            scenario=of + name,
+            **{column: name},
             method=ours,
             mean_recall=both.mean(ours),
             interval=list(both.around(ours)),
@@ -181,14 +188,14 @@ def every_kind(bench: Benchmark, world: World, quick: bool) -> None:
 def unforeseen(bench: Benchmark, world: World, quick: bool) -> None:
     """Kinds of dirt that nothing was developed on."""
     for name in list(UNFORESEEN)[:1] if quick else UNFORESEEN:
-        judged(name, bench, world, quick)
+        judged(name, bench, world, quick, column="unforeseen")
 
 
 def synthetic(bench: Benchmark, world: World, quick: bool) -> None:
     """Some scenarios on synthetic scenes, embedded by the same encoder, which has never seen any."""
     scenes = SyntheticWorld(world.data, world.cache / "synthetic")
     for name in ("wrong 30",) if quick else ("clean", "wrong 30", "web"):
-        judged(name, bench, scenes, quick, of="scenes, ")
+        judged(name, bench, scenes, quick, column="scenes", of="scenes, ")
 
 
 PARTS: dict[str, Callable[[Benchmark, World, bool], None]] = {
