@@ -5,13 +5,14 @@ The truth is used for judging only. `--scenario all`, or the name of one, is ben
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import scenarios
 from common import Benchmark, cached, code_version
 from curation import METHODS, RUNTIME, Curation, Setting, World, measure_on_real_pairs
-from retrained import retrained
+from retrained import Retrained, retrained
 
 from influencespace.data.artifacts import fingerprint
 from influencespace.demo import run_demo
@@ -81,6 +82,36 @@ def recall(bench: Benchmark, world: World, quick: bool) -> None:
         )
 
 
+def fewer_steps(bench: Benchmark, world: World, quick: bool) -> None:
+    """The same subsets at other numbers of steps: how much of a lead is left where a student is not trained too long."""
+    steps = (25, 50) if quick else (25, 50, 100, 200, 400)
+    setting = Setting(wrong=0.3, captions=2 if quick else 5, steps=100 if quick else 200)
+    targets = (0,) if quick else (0, 1)
+    curations = [Curation(world, replace(setting, target=target)) for target in targets]
+    weights = [curation.weights() for curation in curations]
+    for count in steps:
+        shares = {
+            name: np.concatenate(
+                [
+                    np.array([curation.recall_of(weight[name], seed, count) for seed in bench.seeds])
+                    for curation, weight in zip(curations, weights, strict=True)
+                ],
+                1,
+            )
+            for name in METHODS
+        }
+        found = Retrained(shares=shares, kept={})
+        for name in METHODS:
+            gap, around = found.compared(name)
+            bench.row(
+                method=name,
+                steps=count,
+                mean_recall=found.mean(name),
+                curated_minus_this=gap,
+                paired_interval=list(around),
+            )
+
+
 def removal(bench: Benchmark, world: World, quick: bool) -> None:
     """Strata really removed: the change of the target loss has the sign that T predicts."""
     groups = 10
@@ -142,6 +173,7 @@ def demo(bench: Benchmark, world: World, quick: bool) -> None:
 PARTS = {
     "detection": detection,
     "recall": recall,
+    "fewer_steps": fewer_steps,
     "removal": removal,
     "fraction": chosen_fraction,
     "demo": demo,
