@@ -123,9 +123,9 @@ class Sources:
             found: FloatArray = getattr(self, kind).table.texts[rows]
             return found
         if kind == "boilerplate":
-            return encoded(self.encoder, [BOILERPLATE[row] for row in rows])
+            return encoded(self.encoder, [BOILERPLATE[row] for row in rows.tolist()])
         change = ALTERED_CAPTIONS[kind]
-        return encoded(self.encoder, [change(self.captions, row) for row in rows])
+        return encoded(self.encoder, [change(self.captions, row) for row in rows.tolist()])
 
     @cached_property
     def encoder(self) -> DualEncoder:
