@@ -186,6 +186,13 @@ TRAINING = (
     *_files("estimators", "student_problem"),
     *_files("data", "pair_set", "dirt"),
 )
+COMPARING = (
+    *DECIDING,
+    *_files("core", "coreset"),
+    *_files("models", "fusion"),
+    *_files("estimators", "norm_sim"),
+    *_files("stages", "split"),
+)
 RETRAINING = (
     *_files("core", *LOSSES, "batches", "metrics"),
     *_files("models", "heads", "training"),
@@ -194,8 +201,9 @@ RETRAINING = (
 )
 TUNING = (
     *_files("core", *LOSSES, "batches", "metrics"),
-    *_files("models", "dual_encoder", "tower_parameters", "tuning"),
-    *_files("data", "pair_set", "dirt"),
+    *_files("models", "dual_encoder", "tower_parameters", "training", "tuning"),
+    *_files("data", "pair_set"),
+    *_files("stages", "student"),
 )
 ESTIMATING = (
     *TRAINING,

@@ -64,7 +64,7 @@ class Setting:
     steps: int
     noise_seed: int = 1
     target: int = 0
-    """Which tar of dev is the target; the other is the test set."""
+    """Which tar of dev is the target, where it is of dev; the other is the test set."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,22 @@ class World:
     def encoder(self) -> str:
         return str(self.data.parent / "models" / "mobilenetv2-minilm")
 
+    @cached_property
+    def encoder_digest(self) -> str:
+        return folder_digest(self.encoder)
+
     def embedded(self, name: str, shards: str) -> Path:
         """The embedding artifact of these shards, made once for their content, whatever date the files have."""
         folder = self.cache / "embed" / name
-        listed = list_shards(shards)
-        content = fingerprint([folder_digest(self.encoder), *(file_digest(shard.path) for shard in listed)])
-        made_of = folder.with_suffix(".content")
+        listed, config = list_shards(shards), EmbedConfig(encoder=self.encoder)
+        digests = [file_digest(shard.path) for shard in listed]
+        content = fingerprint([self.encoder_digest, config.content(), digests])
+        made_of = folder.with_suffix(".made_of")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # benchmarks that run at once share a cache
             if not (made_of.is_file() and made_of.read_text() == content and read_manifest(folder)):
-                embed(listed, EmbedConfig(encoder=self.encoder), folder, RUNTIME)
+                made_of.unlink(missing_ok=True)
+                embed(listed, config, folder, RUNTIME)
                 made_of.write_text(content)
         return folder
 
@@ -197,6 +203,11 @@ class Curation:
     @property
     def folder(self) -> Path:
         return self.world.cache / "curations" / fingerprint([self.setting, code_version(SCORING)])
+
+    @property
+    def about(self) -> list[Any]:
+        """What results depend on beside the setting and the code."""
+        return [self.clusters, self.curvature, self.attribution, self.choice]
 
     @cached_property
     def pool(self) -> PairSet:

@@ -84,7 +84,8 @@ UNFORESEEN: dict[str, Scenario] = {
     dirt.__name__.replace("_", " "): Scenario(dirt=dirt, share=0.3, seed=7)
     for dirt in (file_names, cut, garbled, doubled, placeholders, covered, upside_down)
 }
-"""Dirt that nothing was developed on: neither the axes of quality nor any setting was changed after these were seen."""
+"""Dirt that nothing was developed on: neither the axes of quality nor any setting was changed after these were seen. (Of names of
+files two were among the captions of boilerplate.)"""
 
 
 def written(sources: Sources, scenario: Scenario, cache: Path) -> tuple[PairSet, np.ndarray]:
@@ -142,6 +143,11 @@ class DirtyCuration(Curation):
     @property
     def folder(self) -> Path:
         return self.world.cache / "curations" / fingerprint([self.name, self.setting, code_version(SCORING)])
+
+    @property
+    def about(self) -> list[Any]:
+        fields = vars(self.scenario) | {"dirt": self.scenario.dirt.__name__}
+        return [*super().about, fields]
 
     @cached_property
     def _written(self) -> tuple[PairSet, np.ndarray]:

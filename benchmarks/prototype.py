@@ -7,14 +7,15 @@ import numpy as np
 from common import Benchmark
 from curation import Setting, World
 from pools import SCENARIOS, DirtyCuration
-from retrained import retrained
+from retrained import Retrained, retrained
 
-from influencespace.core.metrics import bootstrap_means, interval
 from influencespace.core.select import SelectConfig, top_fraction
 from influencespace.estimators.nystrom import CurvatureConfig
 from influencespace.estimators.similarity import random_score
 from influencespace.stages.attribute import AttributeConfig
 from influencespace.stages.cluster import ClusterConfig
+
+DRAWS = "whole clusters, all draws"
 
 
 @dataclass(frozen=True)
@@ -79,25 +80,26 @@ def prototype(bench: Benchmark, world: World, quick: bool) -> None:
     scenario = SCENARIOS["wrong 20"]
     setting = Setting(wrong=scenario.share, captions=scenario.captions, steps=80)
     curation = PrototypeCuration(world, setting, "wrong 20")
-    result = retrained([curation], bench.seeds)
-    shares = dict(result.shares)
-    naive = [values for method, values in shares.items() if method.startswith("whole clusters")]
-    shares["whole clusters, all draws"] = np.concatenate(naive)
-    draws = {method: bootstrap_means(values) for method, values in shares.items()}
-    for method, values in shares.items():
+    found = retrained([curation], bench.seeds)
+    naive = [values for method, values in found.shares.items() if method.startswith("whole clusters")]
+    # each of our students beside one of every draw, so that both are of the same images and seeds
+    drawn = Retrained(
+        shares={"curated": np.tile(found.shares["curated"], (len(naive), 1)), DRAWS: np.concatenate(naive)},
+        kept={},
+    )
+    for method, one in (*((method, found) for method in found.shares), (DRAWS, drawn)):
         bench.row(
-            scenario="prototype",
             method=method,
-            mean_recall=float(values.mean()),
-            interval=list(interval(draws[method])),
-            kept=result.kept.get(method),
+            mean_recall=one.mean(method),
+            interval=list(one.around(method)),
+            kept=one.kept.get(method),
         )
-    for ours, theirs in (("curated", "random"), ("curated", "whole clusters, all draws")):
-        low, high = interval(draws[ours] - draws[theirs])
+    for theirs, one in (("random", found), (DRAWS, drawn)):
+        gap, around = one.compared(theirs)
         bench.target(
-            name=f"prototype's settings: mean recall of {ours} minus {theirs}",
+            name=f"prototype's settings: mean recall of curated minus {theirs}",
             target="surely above 0",
-            measured=float(shares[ours].mean() - shares[theirs].mean()),
-            interval=(low, high),
-            reached=low > 0,
+            measured=gap,
+            interval=around,
+            reached=around[0] > 0,
         )

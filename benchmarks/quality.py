@@ -82,7 +82,7 @@ def recall(bench: Benchmark, world: World, quick: bool) -> None:
         )
 
 
-def fewer_steps(bench: Benchmark, world: World, quick: bool) -> None:
+def other_steps(bench: Benchmark, world: World, quick: bool) -> None:
     """The same subsets at other numbers of steps: how much of a lead is left where a student is not trained too long."""
     steps = (25, 50) if quick else (25, 50, 100, 200, 400)
     setting = Setting(wrong=0.3, captions=2 if quick else 5, steps=100 if quick else 200)
@@ -173,7 +173,7 @@ def demo(bench: Benchmark, world: World, quick: bool) -> None:
 PARTS = {
     "detection": detection,
     "recall": recall,
-    "fewer_steps": fewer_steps,
+    "other_steps": other_steps,
     "removal": removal,
     "fraction": chosen_fraction,
     "demo": demo,

@@ -151,7 +151,6 @@ def rare_group(bench: Benchmark, world: World, quick: bool) -> None:
         draws[method]["gap"] = draws[method]["others"] - draws[method]["rare"]
         means[method]["gap"] = means[method]["others"] - means[method]["rare"]
         bench.row(
-            scenario="rare group",
             method=method,
             kept=found.kept[method],
             mean_recall=means[method]["all"],

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
-from common import cached
+from common import COMPARING, cached
 from curation import Curation
 
 from influencespace.core.metrics import bootstrap_means, interval
@@ -46,8 +46,9 @@ def retrained(curations: Sequence[Curation], seeds: Sequence[int]) -> Retrained:
     found = [
         cached(
             each.world.cache,
-            ["by method", str(each.folder.relative_to(each.world.cache)), tuple(seeds)],
+            ["by method", str(each.folder.relative_to(each.world.cache)), each.about, tuple(seeds)],
             partial(each.retrained, tuple(seeds)),
+            COMPARING,
         )
         for each in curations
     ]

@@ -20,12 +20,15 @@ from rare_group import rare_group
 from retrained import Retrained, mean_of, retrained
 
 FILTERS = ("clip_score", "early_clip_score", "student_clip_score", "neg_clip_loss")
+LED = ("hard wrong", "boilerplate", "irrelevant", "blurred", "web")
+"""Where the best of the simple filters is to be surely beaten."""
 QUICKER = ("wrong 30", "web")
 """Where the full set's quality is asked for in half of its steps."""
 
 
 def curations(name: str, world: World, quick: bool) -> list[DirtyCuration]:
-    """The pool curated for one tar of dev and tested on the other, and the other way round."""
+    """The pool curated for one tar of dev and tested on the other, and the other way round; once, and tested on both, where the
+    target is from elsewhere."""
     scenario = (SCENARIOS | UNFORESEEN)[name]
     setting = Setting(wrong=scenario.share, captions=scenario.captions, steps=50 if quick else 200)
     targets = (0,) if quick or scenario.elsewhere else (0, 1)
@@ -43,9 +46,8 @@ def judged(
     found = [cached(world.cache, ["harmful", name, each.setting], each.judge) for each in swapped]
     kinds = [cached(world.cache, ["kinds", name, each.setting], each.judge_kinds) for each in swapped]
     for kind in kinds[0]:
-        values = [each[kind] for each in kinds]
-        means = {column: float(np.mean([value[column] for value in values])) for column in values[0]}
-        bench.row(**{column: name}, kind=kind, **means)
+        pruned = float(np.mean([each[kind]["pruned"] for each in kinds]))
+        bench.row(**{column: name}, kind=kind, pairs=kinds[0][kind]["pairs"], pruned=pruned)
     planted = swapped[0].scenario.dirt
     if planted in (clean, wrong):
         farthest = max(found, key=lambda each: abs(each["pruned"] - each["wrong"]))
@@ -58,14 +60,13 @@ def judged(
             measured=farthest["pruned"],
             reached=abs(farthest["pruned"] - farthest["wrong"]) <= allowed,
         )
-    elif any(each["pruned"] for each in found):
-        pruned = [each["pruned"] for each in found]
-        precision = float(np.average([each["precision"] or 0.0 for each in found], weights=pruned))
+    else:
+        precision = min((each["precision"] for each in found if each["pruned"]), default=None)
         bench.target(
-            name=f"{of}{name}: share of what was pruned as harmful that is dirt",
+            name=f"{of}{name}: share of what was pruned as harmful that is dirt, by the target for which it is lower",
             target="at least 0.9",
             measured=precision,
-            reached=precision >= 0.9,
+            reached=precision is not None and precision >= 0.9,
         )
     retrained_part(name, bench, swapped, column, of)
 
@@ -96,12 +97,13 @@ def retrained_part(
     )
     best = found.best(FILTERS)
     gap, around = found.compared(best)
+    must_lead = name in LED or name in UNFORESEEN
     bench.target(
         name=f"{of}{name}: mean recall of curated minus that of the best simple filter, {best}",
-        target="surely above 0, or not surely below where the filter beats the oracle",
+        target="surely above 0" if must_lead else "not surely below 0",
         measured=gap,
         interval=around,
-        reached=around[0] > 0 or bool(around[1] >= 0 and found.mean(best) >= found.mean("oracle")),
+        reached=around[0] > 0 if must_lead else around[1] >= 0,
     )
     if SIZED in found.shares:
         share = found.mean(SIZED) / found.mean("everything")
