@@ -54,7 +54,10 @@ def read_block(folder: Path, name: str, start: int, *names: str) -> Columns:
 
 
 def join_blocks(folder: Path, name: str, starts: Sequence[int]) -> int:
-    """Write `name`.parquet from the blocks that begin at `starts`, in that order, and remove them; the rows."""
+    """Write `name`.parquet from the blocks that begin at `starts`, in that order; the rows.
+
+    Then all blocks of the name go, those too that a killed run with other settings left.
+    """
     rows = 0
     paths = [block_path(folder, name, start) for start in starts]
     with atomic_path(folder / f"{name}.parquet") as aside:
@@ -67,7 +70,7 @@ def join_blocks(folder: Path, name: str, starts: Sequence[int]) -> int:
             rows += len(table)
         assert writer is not None, f"{name} has no blocks"
         writer.close()
-    for path in paths:
+    for path in (folder / "blocks").glob(f"{name}-{12 * '[0-9]'}.arrow"):
         path.unlink()
     return rows
 
