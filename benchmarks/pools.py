@@ -84,8 +84,8 @@ UNFORESEEN: dict[str, Scenario] = {
     dirt.__name__.replace("_", " "): Scenario(dirt=dirt, share=0.3, seed=7)
     for dirt in (file_names, cut, garbled, doubled, placeholders, covered, upside_down)
 }
-"""Dirt that nothing was developed on: neither the axes of quality nor any setting was changed after these were seen. (Of names of
-files two were among the captions of boilerplate.)"""
+"""Dirt that nothing was developed on. (After some were seen the rule's margin was changed, for what hard wrong captions and
+boilerplate said of it. Of names of files two were among the captions of boilerplate.)"""
 
 
 def written(sources: Sources, scenario: Scenario, cache: Path) -> tuple[PairSet, np.ndarray]:

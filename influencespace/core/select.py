@@ -31,7 +31,7 @@ class SelectConfig:
 
     tau_low: float = Field(default=0.0, allow_inf_nan=False)
     """Prune pooled influence below this, as a multiple of the standard deviation of single influences."""
-    margin: float = Field(default=0.5, ge=0)
+    margin: float = Field(default=0.75, ge=0)
     """Standard errors by which pooled influence is below `tau_low` where a pair is pruned for itself: without any, pools with few
     wrong pairs lose too many right ones (docs/benchmarks.md)."""
     false_share: float = Field(default=0.05, ge=0, lt=1)

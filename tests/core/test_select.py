@@ -77,7 +77,7 @@ def test_the_more_are_surely_harmful_the_more_doubtful_ones_go_with_them() -> No
         assert only.sum() == sure
         held = margin_that_held(score, np.ones(len(score)), harmful, SelectConfig())
         np.testing.assert_array_equal(harmful, score < -held + 1e-12 if gone else score < -held)
-        assert held == pytest.approx(0.5 if gone == 0 else -doubtful[gone - 1])
+        assert held == pytest.approx(SelectConfig().margin if gone == 0 else -doubtful[gone - 1])
 
 
 def test_copies_of_a_harmful_pair_take_no_other_pair_along() -> None:

@@ -102,12 +102,12 @@ def test_the_strata_have_the_columns_of_the_contract(truth: Chain) -> None:
 
 def test_the_manifest_tells_the_rule_and_the_placebo(truth: Chain) -> None:
     details = truth.manifest("curate").details
-    assert details["rule"].startswith("T + 0.5 SE < 0, or T < 0 as long as at most 5 % of such")
-    assert rule_of(SelectConfig(false_share=0)) == "T + 0.5 SE < 0"
+    assert details["rule"].startswith("T + 0.75 SE < 0, or T < 0 as long as at most 5 % of such")
+    assert rule_of(SelectConfig(false_share=0)) == "T + 0.75 SE < 0"
     assert rule_of(SelectConfig(margin=0)) == "T + 0 SE < 0"
     assert rule_of(SelectConfig(cautious=True)) == "upper bound of T < 0"
     assert details["threshold"] == 0
-    assert details["margin"] == 0.5
+    assert details["margin"] == 0.75
     assert details["kept_fraction"] == pytest.approx(float(table(truth)["kept"].to_numpy().mean()))
     assert sum(details["reasons"].values()) == len(truth.world.pool)
     assert set(details["placebo"]) == {
