@@ -71,7 +71,7 @@ def test_the_subset_has_a_row_for_every_pair_in_canonical_order(truth: Chain) ->
     kept, weight = curated["kept"].to_numpy(), curated["weight"].to_numpy()
     assert 0 < kept.sum() < len(kept)
     np.testing.assert_array_equal(kept, np.array(curated["reason"].to_pylist()) == KEPT)
-    bound = curated["score"].to_numpy() + 0.5 * curated["score_se"].to_numpy()
+    bound = curated["score"].to_numpy() + SelectConfig().margin * curated["score_se"].to_numpy()
     np.testing.assert_array_equal(kept, bound >= 0)
     np.testing.assert_array_equal(weight > 0, kept)
     assert weight[kept].mean() == pytest.approx(1, rel=1e-5)
