@@ -65,8 +65,7 @@ def part_table(result: dict[str, Any], part: str, having: str | None) -> str:
     return markdown(rows)
 
 
-def pivot_table(result: dict[str, Any], rows: str, columns: str, value: str) -> str:
-    lines = [row for row in result["table"] if {rows, columns, value} <= row.keys()]
+def pivot_table(lines: list[dict[str, Any]], rows: str, columns: str, value: str) -> str:
     names = list(dict.fromkeys(line[columns] for line in lines))
     table: dict[str, dict[str, Any]] = {}
     for line in lines:
@@ -93,22 +92,23 @@ def render(match: re.Match[str]) -> str:
     result = read(match["name"])
     part = match["part"]
     table = part_table(result, part, match["having"]) if part else targets_table(result)
-    return match[1] + table + origin(result, part) + match[5]
+    return match[1] + table + origin(result, {part} if part else None) + match[5]
 
 
 def render_pivot(match: re.Match[str]) -> str:
     result = read(match["name"])
-    table = pivot_table(result, match["rows"], match["columns"], match["value"])
-    return match[1] + table + origin(result, None) + match[6]
+    cells = (match["rows"], match["columns"], match["value"])
+    lines = [row for row in result["table"] if set(cells) <= row.keys()]
+    return match[1] + pivot_table(lines, *cells) + origin(result, {row["part"] for row in lines}) + match[6]
 
 
-def origin(result: dict[str, Any], only: str | None) -> str:
-    """What is missing, and where the figures of a part, or of all, come from."""
-    missing = [part for part in result["incomplete"] if only in (None, part)]
+def origin(result: dict[str, Any], only: set[str] | None) -> str:
+    """What is missing, and where the figures of some parts, or of all, come from."""
+    missing = [part for part in result["incomplete"] if only is None or part in only]
     text = f"\nNot all was measured yet: {', '.join(missing)}.\n" if missing else ""
     commits: dict[str, list[str]] = {}
     for part, sha in result["commits"].items():
-        if only in (None, part):
+        if only is None or part in only:
             commits.setdefault(sha[:10], []).append(part)
     measured = "; ".join(f"{', '.join(parts)} at commit {sha}" for sha, parts in commits.items())
     cores = result["machine"]["cpus"]
