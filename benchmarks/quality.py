@@ -62,15 +62,7 @@ def recall(bench: Benchmark, world: World, quick: bool) -> None:
     ]
     found = retrained(curations, bench.seeds)
     for name in METHODS:
-        gap, around = found.compared(name)
-        bench.row(
-            method=name,
-            mean_recall=found.mean(name),
-            interval=list(found.around(name)),
-            kept=found.kept[name],
-            curated_minus_this=gap,
-            paired_interval=list(around),
-        )
+        bench.row(**found.row(name))
     for name in ("clip_score", "student_clip_score"):
         gap, around = found.compared(name)
         bench.target(
@@ -102,14 +94,7 @@ def other_steps(bench: Benchmark, world: World, quick: bool) -> None:
         }
         found = Retrained(shares=shares, kept={})
         for name in METHODS:
-            gap, around = found.compared(name)
-            bench.row(
-                method=name,
-                steps=count,
-                mean_recall=found.mean(name),
-                curated_minus_this=gap,
-                paired_interval=list(around),
-            )
+            bench.row(steps=count, **found.row(name))
 
 
 def removal(bench: Benchmark, world: World, quick: bool) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from common import COMPARING, cached
@@ -36,6 +37,18 @@ class Retrained:
     def compared(self, to: str, ours: str = "curated") -> tuple[float, Interval]:
         """How far one method's mean recall is above another's, with its paired interval."""
         return self.mean(ours) - self.mean(to), interval(self.draws[ours] - self.draws[to])
+
+    def row(self, method: str) -> dict[str, Any]:
+        """What a table says of a method beside ours."""
+        gap, around = self.compared(method)
+        return {
+            "method": method,
+            "mean_recall": self.mean(method),
+            "interval": list(self.around(method)),
+            "kept": self.kept.get(method),
+            "curated_minus_this": gap,
+            "paired_interval": list(around),
+        }
 
     def best(self, methods: Iterable[str]) -> str:
         return max(methods, key=self.mean)

@@ -77,16 +77,7 @@ def retrained_part(
     """Mean recall of students retrained at equal steps, ours paired with every other."""
     found = retrained(swapped, bench.seeds)
     for method in found.shares:
-        gap, around = found.compared(method)
-        bench.row(
-            **{column: name},
-            method=method,
-            mean_recall=found.mean(method),
-            interval=list(found.around(method)),
-            kept=found.kept[method],
-            curated_minus_this=gap,
-            paired_interval=list(around),
-        )
+        bench.row(**{column: name}, **found.row(method))
     gap, around = found.compared("oracle")
     bench.target(
         name=f"{of}{name}: mean recall of curated minus the oracle's",
@@ -137,15 +128,7 @@ def in_fewer_steps(
             shares={**found.shares, ours: np.concatenate(values, 1)},
             kept={**found.kept, ours: found.kept["curated"]},
         )
-        bench.row(
-            **{column: name},
-            method=ours,
-            mean_recall=both.mean(ours),
-            interval=list(both.around(ours)),
-            kept=both.kept[ours],
-            curated_minus_this=None,
-            paired_interval=None,
-        )
+        bench.row(**{column: name}, **both.row(ours))
         if part == 2:
             gap, around = both.compared("everything", ours)
             bench.target(
@@ -167,14 +150,7 @@ def every_kind(bench: Benchmark, world: World, quick: bool) -> None:
     chosen = names[:2] if quick else names
     found = mean_of([retrained(curations(name, world, quick), bench.seeds) for name in chosen])
     for method in found.shares:
-        gap, around = found.compared(method)
-        bench.row(
-            method=method,
-            scenarios=len(chosen),
-            mean_recall=found.mean(method),
-            curated_minus_this=gap,
-            paired_interval=list(around),
-        )
+        bench.row(scenarios=len(chosen), **found.row(method))
     best = found.best([method for method in found.shares if method not in ("curated", "oracle")])
     for other in (best, "oracle"):
         gap, around = found.compared(other)

@@ -163,15 +163,7 @@ def recall(bench: Benchmark, world: World, quick: bool) -> None:
         },
     )
     for method in found.shares:
-        gap, around = found.compared(method)
-        bench.row(
-            method=method,
-            mean_recall=found.mean(method),
-            interval=list(found.around(method)),
-            kept=found.kept.get(method),
-            curated_minus_this=gap,
-            paired_interval=list(around),
-        )
+        bench.row(**found.row(method))
     for method in BEATEN:
         gap, around = found.compared(method)
         bench.target(
