@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 from common import DECIDING, SCORING, Benchmark, cached, code_version
-from curation import Curation, Setting, World, by_image, measure_on_real_pairs
+from curation import Curation, by_image
+from world import Setting, World, measure_on_real_pairs
 
 from influencespace.core.metrics import auroc, bootstrap_means, interval
 from influencespace.core.select import SelectConfig

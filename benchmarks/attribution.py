@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from common import ESTIMATING, TRAINING, Benchmark, cached
-from curation import World, measure_on_real_pairs
 from deletion import deletion_part
 from detection import detection_part, measured, synthetic_detection_part
 from scipy.stats import spearmanr
@@ -33,6 +32,7 @@ from study import (
 )
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
+from world import World, measure_on_real_pairs
 
 from influencespace.core.batches import training_batches
 from influencespace.core.metrics import interval

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from common import ESTIMATING, TRAINING, Benchmark, cached
-from curation import World, measure_on_real_pairs
 from scipy.stats import spearmanr
 from study import FloatArray, Study, losses_on, table, tuned
 from torch import Tensor
 from torch.func import functional_call, grad
+from world import World, measure_on_real_pairs
 
 from influencespace.core.batches import training_batches
 from influencespace.core.kmeans import assign, nearest, seed_centroids, unit_rows

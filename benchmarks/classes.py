@@ -10,8 +10,8 @@ from random import Random
 
 import numpy as np
 import torch
-from curation import RUNTIME
 from torch import Tensor
+from world import RUNTIME
 
 from influencespace.data.artifacts import fingerprint
 from influencespace.data.pair_set import PairSet

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from common import ESTIMATING, Benchmark, cached
-from curation import World
 from study import Study, score_all, tuned
 from torch import Tensor
+from world import World
 
 from influencespace.core.batches import covering_contexts, training_batches
 from influencespace.core.objective import info_nce_only

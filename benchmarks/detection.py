@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 from common import ESTIMATING, Benchmark, cached
-from curation import World
 from study import Study, SyntheticStudy, table
+from world import World
 
 from influencespace.core.metrics import auroc, average_precision, precision_recall_at
 from influencespace.estimators.table import TABLE

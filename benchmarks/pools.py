@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from baselines import baselines
 from common import SCORING, code_version
-from curation import RUNTIME, Curation
+from curation import Curation
 from dirt import (
     CLEAN,
     Dirt,
@@ -32,6 +32,7 @@ from dirt import (
     wrong,
 )
 from sources import Sources
+from world import RUNTIME
 
 from influencespace.core.select import SelectConfig
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, read_manifest, reopen

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 from common import Benchmark
-from curation import Setting, World
 from pools import SCENARIOS, DirtyCuration
 from retrained import Retrained, retrained
+from world import Setting, World
 
 from influencespace.core.select import SelectConfig, top_fraction
 from influencespace.estimators.nystrom import CurvatureConfig

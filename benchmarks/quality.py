@@ -11,8 +11,9 @@ from functools import partial
 import numpy as np
 import scenarios
 from common import Benchmark, cached, code_version
-from curation import METHODS, RUNTIME, Curation, Setting, World, measure_on_real_pairs
+from curation import METHODS, Curation
 from retrained import Retrained, retrained
+from world import RUNTIME, Setting, World, measure_on_real_pairs
 
 from influencespace.data.artifacts import fingerprint
 from influencespace.demo import run_demo

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from common import Benchmark
-from curation import Curation, Setting, World
+from curation import Curation
 from retrained import retrained
+from world import Setting, World
 
 from influencespace.core.metrics import bootstrap_means, interval
 from influencespace.core.select import SelectConfig, top_fraction
@@ -123,9 +124,9 @@ class RareGroup(Curation):
             "re-weighted by group": np.where(rare, 0.5 / rare.mean(), 0.5 / (~rare).mean()),
         }
 
-    def retrained(self, seeds: tuple[int, ...]) -> dict[str, Any]:
+    def by_method(self, seeds: tuple[int, ...]) -> dict[str, Any]:
         """And of students of the pool that lacks no picture of the group: what can be won back at all."""
-        found = super().retrained(seeds)
+        found = super().by_method(seeds)
         everything = np.ones(len(self.whole))
         found["shares"]["everything, not thinned"] = [
             self.recall_of(everything, seed, pool=self.whole) for seed in seeds

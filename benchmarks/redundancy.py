@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from common import Benchmark, cached, code_version
-from curation import RUNTIME, Setting, World, by_image, measure_on_real_pairs
+from curation import by_image
 from pools import SCENARIOS, DirtyCuration
+from world import RUNTIME, Setting, World, measure_on_real_pairs
 
 from influencespace.core import coreset
 from influencespace.core.kmeans import unit_rows

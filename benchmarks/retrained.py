@@ -60,7 +60,7 @@ def retrained(curations: Sequence[Curation], seeds: Sequence[int]) -> Retrained:
         cached(
             each.world.cache,
             ["by method", str(each.folder.relative_to(each.world.cache)), each.about, tuple(seeds)],
-            partial(each.retrained, tuple(seeds)),
+            partial(each.by_method, tuple(seeds)),
             COMPARING,
         )
         for each in curations

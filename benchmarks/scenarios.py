@@ -12,12 +12,12 @@ from functools import partial
 
 import numpy as np
 from common import Benchmark, cached
-from curation import Setting, SyntheticWorld, World, measure_on_real_pairs
 from dirt import clean, wrong
 from pools import SCENARIOS, SIZED, UNFORESEEN, DirtyCuration
 from prototype import prototype
 from rare_group import rare_group
 from retrained import Retrained, mean_of, retrained
+from world import Setting, SyntheticWorld, World, measure_on_real_pairs
 
 FILTERS = ("clip_score", "early_clip_score", "student_clip_score", "neg_clip_loss")
 LED = ("hard wrong", "boilerplate", "irrelevant", "blurred", "web")
@@ -68,10 +68,10 @@ def judged(
             measured=precision,
             reached=precision is not None and precision >= 0.9,
         )
-    retrained_part(name, bench, swapped, column, of)
+    compare_retrained(name, bench, swapped, column, of)
 
 
-def retrained_part(
+def compare_retrained(
     name: str, bench: Benchmark, swapped: Sequence[DirtyCuration], column: str, of: str
 ) -> None:
     """Mean recall of students retrained at equal steps, ours paired with every other."""

@@ -8,8 +8,8 @@ from random import Random
 
 import numpy as np
 import pyarrow.parquet as pq
-from curation import World
 from PIL import Image, ImageDraw, ImageFilter
+from world import World
 
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.images import decode_image, sharpness

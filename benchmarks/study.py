@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from common import TRAINING, cached
-from curation import Setting, World
 from sources import Sources
+from world import Setting, World
 
 from influencespace.core.batches import folds_by_image
 from influencespace.data.artifacts import fingerprint

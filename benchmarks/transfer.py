@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from common import TUNING, Benchmark, cached
-from curation import Curation, Setting, World, measure_on_real_pairs, recall_by_image
+from curation import Curation, recall_by_image
 from retrained import Retrained
+from world import Setting, World, measure_on_real_pairs
 
 from influencespace.core.batches import training_batches
 from influencespace.core.objective import Contrastive
