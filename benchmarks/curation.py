@@ -126,6 +126,7 @@ class Curation:
             at["student"],
             at["attribute"],
             True,
+            self.attribution.form,
             self.attribution.block_size,
             (done.rows_out, scored.details["sample"]),
             inputs | {"attribute": scored.fingerprint},

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 import scenarios
-from common import Benchmark, cached, code_version
+from common import DECIDING, Benchmark, cached, code_version
 from curation import METHODS, Curation
 from retrained import Retrained, retrained
 from world import RUNTIME, Setting, World, measure_on_real_pairs
@@ -133,8 +133,9 @@ def removal(bench: Benchmark, world: World, quick: bool) -> None:
 def demo(bench: Benchmark, world: World, quick: bool) -> None:
     """What `make demo` ends in, for several synthetic worlds with 25 % wrong captions."""
     for seed in (0,) if quick else (0, 1, 2):
-        folder = world.cache / "demo" / fingerprint([seed, code_version()])
-        summary = cached(world.cache, ["demo", seed], partial(run_demo, folder, RUNTIME, seed=seed))
+        code = (*DECIDING, "demo.py")
+        folder = world.cache / "demo" / fingerprint([seed, code_version(code)])
+        summary = cached(world.cache, ["demo", seed], partial(run_demo, folder, RUNTIME, seed=seed), code)
         for method, found in summary["methods"].items():
             compared = summary["comparisons"].get(method, {})
             bench.row(

@@ -11,7 +11,7 @@ from influencespace.stages.progress import progress
 from influencespace.stages.runtime import Runtime, run_once
 
 # a student for 6,000 pairs on two cores; everything else is the default
-SMALL_STUDENT = {"student.train.batch_size": 256, "student.train.dimension": 128}
+SMALL_STUDENT = {"student.train.batch_size": 256, "student.train.dimension": 128, "student.most_doublings": 2}
 
 
 def run_demo(

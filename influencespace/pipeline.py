@@ -251,6 +251,7 @@ def run_round(
         at["student"],
         at["attribute"],
         serves_groups(config.curate),
+        config.attribute.form,
         config.attribute.block_size,
         (rows, done["attribute"].details["sample"]),
         given("student", "attribute"),
@@ -274,7 +275,7 @@ def run_round(
         runtime,
         earlier,
     )
-    confirmed = {name: done["curate"].details[name] for name in ("weights", "tau_high")}
+    confirmed = {name: done["curate"].details[name] for name in CONFIRMED}
     reweighting = Reweighting(
         pool=pool,
         target=target,

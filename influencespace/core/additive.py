@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from influencespace.core.strata import weighted_deviation
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
@@ -62,7 +64,7 @@ class Additive:
 
     curves: Sequence[Curve]
     coefficients: FloatArray  # (p,) the mean, then those of every curve
-    covariance: FloatArray  # (p, p) posterior
+    covariance: FloatArray  # (p, p) of their errors
     freedom: FloatArray  # (A,) effective degrees of freedom of each axis: 0 for one that tells nothing
 
     def predict(self, axes: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -82,13 +84,20 @@ def design(curves: Sequence[Curve], axes: FloatArray) -> FloatArray:
     return np.hstack([np.ones((len(axes), 1)), *parts])
 
 
-def fit_additive(axes: FloatArray, rows: IntArray, influence: FloatArray, quantiles: int) -> Additive:
+def fit_additive(
+    axes: FloatArray,
+    rows: IntArray,
+    influence: FloatArray,
+    quantiles: int,
+    stands_for: FloatArray | None = None,
+) -> Additive:
     """Fit the influence (m,) of the scored pairs `rows` (m,) of the pool, whose axes are (n, A).
 
-    However unevenly strata were sampled, every scored pair counts once: what the sampling depends on is among the axes, and
-    weights would make standard errors of few pairs look like those of many. Curves have at most `quantiles` knots and ten
-    pairs for each; fewer pairs would be interpolated, noise and all. An axis that is unknown for a pair, nan, says nothing of
-    it. Raises ValueError when an influence is not finite.
+    Each scored pair counts for the pairs of the pool that it `stands_for` (m,), one by default: strata that were sampled less
+    often would count too little. Evidence is that of as many equal weights as have this spread (Kish 1965), and errors are
+    those of a weighted sum of single pairs (Huber 1967), so that few pairs that stand for many do not look like many.
+    Curves have at most `quantiles` knots and ten pairs for each; fewer pairs would be interpolated, noise and all. An axis
+    that is unknown for a pair, nan, says nothing of it. Raises ValueError when an influence is not finite.
     """
     if not np.isfinite(influence).all():
         wrong = int((~np.isfinite(influence)).sum())
@@ -96,15 +105,23 @@ def fit_additive(axes: FloatArray, rows: IntArray, influence: FloatArray, quanti
     knots = min(quantiles, max(2, len(influence) // PAIRS_A_KNOT))
     curves = [curve_along(values, knots) for values in axes.T]
     group = _groups(curves)
-    gram, moment = np.zeros((len(group), len(group))), np.zeros(len(group))
+    weight = (
+        np.ones(len(rows))
+        if stands_for is None
+        else stands_for * stands_for.sum() / (stands_for @ stands_for)
+    )
+    gram, squared_gram = np.zeros((2, len(group), len(group)))
+    moment = np.zeros(len(group))
     for start in range(0, len(rows), BLOCK):
         some = slice(start, start + BLOCK)
         X = design(curves, axes[rows[some]])
-        gram += X.T @ X
-        moment += X.T @ influence[some]
-    square = float(influence @ influence)
-    m, groups = len(influence), int(group.max(initial=0)) + 1
-    spread = float(influence.var()) or 1.0
+        weighted = X * weight[some, None]
+        gram += weighted.T @ X
+        squared_gram += weighted.T @ weighted
+        moment += weighted.T @ influence[some]
+    square = float(weight @ influence**2)
+    m, groups = float(weight.sum()), int(group.max(initial=0)) + 1
+    spread = weighted_deviation(influence, weight) ** 2 or 1.0
     noise = spread
     # group 0 is the mean, which has no prior; each of the others begins as strong as the noise of a single pair
     variance = np.full(groups, noise)
@@ -123,10 +140,12 @@ def fit_additive(axes: FloatArray, rows: IntArray, influence: FloatArray, quanti
         variance[1:] = updated[1:]
         if moved < SETTLED:
             break
+    # of the noise of the weighted sum, and of what the priors hold back
+    errors = covariance @ (squared_gram / noise + np.diag(precision)) @ covariance
     axis_of = np.concatenate([[0], *([a + 1] * c.basis.shape[1] for a, c in enumerate(curves))]).astype(int)
     shrink = 1 - np.diag(covariance) / variance[group]
     freedom = np.bincount(axis_of, weights=shrink, minlength=len(curves) + 1)[1:].astype(np.float64)
-    return Additive(curves=curves, coefficients=coefficients, covariance=covariance, freedom=freedom)
+    return Additive(curves=curves, coefficients=coefficients, covariance=errors, freedom=freedom)
 
 
 def _groups(curves: Sequence[Curve]) -> IntArray:

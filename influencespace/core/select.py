@@ -42,12 +42,11 @@ class SelectConfig:
     target_size: float | None = Field(default=None, gt=0, le=1)
     """At most this fraction of the pool is kept: what helps least goes first, and further captions of an image before others."""
     floor: float = Field(default=0.0, ge=0, le=1)
-    """At least this share of every group's pairs is kept, the least harmful ones, whatever the rule and the size say. A group
-    is what the data's `group` says; pairs without any are one group."""
+    """At least this share of every group's pairs, copies left out, is kept, the least harmful ones, whatever the rule and the
+    size say. A group is what the data's `group` says; pairs without any are one group."""
     weights: Literal["confirmed", "uniform", "influence"] = "confirmed"
-    """`influence`: entropy-regularised weights of mean 1. `confirmed`: such weights where real retraining confirms them
-    on the choosing half of the target, with the temperature it likes best, else uniform: influence alone can order
-    helpful pairs wrongly."""
+    """`influence`: entropy-regularised weights of mean 1. `confirmed`: what real retraining likes best on the choosing half of
+    the target, such weights at one of some temperatures or uniform ones: influence alone can order helpful pairs wrongly."""
     groups: Literal["confirmed", "ignored"] = "confirmed"
     """`confirmed`: where the target names groups, weights are chosen that surely help the one that is worst off and leave the
     target as a whole no worse than uniform weights, if there are such; `ignored`: by the whole. Needs `weights: confirmed`."""
@@ -94,7 +93,7 @@ def select(
     axes: a target size is met by dropping the least of what is left, each further pair of an `image` (n,) counted lower.
     Then each `group` (n,) gets back what its floor asks for, copies never.
     `influence` weights follow it too; `confirmed` weights are uniform here, since it takes retraining to confirm any.
-    Raises InputError when nothing would be kept.
+    Raises InputError when nothing would be kept, or pairs of one image only, from which no student can learn.
     """
     copy = np.zeros(len(score), bool) if redundant is None else redundant
     harmful = below_threshold(score - config.tau_low * unit, se, config, ~copy)
@@ -118,9 +117,14 @@ def select(
         raise InputError(
             f"every pair scores below tau_low = {config.tau_low}; likely the target does not fit the pool, or tau_low is too high"
         )
+    if image is not None and len(image) > 1 and np.ptp(image[kept]) == 0:
+        raise InputError(
+            f"only {int(kept.sum())} of {len(score)} pairs would be kept, of one image: to learn from they must be of two or "
+            f"more; raise target_size ({config.target_size}), or lower tau_low ({config.tau_low})"
+        )
     weight = np.zeros(len(score))
     weight[kept] = (
-        capped_weights(predicted[kept] / (unit * config.tau_high), config.max_weight)
+        capped_weights(predicted[kept] / ((unit or 1.0) * config.tau_high), config.max_weight)
         if config.weights == "influence"
         else 1.0
     )
@@ -201,7 +205,7 @@ def weights_along(
     """
     if len(influence) < 2:
         return np.ones(len(axes))
-    predicted, _ = fit_additive(axes, rows, influence, knots).predict(axes)
+    predicted, _ = fit_additive(axes, rows, influence, knots, stands_for).predict(axes)
     followed = predicted + config.clip_score_share * spread_like(clip_score, predicted)
     unit = weighted_deviation(influence, stands_for) or 1.0
     return capped_weights(followed / (unit * config.tau_high), config.max_weight)
@@ -214,29 +218,28 @@ def top_fraction(score: FloatArray, keep: int) -> BoolArray:
     return chosen
 
 
-def fairest_candidate(losses: FloatArray, worst_off: FloatArray) -> int:
-    """The candidate that does most for the group that is worst off, if that is sure, else the one that is best on the whole.
+def best_candidate(losses: FloatArray) -> int:
+    """The candidate of the lowest mean loss, the first of equal ones: (candidates, folds).
+
+    Nothing is asked to be sure: with a small target only large gains ever are, and what is not sure is no loss on average.
+    """
+    return int(np.argmin(losses.mean(1)))
+
+
+def fairest_candidate(losses: FloatArray, worst_off: FloatArray, level: float = 0.05) -> int:
+    """The candidate that does most for the group that is worst off, if any surely does, else the one that is best on the whole.
 
     `losses` (candidates, folds) of the whole target, `worst_off` the same for that group, with folds of its own; which group
-    it is must be known from other pairs. None that is worse on the whole than the first is taken for the group: nobody is
-    served at the cost of everybody. Both are asked, so each at half the error of `best_candidate`.
+    it is must be known from other pairs. They are means over seeds, by fold of the target's images. None that is worse on the
+    whole than the first is taken for the group: nobody is served at the cost of everybody. Sure is a t-test against the first
+    over the folds, paired, one-sided, whose error is `level` for all candidates together (Bonferroni).
     """
-    able = losses.mean(1) <= losses[0].mean()  # the first is
-    # as a candidate that does nothing for the group, so that all of them still count in the test
-    chosen = best_candidate(np.where(able[:, None], worst_off, worst_off[0]), level=0.025)
-    return chosen or best_candidate(losses, level=0.025)
-
-
-def best_candidate(losses: FloatArray, level: float = 0.05) -> int:
-    """The candidate of the lowest mean loss among those that are surely below the first, else 0: (candidates, groups).
-
-    Losses are means over seeds, by fold of the target's images. Sure is a t-test over the folds, paired, one-sided, whose error
-    is `level` for all candidates together (Bonferroni).
-    """
-    gains = losses[0] - losses[1:]  # (candidates - 1, groups)
+    gains = worst_off[0] - worst_off[1:]  # (candidates - 1, folds)
     count = gains.shape[1]
-    if count < 2 or len(gains) == 0:
-        return 0
-    error = np.maximum(gains.std(1, ddof=1), np.finfo(np.float64).tiny) / np.sqrt(count)
-    sure = gains.mean(1) / error > stdtrit(count - 1, 1 - level / len(gains))
-    return 1 + int(np.argmax(np.where(sure, gains.mean(1), -np.inf))) if sure.any() else 0
+    if count >= 2 and len(gains):
+        able = losses[1:].mean(1) <= losses[0].mean()
+        error = np.maximum(gains.std(1, ddof=1), np.finfo(np.float64).tiny) / np.sqrt(count)
+        sure = able & (gains.mean(1) / error > stdtrit(count - 1, 1 - level / len(gains)))
+        if sure.any():
+            return 1 + int(np.argmax(np.where(sure, gains.mean(1), -np.inf)))
+    return best_candidate(losses)

@@ -34,12 +34,13 @@ def anytime_p(mean: FloatArray, spread: FloatArray, count: FloatArray, rho: floa
 def surely_below_zero(mean: FloatArray, p: FloatArray, rate: float) -> NDArray[np.bool_]:
     """Which means (S,) are below zero at a false discovery rate over all of them: (S,) (Benjamini and Hochberg 1995).
 
-    A stratum without a p-value is not among them.
+    A stratum without a p-value is not among them. Means above zero say nothing of this, however small their p: those that
+    surely help would else make it easier for the rest to seem harmful.
     """
     known = np.isfinite(p)
     found = np.zeros(len(p), bool)
     if known.any():
-        found[known] = (false_discovery_control(p[known]) < rate) & (mean[known] < 0)
+        found[known] = false_discovery_control(np.where(mean[known] < 0, p[known], 1.0)) < rate
     return found
 
 

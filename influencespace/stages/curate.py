@@ -74,7 +74,7 @@ class Curate:
         write_columns(self.folder / "strata.parquet", table)
         weight = np.zeros(len(uids))
         weight[rows] = subset.weight
-        self._write_weights(uids.tolist(), weight)
+        self._write_weights(uids.tolist(), weight, int(subset.kept.sum()))
         return self._details(curated, subset) | {"harmful_strata": int(table["harmful"].sum())}
 
     def _with_others(self, rows: NDArray[np.int64], decisions: pa.Table) -> pa.Table:
@@ -86,9 +86,8 @@ class Curate:
         order = np.argsort(np.concatenate([rows, others]))
         return pa.concat_tables([decisions, table.take(pa.array(others))]).take(pa.array(order))
 
-    def _write_weights(self, uids: list[str], curated: NDArray[np.float64]) -> None:
+    def _write_weights(self, uids: list[str], curated: NDArray[np.float64], kept: int) -> None:
         quality = read_columns(self.quality, "clip_in", "neg_clip_in")
-        kept = int((curated > 0).sum())
         weights = {
             "curated": curated,
             "everything": np.ones(len(uids)),
@@ -179,10 +178,12 @@ class Curate:
 
 def rule_of(config: SelectConfig) -> str:
     """What makes a pair harmful, for the report."""
+    threshold = f"{config.tau_low:g} SD" if config.tau_low else "0"
     if config.cautious:
-        return "upper bound of T < 0"
-    more = f", or T < 0 as long as at most {100 * config.false_share:g} % of such pairs are expected to be above 0"
-    return f"T + {config.margin:g} SE < 0" + (more if config.false_share and config.margin else "")
+        return f"upper bound of T < {threshold}"
+    expected = f"at most {100 * config.false_share:g} % of such pairs are expected to be above {threshold}"
+    more = f", or T < {threshold} as long as {expected}"
+    return f"T + {config.margin:g} SE < {threshold}" + (more if config.false_share and config.margin else "")
 
 
 @dataclass(frozen=True)

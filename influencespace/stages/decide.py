@@ -109,9 +109,11 @@ class Scores:
         return mean, np.sqrt(se**2 + np.interp(quality, centres, self.common_variance))
 
     def additive(self, names: Sequence[str]) -> Additive:
-        """Influence as a sum of curves along these axes."""
-        rows, influence = self.influence["pair"], self.influence["influence"]
-        return fit_additive(self._axes(names), rows, influence, KNOTS)
+        """Influence as a sum of curves along these axes; copies, which are one piece of evidence, count by their mean."""
+        alone, place = np.unique(self.leader[self.influence["pair"]], return_inverse=True)
+        stands_for = np.bincount(place, self._stands_for).astype(np.float64)
+        influence = np.bincount(place, self._stands_for * self.influence["influence"]) / stands_for
+        return fit_additive(self._axes(names), alone, influence, KNOTS, stands_for)
 
     def _axes(self, names: Sequence[str]) -> FloatArray:
         return np.stack([self.strata[name] for name in names], 1)

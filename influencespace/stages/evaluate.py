@@ -230,7 +230,9 @@ def evaluate(
     runtime: Runtime,
 ) -> Manifest:
     """Measure every retrained student; writes methods.json and by_image.parquet."""
-    mark = fingerprint({"stage": "evaluate", "config": config, "inputs": inputs})
+    # prompts are of the encoder, which is no part of the inputs where embeddings were given
+    prompted = [embed.encoder, embed.content()] if config.classes else None
+    mark = fingerprint({"stage": "evaluate", "config": config, "prompts": prompted, "inputs": inputs})
     if (done := finished_stage(out, mark)) is not None:
         return done
     began = time.monotonic()
@@ -250,6 +252,7 @@ def evaluate(
         for result in runtime.map(call, tasks, num_actors=runtime.cores):
             results.append(result)
             bar.advance()
+    results.sort(key=lambda result: (result["method"], result["seed"]))  # they come as workers end
     methods = tuple(dict.fromkeys(run["method"] for run in runs))
     table, comparisons = summarise(results, methods)
     kept = run_once(runtime, KeptFractions(weights))

@@ -154,6 +154,7 @@ class ScoreForGroups:
     """Task: in-training influence of some scored pairs on the groups that are worse off."""
 
     groups: Disadvantaged
+    form: str
     sample: Path
     folder: Path
     mark: str
@@ -170,6 +171,7 @@ class ScoreForGroups:
                 g.student.recorded_bank(g.pool),
                 g.students.train.objective,
                 g.students.train.batch_size,
+                self.form,
             )
             by_context = scorer(g.pool.inputs(rows), g.pool.image[rows]).by_context[0]
             known = np.isfinite(by_context).any(1)
@@ -239,6 +241,7 @@ def fairness(
     student_folder: Path,
     attribute_folder: Path,
     wanted: bool,
+    form: str,
     block_size: int,
     rows: tuple[int, int],
     inputs: dict[str, str],
@@ -247,11 +250,19 @@ def fairness(
 ) -> Manifest:
     """Influence of all `rows[0]` pairs on the groups that are worse off, from `rows[1]` scored ones; writes groups.parquet.
 
-    `config.rank` is the one that the curvature stage found large enough; `block_size` pairs are scored in one task.
+    `config.rank` is the one that the curvature stage found large enough, `form` that of the attribute stage; `block_size` pairs
+    are scored in one task.
     Nothing is written where it is not `wanted`, the target names fewer than two groups, or none is worse off than the mean.
     """
     mark = fingerprint(
-        {"stage": "fairness", "config": config, "wanted": wanted, "block_size": block_size, "inputs": inputs}
+        {
+            "stage": "fairness",
+            "config": config,
+            "wanted": wanted,
+            "form": form,
+            "block_size": block_size,
+            "inputs": inputs,
+        }
     )
     if (done := finished_stage(out, mark)) is not None:
         return done
@@ -266,7 +277,7 @@ def fairness(
     details: dict[str, Any] = run_once(runtime, solve) if wanted else {"groups": []}
     if any(group["share"] for group in details["groups"]):
         sample = attribute_folder / "influence.parquet"
-        score = partial(ScoreForGroups, groups=groups, sample=sample, folder=out, mark=mark)
+        score = partial(ScoreForGroups, groups=groups, form=form, sample=sample, folder=out, mark=mark)
         starts = {"scored": _blockwise(runtime, score, rows[1], block_size, "fairness")}
         fit = FitForGroups(pool=pool, folder=out, starts=starts["scored"])
         details["freedom"] = run_once(runtime, fit)

@@ -113,17 +113,49 @@ def test_few_pairs_are_not_interpolated(pairs: int) -> None:
         assert correlation < 0.8
 
 
-def test_standard_errors_hold_where_some_strata_were_sampled_eight_times_as_often() -> None:
+@pytest.mark.parametrize("counted", [False, True])
+def test_standard_errors_hold_where_some_strata_were_sampled_eight_times_as_often(counted: bool) -> None:
     generator = np.random.default_rng(0)
     axes = generator.normal(size=(20_000, 2))
-    often = axes[:, 0] > 0
+    share = np.where(axes[:, 0] > 0, 0.16, 0.02)
     hits = []
     for seed in range(20):
         draw = np.random.default_rng(seed)
-        rows = np.flatnonzero(draw.random(20_000) < np.where(often, 0.16, 0.02))
-        mean, se = fit_additive(axes, rows, draw.normal(size=len(rows)), 20).predict(axes)
+        rows = np.flatnonzero(draw.random(20_000) < share)
+        stands_for = 1 / share[rows] if counted else None
+        mean, se = fit_additive(axes, rows, draw.normal(size=len(rows)), 20, stands_for).predict(axes)
         hits.append((np.abs(mean) < 1.96 * se).mean())
     assert np.mean(hits) > 0.88
+
+
+def test_pairs_that_stand_for_many_count_for_many() -> None:
+    """A harmful half of the pool, of which few pairs are scored and which no axis tells apart."""
+    generator = np.random.default_rng(0)
+    harmful = np.arange(20_000) < 10_000
+    axes, share = generator.normal(size=(20_000, 1)), np.where(harmful, 0.02, 0.4)
+    found = []
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        rows = np.flatnonzero(draw.random(20_000) < share)
+        influence = np.where(harmful[rows], -0.4, 0.2) + draw.normal(size=len(rows))
+        mean, se = fit_additive(axes, rows, influence, 20, 1 / share[rows]).predict(axes)
+        found.append((mean.mean(), se.mean()))
+    mean, se = np.array(found).T
+    assert mean.mean() == pytest.approx(-0.1, abs=0.03)
+    assert 0.6 < se.mean() / mean.std() < 2
+    assert (
+        fitted(axes, rows, influence).mean() > 0.1
+    )  # uncounted, the half that was scored more often decides
+
+
+@given(seed=seeds)
+def test_only_ratios_of_what_pairs_stand_for_matter(seed: int) -> None:
+    axes, rows = pool(seed)
+    influence = axes[rows, 0] + np.random.default_rng(seed).normal(size=len(rows))
+    mean, se = fit_additive(axes, rows, influence, 12).predict(axes)
+    for many in (1.0, 7.0):
+        again = fit_additive(axes, rows, influence, 12, np.full(len(rows), many)).predict(axes)
+        np.testing.assert_allclose(again, (mean, se), rtol=1e-6, atol=1e-9)
 
 
 def test_an_influence_that_is_not_finite_is_refused() -> None:

@@ -179,7 +179,7 @@ def test_weights_along_an_axis_follow_what_it_says_of_influence_in_any_unit(
     influence = slope * axes[rows, 0] + 0.1 * generator.normal(size=200)
     rule = SelectConfig(tau_high=temperature, max_weight=cap, clip_score_share=0.3)
     weight = weights_along(axes, rows, influence, stands_for, 5, rule, other)
-    predicted, _ = fit_additive(axes, rows, influence, 5).predict(axes)
+    predicted, _ = fit_additive(axes, rows, influence, 5, stands_for).predict(axes)
     followed = predicted + 0.3 * spread_like(other, predicted)
     unit = np.sqrt(np.cov(influence, aweights=stands_for, bias=True))
     np.testing.assert_allclose(weight, capped_weights(followed / unit / temperature, cap))
@@ -308,3 +308,16 @@ def test_another_score_takes_the_spread_of_what_it_is_added_to(
 def test_a_score_that_tells_nothing_adds_nothing() -> None:
     for nothing in (np.full(3, 0.2), np.full(3, np.nan), np.empty(0)):
         assert not spread_like(nothing, np.array([1.0, 2.0])).any()
+
+
+def test_influences_that_are_all_alike_leave_weights_equal() -> None:
+    config = SelectConfig(weights="influence", margin=0)
+    weight = select(np.full(9, 0.5), np.full(9, 0.1), 0.0, np.full(9, 0.5), config).weight
+    np.testing.assert_array_equal(weight, 1.0)
+
+
+def test_pairs_of_one_image_are_no_subset() -> None:
+    score, image = np.arange(1.0, 9.0), np.repeat(np.arange(4), 2)
+    config = SelectConfig(target_size=0.1)
+    with pytest.raises(InputError, match=r"only 1 of 8 pairs would be kept.*raise target_size"):
+        select(score, np.full(8, 0.1), 1.0, score, config, image=image)

@@ -81,6 +81,17 @@ def test_few_of_many_null_strata_are_said_to_harm() -> None:
     assert not surely_below_zero(-means, anytime_p(means, np.ones(1000), count, 0.3), 0.05)[harmful].any()
 
 
+def test_strata_that_surely_help_make_no_others_seem_harmful() -> None:
+    generator = np.random.default_rng(3)
+    count, helpful = np.full(300, 64.0), np.arange(300) < 270
+    rho = tightest_at(64, LEVEL)
+    some = []
+    for _ in range(200):
+        means = np.where(helpful, 1.0, 0.0) + generator.normal(size=300) / 8
+        some.append(surely_below_zero(means, anytime_p(means, np.ones(300), count, rho), LEVEL).any())
+    assert np.mean(some) <= LEVEL
+
+
 def test_a_narrower_level_needs_more_pairs() -> None:
     assert tightest_at(64, 0.01) > tightest_at(64, 0.05) > tightest_at(640, 0.05)
     assert tightest_at(64, 0.05) == pytest.approx(np.sqrt((5.991 + np.log(5.991) + 1) / 64), rel=1e-3)

@@ -186,6 +186,7 @@ class Chain:
             self.source / "student",
             self.source / "attribute",
             serves_groups(self.select),
+            self.attribute.form,
             self.attribute.block_size,
             (len(self.sets["pool"]), self.manifest("attribute").details["sample"]),
             self.given("student", "attribute"),

@@ -1,4 +1,4 @@
-"""Influence weights are taken only where retraining confirms them."""
+"""What retraining likes best is taken, and uniform weights where that is them."""
 
 import json
 from dataclasses import replace
@@ -29,21 +29,13 @@ def confirmed(truth: Chain, folder: Path, config: SelectConfig, runtime: Runtime
     return confirm(pool, target, scores, config, truth.student, steps, folder, "mark", runtime)[0]
 
 
-def test_a_candidate_must_surely_beat_uniform_weights() -> None:
+def test_the_lowest_loss_is_chosen_and_uniform_weights_of_equal_ones() -> None:
     generator = np.random.default_rng(0)
     uniform = 3 + generator.normal(size=20)
-    better, best = uniform - 0.1, uniform - 0.2
-    noisy = uniform - 0.3 + generator.normal(size=20)
-    assert best_candidate(np.stack([uniform, better, best])) == 2
-    assert best_candidate(np.stack([uniform, better, noisy])) == 1
-    assert best_candidate(np.stack([uniform, uniform, uniform + 0.1])) == 0
+    assert best_candidate(np.stack([uniform, uniform - 0.1, uniform - 0.2])) == 2
+    assert best_candidate(np.stack([uniform, uniform + 0.1, uniform + 0.2])) == 0
+    assert best_candidate(np.stack([uniform, uniform])) == 0
     assert best_candidate(uniform[None]) == 0
-
-
-def test_chance_is_confirmed_in_about_one_of_twenty_cases() -> None:
-    generator = np.random.default_rng(0)
-    draws = [best_candidate(generator.normal(size=(4, 20))) > 0 for _ in range(1000)]
-    assert np.mean(draws) < 0.08
 
 
 def test_only_an_open_choice_has_candidates() -> None:

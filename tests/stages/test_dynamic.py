@@ -147,11 +147,13 @@ def test_the_weights_are_those_of_their_definition(truth: Chain, monkeypatch: py
         u, t = heads(*pool.inputs(kept))
     axes[:, VALUE_AXES.index("seen")] = neg_clip_loss(u, t, contexts, 1 / config.train.temperature)
     rows = np.array([list(kept).index(row) for row in sample])
-    predicted, _ = fit_additive(axes, rows, influence, KNOTS).predict(axes)
+    stratum = (strata["cluster"] * 1000 + strata["quantile"])[kept]
+    stands_for = np.array(
+        [np.sum(stratum == stratum[row]) / np.sum(stratum[rows] == stratum[row]) for row in rows]
+    )
+    predicted, _ = fit_additive(axes, rows, influence, KNOTS, stands_for).predict(axes)
     given = strata["given"][kept]
     followed = predicted + 0.5 * predicted.std() * (given - given.mean()) / given.std()
-    stratum = (strata["cluster"] * 1000 + strata["quantile"])[kept]
-    stands_for = [np.sum(stratum == stratum[row]) / np.sum(stratum[rows] == stratum[row]) for row in rows]
     spread = np.sqrt(np.cov(influence, aweights=stands_for, bias=True))
     expected = capped_weights(followed / (spread * 0.5), CHOSEN.max_weight)
     np.testing.assert_allclose(found, expected, rtol=1e-3)
