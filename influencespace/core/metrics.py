@@ -6,28 +6,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 FloatArray = NDArray[np.float64]
+ROUNDING = 1e-12  # of a dot product of unit vectors in float64; what differs in float32 differs by 1e-8
 
 
 def retrieval_ranks(u: Tensor, t: Tensor, image_of_text: Tensor, block: int = 1024) -> tuple[Tensor, Tensor]:
     """Rank (0 = first) of the best right answer: image to text (n_images,) and text to image (n_texts,).
 
     u (n_images, d), t (n_texts, d) unit embeddings; image_of_text (n_texts,) row of u that a text describes.
-    Equal similarities count against the right answer by half, so a constant encoder scores as chance does.
+    Equal similarities count against the right answer by half, so a constant encoder scores as chance does: in float64, and
+    equal but for its rounding.
     """
+    u, t = u.double(), t.double()
     image_ranks = torch.empty(len(u), dtype=torch.float64)
     image_ranks.fill_(float("inf"))
     right = (u[image_of_text] * t).sum(-1)  # similarity of each text with its own image
-    best = torch.full((len(u),), -2.0, dtype=u.dtype, device=u.device)
+    best = torch.full((len(u),), -3.0, dtype=u.dtype, device=u.device)
     best.scatter_reduce_(0, image_of_text, right, reduce="amax")
     text_ranks = torch.zeros(len(t), dtype=torch.float64, device=u.device)
     for start in range(0, len(u), block):
         rows = torch.arange(start, min(start + block, len(u)), device=u.device)
         S = u[rows] @ t.T
-        S[image_of_text[None, :] == rows[:, None]] = -2.0  # the right answers themselves do not compete
-        threshold = best[rows][:, None]
-        image_ranks[rows.cpu()] = ((threshold < S).sum(1) + 0.5 * (threshold == S).sum(1)).double().cpu()
-        text_ranks += ((right < S).sum(0) + 0.5 * (right == S).sum(0)).double()
+        S[image_of_text[None, :] == rows[:, None]] = -4.0  # the right answers themselves do not compete
+        image_ranks[rows.cpu()] = _ahead(S - best[rows][:, None]).sum(1).cpu()
+        text_ranks += _ahead(S - right).sum(0)
     return image_ranks, text_ranks.cpu()
+
+
+def _ahead(lead: Tensor) -> Tensor:
+    """1 where a similarity leads, 1/2 where it ties, else 0."""
+    return ((lead > -ROUNDING).double() + (lead > ROUNDING).double()) / 2
 
 
 def recall_at(ranks: Tensor, k: int) -> Tensor:
@@ -51,15 +58,18 @@ def mean_recall_by_image(image_ranks: Tensor, text_ranks: Tensor, image_of_text:
 def bootstrap_means(values: FloatArray, seed: int = 0, draws: int = 2000) -> FloatArray:
     """Means of values (R, n) over resampled repeats and resampled columns: (draws,).
 
-    Repeats are training seeds and columns are test images, so an interval from these holds for other seeds and images.
+    Repeats are training seeds and columns are test images, so an interval from these is about other seeds and images. What
+    resampled repeats differ by is scaled to the variance of new ones (R / (R - 1)), of which one repeat says nothing; where
+    means differ by seed far more than by images, an interval of 95 % from three seeds holds in 85 of a hundred cases only.
     Two methods drawn with the same seed are resampled alike: their difference is a paired one.
     """
     generator = np.random.default_rng(seed)
     repeats, columns = values.shape
+    centre, scale = values.mean(0), np.sqrt(repeats / max(repeats - 1, 1))
     means = np.empty(draws)
     for i in range(draws):
-        rows = generator.integers(0, repeats, repeats)
-        means[i] = values[rows].mean(0)[generator.integers(0, columns, columns)].mean()
+        resampled = values[generator.integers(0, repeats, repeats)].mean(0)
+        means[i] = (centre + scale * (resampled - centre))[generator.integers(0, columns, columns)].mean()
     return means
 
 

@@ -81,11 +81,11 @@ class PairSet:
         return images.to(device, non_blocking=True), texts.to(device, non_blocking=True)
 
     def captions_of_others(self, pairs: IntArray, seed: int) -> IntArray:
-        """For each pair another pair of the set with another image, whose caption is then surely not its own (m,)."""
+        """For each pair another pair of the set with another image and another caption, if there is one to be found (m,)."""
         generator = np.random.default_rng(seed)
         other = generator.integers(0, len(self), len(pairs))
-        for _ in range(20):  # a few redraws suffice unless almost all pairs share one image
-            same = self.image[other] == self.image[pairs]
+        for _ in range(20):  # a few redraws suffice unless almost all pairs share one image or one caption
+            same = (self.image[other] == self.image[pairs]) | (self.text[other] == self.text[pairs])
             if not same.any():
                 break
             other[same] = generator.integers(0, len(self), int(same.sum()))

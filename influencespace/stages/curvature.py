@@ -106,7 +106,7 @@ class SketchBlock:
 
     @property
     def path(self) -> Path:
-        return self.folder / f"{self.space.student.name}-{self.rank}-{self.start:05d}.probes"
+        return self.folder / f"{self.space.student.name}-{self.rank}-{self.start:05d}-{self.stop:05d}.probes"
 
     def __call__(self) -> int:
         if not self.path.exists():

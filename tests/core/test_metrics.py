@@ -52,6 +52,20 @@ def test_a_constant_encoder_scores_as_chance_does() -> None:
     assert (text_ranks == 4.5).all()
 
 
+@pytest.mark.parametrize("dimension", [64, 256, 768])
+def test_equal_similarities_tie_whatever_rounding_does(dimension: int) -> None:
+    """One vector for everything; and ten captions that are shared, as names of classes are."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        one = torch.nn.functional.normalize(torch.randn(1, dimension, generator=generator), dim=-1)
+        for ranks in metrics.retrieval_ranks(one.expand(301, -1), one.expand(301, -1), torch.arange(301)):
+            assert (ranks == 150).all()
+        u = torch.nn.functional.normalize(torch.randn(300, dimension, generator=generator), dim=-1)
+        names = torch.nn.functional.normalize(torch.randn(10, dimension, generator=generator), dim=-1)
+        image_ranks, _ = metrics.retrieval_ranks(u, names.repeat(30, 1), torch.arange(300), 64)
+        assert ((image_ranks - 14.5) % 30 == 0).all()  # behind 30 of every better name, and half of its own
+
+
 def test_shares_by_image_average_to_the_mean_recall() -> None:
     image_of_text = torch.tensor([0, 0, 0, 1, 2])
     image_ranks, text_ranks = torch.tensor([0.0, 7, 3]), torch.tensor([0.0, 20, 4, 0, 9])
@@ -69,6 +83,15 @@ def test_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
         low, high = metrics.interval(metrics.bootstrap_means(values, seed=i, draws=300))
         covered += low <= 1.0 <= high
     assert 180 <= covered <= 200
+
+
+def test_three_seeds_make_an_interval_as_wide_as_their_spread() -> None:
+    generator = np.random.default_rng(0)
+    found = []
+    for i in range(200):
+        values = np.repeat(generator.normal(size=(3, 1)), 50, 1)
+        found.append(metrics.bootstrap_means(values, seed=i, draws=300).var())
+    assert np.mean(found) == pytest.approx(1 / 3, rel=0.2)
 
 
 def test_equal_methods_differ_by_nothing_in_a_paired_bootstrap() -> None:

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from influencespace.core.sequential import anytime_p, tightest_at
 from influencespace.core.strata import balance, means_by, shared_spread, stratified_sample
 from influencespace.data.artifacts import read_manifest
 from influencespace.data.blocks import read_columns, write_block
+from influencespace.data.pair_set import PairSet
 from influencespace.estimators.nystrom import Influence, InfluenceScorer
 from influencespace.models.space import Space
 from influencespace.stages.attribute import AttributeConfig, LookAgain, caption_agreement
@@ -212,6 +214,21 @@ def test_the_placebo_is_held_out_influence_with_captions_of_other_images(truth: 
         direct = influence(truth, k, rows[mine], captions_of[mine]).by_context[0].mean(1)
         spread = placebo["influence_out"].std()
         np.testing.assert_allclose(placebo["influence_out"][mine], direct, atol=1e-5 * spread)
+
+
+def test_a_caption_of_another_is_another_caption() -> None:
+    """Many images share few captions, as those of classes do."""
+
+    class Classes:
+        image, text = np.arange(1000), np.arange(1000) % 10
+
+        def __len__(self) -> int:
+            return 1000
+
+    rows = np.arange(1000)
+    other = PairSet.captions_of_others(cast(PairSet, Classes()), rows, seed=0)
+    assert (other % 10 != rows % 10).all()
+    assert len(np.unique(other)) > 500
 
 
 def test_wrong_captions_have_lower_influence(truth: Chain) -> None:

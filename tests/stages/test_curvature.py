@@ -1,11 +1,11 @@
 """Solved directions against their equation, and the sketch's size."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from chain import Chain, assert_equal_results, student_config
+from chain import Chain, Counting, Killed, assert_equal_results, student_config
 from safetensors.torch import load_file
 
 from influencespace.estimators.nystrom import CurvatureConfig, curvature_products
@@ -120,3 +120,24 @@ def test_directions_of_the_folds_average_to_that_of_the_whole_target(truth: Chai
 def test_a_repetition_gives_the_same_bits(truth: Chain, tmp_path: Path) -> None:
     replace(truth, out=tmp_path, source_folder=truth.out).run("curvature")
     assert_equal_results(truth.out / "curvature", tmp_path / "curvature")
+
+
+@dataclass
+class Cores(Counting):
+    """The plain loop on a machine that says it has so many cores."""
+
+    number: int = 1
+
+    @property
+    def cores(self) -> int:
+        return self.number
+
+
+def test_a_run_killed_amid_the_probes_continues_with_another_number_of_cores(
+    truth: Chain, tmp_path: Path
+) -> None:
+    chain = replace(truth, out=tmp_path, source_folder=truth.out, runtime=Cores(most=2))
+    with pytest.raises(Killed):
+        chain.run("curvature")
+    replace(chain, runtime=Cores(number=8)).run("curvature")
+    assert_equal_results(truth.out / "curvature", tmp_path / "curvature", spreads=1e-3)
