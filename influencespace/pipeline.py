@@ -19,7 +19,7 @@ from influencespace.models.encoders import embedding_dimension
 from influencespace.report.page import write_report
 from influencespace.stages.attribute import attribute
 from influencespace.stages.cluster import cluster
-from influencespace.stages.confirm import CONFIRMED, serves_groups
+from influencespace.stages.confirm import CONFIRMED, serves_groups, with_chosen
 from influencespace.stages.curate import Earlier, KeptRows, curate
 from influencespace.stages.curvature import curvature
 from influencespace.stages.decide import Scores
@@ -275,14 +275,13 @@ def run_round(
         runtime,
         earlier,
     )
-    confirmed = {name: done["curate"].details[name] for name in CONFIRMED}
     reweighting = Reweighting(
         pool=pool,
         target=target,
         students=config.student,
         student=Student(at["student"], ALL),
         scores=Scores(at["attribute"]),
-        decided=replace(config.curate, **confirmed),
+        decided=with_chosen(config.curate, done["curate"].details),
     )
     done["train"] = train(
         earlier.pool if earlier else pool,

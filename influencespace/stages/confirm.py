@@ -1,6 +1,7 @@
 """Whether influence weights help is asked of real retraining, on the half of the target that makes model choices."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ def candidates(config: SelectConfig, names_groups: bool = False) -> list[SelectC
 def chosen(config: SelectConfig) -> dict[str, Any]:
     """What of it retraining may have chosen."""
     return {name: getattr(config, name) for name in CONFIRMED}
+
+
+def with_chosen(config: SelectConfig, told: Mapping[str, Any]) -> SelectConfig:
+    """The config with what retraining chose, as the curate stage tells it."""
+    return replace(config, **{name: told[name] for name in CONFIRMED})
 
 
 @dataclass(frozen=True, kw_only=True)

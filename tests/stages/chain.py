@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from influencespace.estimators.nystrom import CurvatureConfig
 from influencespace.models.training import StudentConfig
 from influencespace.stages.attribute import AttributeConfig, attribute
 from influencespace.stages.cluster import ClusterConfig, cluster
-from influencespace.stages.confirm import CONFIRMED, serves_groups
+from influencespace.stages.confirm import serves_groups, with_chosen
 from influencespace.stages.curate import curate
 from influencespace.stages.curvature import TargetConfig, curvature
 from influencespace.stages.decide import Scores
@@ -97,6 +97,7 @@ class Chain:
     out: Path
     world: World
     runtime: Runtime = field(default_factory=Careful)
+    encoder: str = "unused"
     source_folder: Path | None = None
     student: StudentsConfig = field(default_factory=student_config)
     cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(k=2, batch_size=64, block_size=50))
@@ -226,14 +227,13 @@ class Chain:
 
     @property
     def reweighting(self) -> Reweighting:
-        confirmed = {name: self.manifest("curate").details[name] for name in CONFIRMED}
         return Reweighting(
             pool=self.sets["pool"],
             target=self.sets["target"],
             students=self.student,
             student=Student(self.source / "student", ALL),
             scores=Scores(self.source / "attribute"),
-            decided=replace(self.select, **confirmed),
+            decided=with_chosen(self.select, self.manifest("curate").details),
         )
 
     def _evaluate(self) -> Manifest:
@@ -244,7 +244,7 @@ class Chain:
             self.source / "train",
             self.manifest("train").details["runs"],
             self.source / "curate" / "weights.parquet",
-            EmbedConfig(encoder="unused"),
+            EmbedConfig(encoder=self.encoder),
             self.given("train"),
             self.evaluate,
             self.out / "evaluate",

@@ -15,7 +15,9 @@ from influencespace.stages.confirm import (
     SEEDS,
     TEMPERATURES,
     candidates,
+    chosen,
     confirm,
+    with_chosen,
 )
 from influencespace.stages.decide import Scores, decide
 from influencespace.stages.runtime import LocalRuntime, Runtime
@@ -63,6 +65,12 @@ def test_the_choice_is_that_of_the_ray_free_loop(truth: Chain, tmp_path: Path) -
     assert confirmed(truth, tmp_path, SelectConfig(), LocalRuntime()) == choices[best]
     trials = [trial["target_loss"] for trial in truth.manifest("curate").details["trials"]]
     np.testing.assert_allclose(trials[: len(choices)], found.mean(1), rtol=1e-6)
+
+
+def test_what_was_chosen_can_be_told_and_taken_up_again() -> None:
+    for choice in candidates(SelectConfig(), names_groups=True):
+        again = with_chosen(SelectConfig(), chosen(choice) | {"trials": []})
+        assert again == choice
 
 
 def test_a_fixed_choice_trains_nothing(truth: Chain, tmp_path: Path) -> None:

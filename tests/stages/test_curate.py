@@ -106,6 +106,7 @@ def test_the_manifest_tells_the_rule_and_the_placebo(truth: Chain) -> None:
     assert rule_of(SelectConfig(false_share=0)) == "T + 0.75 SE < 0"
     assert rule_of(SelectConfig(margin=0)) == "T + 0 SE < 0"
     assert rule_of(SelectConfig(cautious=True)) == "upper bound of T < 0"
+    assert rule_of(SelectConfig(tau_low=-0.5, false_share=0)) == "T + 0.75 SE < -0.5 SD"
     assert details["threshold"] == 0
     assert details["margin"] == 0.75
     assert details["kept_fraction"] == pytest.approx(float(table(truth)["kept"].to_numpy().mean()))
@@ -135,6 +136,13 @@ def test_baselines_keep_as_many_pairs_as_curated(truth: Chain) -> None:
     for name, score in scores.items():
         chosen = weights[name] > 0
         assert score[chosen].min() >= score[~chosen].max(), name
+
+
+def test_baselines_are_as_large_where_some_weights_vanish(truth: Chain, tmp_path: Path) -> None:
+    chain = curate_by(truth, tmp_path, weights="influence", tau_high=0.001)
+    weights = read_columns(tmp_path / "curate" / "weights.parquet")
+    kept = int(table(chain)["kept"].to_numpy().sum())
+    assert (weights["curated"] > 0).sum() < kept == (weights["random"] > 0).sum()
 
 
 def test_the_wrong_captions_go(truth: Chain) -> None:

@@ -117,6 +117,16 @@ def test_scores_are_the_estimators_and_all_pairs_follow_by_likeness(truth: Chain
     np.testing.assert_allclose(influence(truth), everything, atol=1e-3 * slow.std())
 
 
+def test_scores_have_the_form_of_those_of_the_whole_target(truth: Chain, tmp_path: Path) -> None:
+    chain = replace(truth, out=tmp_path, source_folder=truth.out)
+    replace(chain, attribute=replace(truth.attribute, form="taylor")).run("fairness")
+    exact, taylor = (
+        read_columns(out / "fairness" / "scored.parquet", "influence")["influence"]
+        for out in (truth.out, tmp_path)
+    )
+    assert 0.9 < np.corrcoef(exact, taylor)[0, 1] < 1 - 1e-9
+
+
 def test_blocks_do_not_change_it(truth: Chain, tmp_path: Path) -> None:
     chain = replace(truth, out=tmp_path, source_folder=truth.out)
     replace(chain, attribute=replace(truth.attribute, block_size=37)).run("fairness")

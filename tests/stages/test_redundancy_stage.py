@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from chain import Chain
 
+from influencespace.core.additive import fit_additive
 from influencespace.core.select import HARMFUL, KEPT, REDUNDANT, SelectConfig
 from influencespace.data.artifacts import read_manifest
 from influencespace.data.blocks import read_columns
-from influencespace.stages.decide import Scores, decide
+from influencespace.stages.decide import KNOTS, PRUNING_AXES, Scores, decide
 from influencespace.stages.redundancy import RedundancyConfig
 
 EXACT, NEAR, OTHER_CAPTION = 20, 15, 10
@@ -114,6 +115,17 @@ def test_one_of_each_group_is_kept_unless_it_is_harmful(copied: Chain) -> None:
     assert reasons[REDUNDANT] == (reason == REDUNDANT).sum()
     scores = Scores(copied.out / "attribute", copied.out / "redundancy")
     assert decide(scores, SelectConfig(weights="uniform")).reason.tolist() == reason.tolist()
+
+
+def test_copies_are_one_piece_of_evidence(copied: Chain) -> None:
+    scores = Scores(copied.out / "attribute", copied.out / "redundancy")
+    scored, leader = scores.influence, leaders(copied)
+    assert len(np.unique(leader[scored["pair"]])) < len(scored["pair"]) == len(leader)  # every pair is scored
+    alone = np.unique(leader)
+    influence = np.array([scored["influence"][leader[scored["pair"]] == pair].mean() for pair in alone])
+    axes = np.stack([scores.strata[name] for name in PRUNING_AXES], 1)
+    expected = fit_additive(axes, alone, influence, KNOTS, np.bincount(leader)[alone].astype(float))
+    np.testing.assert_allclose(scores.pair_scores[0], expected.predict(axes)[0], rtol=1e-6)
 
 
 def test_without_looking_nothing_is_a_copy(copied: Chain, tmp_path: Path) -> None:
