@@ -61,11 +61,15 @@ class RunConfig:
     evaluate: EvaluateConfig = plain_field(default_factory=EvaluateConfig)
     iterate: int = Field(default=1, ge=1)
     """Rounds of student, cluster, score, curate and retrain at most; they end when the target loss stops falling."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of the random baseline."""
 
 
 _ADAPTER = TypeAdapter(RunConfig)
+ADVICE = {
+    "tuple_type": "it should be a list, such as [a, b]",
+    "dataclass_type": "it is a section: give its settings by their names",
+}
 
 
 def load_config(path: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -82,9 +86,17 @@ def load_config(path: Path | str | None = None, overrides: Mapping[str, Any] | N
     try:
         return _ADAPTER.validate_python(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(name for name, _ in _fields(map(str, first["loc"])))
-        raise InputError(f"config: {key} is {first['input']!r}: {first['msg']}") from None
+        first, *others = error.errors()
+        key = _key_of(first)
+        # of a setting that may be one thing or another: what is wrong with it as each of them
+        said = dict.fromkeys(
+            ADVICE.get(one["type"], one["msg"]) for one in (first, *others) if _key_of(one) == key
+        )
+        raise InputError(f"config: {key} is {first['input']!r}: {'; or: '.join(said)}") from None
+
+
+def _key_of(error: Any) -> str:
+    return ".".join(name for name, _ in _fields(map(str, error["loc"])))
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -167,7 +179,7 @@ def _refuse_unknown(tree: Any, kind: Any, prefix: str) -> None:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, 1)
             advice = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(names)}"
-            raise InputError(f"config: there is no {prefix}{key}; {advice}")
+            raise InputError(f"config: there is no {prefix}{key or '(an empty name)'}; {advice}")
         _refuse_unknown(value, _dataclass_of(hints[key]), f"{prefix}{key}.")
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -74,7 +74,7 @@ class SweepConfig:
 
     trials: int = Field(default=20, ge=1)
     """Settings to try; the first are the run's own."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of the search; with one trial at a time it decides every trial."""
     max_concurrent: int = Field(default=2, ge=1)
     """Trials at a time, one CPU core each."""
@@ -86,7 +86,7 @@ class SweepConfig:
     """Largest share of the pool that is kept."""
     measure: Literal["loss", "mean_recall"] = "loss"
     """Of the choosing half of the target."""
-    student_seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    student_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
     """A trial trains one student for each and takes the mean."""
 
     def __post_init__(self) -> None:

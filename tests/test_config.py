@@ -164,6 +164,9 @@ class TestRefusals:
         ("key", "value"),
         [
             ("cluster.k", "many"),
+            ("cluster.k", "0"),
+            ("student.seed", "-1"),
+            ("train.seeds", "[-1]"),
             ("cluster.epochs", "0"),
             ("cluster.fusion.name", "addition"),
             ("student.folds", "1"),
@@ -184,6 +187,19 @@ class TestRefusals:
         assert f"config: {key} is " in message
         assert str(yaml.safe_load(value)).strip("[]'").split(",")[0] in message
         assert "\n" not in message
+
+    @pytest.mark.parametrize(
+        ("key", "value", "advice"),
+        [
+            ("cluster.k", "many", "'auto'"),
+            ("train.methods", "curated", "a list, such as [a, b]"),
+            ("cluster", "5", "a section: give its settings by their names"),
+        ],
+    )
+    def test_a_bad_value_is_told_what_may_stand_there(self, key: str, value: str, advice: str) -> None:
+        with pytest.raises(InputError, match=f"config: {key} is ") as error:
+            load_config(None, {key: value})
+        assert advice in str(error.value)
 
     @pytest.mark.parametrize("section", ["cluster", "student", "data"])
     @pytest.mark.parametrize("value", ["4", "[a]", "text"])

@@ -10,12 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from influencespace.cli.tasks import options_of
 from influencespace.data.images import read_image_bytes
 from influencespace.data.schema import ImageRef
 from influencespace.errors import InputError
 from influencespace.stages.runtime import LocalRuntime
 from influencespace.stages.trace import TraceConfig
 from influencespace.tasks.choose import Method, clean, coreset
+from influencespace.tasks.detect import read_truth
+from influencespace.tasks.score import POOLED, check_estimator
 from influencespace.tasks.trace import query_by_picture, query_by_uid, retrieved, trace_run
 
 
@@ -77,7 +80,7 @@ def test_refusals(run: Path, tmp_path: Path) -> None:
     for fraction in (-0.1, 1.0, 7.0):
         with pytest.raises(InputError, match="fraction is"):
             clean(run, fraction)
-    for size in (0, -3, np.inf, np.nan):
+    for size in (0, -3, 1.5, np.inf, np.nan):
         with pytest.raises(InputError, match="give a share of the pool"):
             coreset(run, size)
     for size in (0.001, 149):
@@ -92,6 +95,16 @@ def test_refusals(run: Path, tmp_path: Path) -> None:
             coreset(run, 10)
     finally:
         (run / "summary.json").write_text(json.dumps(summary))
+
+
+def test_what_cannot_be_used_is_told_before_anything_starts(run: Path, tmp_path: Path) -> None:
+    assert options_of(["damping=0.5", "role=[a, b]"]) == {"damping": 0.5, "role": ["a", "b"]}
+    with pytest.raises(InputError, match=r"--option role=\[a is no YAML"):
+        options_of(["role=[a"])
+    with pytest.raises(InputError, match="takes no options, and was given damping"):
+        check_estimator(run, POOLED, {"damping": 1})
+    with pytest.raises(InputError, match="is a folder: give a Parquet or CSV file"):
+        read_truth(tmp_path)
 
 
 def pairs_of(run: Path, role: str) -> list[dict[str, Any]]:

@@ -152,7 +152,7 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Run folder.")],
     to: Annotated[Literal["npy", "webdataset", "parquet"], typer.Option("--to", help="Format.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")],
-    shard_size: Annotated[int, typer.Option(help="Pairs in a shard.")] = 10_000,
+    shard_size: Annotated[int, typer.Option(min=1, help="Pairs in a shard.")] = 10_000,
 ) -> None:
     """Write the kept pairs as others read them."""
     from influencespace.data.exports import export as write

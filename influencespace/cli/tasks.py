@@ -22,8 +22,14 @@ Options = Annotated[
 
 
 def options_of(given: list[str]) -> dict[str, Any]:
-    """Options of an estimator, their values read as YAML."""
-    return {key: yaml.safe_load(value) for key, value in named_values(given, "--option").items()}
+    """Options of an estimator, their values read as YAML; raises InputError for what is none."""
+    found = {}
+    for key, value in named_values(given, "--option").items():
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--option {key}={value} is no YAML: {' '.join(str(error).split())}") from None
+    return found
 
 
 def score(
@@ -130,7 +136,7 @@ def clean(
     fraction: Annotated[
         str,
         typer.Option(
-            help="Share of pairs to remove, those of lowest score; auto: those the run found harmful."
+            help="Share of pairs to remove, those of lowest score; auto: those the run did not keep."
         ),
     ] = "auto",
 ) -> None:

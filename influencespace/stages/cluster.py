@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dataclasses import field as plain_field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ QUERY_SAMPLE = 4096  # pairs whose mean embedding is the query of attention pool
 class ClusterConfig:
     """Semantic clusters of the pool."""
 
-    k: int | Literal["auto"] = "auto"
+    k: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Clusters; `auto` doubles them until the Davies-Bouldin index settles."""
     first: int = Field(default=4, ge=1)
     """Clusters of the first level of `auto`."""
@@ -56,7 +56,7 @@ class ClusterConfig:
     block_size: int = Field(default=16_384, ge=1)
     """Pairs assigned in one task; no centroid depends on it."""
     fusion: FusionConfig = plain_field(default_factory=FusionConfig)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)

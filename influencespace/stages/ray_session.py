@@ -49,6 +49,8 @@ def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterat
 def _knock(address: str) -> None:
     """Raise InputError where nobody listens: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        raise InputError(f"there is no address {address}: give host:port, such as ray://10.0.0.1:10001")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, ValueError) as error:

@@ -29,7 +29,7 @@ class SplitConfig:
 
     target_share: float = Field(default=0.1, gt=0, lt=0.5)
     """Without a target: this share of the pool's images is drawn, and its better half by quality becomes the target."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ class StudentsConfig:
     """Contexts of the bank of each student, of batch_size - 1 pairs."""
     block_size: int = Field(default=16_384, ge=1)
     """Pairs scored in one task; no score depends on it."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     def first_steps(self, pairs: int) -> int:
         """Steps of the first student on a pool of so many pairs, before any doubling."""

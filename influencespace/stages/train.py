@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from dataclasses import field as plain_field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -34,7 +34,7 @@ from influencespace.stages.student import read_note, train_subset
 class TrainConfig:
     """The retraining that judges."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2)
     """Each method is trained once for each."""
     workers: int = Field(default=1, ge=1)
     """Workers of a run; the global batch does not change with them."""

@@ -35,7 +35,7 @@ class Choice:
 
 
 def clean(run: Path, fraction: float | None) -> Choice:
-    """Remove the share of pairs that score lowest; None removes those that the run itself found harmful.
+    """Remove the share of pairs that score lowest; None removes those that the run itself did not keep.
 
     Writes clean/<fraction>/cleaned.parquet with the columns of curated.parquet; all that is kept has weight 1. Raises InputError
     for a fraction that is not within [0, 1) and for a run that is not finished.
@@ -66,7 +66,7 @@ def coreset(run: Path, size: float, method: Method = "d2") -> Choice:
     Writes coreset/<method>-<size>/coreset.parquet (rank, uid, score), the most wanted first: a smaller one is a prefix.
     Raises InputError for a size that the kept pairs cannot fill.
     """
-    if not 0 < size < math.inf:
+    if not 0 < size < math.inf or (size > 1 and size != round(size)):
         raise InputError(
             f"size is {size:g}: give a share of the pool, above 0 and at most 1, or a number of pairs"
         )

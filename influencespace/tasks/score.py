@@ -6,6 +6,7 @@ from typing import Any
 
 from influencespace.config import RunConfig, load_config
 from influencespace.data.artifacts import Manifest
+from influencespace.errors import InputError
 from influencespace.report.table import read_summary
 from influencespace.stages.finish import stage_of
 from influencespace.stages.runtime import Runtime
@@ -40,6 +41,10 @@ def check_estimator(run: Path, estimator: str, options: dict[str, Any], space: s
     """Refuse a run that is not finished or an estimator that there is not, before anything starts."""
     if estimator != POOLED:
         make_estimator(estimator, options)
+    elif options:
+        raise InputError(
+            f"the score of the run itself takes no options, and was given {', '.join(options)}: leave them out"
+        )
     if space != HEADS:
         check_tower_estimator(ScoreConfig(estimator=estimator, options=options, space=space))
     read_summary(run)  # without one the stages may be of two configs
