@@ -49,7 +49,8 @@ class Split:
             rows["target"], rows["pool"] = self._cut_target(PairSet(source["pool"]))
             notes.append(
                 f"no target was given: {len(rows['target'])} pairs of the pool, the better half by the encoder's CLIP score of "
-                f"a seeded {self.config.target_share:.0%} of its images, were set apart as target; figures on it are optimistic"
+                f"a seeded {self.config.target_share:.0%} of its images, were set apart as target, and the other half left "
+                "out; figures on it are optimistic"
             )
         if "test" not in source:
             source["test"] = source["target"]
