@@ -70,7 +70,9 @@ class Prompts:
     def __call__(self) -> torch.Tensor:
         encoder = self.load_encoder(self.embed, "cpu")
         texts = [template.format(name) for name in self.config.classes for template in self.config.templates]
-        embedded: torch.Tensor = encoder.encode_text(encoder.tokenize(texts)[0])
+        size = self.embed.batch_size  # a thousand classes in eighty templates are no batch
+        batches = [texts[start : start + size] for start in range(0, len(texts), size)]
+        embedded = torch.cat([encoder.encode_text(encoder.tokenize(batch)[0]) for batch in batches])
         return embedded.reshape(len(self.config.classes), len(self.config.templates), -1)
 
 

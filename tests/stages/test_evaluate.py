@@ -18,6 +18,7 @@ from influencespace.stages.curate import METHODS
 from influencespace.stages.evaluate import EvaluateConfig, Measure, recall_by_group, summarise
 from influencespace.stages.runtime import LocalRuntime
 from influencespace.stages.student import TargetHalves, choosing_loss
+from influencespace.stages.towers import EmbedConfig
 
 BASELINES = [method for method in METHODS if method != "curated"]
 
@@ -200,6 +201,29 @@ def test_prompts_of_another_encoder_are_another_result(
     marks = {replace(chain, encoder=name).run("evaluate").fingerprint for name in ("A", "B", "B")}
     assert asked == ["A", "B"]
     assert len(marks) == 2
+
+
+def test_many_prompts_are_embedded_in_batches() -> None:
+    sizes: list[int] = []
+
+    class Lengths:
+        """Embeds a text as its number of letters."""
+
+        def tokenize(self, texts: list[str]) -> tuple[list[str], int]:
+            return texts, 0
+
+        def encode_text(self, texts: list[str]) -> torch.Tensor:
+            sizes.append(len(texts))
+            return torch.tensor([[float(len(text))] for text in texts])
+
+    config = EvaluateConfig(classes=("a", "bb", "ccc", "dddd", "eeeee"), templates=("{}", "a {}."))
+    task = evaluate.Prompts(
+        embed=EmbedConfig(encoder="unused", batch_size=4),
+        config=config,
+        load_encoder=lambda embed, device: Lengths(),
+    )
+    assert task()[..., 0].tolist() == [[n, n + 3] for n in range(1, 6)]
+    assert sizes == [4, 4, 2]
 
 
 class Backwards(LocalRuntime):
