@@ -10,8 +10,12 @@ from influencespace.stages.fit_encoder import FitEncoder
 from influencespace.stages.progress import progress
 from influencespace.stages.runtime import Runtime, run_once
 
-# a student for 6,000 pairs on two cores; everything else is the default
-SMALL_STUDENT = {"student.train.batch_size": 256, "student.train.dimension": 128, "student.most_doublings": 2}
+# a student for 6,000 pairs on two cores, in at most 400 steps; everything else is the default
+SMALL_STUDENT = {
+    "student.train.batch_size": 256,
+    "student.train.dimension": 128,
+    "student.most_doublings": 2,
+}
 
 
 def run_demo(
