@@ -170,7 +170,7 @@ def weights_told(summary: Summary) -> list[str]:
     if chosen["weights"] == "uniform":
         best = number(min(trial["target_loss"] for trial in weighted), 3)
         return [
-            "The kept pairs have equal weights: no weights by influence were surely better when retrained "
+            "The kept pairs have equal weights: no weights by influence were better when retrained "
             f"(target loss {before} with equal ones, {best} with the best others)."
         ]
     (taken,) = (trial for trial in weighted if trial["confirmed"])
@@ -180,7 +180,7 @@ def weights_told(summary: Summary) -> list[str]:
         by += f" and, {share:g} times as much, by the given encoder's CLIP score"
     sentences = [
         f"The kept pairs are weighted by {by}, at a temperature of {chosen['tau_high']:g} standard deviations: "
-        f"retraining confirmed it (target loss {loss} instead of {before} with equal weights)."
+        f"retraining likes it best (target loss {loss} instead of {before} with equal weights)."
     ]
     if taken.get("group_share"):
         worst = [number(trial["worst_group_loss"], 3) for trial in (taken, uniform)]

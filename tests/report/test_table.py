@@ -124,9 +124,11 @@ def test_the_weights_are_told_with_what_retraining_said() -> None:
     (told,) = weights_told(chosen("influence", 0.5, losses))
     assert "temperature of 0.5" in told
     assert "2.800 instead of 3.000" in told
-    (told,) = weights_told(chosen("uniform", 1.0, losses | {("influence", 0.5): 3.1}))
+    (told,) = weights_told(
+        chosen("uniform", 1.0, {("uniform", 1.0): 3.0, ("influence", 1.0): 3.2, ("influence", 0.5): 3.1})
+    )
     assert "equal weights" in told
-    assert "3.000 with equal ones, 2.900 with the best others" in told
+    assert "3.000 with equal ones, 3.100 with the best others" in told
     fair = chosen("influence", 0.5, losses)
     fair["weights"]["trials"][0] |= {"group_share": 0.0, "worst_group_loss": 5.0}
     fair["weights"]["trials"][2] |= {"group_share": 0.3, "worst_group_loss": 4.5}
