@@ -103,7 +103,7 @@ def test_what_cannot_be_used_is_told_before_anything_starts(run: Path, tmp_path:
         options_of(["role=[a"])
     with pytest.raises(InputError, match="takes no options, and was given damping"):
         check_estimator(run, POOLED, {"damping": 1})
-    with pytest.raises(InputError, match="is a folder: give a Parquet or CSV file"):
+    with pytest.raises(InputError, match="is a folder without Parquet files: give a"):
         read_truth(tmp_path)
 
 

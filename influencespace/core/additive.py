@@ -102,46 +102,53 @@ def fit_additive(
     if not np.isfinite(influence).all():
         wrong = int((~np.isfinite(influence)).sum())
         raise ValueError(f"{wrong} of {len(influence)} influences are not finite")
-    knots = min(quantiles, max(2, len(influence) // PAIRS_A_KNOT))
-    curves = [curve_along(values, knots) for values in axes.T]
-    group = _groups(curves)
     weight = (
         np.ones(len(rows))
         if stands_for is None
         else stands_for * stands_for.sum() / (stands_for @ stands_for)
     )
-    gram, squared_gram = np.zeros((2, len(group), len(group)))
-    moment = np.zeros(len(group))
+    m = float(weight.sum())
+    knots = min(quantiles, max(2, int(m) // PAIRS_A_KNOT))
+    curves = [curve_along(values, knots) for values in axes.T]
+    group = _groups(curves)
+    # sums in which each pair counts once, by its weight, and by its square
+    gram, moment, square = np.zeros((3, len(group), len(group))), np.zeros((2, len(group))), np.zeros(2)
     for start in range(0, len(rows), BLOCK):
         some = slice(start, start + BLOCK)
-        X = design(curves, axes[rows[some]])
-        weighted = X * weight[some, None]
-        gram += weighted.T @ X
-        squared_gram += weighted.T @ weighted
-        moment += weighted.T @ influence[some]
-    square = float(weight @ influence**2)
-    m, groups = float(weight.sum()), int(group.max(initial=0)) + 1
+        X, y, w = design(curves, axes[rows[some]]), influence[some], weight[some]
+        for power in range(3):
+            gram[power] += (X * w[:, None] ** power).T @ X
+        for power in range(2):
+            moment[power] += X.T @ (w**power * y)
+            square[power] += w**power @ y**2
+    counts, groups = np.array([len(influence), m]), int(group.max(initial=0)) + 1
     spread = weighted_deviation(influence, weight) ** 2 or 1.0
     noise = spread
     # group 0 is the mean, which has no prior; each of the others begins as strong as the noise of a single pair
     variance = np.full(groups, noise)
     size = np.bincount(group, minlength=groups)
-    for _ in range(ROUNDS):
+
+    def posterior() -> tuple[FloatArray, FloatArray, FloatArray]:
         precision = np.where(group == 0, 0.0, 1 / variance[group])
-        covariance = np.linalg.inv(gram / noise + np.diag(precision))
-        coefficients = covariance @ moment / noise
+        covariance = np.linalg.inv(gram[1] / noise + np.diag(precision))
+        return precision, covariance, covariance @ moment[1] / noise
+
+    for _ in range(ROUNDS):
+        _, covariance, coefficients = posterior()
         used = size - np.bincount(group, weights=np.diag(covariance), minlength=groups) / variance
         used[0] = 1.0
         strength = np.bincount(group, weights=coefficients**2, minlength=groups)
         updated = np.maximum(strength / np.maximum(used, 1e-9), LEAST * spread)
-        residual = square - 2 * coefficients @ moment + coefficients @ gram @ coefficients
-        noise = max(residual / max(m - used.sum(), 1.0), LEAST * spread)
-        moved = np.abs(np.log(updated[1:] / variance[1:])).max(initial=0.0)
-        variance[1:] = updated[1:]
+        residual = square - 2 * moment @ coefficients + coefficients @ gram[:2] @ coefficients
+        # a pair that stands for very many is fitted itself, which must not look like little noise
+        found = max((residual / np.maximum(counts - used.sum(), 1.0)).max(), LEAST * spread)
+        moved = np.abs(np.log(np.append(updated[1:] / variance[1:], found / noise))).max()
+        variance[1:], noise = updated[1:], float(found)
         if moved < SETTLED:
             break
+    precision, covariance, coefficients = posterior()
     # of the noise of the weighted sum, and of what the priors hold back
-    errors = covariance @ (squared_gram / noise + np.diag(precision)) @ covariance
+    errors = covariance @ (gram[2] / noise + np.diag(precision)) @ covariance
     axis_of = np.concatenate([[0], *([a + 1] * c.basis.shape[1] for a, c in enumerate(curves))]).astype(int)
     shrink = 1 - np.diag(covariance) / variance[group]
     freedom = np.bincount(axis_of, weights=shrink, minlength=len(curves) + 1)[1:].astype(np.float64)

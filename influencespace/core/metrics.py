@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 FloatArray = NDArray[np.float64]
+MOST_AT_ONCE = 2**24  # similarities: 128 MB
 ROUNDING = 1e-12  # of a dot product of unit vectors in float64; what differs in float32 differs by 1e-8
 
 
@@ -23,18 +24,19 @@ def retrieval_ranks(u: Tensor, t: Tensor, image_of_text: Tensor, block: int = 10
     best = torch.full((len(u),), -3.0, dtype=u.dtype, device=u.device)
     best.scatter_reduce_(0, image_of_text, right, reduce="amax")
     text_ranks = torch.zeros(len(t), dtype=torch.float64, device=u.device)
+    block = max(1, min(block, MOST_AT_ONCE // max(len(t), 1)))
     for start in range(0, len(u), block):
         rows = torch.arange(start, min(start + block, len(u)), device=u.device)
         S = u[rows] @ t.T
         S[image_of_text[None, :] == rows[:, None]] = -4.0  # the right answers themselves do not compete
-        image_ranks[rows.cpu()] = _ahead(S - best[rows][:, None]).sum(1).cpu()
-        text_ranks += _ahead(S - right).sum(0)
+        image_ranks[rows.cpu()] = _ahead(S - best[rows][:, None], 1).cpu()
+        text_ranks += _ahead(S - right, 0)
     return image_ranks, text_ranks.cpu()
 
 
-def _ahead(lead: Tensor) -> Tensor:
-    """1 where a similarity leads, 1/2 where it ties, else 0."""
-    return ((lead > -ROUNDING).double() + (lead > ROUNDING).double()) / 2
+def _ahead(lead: Tensor, dim: int) -> Tensor:
+    """How many similarities lead along a dimension, those that tie by half."""
+    return ((lead > -ROUNDING).sum(dim) + (lead > ROUNDING).sum(dim)).double() / 2
 
 
 def recall_at(ranks: Tensor, k: int) -> Tensor:

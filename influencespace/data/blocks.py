@@ -60,12 +60,7 @@ def join_blocks(folder: Path, name: str, starts: Sequence[int]) -> int:
     """
     rows = 0
     paths = [block_path(folder, name, start) for start in starts]
-    joined = folder / f"{name}.parquet"
-    if joined.exists() and not all(path.exists() for path in paths):
-        return int(
-            pq.read_metadata(joined).num_rows
-        )  # a task that is begun again, its answer lost with its worker
-    with atomic_path(joined) as aside:
+    with atomic_path(folder / f"{name}.parquet") as aside:
         writer = None
         for path in paths:
             with pa.OSFile(str(path), "rb") as file:

@@ -109,10 +109,11 @@ class Scores:
         return mean, np.sqrt(se**2 + np.interp(quality, centres, self.common_variance))
 
     def additive(self, names: Sequence[str]) -> Additive:
-        """Influence as a sum of curves along these axes; copies, which are one piece of evidence, count by their mean."""
+        """Influence as a sum of curves along these axes; copies are one piece of evidence, their mean, and count once."""
         alone, place = np.unique(self.leader[self.influence["pair"]], return_inverse=True)
-        stands_for = np.bincount(place, self._stands_for).astype(np.float64)
-        influence = np.bincount(place, self._stands_for * self.influence["influence"]) / stands_for
+        together = np.bincount(place, self._stands_for)
+        influence = np.bincount(place, self._stands_for * self.influence["influence"]) / together
+        stands_for = together / np.bincount(self.leader)[alone]
         return fit_additive(self._axes(names), alone, influence, KNOTS, stands_for)
 
     def _axes(self, names: Sequence[str]) -> FloatArray:

@@ -27,6 +27,7 @@ from influencespace.data.pair_set import PairSet
 from influencespace.models.heads import Heads
 from influencespace.models.training import StudentConfig
 from influencespace.stages.curate import weights_of
+from influencespace.stages.embed import encoder_identity
 from influencespace.stages.finish import finish_stage, finished_stage
 from influencespace.stages.progress import progress
 from influencespace.stages.runtime import Runtime, call, run_once
@@ -150,7 +151,7 @@ def summarise(
         accuracies = [run["zero_shot_accuracy"] for run in runs if run["zero_shot_accuracy"] is not None]
         table[method] = {
             "mean_recall": float(shares[method].mean()),
-            "mean_recall_ci": list(interval(bootstrap_means(shares[method]))),
+            "mean_recall_ci": list(interval(bootstrap_means(shares[method]).clip(0, 100))),
             "recall": _mean_recalls([run["recall"] for run in runs]),
             "zero_shot_accuracy": float(np.mean(accuracies)) if accuracies else None,
             "seeds": [run["seed"] for run in runs],
@@ -202,7 +203,7 @@ def recall_by_group(shares: FloatArray, groups: list[str | None]) -> dict[str, A
         "by_group": found,
         "worst_group": worst,
         "worst_group_recall": found[worst],
-        "worst_group_recall_ci": list(interval(low)),
+        "worst_group_recall_ci": list(interval(low.clip(0, 100))),
         "group_gap": found[best] - found[worst],
         "group_gap_ci": list(interval(high - low)),
     }
@@ -233,7 +234,9 @@ def evaluate(
 ) -> Manifest:
     """Measure every retrained student; writes methods.json and by_image.parquet."""
     # prompts are of the encoder, which is no part of the inputs where embeddings were given
-    prompted = [embed.encoder, embed.content()] if config.classes else None
+    prompted = None
+    if config.classes:
+        prompted = [run_once(runtime, partial(encoder_identity, embed.encoder)), embed.content()]
     mark = fingerprint({"stage": "evaluate", "config": config, "prompts": prompted, "inputs": inputs})
     if (done := finished_stage(out, mark)) is not None:
         return done

@@ -52,7 +52,7 @@ def _knock(address: str) -> None:
     if not (host and port.isdigit()):
         raise InputError(f"there is no address {address}: give host:port, such as ray://10.0.0.1:10001")
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, ValueError) as error:
         raise InputError(
             f"no Ray cluster answers at {address} ({error}): is `ray start --head` running there, "

@@ -73,9 +73,9 @@ def detect_run(
 
 def read_truth(path: Path) -> dict[str, bool]:
     """Which uids are wrong, from a Parquet or CSV file with the columns uid and wrong; raises InputError."""
-    if path.is_dir():
+    if path.is_dir() and not any(path.glob("*.parquet")):
         raise InputError(
-            f"truth file {path} is a folder: give a Parquet or CSV file with the columns uid and wrong"
+            f"truth file {path} is a folder without Parquet files: give a Parquet or CSV file with the columns uid and wrong"
         )
     try:
         table = csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)

@@ -148,6 +148,25 @@ def test_pairs_that_stand_for_many_count_for_many() -> None:
     )  # uncounted, the half that was scored more often decides
 
 
+def test_a_pair_that_stands_for_nearly_all_makes_nothing_sure() -> None:
+    hits = []
+    for seed in range(200):
+        draw = np.random.default_rng(seed)
+        axes, stands_for = draw.normal(size=(50, 1)), np.where(np.arange(50) == 7, 1000.0, 1.0)
+        mean, se = fit_additive(axes, np.arange(50), draw.normal(size=50), 20, stands_for).predict(axes)
+        hits.append(abs(mean.mean()) < 1.96 * se.mean())
+    assert np.mean(hits) > 0.9
+
+
+@pytest.mark.parametrize("pairs", [5, 20])
+def test_without_an_axis_the_error_is_that_of_a_mean(pairs: int) -> None:
+    draws = [np.random.default_rng(seed).normal(size=pairs) for seed in range(200)]
+    found = [
+        fit_additive(np.ones((pairs, 1)), np.arange(pairs), y, 20).predict(np.ones((1, 1))) for y in draws
+    ]
+    assert np.mean([se[0] ** 2 for _, se in found]) == pytest.approx(1 / pairs, rel=0.15)
+
+
 @given(seed=seeds)
 def test_only_ratios_of_what_pairs_stand_for_matter(seed: int) -> None:
     axes, rows = pool(seed)

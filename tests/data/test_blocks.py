@@ -27,13 +27,3 @@ def test_joining_leaves_no_block_of_the_name_behind_and_touches_no_other(tmp_pat
     write_block(tmp_path, "score-out", 0, "one", {"x": np.arange(2)})
     join_blocks(tmp_path, "score", [0])
     assert [path.name for path in (tmp_path / "blocks").iterdir()] == ["score-out-000000000000.arrow"]
-
-
-def test_a_join_that_is_begun_again_finds_what_it_wrote(tmp_path: Path) -> None:
-    """Its worker may be lost after the blocks went and before it could say so."""
-    for start in (0, 3):
-        write_block(tmp_path, "score", start, "one", {"x": np.arange(start, start + 3)})
-    assert join_blocks(tmp_path, "score", [0, 3]) == join_blocks(tmp_path, "score", [0, 3]) == 6
-    assert read_columns(tmp_path / "score.parquet")["x"].tolist() == [0, 1, 2, 3, 4, 5]
-    write_block(tmp_path, "score", 0, "two", {"x": np.arange(2)})
-    assert join_blocks(tmp_path, "score", [0]) == 2

@@ -124,8 +124,24 @@ def test_copies_are_one_piece_of_evidence(copied: Chain) -> None:
     alone = np.unique(leader)
     influence = np.array([scored["influence"][leader[scored["pair"]] == pair].mean() for pair in alone])
     axes = np.stack([scores.strata[name] for name in PRUNING_AXES], 1)
-    expected = fit_additive(axes, alone, influence, KNOTS, np.bincount(leader)[alone].astype(float))
+    expected = fit_additive(axes, alone, influence, KNOTS)
     np.testing.assert_allclose(scores.pair_scores[0], expected.predict(axes)[0], rtol=1e-6)
+
+
+def test_five_hundred_copies_of_a_pair_move_no_others_score(copied: Chain) -> None:
+    """One placeholder on many pages is no reason to know less of all else."""
+    once = Scores(copied.out / "attribute", copied.out / "redundancy")
+    many = Scores(copied.out / "attribute", copied.out / "redundancy")
+    leader = leaders(copied)
+    rows = np.append(np.arange(len(leader)), np.full(500, leader[0]))
+    many.__dict__["strata"] = {name: values[rows] for name, values in once.strata.items()}
+    again = {name: values[rows] for name, values in once.influence.items()}
+    many.__dict__["influence"] = again | {"pair": np.arange(len(rows))}
+    many.__dict__["_copies"] = {"leader": leader[rows], "image": once.image[rows]}
+    many.__dict__["common_variance"] = once.common_variance
+    score, se = (values[: len(leader)] for values in many.pair_scores)
+    assert np.corrcoef(score, once.pair_scores[0])[0, 1] > 0.93  # knots lie where pairs are, copies too
+    assert np.median(se) == pytest.approx(np.median(once.pair_scores[1]), rel=0.3)
 
 
 def test_without_looking_nothing_is_a_copy(copied: Chain, tmp_path: Path) -> None:
