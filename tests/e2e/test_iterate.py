@@ -18,8 +18,8 @@ from influencespace.stages.curate import KeptRows
 from influencespace.stages.runtime import LocalRuntime
 
 pytestmark = pytest.mark.e2e
-# A threshold amid the scores, so that every round prunes some pairs.
-SETTINGS = {"iterate": 3, "student__train__steps": 100, "curate__tau_low": 0.3}
+# A threshold amid the scores, and no margin, so that every round prunes some pairs.
+SETTINGS = {"iterate": 3, "student__train__steps": 100, "curate__tau_low": 0.3, "curate__margin": 0.0}
 FOLDERS = ("", "round-1", "round-2")
 
 
