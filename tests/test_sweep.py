@@ -23,10 +23,11 @@ from pydantic import ValidationError
 from influencespace import pipeline
 from influencespace.config import load_config
 from influencespace.core.select import SelectConfig
-from influencespace.data.artifacts import write_json
+from influencespace.data.artifacts import read_manifest, write_json
 from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.errors import InputError
 from influencespace.models.tiny_clip import train_tiny_clip
+from influencespace.stages.confirm import with_chosen
 from influencespace.stages.ray_session import start_ray
 from influencespace.stages.runtime import LocalRuntime, TaskError
 from influencespace.sweep import SweepConfig, best_of, own_settings, retraining, search, search_space, sweep
@@ -256,7 +257,12 @@ def test_a_sweep_writes_the_best_config(own_ray: None, finished_run: Path, tmp_p
     assert best.trials == len(trials) == 3
     assert best.value == min(trial["loss"] for trial in trials) <= best.own
     ours, theirs = load_config(best.config), load_config(finished_run / "config.yaml")
-    assert ours == replace(theirs, curate=replace(theirs.curate, **best.settings))
+    told = read_manifest(finished_run / "curate")
+    assert told is not None
+    chosen = with_chosen(
+        theirs.curate, told.details
+    )  # what retraining chose, where the search leaves it alone
+    assert ours == replace(theirs, curate=replace(chosen, **best.settings))
     stamp = best.config.stat().st_mtime_ns
     assert sweep(finished_run, config, tmp_path / "sweep") == best
     assert best.config.stat().st_mtime_ns == stamp
