@@ -46,7 +46,7 @@ from influencespace.data.artifacts import (
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import InputError
 from influencespace.models.heads import Heads
-from influencespace.stages.confirm import CONFIRMED
+from influencespace.stages.confirm import with_chosen
 from influencespace.stages.decide import Scores, decide
 from influencespace.stages.finish import finish_stage, stage_of
 from influencespace.stages.ray_session import start_ray
@@ -218,13 +218,10 @@ def _absolute(pairs: PairSet) -> PairSet:
 
 def confirmed_settings(run: Path, select: SelectConfig) -> SelectConfig:
     """The weights that the run's retraining confirmed in place of a choice that is still open."""
-    manifest = read_manifest(run / "curate")
     if select.weights != "confirmed":
         return select
-    if manifest is None:
-        return replace(select, weights="uniform")
-    known = {name: manifest.details.get(name, getattr(select, name)) for name in CONFIRMED}
-    return replace(select, **known)
+    curated = read_manifest(run / "curate")
+    return with_chosen(select, curated.details) if curated else replace(select, weights="uniform")
 
 
 def own_settings(select: SelectConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Results of a stage by block of the canonical order: one file a block, then one Parquet file in that order."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def read_block(folder: Path, name: str, start: int, *names: str) -> Columns:
 def join_blocks(folder: Path, name: str, starts: Sequence[int]) -> int:
     """Write `name`.parquet from the blocks that begin at `starts`, in that order; the rows.
 
-    Then all blocks of the name go, those too that a killed run with other settings left.
+    The blocks stay, so that a task which is begun again, its worker lost, finds them.
     """
     rows = 0
     paths = [block_path(folder, name, start) for start in starts]
@@ -70,9 +71,12 @@ def join_blocks(folder: Path, name: str, starts: Sequence[int]) -> int:
             rows += len(table)
         assert writer is not None, f"{name} has no blocks"
         writer.close()
-    for path in (folder / "blocks").glob(f"{name}-{12 * '[0-9]'}.arrow"):
-        path.unlink()
     return rows
+
+
+def remove_blocks(folder: Path) -> None:
+    """Remove all blocks, those too that a killed run with other settings left."""
+    shutil.rmtree(folder / "blocks", ignore_errors=True)
 
 
 def read_columns(path: Path, *names: str) -> Columns:

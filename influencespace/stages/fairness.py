@@ -283,7 +283,7 @@ def fairness(
         details["freedom"] = run_once(runtime, fit)
         predict = partial(PredictForGroups, pool=pool, folder=out, mark=mark)
         starts["groups"] = _blockwise(runtime, predict, rows[0], block_size, "fairness (all pairs)")
-        for name in ("groups", "scored"):  # scores last, since the others follow from them
+        for name in starts:
             run_once(runtime, partial(join_blocks, out, name, starts[name]))
     manifest = Manifest(
         stage="fairness",

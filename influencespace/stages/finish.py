@@ -12,6 +12,7 @@ from influencespace.data.artifacts import (
     read_manifest,
     write_manifest,
 )
+from influencespace.data.blocks import remove_blocks
 from influencespace.errors import InputError
 
 STAGES = (
@@ -30,7 +31,7 @@ STAGES = (
 
 
 def finish_stage(out: Path, manifest: Manifest, began: float) -> Manifest:
-    """Write the manifest of the stage that filled `out` since `began` (time.monotonic)."""
+    """Write the manifest of the stage that filled `out` since `began` (time.monotonic); its blocks have done their service."""
     files = {
         path.name: file_digest(path)
         for path in sorted(out.iterdir())
@@ -40,6 +41,7 @@ def finish_stage(out: Path, manifest: Manifest, began: float) -> Manifest:
         manifest, files=files, versions=installed_versions(), seconds=round(time.monotonic() - began, 3)
     )
     write_manifest(out, done)
+    remove_blocks(out)
     return done
 
 

@@ -129,8 +129,6 @@ class JoinCopies:
         leader = exact.copy()
         leader[near["pair"]] = near["leader"]
         write_columns(self.folder / COPIES, {"leader": leader[exact], "image": self.pool.image})
-        for name in ("near.parquet", "leader.npy", "order.npy"):
-            (self.folder / name).unlink()
         return {
             "pairs": len(exact),
             "exact_copies": len(exact) - len(near["pair"]),
@@ -170,6 +168,8 @@ def redundancy(
         for count in runtime.map(call, tasks, num_actors=runtime.cores):
             bar.advance(count)
     counts = run_once(runtime, JoinCopies(pool, out, [task.start for task in tasks]))
+    for name in ("near.parquet", "leader.npy", "order.npy"):
+        (out / name).unlink(missing_ok=True)
     rows = counts["pairs"]
     manifest = Manifest(
         stage="redundancy", fingerprint=mark, inputs=inputs, rows_in=rows, rows_out=rows, details=counts

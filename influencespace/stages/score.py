@@ -193,7 +193,7 @@ class JoinScores:
         uids = list(map(str, self.valued.pool.column("uid")))
         with atomic_path(self.folder / "scores.parquet") as aside:
             pq.write_table(pa.table({"uid": pa.array(uids, pa.string()), "score": pa.array(score)}), aside)
-        (self.folder / "score.parquet").unlink()
+        (self.folder / "score.parquet").unlink(missing_ok=True)
         return int((~np.isfinite(score)).sum())
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from influencespace.data.blocks import has_block, join_blocks, read_columns, write_block
+from influencespace.data.blocks import has_block, join_blocks, read_columns, remove_blocks, write_block
 
 
 def test_a_block_counts_only_for_what_it_was_computed_from(tmp_path: Path) -> None:
@@ -21,9 +21,14 @@ def test_blocks_are_joined_in_the_order_that_is_asked_for(tmp_path: Path) -> Non
     assert read_columns(tmp_path / "score.parquet")["x"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_joining_leaves_no_block_of_the_name_behind_and_touches_no_other(tmp_path: Path) -> None:
+def test_joined_blocks_stay_for_a_task_that_is_begun_again(tmp_path: Path) -> None:
+    write_block(tmp_path, "score", 0, "one", {"x": np.arange(2)})
+    assert [join_blocks(tmp_path, "score", [0]) for _ in range(2)] == [2, 2]
+
+
+def test_no_block_is_left_behind_whoever_wrote_it(tmp_path: Path) -> None:
     write_block(tmp_path, "score", 0, "one", {"x": np.arange(2)})
     write_block(tmp_path, "score", 7, "of a killed run with larger blocks", {"x": np.arange(2)})
-    write_block(tmp_path, "score-out", 0, "one", {"x": np.arange(2)})
-    join_blocks(tmp_path, "score", [0])
-    assert [path.name for path in (tmp_path / "blocks").iterdir()] == ["score-out-000000000000.arrow"]
+    remove_blocks(tmp_path)
+    assert not list(tmp_path.iterdir())
+    remove_blocks(tmp_path)

@@ -14,6 +14,7 @@ from chain import (
     Counting,
     Idle,
     Killed,
+    Losing,
     World,
     assert_equal_results,
     results,
@@ -77,6 +78,13 @@ def test_every_row_is_accounted_for(truth: Chain, stage: str) -> None:
         assert manifest.rows_in == len(truth.world.pool)
     files = {path.name for path in (truth.out / stage).iterdir() if path.is_file()}
     assert files == {*manifest.files, MANIFEST}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_tasks_that_are_begun_again_change_nothing(truth: Chain, stage: str, tmp_path: Path) -> None:
+    chain = continued(truth, tmp_path, runtime=Losing())
+    chain.run(stage)
+    assert_equal_results(tmp_path / stage, truth.out / stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from chain import Chain, Idle
+from chain import Chain, Idle, Losing
 
 from influencespace.errors import InputError
 from influencespace.estimators.problem import scores
@@ -46,6 +46,11 @@ def test_ray_gives_the_same_scores(truth: Chain, tmp_path: Path, ray_runtime: Ru
     here = scored(truth, tmp_path / "here", LocalRuntime(), "ecif", 50)
     there = scored(truth, tmp_path / "there", ray_runtime, "ecif", 20)
     np.testing.assert_allclose(there, here, rtol=0, atol=1e-5 * np.nanstd(here))
+
+
+def test_tasks_that_are_begun_again_change_nothing(truth: Chain, tmp_path: Path) -> None:
+    here = scored(truth, tmp_path / "here", LocalRuntime(), "ecif", 50)
+    np.testing.assert_array_equal(scored(truth, tmp_path / "again", Losing(), "ecif", 50), here)
 
 
 def test_a_second_call_does_nothing(truth: Chain, tmp_path: Path) -> None:
