@@ -53,16 +53,13 @@ def make_context(tangents: Tangents, scale: float, batch_size: int) -> Context:
     other negatives by (B-2)/(M-1), so that both see as many negatives as in a real batch.
     Raises ValueError when the context has fewer than two pairs.
     """
-    size = tangents.u.shape[0]
-    if size < 2:
-        raise ValueError(f"a context has {size} pair(s); it needs two or more, or the loss has no negatives")
     S = anchor_logits(tangents.u, tangents.t, scale, batch_size)
     dS = scale * (tangents.du @ tangents.t.T + tangents.u @ tangents.dt.mT)  # (V, M, M)
     P, Q = S.softmax(1), S.softmax(0)
     return Context(
         tangents=tangents,
         scale=scale,
-        own_factor=(batch_size - 1) / size,
+        own_factor=(batch_size - 1) / len(S),
         log_Z=S.logsumexp(1),
         log_Z_text=S.logsumexp(0),
         d_log_Z=(P * dS).sum(-1),

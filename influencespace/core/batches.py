@@ -52,7 +52,7 @@ def training_batches(
 ) -> Iterator[IntArray]:
     """`steps` batches of `size` pairs for a weighted set: epoch after epoch, distinct images in a batch.
 
-    Batches smaller than `size` (the end of an epoch) are skipped. Where an epoch has fewer distinct images than `size`
+    Batches smaller than `size`, at the end of an epoch, are left out. Where an epoch has fewer distinct images than `size`
     in expectation, batches are as large as that: with all images in every batch, weights would mean nothing.
     Raises ValueError when fewer than two images have weight.
     """
@@ -70,7 +70,7 @@ def training_batches(
         waiting = order
         for batch in one_pair_an_image(order, images, size):
             if len(batch) < size:
-                continue
+                break  # all that follow are no larger, and as many as there are pairs of an image
             waiting = np.empty(0, np.int64)
             yield batch
             done += 1

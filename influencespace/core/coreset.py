@@ -20,7 +20,7 @@ FloatArray = NDArray[np.float64]
 def k_center(X: Tensor, size: int) -> IntArray:
     """Farthest first: each row is the one farthest from all before it (Gonzalez 1985; Sener and Savarese 2018): (size,).
 
-    Begins at the row nearest to the mean. Covers every row within twice the least possible radius.
+    Begins at the row nearest to the mean. Covers every row within twice the least possible radius. Time n x size x d.
     """
     size = _checked(X, size)
     chosen = [int(torch.argmax(X @ X.mean(0)))]
@@ -33,7 +33,7 @@ def k_center(X: Tensor, size: int) -> IntArray:
 
 
 def herding(X: Tensor, size: int) -> IntArray:
-    """The mean of every prefix is near the mean of all rows (Welling 2009), each row at most once: (size,)."""
+    """The mean of every prefix is near the mean of all rows (Welling 2009), each row at most once: (size,). Time n x size x d."""
     size = _checked(X, size)
     mean = X.mean(0)
     weight, left, chosen = mean.clone(), torch.zeros(len(X), dtype=X.dtype, device=X.device), []
@@ -102,7 +102,7 @@ def d2(
     Each row first gathers its neighbours' scores by e^(-forward d^2); whatever is chosen then takes its score by
     e^(-reverse d^2) from its neighbours (Maharana et al. 2023, equations 3 and 4; their graph of distance d, one pass).
     `forward=None` gathers nothing, for scores that are means over like rows already. A score that is not finite is never
-    gathered, and its row comes last.
+    gathered, and its row comes last. Time n^2 d for the graph and n x size for the choice.
     """
     size = _checked(X, size)
     near, distance = nearest_rows(X, min(neighbours, len(X) - 1))
@@ -111,20 +111,17 @@ def d2(
     worth = value.copy()
     if forward is not None:
         worth += (np.exp(-forward * distance**2) * value[near]).sum(1)
-    worth[~known] = -np.inf
-    chosen: list[int] = []
-    left = np.ones(len(X), bool)
-    for _ in range(size):
-        rows = np.flatnonzero(left)
-        row = int(rows[np.argmax(worth[rows])])
-        left[row] = False
-        chosen.append(row)
-        worth[near[row]] -= np.exp(-reverse * distance[row] ** 2) * max(worth[row], 0.0)
-    return np.array(chosen)
+    worth[~known] = np.finfo(np.float64).min
+    chosen = np.empty(size, np.int64)
+    for i in range(size):
+        row = chosen[i] = np.argmax(worth)
+        spent, worth[row] = max(worth[row], 0.0), -np.inf
+        worth[near[row]] -= np.exp(-reverse * distance[row] ** 2) * spent
+    return chosen
 
 
 def nearest_rows(X: Tensor, count: int) -> tuple[IntArray, FloatArray]:
-    """Each row's nearest others and their Euclidean distances, by exact search: (n, count), (n, count)."""
+    """Each row's nearest others and their Euclidean distances, by exact search in time n^2 d: (n, count), (n, count)."""
     import faiss
 
     rows = np.ascontiguousarray(X.cpu().numpy(), np.float32)

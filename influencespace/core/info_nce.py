@@ -19,33 +19,40 @@ def info_nce_terms(S: Tensor) -> Tensor:
     return (S.logsumexp(-1) + S.logsumexp(-2)) / 2 - diagonal
 
 
-def own_role(S: Tensor) -> Tensor:
-    """Twice the loss terms of each pair as an anchor, Pos_n = -log P_nn - log Q_nn: S (B, B) -> (B,)."""
-    return 2 * info_nce_terms(S)
-
-
 def own_role_derivative(S: Tensor, dS: Tensor) -> Tensor:
-    """Derivative of `own_role` along a direction: S, dS (B, B) -> (B,) (ECIF, arXiv 2411.11667, positive part)."""
+    """Derivative of `info_nce_terms` along a direction: S, dS (B, B) -> (B,) (ECIF, arXiv 2411.11667, positive part, halved)."""
     P, Q = S.softmax(-1), S.softmax(-2)
-    return (P * dS).sum(-1) + (Q * dS).sum(-2) - 2 * dS.diagonal(dim1=-2, dim2=-1)
+    return ((P * dS).sum(-1) + (Q * dS).sum(-2)) / 2 - dS.diagonal(dim1=-2, dim2=-1)
 
 
 def negative_role_derivative(S: Tensor, dS: Tensor, form: str = "exact") -> Tensor:
-    """Derivative of what pair n does to the others as their negative: S, dS (B, B) -> (B,).
+    """Derivative of what pair n does to the others as their negative: S (B, B), dS (..., B, B) -> (..., B).
 
-    `exact` differentiates -sum_{k != n} [log(1 - P_kn) + log(1 - Q_nk)], so that own + negative is the derivative
-    of B L_B - (B-1) L_{B without n} times two; `taylor` takes its first order in P and Q. Some digests print a sum
-    of inverse probabilities here; the derivative is of the sum of probabilities (ECIF, arXiv 2411.11667, corrected).
+    `exact` differentiates -1/2 sum_{k != n} [log(1 - P_kn) + log(1 - Q_nk)], so that own + negative is the derivative
+    of B L_B - (B-1) L_{B without n}; `taylor` takes its first order in P and Q. Some digests print a sum of inverse
+    probabilities here; the derivative is of the sum of probabilities (ECIF, arXiv 2411.11667, corrected).
     """
-    P, Q = S.softmax(-1), S.softmax(-2)
-    dP = P * (dS - (P * dS).sum(-1, keepdim=True))
-    dQ = Q * (dS - (Q * dS).sum(-2, keepdim=True))
-    if form == "exact":
-        dP, dQ = dP / (1 - P), dQ / (1 - Q)
-    elif form != "taylor":
+    if form not in ("exact", "taylor"):
         raise ValueError(f"form is {form!r}; it must be 'exact' or 'taylor'")
-    off_diagonal = 1 - torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-    return (dP * off_diagonal).sum(-2) + (dQ * off_diagonal).sum(-1)
+    moved = _log_odds_moved if form == "exact" else _probability_moved
+    others = torch.eye(S.shape[-1], device=S.device) == 0
+    images, texts = (torch.where(others, moved(S, dS, dim), 0.0) for dim in (-1, -2))
+    return (images.sum(-2) + texts.sum(-1)) / 2
+
+
+def _probability_moved(S: Tensor, dS: Tensor, dim: int) -> Tensor:
+    """dP = P (dS - E_P dS), with P the softmax along `dim`."""
+    P = S.softmax(dim)
+    return P * (dS - (P * dS).sum(dim, keepdim=True))
+
+
+def _log_odds_moved(S: Tensor, dS: Tensor, dim: int) -> Tensor:
+    """-d log(1 - P) = P (dS - E_P dS) / (1 - P), for the largest P from the others alone: of its 1 - P no digits are left."""
+    P, top = S.softmax(dim), S.argmax(dim, keepdim=True)
+    others = S.scatter(dim, top, -torch.inf).softmax(dim)
+    top = top.expand(*dS.shape[:-2], *top.shape)
+    best = P.max(dim, keepdim=True).values * (dS.gather(dim, top) - (others * dS).sum(dim, keepdim=True))
+    return (_probability_moved(S, dS, dim) / (1 - P)).scatter(dim, top, best)
 
 
 def gauss_newton_logits(S: Tensor, dS: Tensor) -> Tensor:
@@ -73,7 +80,7 @@ def info_nce_removal(S: Tensor, dS: Tensor, form: str) -> Tensor:
 
     `exact`: d [l(w_z = 0) - l(w_z = 1)], the whole removal. `taylor`: -d/dw_z dl at w_z = 1.
     """
-    own = own_role_derivative(S, dS) / 2
-    presence = own + negative_role_derivative(S, dS, form) / 2  # of B l(batch) - (B-1) l(batch without z)
+    own = own_role_derivative(S, dS)
+    presence = own + negative_role_derivative(S, dS, form)  # of B l(batch) - (B-1) l(batch without z)
     left = S.shape[-1] - 1 if form == "exact" else S.shape[-1]
     return (own.mean(-1, keepdim=True) - presence) / left

@@ -38,20 +38,19 @@ def assign(X: Tensor, C: Tensor) -> Assignment:
     """The statistic of some rows."""
     index, cosine = nearest(X, C)
     K, d = C.shape
-    total = torch.zeros(K, d, dtype=torch.float64).index_add_(0, index, X.double())
+    total = torch.zeros(K, d, dtype=torch.float64, device=X.device).index_add_(0, index, X.double())
     # for unit vectors |x - c|^2 = 2 - 2 cos
     gap = (2 - 2 * cosine.double()).clamp_min(0).sqrt()
     return Assignment(
         count=torch.bincount(index, minlength=K).double(),
         total=total,
-        distance=torch.zeros(K, dtype=torch.float64).index_add_(0, index, gap),
+        distance=torch.zeros(K, dtype=torch.float64, device=X.device).index_add_(0, index, gap),
     )
 
 
 def unit_rows(X: Tensor) -> Tensor:
     """Rows scaled to unit length; a zero row stays zero."""
-    length: Tensor = X.norm(dim=-1, keepdim=True)
-    return X / length.clamp_min(1e-12)
+    return torch.nn.functional.normalize(X, dim=-1)
 
 
 def seed_centroids(X: Tensor, K: int, seed: int) -> Tensor:
@@ -100,13 +99,12 @@ def davies_bouldin(C: Tensor, statistic: Assignment, block: int = 1024) -> float
     C, s = C[used].double(), (statistic.distance[used] / statistic.count[used])
     if len(C) < 2:
         return float("nan")
-    worst = torch.zeros(len(C), dtype=torch.float64)
+    worst = C.new_zeros(len(C))
     for start in range(0, len(C), block):
         rows = slice(start, start + block)
         gap = torch.cdist(C[rows], C).clamp_min(1e-9)
         ratio = (s[rows, None] + s[None, :]) / gap
-        own = torch.arange(len(C))[rows]
-        ratio[torch.arange(len(own)), own] = 0
+        ratio.diagonal(start).zero_()
         worst[rows] = ratio.max(1).values
     return float(worst.mean())
 

@@ -115,7 +115,7 @@ def conjugate_gradients(
     """Solve (G + mu I) x = g for rows g (V, p) by preconditioned conjugate gradients; product maps (V, p) to G times it.
 
     Stops when every row's relative residual is below `tolerance`, or after `max_iterations`; the residual is reported
-    either way. Raises ValueError for a damping that is not positive.
+    either way. Raises ValueError for a damping that is not positive, and for products that are not finite.
     """
     if damping <= 0:
         raise ValueError(f"damping is {damping}; it must be positive")
@@ -137,4 +137,8 @@ def conjugate_gradients(
         d = z + torch.where(rz > 0, rz_next / rz, torch.zeros_like(rz))[:, None] * d
         rz = rz_next
         residual, iteration = float((r.norm(dim=-1) / size).max()), iteration + 1
+    if not math.isfinite(residual):
+        raise ValueError(
+            "a product with the curvature is not finite; likely a diverged student or an infinite embedding"
+        )
     return Solution(x=x, iterations=iteration, residual=residual)

@@ -19,7 +19,6 @@ def retrieval_ranks(u: Tensor, t: Tensor, image_of_text: Tensor, block: int = 10
     """
     u, t = u.double(), t.double()
     image_ranks = torch.empty(len(u), dtype=torch.float64)
-    image_ranks.fill_(float("inf"))
     right = (u[image_of_text] * t).sum(-1)  # similarity of each text with its own image
     best = torch.full((len(u),), -3.0, dtype=u.dtype, device=u.device)
     best.scatter_reduce_(0, image_of_text, right, reduce="amax")
@@ -35,8 +34,8 @@ def retrieval_ranks(u: Tensor, t: Tensor, image_of_text: Tensor, block: int = 10
 
 
 def _ahead(lead: Tensor, dim: int) -> Tensor:
-    """How many similarities lead along a dimension, those that tie by half."""
-    return ((lead > -ROUNDING).sum(dim) + (lead > ROUNDING).sum(dim)).double() / 2
+    """How many similarities lead along a dimension, those that tie by half; nan, of a broken encoder, loses to all."""
+    return ((~(lead <= -ROUNDING)).sum(dim) + (~(lead <= ROUNDING)).sum(dim)).double() / 2
 
 
 def recall_at(ranks: Tensor, k: int) -> Tensor:

@@ -6,7 +6,6 @@ the same in any pass, on any machine, whatever the other blocks. Sources: Johnso
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -21,7 +20,7 @@ Kind = Literal["gaussian", "rademacher"]
 
 
 def expected_range(dimension: int, deviations: float = 6.0) -> tuple[float, float]:
-    """Where the squared norm of a projected unit vector lies but for a chance below 1e-8 (never near zero).
+    """Where the squared norm of a projected unit vector lies but for a chance of 1e-8 (1e-6 in one dimension; never near zero).
 
     The norm is a chi-square over its degrees of freedom, whose cube root is nearly normal (Wilson and Hilferty 1931).
     """
@@ -89,14 +88,10 @@ class Dense:
     def __call__(self, x: Tensor, block: int = 16 * GRANULE) -> Tensor:
         """Projected vectors: (..., p) -> (..., k), holding `block` rows of the matrix at a time."""
         total = x.new_zeros(*x.shape[:-1], self.dimension)
-        for start, stop in _blocks(self.size, block):
+        for start in range(0, self.size, block):
+            stop = min(start + block, self.size)
             total = total + x[..., start:stop] @ self.rows(start, stop).to(x)
         return total
-
-
-def _blocks(size: int, block: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, size, block):
-        yield start, min(start + block, size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,9 @@ def near_leaders(images: Tensor, texts: Tensor, image: float, text: float, block
 
     def near(rows: IntArray, others: IntArray) -> NDArray[np.bool_]:
         pictures, captions = images[rows] @ images[others].T, texts[rows] @ texts[others].T
-        found: NDArray[np.bool_] = ((pictures >= image - ROUNDING) & (captions >= text - ROUNDING)).numpy()
+        found: NDArray[np.bool_] = (
+            ((pictures >= image - ROUNDING) & (captions >= text - ROUNDING)).cpu().numpy()
+        )
         return found
 
     leader = np.arange(len(images))
@@ -69,7 +71,7 @@ def halved(X: Tensor, most: int) -> list[IntArray]:
         if len(rows) <= most:
             parts.append(rows)
             continue
-        order = np.argsort(_along_greatest_spread(X[torch.from_numpy(rows)]), kind="stable")
+        order = np.argsort(_along_greatest_spread(X[torch.from_numpy(rows).to(X.device)]), kind="stable")
         middle = len(rows) // 2
         waiting += [rows[np.sort(order[middle:])], rows[np.sort(order[:middle])]]
     return parts
@@ -82,7 +84,7 @@ def _along_greatest_spread(X: Tensor) -> FloatArray:
     for _ in range(10):  # the cut needs no exact direction
         direction = X.T @ (X @ direction)
         direction = direction / direction.norm().clamp_min(torch.finfo(X.dtype).tiny)
-    along: FloatArray = (X @ direction).double().numpy()
+    along: FloatArray = (X @ direction).double().cpu().numpy()
     return along
 
 

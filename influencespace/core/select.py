@@ -27,7 +27,7 @@ KEPT, HARMFUL, OVER_SIZE, REDUNDANT = "kept", "harmful", "over target size", "re
 
 @options(frozen=True, kw_only=True)
 class SelectConfig:
-    """How scores become a subset. Scores are in units of target loss: higher is more worth keeping."""
+    """How scores become a subset. Scores are proportional to the fall of the target loss: higher is more worth keeping."""
 
     tau_low: float = Field(default=0.0, allow_inf_nan=False)
     """Prune pooled influence below this, as a multiple of the standard deviation of single influences."""
@@ -220,12 +220,12 @@ def top_fraction(score: FloatArray, keep: int) -> BoolArray:
 
 
 def best_candidate(losses: FloatArray) -> int:
-    """The candidate of the lowest mean loss, the first of equal ones: (candidates, folds).
+    """The candidate of the lowest mean loss, the first of equal ones, never one whose student diverged: (candidates, folds).
 
     Nothing is asked to be sure: with a small target only large gains ever are, and on the pools that were looked at most of
     those that were not sure were real (docs/benchmarks.md).
     """
-    return int(np.argmin(losses.mean(1)))
+    return int(np.argmin(np.nan_to_num(losses.mean(1), nan=np.inf)))
 
 
 def fairest_candidate(losses: FloatArray, worst_off: FloatArray, level: float = 0.05) -> int:

@@ -73,7 +73,10 @@ class Means:
 
 
 def means_by(group: IntArray, values: FloatArray, groups: int) -> Means:
-    """Mean and squared standard error of values (n,) in each of `groups` groups; a single row has the pooled variance."""
+    """Mean and squared standard error of values (n,) in each of `groups` groups.
+
+    A single row has the pooled variance, which is 0 where no group has two.
+    """
     count = np.bincount(group, minlength=groups)
     safe = np.maximum(count, 1)
     mean = np.bincount(group, weights=values, minlength=groups) / safe

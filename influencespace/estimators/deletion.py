@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.func import functional_call, vjp
+from torch.func import vjp
 
 from influencespace.core.objective import info_nce_only
 from influencespace.errors import InputError
@@ -109,7 +109,7 @@ def weighted_gradient(path: Trajectory, theta: Tensor, batch: WeightedBatch, ima
     same_image = torch.from_numpy(images[batch.rows][:, None] == images[batch.rows]).to(theta.device)
     log_weight = torch.where(same_image, -torch.inf, w.log())  # (n, n) of column j as a negative of row i
     log_weight.fill_diagonal_(0.0)
-    found = vjp(lambda q: functional_call(path.space.student, q, inputs), path.space.unflatten(theta))
+    found = vjp(lambda q: path.space.embed_at(q, inputs), path.space.unflatten(theta))
     (u, t), pull = found[0], found[1]
     S = scale * u @ t.T
     P, Q = (S + log_weight).softmax(1), (S + log_weight.T).softmax(0)

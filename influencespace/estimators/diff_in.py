@@ -13,7 +13,7 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
-from torch.func import functional_call, jvp
+from torch.func import jvp
 
 from influencespace.core.objective import Pointwise, negative_loss, own_loss
 from influencespace.estimators.nystrom import RecordedContext
@@ -27,7 +27,7 @@ from influencespace.estimators.problem import (
     where_strange,
 )
 from influencespace.estimators.tracin import at_checkpoints, require_checkpoints
-from influencespace.models.space import Inputs, Space
+from influencespace.models.space import Inputs
 from influencespace.models.trajectory import hessian_product, loss_gradient
 
 Embeddings = tuple[Tensor, Tensor]  # two (n, d)
@@ -41,11 +41,12 @@ def presence(problem: Problem, inputs: Inputs) -> Callable[[Tensor], Tensor]:
     """
     space, objective, size = problem.space, problem.objective, problem.batch_size
     if isinstance(objective, Pointwise):
-        return lambda theta: objective.terms(*embed(space, theta, inputs))[None]
+        return lambda theta: objective.terms(*space.embed_at(space.unflatten(theta), inputs))[None]
 
     def values(theta: Tensor) -> Tensor:
-        u, t = embed(space, theta, inputs)
-        bank = [embed(space, theta, context.inputs) for context in problem.bank]
+        parameters = space.unflatten(theta)
+        u, t = space.embed_at(parameters, inputs)
+        bank = [space.embed_at(parameters, context.inputs) for context in problem.bank]
         normalisers = [objective.normalisers(*context, size) for context in bank]
         rows = [
             own_loss(objective, u, t, *context, size)
@@ -61,12 +62,6 @@ def presence(problem: Problem, inputs: Inputs) -> Callable[[Tensor], Tensor]:
         return torch.stack(rows) - torch.stack(strangers).mean()
 
     return values
-
-
-def embed(space: Space, theta: Tensor, inputs: Inputs) -> Embeddings:
-    """Embeddings of n pairs at theta (p,)."""
-    u, t = functional_call(space.student, space.unflatten(theta), inputs)
-    return u, t
 
 
 def bracket(

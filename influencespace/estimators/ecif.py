@@ -88,7 +88,11 @@ def direction_of(problem: Problem, config: CurvatureConfig, sketched: bool = Tru
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Ecif:
-    """Influence through the curvature, in the roles and the form that are asked for."""
+    """Influence through the curvature, in the roles and the form that are asked for: the default.
+
+    Positive: more weight on the pair lowers the target loss; nan where every context holds its image; in the unit that
+    `CurvatureConfig.damping_factor` says. Raises InputError for a damping of its own: it is the problem's.
+    """
 
     role: Role = "both"
     form: Literal["exact", "taylor"] = "exact"
@@ -97,6 +101,13 @@ class Ecif:
     """Conjugate gradients are preconditioned by a sketch, `woodbury` inverts the sketch alone, its tail taken as the damping:
     quick; `plain` is conjugate gradients without a sketch, for more parameters than memory has room for `rank` times."""
     curvature: CurvatureConfig = plain_field(default_factory=CurvatureConfig)
+
+    def __post_init__(self) -> None:
+        if self.curvature.damping_factor != CurvatureConfig().damping_factor:
+            raise InputError(
+                f"the estimator's curvature has a damping_factor of {self.curvature.damping_factor:g}, which it does not read: "
+                "the damping is the problem's; give it as curvature.damping_factor of the run"
+            )
 
     def fit(self, problem: Problem) -> Fit:
         config = self.curvature if self.solver != "woodbury" else replace(self.curvature, max_iterations=0)

@@ -46,9 +46,10 @@ def _clip_score(problem: Problem, batch: Batch) -> FloatArray:
 @torch.no_grad()
 def _neg_clip_loss(problem: Problem, batch: Batch) -> FloatArray:
     space = problem.space
-    contexts = [space.embed(context.inputs) for context in problem.bank]
+    contexts = [(*space.embed(context.inputs), context.image) for context in problem.bank]
     u, t = space.embed(batch.inputs)
-    return neg_clip_loss(u, t, contexts, contrastive(problem.objective, "neg_clip_loss").scale)
+    scale = contrastive(problem.objective, "neg_clip_loss").scale
+    return neg_clip_loss(u, t, batch.image, contexts, scale)
 
 
 def _random(seed: int, batch: Batch) -> FloatArray:

@@ -1,4 +1,4 @@
-"""The default estimator: influence on the target through a Nystrom-sketched Gauss-Newton matrix, by tangent embeddings.
+"""What influence through the curvature is made of: contexts, damping, the Nystrom sketch, the solve, the scorer.
 
 H = G + mu D is the response of the trainer: G the Gauss-Newton matrix over recorded contexts, D AdamW's preconditioner,
 mu = c / sum of learning rates + weight decay. Everything is done in coordinates scaled by D^1/2, in which
@@ -34,7 +34,8 @@ class CurvatureConfig:
     max_rank: int = Field(default=256, ge=1)
     damping_factor: float = Field(default=100.0, gt=0)
     """c in mu = c / (sum of learning rates) + weight decay. 1 is early stopping's own response; larger values trust the
-    curvature less. Too small a value amplifies the sampling noise of the target gradient."""
+    curvature less, and shrink all scores: only at 1 are they in the unit of the target loss. Too small a value amplifies the
+    sampling noise of the target gradient."""
     tolerance: float = Field(default=1e-3, gt=0)
     """Relative residual at which conjugate gradients stop."""
     max_iterations: int = Field(default=50, ge=0)
@@ -91,7 +92,7 @@ def floored(D: Tensor) -> Tensor:
 def sketch_curvature(
     space: Space, contexts: Sequence[Inputs], objective: Objective, D: Tensor, rank: int, seed: int
 ) -> Sketch:
-    """Nystrom sketch of G~ from `rank` seeded probes, all in one pass over the contexts."""
+    """Nystrom sketch of G~ from `rank` seeded probes, sixteen in each pass over the contexts."""
     Omega = probes(space.size, min(rank, space.size), seed, D.dtype).to(D.device)
     Y = torch.cat(
         [curvature_products(space, contexts, block, objective, D) for block in torch.split(Omega.T, 16)]
@@ -160,7 +161,12 @@ class InfluenceScorer:
         """Mean negative influence of bank pairs in the contexts that are not theirs (V,).
 
         One extra negative lifts every loss: an artefact of asking for z's presence rather than for another pair's.
+        Raises ValueError for a bank of one context.
         """
+        if len(self.bank) < 2:
+            raise ValueError(
+                "a bank needs two contexts or more: what a pair is as a negative is told by the others"
+            )
         means = []
         for k in range(len(self.bank)):
             others = [tangents for j, tangents in enumerate(self._bank_tangents) if j != k]

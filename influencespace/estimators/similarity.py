@@ -4,11 +4,13 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from influencespace.estimators.problem import mean_of_known
+
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 
 def clip_score(u: Tensor, t: Tensor) -> FloatArray:
@@ -17,19 +19,26 @@ def clip_score(u: Tensor, t: Tensor) -> FloatArray:
 
 
 def neg_clip_loss(
-    u: Tensor, t: Tensor, contexts: Sequence[tuple[Tensor, Tensor]], scale: float
+    u: Tensor,
+    t: Tensor,
+    image: IntArray,
+    contexts: Sequence[tuple[Tensor, Tensor, IntArray]],
+    scale: float,
 ) -> FloatArray:
     """Minus a pair's contrastive loss, averaged over recorded contexts: unit u, t (n, d) -> (n,), in units of the loss.
 
-    The normaliser runs over the context alone, so that no pair's own caption counts (Wang et al. 2024, negCLIPLoss).
+    Contexts are unit embeddings of images and texts (M, d) and their images (M,). The normaliser runs over the context
+    alone, and contexts that hold the pair's image are left out, so that no pair's own caption counts; nan where all do.
+    It is InfoNCE's, whatever the loss was (Wang et al. 2024, negCLIPLoss).
     """
     own = scale * (u * t).sum(-1)
-    normaliser = torch.zeros_like(own, dtype=torch.float64)
-    for context_u, context_t in contexts:
+    found = []
+    for context_u, context_t, context_image in contexts:
         images = (scale * u @ context_t.T).logsumexp(1)
         texts = (scale * t @ context_u.T).logsumexp(1)
-        normaliser += (images + texts).double() / 2
-    return (own.double() - normaliser / len(contexts)).cpu().numpy()
+        loss = (images + texts).double() / 2 - own.double()
+        found.append(np.where(np.isin(image, context_image), np.nan, -loss.cpu().numpy()))
+    return mean_of_known(np.stack(found, 1))
 
 
 def random_score(uids: Sequence[str], seed: int = 0) -> FloatArray:

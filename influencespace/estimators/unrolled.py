@@ -6,6 +6,7 @@ A batch's loss with weights w (B,) is that of the objective (`core.objective`): 
 without z.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from influencespace.core.objective import Objective
 from influencespace.errors import InputError
@@ -23,7 +24,7 @@ from influencespace.models.space import Inputs, Space
 from influencespace.models.trajectory import Answer, Trajectory, adjoint, space_at, step
 
 Form = Literal["exact", "taylor", "whole"]
-CHUNK = 64  # gradients without a pair that are held at once: 64 p numbers
+CHUNK = 64  # gradients without a pair that are held at once: 64 p numbers, and a few times that for a step of each
 
 
 @torch.no_grad()
@@ -37,30 +38,29 @@ def removal_derivative(
     return objective.removal(space.tangents(inputs, direction[None]), form)[0]
 
 
-def gradients_without(space: Space, theta: Tensor, inputs: Inputs, objective: Objective) -> Tensor:
-    """Gradient of the batch loss without each pair in turn, at theta: (B, p), by a backward pass for each pair."""
+def gradients_without(space: Space, theta: Tensor, inputs: Inputs, objective: Objective) -> Iterator[Tensor]:
+    """Gradient of the batch loss without each pair in turn, at theta, by a backward pass for each pair: (B, p) in parts."""
 
     def loss(x: Tensor, w: Tensor) -> Tensor:
-        u, t = functional_call(space.student, space.unflatten(x), inputs)
+        u, t = space.embed_at(space.unflatten(x), inputs)
         return objective.weighted_loss(u, t, w)
 
     without = 1 - torch.eye(len(inputs[0]), dtype=theta.dtype, device=theta.device)
-    gradients: Tensor = vmap(grad(loss), in_dims=(None, 0), chunk_size=CHUNK)(theta, without)
-    return gradients
+    for weights in torch.split(without, CHUNK):
+        yield vmap(grad(loss), in_dims=(None, 0))(theta, weights)
 
 
 def removal_through_step(trajectory: Trajectory, answer: Answer) -> Tensor:
     """Change of the target loss when step t is taken without each of its pairs in turn: (B,), exact in the step itself."""
-    index, rows = answer.index, trajectory.batches[answer.index]
-    inputs = trajectory.inputs(rows)
-    without = gradients_without(trajectory.space, answer.state.theta, inputs, trajectory.objective)
-    change = torch.zeros(len(rows), dtype=without.dtype, device=without.device)
+    index, inputs = answer.index, trajectory.inputs(trajectory.batches[answer.index])
     rate, decay, rule = trajectory.rate(index), trajectory.config.weight_decay, trajectory.rule
     as_it_was = step(answer.state, answer.gradient, index, rate, decay, rule)
-    removed = step(answer.state, without, index, rate, decay, rule)
-    for slope, less, full in zip(answer.ahead, removed, as_it_was):
-        change = change + (less - full) @ slope
-    return change
+    changes = []
+    for gradients in gradients_without(trajectory.space, answer.state.theta, inputs, trajectory.objective):
+        removed = step(answer.state, gradients, index, rate, decay, rule)
+        parts = [(less - full) @ slope for slope, less, full in zip(answer.ahead, removed, as_it_was)]
+        changes.append(sum(parts, torch.zeros_like(parts[0])))
+    return torch.cat(changes)
 
 
 def removals(trajectory: Trajectory, answer: Answer, form: Form) -> Tensor:

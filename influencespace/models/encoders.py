@@ -150,16 +150,9 @@ def quiet() -> Iterator[None]:
 def embedding_dimension(path_or_hub_id: str, trust_remote_code: bool = False) -> int:
     """D by an encoder's config.json, without its weights; raises InputError where it is no dual encoder."""
     name = _existing(str(path_or_hub_id))
-    try:
-        with quiet():
-            found = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever its parser raises
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"encoder '{name}': cannot load its config.json: {reason}") from None
-    if found.model_type not in FAMILIES and not trust_remote_code:
-        raise InputError(
-            f"encoder '{name}' is a '{found.model_type}' model, not a dual encoder; use one of: {', '.join(FAMILIES)}"
-        )
+    with quiet():
+        found = _load(name, "config.json", transformers.AutoConfig, trust_remote_code=trust_remote_code)
+    _family(name, found.model_type, trust_remote_code)
     text = getattr(found, "text_config", found)
     # SigLIP has no projection of its own: its text tower ends in `projection_size`.
     widths = (

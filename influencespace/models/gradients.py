@@ -131,23 +131,19 @@ class PairGradients:
         images, texts = (torch.cat([inputs[side] for inputs in others]) for side in (0, 1))
 
         def mean(parameters: dict[str, Tensor]) -> Tensor:
-            cu, ct = self._embed(parameters, self.bank[index].inputs)
-            u, t = self._embed(parameters, (images, texts))
+            cu, ct = self.space.embed_at(parameters, self.bank[index].inputs)
+            u, t = self.space.embed_at(parameters, (images, texts))
             normalisers = self.objective.normalisers(cu, ct, self.batch_size)
             return negative_loss(self.objective, u, t, cu, ct, normalisers, self.batch_size).mean()
 
         return self.space.flatten(grad(mean)(self.space.parameters))
-
-    def _embed(self, parameters: dict[str, Tensor], inputs: Inputs) -> tuple[Tensor, Tensor]:
-        u, t = functional_call(self.space.student, parameters, inputs)
-        return u, t
 
     @cached_property
     def _contexts(self) -> list[Summary]:
         """The bank; the normalisers' Jacobians spare each pair a backward pass through M x M logits."""
         found = []
         for context in self.bank:
-            u, t = self._embed(self.space.parameters, context.inputs)
+            u, t = self.space.embed_at(self.space.parameters, context.inputs)
             jacobians = []
             for side, W in enumerate(self.objective.normaliser_weights(u, t, self.batch_size)):
                 jacobians.append(self._of_normalisers(context.inputs, u, t, self.objective.scale * W, side))
@@ -176,7 +172,7 @@ class PairGradients:
         """Gradients against one context: (n, p)."""
         if not len(inputs[0]):
             return inputs[0].new_zeros(0, self.space.size)
-        u, t = self._embed(self.space.parameters, inputs)
+        u, t = self.space.embed_at(self.space.parameters, inputs)
         scale = self.objective.scale
         logits = pair_logits(u, t, context.u, context.t, scale)
         normalisers = tuple(row.expand(len(u), -1) for row in context.normalisers)

@@ -29,9 +29,11 @@ class Space:
 
     def flatten(self, tree: dict[str, Tensor]) -> Tensor:
         """Parameters as one vector: shapes (V, *shape) -> (V, p)."""
-        return torch.cat(
-            [tree[name].flatten(start_dim=-value.dim()) for name, value in self.parameters.items()], -1
-        )
+        rows = [
+            tree[name].reshape(*tree[name].shape[: tree[name].dim() - value.dim()], -1)
+            for name, value in self.parameters.items()
+        ]
+        return torch.cat(rows, -1)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """The inverse of `flatten`: (..., p) -> shapes (..., *shape)."""
@@ -41,20 +43,21 @@ class Space:
             for (name, value), part in zip(self.parameters.items(), parts)
         }
 
-    def _forward(self, parameters: dict[str, Tensor], inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def embed_at(self, parameters: dict[str, Tensor], inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Unit embeddings of n pairs at other parameters, by name: two (n, d)."""
         u, t = functional_call(self.student, parameters, inputs)
         return u, t
 
     def embed(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Unit embeddings of n pairs at this space's parameters, which need not be those its module holds: two (n, d)."""
-        return self._forward(self.parameters, inputs)
+        return self.embed_at(self.parameters, inputs)
 
     def tangents(self, inputs: Inputs, directions: Tensor) -> Tangents:
         """Embeddings of n pairs and their derivatives along directions (V, p), by forward mode."""
         u, t = self.embed(inputs)
 
         def along(direction: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            du, dt = jvp(lambda q: self._forward(q, inputs), (self.parameters,), (direction,))[1]
+            du, dt = jvp(lambda q: self.embed_at(q, inputs), (self.parameters,), (direction,))[1]
             return du, dt
 
         du, dt = vmap(along)(self.unflatten(directions))
@@ -62,7 +65,7 @@ class Space:
 
     def pullback(self, inputs: Inputs, cotangent_u: Tensor, cotangent_t: Tensor) -> Tensor:
         """J^T applied to cotangents of u and t, each (V, n, d) -> (V, p)."""
-        pull = vjp(lambda q: self._forward(q, inputs), self.parameters)[1]
+        pull = vjp(lambda q: self.embed_at(q, inputs), self.parameters)[1]
         (tree,) = vmap(pull)((cotangent_u, cotangent_t))
         return self.flatten(tree)
 

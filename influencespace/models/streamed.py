@@ -48,7 +48,7 @@ class StreamedSpace(Space):
     def _along(self, inputs: Inputs, direction: dict[str, Tensor]) -> Tangents:
         # Of the kernels of attention only this one has forward-mode derivatives.
         with sdpa_kernel(SDPBackend.MATH):
-            both = jvp(lambda q: self._forward(q, inputs), (self.parameters,), (direction,))
+            both = jvp(lambda q: self.embed_at(q, inputs), (self.parameters,), (direction,))
         (u, t), (du, dt) = both[0], both[1]
         return Tangents(u=u, t=t, du=du[None], dt=dt[None])
 
@@ -56,7 +56,7 @@ class StreamedSpace(Space):
         total = cotangent_u.new_zeros(len(cotangent_u), self.size)
         for rows in self.batches(inputs):
             part = inputs[0][rows], inputs[1][rows]
-            pull = vjp(lambda q, part=part: self._forward(q, part), self.parameters)[1]
+            pull = vjp(lambda q, part=part: self.embed_at(q, part), self.parameters)[1]
             for row, (by_u, by_t) in enumerate(zip(cotangent_u[:, rows], cotangent_t[:, rows])):
                 total[row] += self.flatten(pull((by_u, by_t))[0])
         return total

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.func import functional_call, grad, jvp, vjp
+from torch.func import grad, jvp, vjp
 
 from influencespace.core.objective import Objective
 from influencespace.models.space import Inputs, Space
@@ -57,7 +57,7 @@ def loss_gradient(space: Space, theta: Tensor, inputs: Inputs, objective: Object
     """Gradient of the mean loss of one batch at theta: (p,) -> (p,)."""
 
     def loss(x: Tensor) -> Tensor:
-        u, t = functional_call(space.student, space.unflatten(x), inputs)
+        u, t = space.embed_at(space.unflatten(x), inputs)
         return objective.terms(u, t).mean()
 
     gradient: Tensor = grad(loss)(theta)

@@ -97,12 +97,13 @@ class Reweighting:
     @torch.no_grad()
     def _seen(self, kept: IntArray, heads: Heads) -> FloatArray:
         """negCLIPLoss of the kept pairs by these heads."""
-        contexts = [heads(*context.inputs) for context in self._bank]
+        contexts = [(*heads(*context.inputs), context.image) for context in self._bank]
         scale = 1 / self.students.train.temperature
         found = []
         for start, stop in blocks_of(len(kept), self.students.block_size):
-            u, t = heads(*self.pool.inputs(kept[start:stop]))
-            found.append(neg_clip_loss(u, t, contexts, scale))
+            rows = kept[start:stop]
+            u, t = heads(*self.pool.inputs(rows))
+            found.append(neg_clip_loss(u, t, self.pool.image[rows], contexts, scale))
         return np.concatenate(found)
 
 

@@ -348,9 +348,11 @@ class ScoreQuality:
         self, rows: NDArray[np.int64], fold: int | None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         student = Student(self.folder, student_name(fold))
-        contexts = [student.embed(context.inputs) for context in student.recorded_bank(self.pool)]
+        bank = student.recorded_bank(self.pool)
+        contexts = [(*student.embed(context.inputs), context.image) for context in bank]
         u, t = student.embed(self.pool.inputs(rows))
-        return clip_score(u, t), neg_clip_loss(u, t, contexts, 1 / self.config.train.temperature)
+        scale = 1 / self.config.train.temperature
+        return clip_score(u, t), neg_clip_loss(u, t, self.pool.image[rows], contexts, scale)
 
 
 def students(

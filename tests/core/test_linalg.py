@@ -87,6 +87,9 @@ def test_what_cannot_be_solved_is_said() -> None:
     sketch = linalg.nystrom(Omega, Omega)
     with pytest.raises(ValueError, match="damping is 0"):
         linalg.woodbury(sketch, 0, torch.ones(10, dtype=torch.float64))
+    nothing = torch.full((1, 10), torch.nan, dtype=torch.float64)
+    with pytest.raises(ValueError, match="not finite"):
+        linalg.conjugate_gradients(lambda x: nothing, sketch, 1.0, torch.ones_like(nothing))
     with pytest.raises(ValueError, match="rank 11 exceeds"):
         linalg.probes(10, 11, 0)
 

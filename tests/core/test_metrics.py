@@ -66,6 +66,15 @@ def test_equal_similarities_tie_whatever_rounding_does(dimension: int) -> None:
         assert ((image_ranks - 14.5) % 30 == 0).all()  # behind 30 of every better name, and half of its own
 
 
+@pytest.mark.parametrize("side", ["images", "texts"])
+def test_a_broken_encoder_finds_nothing(side: str) -> None:
+    rows = torch.nn.functional.normalize(torch.eye(6), dim=1)
+    nothing = torch.full_like(rows, torch.nan)
+    u, t = (nothing, rows) if side == "images" else (rows, nothing)
+    for ranks in metrics.retrieval_ranks(u, t, torch.arange(6)):
+        assert float(ranks.min()) >= 5
+
+
 def test_shares_by_image_average_to_the_mean_recall() -> None:
     image_of_text = torch.tensor([0, 0, 0, 1, 2])
     image_ranks, text_ranks = torch.tensor([0.0, 7, 3]), torch.tensor([0.0, 20, 4, 0, 9])

@@ -19,6 +19,7 @@ from influencespace.core.select import (
     REDUNDANT,
     SelectConfig,
     below_threshold,
+    best_candidate,
     capped_weights,
     margin_that_held,
     select,
@@ -314,6 +315,10 @@ def test_influences_that_are_all_alike_leave_weights_equal() -> None:
     config = SelectConfig(weights="influence", margin=0)
     weight = select(np.full(9, 0.5), np.full(9, 0.1), 0.0, np.full(9, 0.5), config).weight
     np.testing.assert_array_equal(weight, 1.0)
+
+
+def test_a_candidate_whose_student_diverged_is_never_the_best() -> None:
+    assert best_candidate(np.array([[1.0, 1.0], [0.5, np.nan], [0.9, 0.9]])) == 2
 
 
 def test_pairs_of_one_image_are_no_subset() -> None:

@@ -15,6 +15,8 @@ from torch.func import functional_call, grad, hessian, jacrev
 
 from influencespace.core.info_nce import info_nce
 from influencespace.core.objective import InfoNce
+from influencespace.errors import InputError
+from influencespace.estimators.ecif import Ecif
 from influencespace.estimators.nystrom import (
     CurvatureConfig,
     Influence,
@@ -242,6 +244,17 @@ def test_a_fold_without_pairs_has_no_gradient() -> None:
     found = target_gradients(SPACE, [inputs], [np.zeros(6, np.int64)], 2, LOSS)
     torch.testing.assert_close(found[0], 2 * grad(loss_of(inputs))(POSITION), **EXACT)
     torch.testing.assert_close(found[1], torch.zeros(SPACE.size, dtype=torch.float64))
+
+
+def test_a_bank_of_one_context_is_refused() -> None:
+    lone = InfluenceScorer(SPACE, directions(), bank()[:1], LOSS, 8)
+    with pytest.raises(ValueError, match="two contexts or more"):
+        lone(embeddings(3, 70), np.arange(3) + 1000)
+
+
+def test_a_damping_that_the_estimator_does_not_read_is_refused() -> None:
+    with pytest.raises(InputError, match="the damping is the problem's"):
+        Ecif(curvature=CurvatureConfig(damping_factor=1))
 
 
 def test_damping_is_weight_decay_and_early_stopping() -> None:

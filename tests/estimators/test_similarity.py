@@ -27,11 +27,11 @@ def test_the_clip_score_is_the_cosine() -> None:
 
 def test_neg_clip_loss_is_the_cosine_less_the_context() -> None:
     u, t = unit(4, 0), unit(4, 1)
-    contexts = [(unit(7, 2), unit(7, 3)), (unit(5, 4), unit(5, 5))]
-    found = neg_clip_loss(u, t, contexts, SCALE)
+    contexts = [(unit(7, 2), unit(7, 3), np.arange(7)), (unit(5, 4), unit(5, 5), np.arange(5))]
+    found = neg_clip_loss(u, t, np.arange(100, 104), contexts, SCALE)
     for i in range(4):
         losses = []
-        for images, texts in contexts:
+        for images, texts, _ in contexts:
             as_image = math.log(sum(math.exp(SCALE * float(u[i] @ other)) for other in texts))
             as_text = math.log(sum(math.exp(SCALE * float(t[i] @ other)) for other in images))
             losses.append((as_image + as_text) / 2 - SCALE * float(u[i] @ t[i]))
@@ -41,9 +41,19 @@ def test_neg_clip_loss_is_the_cosine_less_the_context() -> None:
 def test_neg_clip_loss_prefers_what_the_context_does_not_resemble() -> None:
     u = unit(2, 0)
     near, far = u[:1].repeat(6, 1), -u[:1].repeat(6, 1)
-    crowded = neg_clip_loss(u[:1], u[:1], [(near, near)], SCALE)
-    rare = neg_clip_loss(u[:1], u[:1], [(far, far)], SCALE)
+    image, others = np.array([9]), np.arange(6)
+    crowded = neg_clip_loss(u[:1], u[:1], image, [(near, near, others)], SCALE)
+    rare = neg_clip_loss(u[:1], u[:1], image, [(far, far, others)], SCALE)
     assert rare[0] - crowded[0] == pytest.approx(2 * SCALE)
+
+
+def test_neg_clip_loss_asks_no_context_that_holds_the_pairs_image() -> None:
+    contexts = [(unit(7, 2), unit(7, 3), np.arange(7)), (unit(5, 4), unit(5, 5), np.arange(10, 15))]
+    (u, t, image), other = contexts
+    np.testing.assert_array_equal(
+        neg_clip_loss(u, t, image, contexts, SCALE), neg_clip_loss(u, t, image, [other], SCALE)
+    )
+    assert np.isnan(neg_clip_loss(u, t, image, contexts[:1], SCALE)).all()
 
 
 @given(

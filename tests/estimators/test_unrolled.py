@@ -108,7 +108,7 @@ def test_removals_are_those_of_gradients_pair_by_pair() -> None:
     base = loss_gradient(space, theta, inputs, path.objective)
     exact = removal_derivative(space, inputs, c, path.objective, "exact")
     taylor = removal_derivative(space, inputs, c, path.objective, "taylor")
-    every = gradients_without(space, theta, inputs, path.objective)
+    every = torch.cat(list(gradients_without(space, theta, inputs, path.objective)))
 
     def slope(w: Tensor) -> Tensor:
         x = theta.clone().requires_grad_()

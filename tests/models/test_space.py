@@ -142,6 +142,25 @@ def test_equal_weights_give_the_gradient_of_the_mean_loss(space: Space) -> None:
     torch.testing.assert_close(space.loss_gradients(inputs, weights, InfoNce(SCALE))[0], dense, **EXACT)
 
 
+def test_a_parameter_may_be_a_single_number() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads, self.scale = heads(), nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+        def forward(self, images: Tensor, texts: Tensor) -> Inputs:
+            u, t = self.heads(self.scale * images, texts)
+            return u, t
+
+    space = Space(Scaled())
+    vectors = random((3, space.size), 0)
+    torch.testing.assert_close(space.flatten(space.unflatten(vectors)), vectors)
+    assert space.loss_gradients(context(), torch.full((1, 6), 1 / 6).double(), InfoNce(SCALE)).shape == (
+        1,
+        space.size,
+    )
+
+
 def test_an_unknown_parameter_is_named() -> None:
     with pytest.raises(ValueError, match=r"no parameter \['bias'\]; it has \['image', 'text'\]"):
         Space(heads(), ["image", "bias"])

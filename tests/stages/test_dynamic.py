@@ -143,9 +143,10 @@ def test_the_weights_are_those_of_their_definition(truth: Chain, monkeypatch: py
     strata = read_columns(truth.out / "attribute" / "strata.parquet")
     axes = np.stack([strata[name][kept] for name in VALUE_AXES], 1)
     with torch.no_grad():
-        contexts = [heads(*context.inputs) for context in bank]
+        contexts = [(*heads(*context.inputs), context.image) for context in bank]
         u, t = heads(*pool.inputs(kept))
-    axes[:, VALUE_AXES.index("seen")] = neg_clip_loss(u, t, contexts, 1 / config.train.temperature)
+    seen = neg_clip_loss(u, t, pool.image[kept], contexts, 1 / config.train.temperature)
+    axes[:, VALUE_AXES.index("seen")] = seen
     rows = np.array([list(kept).index(row) for row in sample])
     stratum = (strata["cluster"] * 1000 + strata["quantile"])[kept]
     stands_for = np.array(

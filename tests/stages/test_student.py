@@ -78,10 +78,10 @@ def test_quality_is_scored_by_the_student_of_all_and_by_the_one_that_held_the_pa
         rows = np.arange(len(pool)) if k is None else np.flatnonzero(fold == k)
         judge = student(truth, k)
         u, t = judge.embed(pool.inputs(rows))
-        contexts = [judge.embed(context.inputs) for context in judge.recorded_bank(pool)]
+        contexts = [(*judge.embed(c.inputs), c.image) for c in judge.recorded_bank(pool)]
         side = "in" if k is None else "out"
         np.testing.assert_allclose(quality[f"clip_{side}"][rows], clip_score(u, t), atol=1e-5)
-        loss = neg_clip_loss(u, t, contexts, 1 / config.train.temperature)
+        loss = neg_clip_loss(u, t, pool.image[rows], contexts, 1 / config.train.temperature)
         np.testing.assert_allclose(quality[f"neg_clip_{side}"][rows], loss, atol=1e-4)
 
 
