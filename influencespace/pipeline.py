@@ -1,5 +1,6 @@
 """The ordered stages of a run; what is finished is skipped, so the same command continues a killed run."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from influencespace.stages.student import ALL, Student, students
 from influencespace.stages.train import train
 
 ROLES = ("pool", "target", "test")
+MOST_REASONS = 100  # that are named apart in the summary
 RESULTS = ("curated.parquet", "summary.json", "report.html")
 
 
@@ -325,10 +327,10 @@ def summarise(
         stages |= {
             name if number == 0 else f"{name} (round {number + 1})": m for name, m in each.stages.items()
         }
-    reasons: dict[str, int] = {}
-    for role in embedded:
-        for reason, count in rejected_reasons(out / "embed" / role).items():
-            reasons[reason] = reasons.get(reason, 0) + count
+    reasons = sum((rejected_reasons(out / "embed" / role) for role in embedded), Counter[str]())
+    most_frequent = dict(reasons.most_common(MOST_REASONS))
+    if rest := reasons.total() - sum(most_frequent.values()):
+        most_frequent["other reasons: see rejected.parquet"] = rest
     return {
         "methods": evaluated["methods"],
         "comparisons": evaluated["comparisons"],
@@ -338,7 +340,7 @@ def summarise(
         "weights": {key: curated[key] for key in (*CONFIRMED, "trials")},
         "rows": roles.details["rows"],
         "rejected": {role: manifest.rejected for role, manifest in embedded.items()},
-        "rejected_reasons": reasons,
+        "rejected_reasons": most_frequent,
         "truncated_captions": sum(int(m.details.get("truncated_captions", 0)) for m in embedded.values()),
         "placebo": curated["placebo"],
         "rounds": [{"folder": str(r.folder), "target_loss": r.target_loss} for r in rounds],

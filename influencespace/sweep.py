@@ -165,7 +165,7 @@ def sweep(run: Path, config: SweepConfig, out: Path) -> Best:
         for name in ("student", "redundancy", "attribute", "fairness")
     }
     select = confirmed_settings(run, run_config.curate)
-    objective = replace(retraining(run, run_config, config.student_seeds), select=select)
+    objective = retraining(run, replace(run_config, curate=select), config.student_seeds)
     own = own_settings(select)
     mark = fingerprint(
         {

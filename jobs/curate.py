@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from influencespace import pipeline
+from influencespace.cli import refuse
 from influencespace.cli.arguments import named_values
 from influencespace.config import load_config
 from influencespace.errors import InputError
@@ -29,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with pipeline.alone_in(out), start_ray() as runtime:
             print_summary(pipeline.run(config, out, runtime))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        refuse(str(error))
     return 0
 
 

@@ -107,6 +107,16 @@ def test_what_cannot_be_used_is_told_before_anything_starts(run: Path, tmp_path:
         read_truth(tmp_path)
 
 
+def test_a_truth_in_csv_keeps_its_uids_and_knows_true_from_false(tmp_path: Path) -> None:
+    path = tmp_path / "truth.csv"
+    path.write_text("uid,wrong\n000000012,true\n7,0\n")
+    assert read_truth(path) == {"000000012": True, "7": False}
+    for word in ("yes", "", "2"):
+        path.write_text(f"uid,wrong\na,{word}\n")
+        with pytest.raises(InputError, match=r"truth\.csv"):
+            read_truth(path)
+
+
 def pairs_of(run: Path, role: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = pq.read_table(run / "embed" / role / "pairs.parquet").to_pylist()
     return found

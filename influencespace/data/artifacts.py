@@ -124,10 +124,15 @@ def is_done(folder: Path | str, fingerprint: str) -> bool:
 
 
 def reopen(folder: Path | str) -> Path:
-    """Make `folder` unfinished: its manifest goes first, so that nobody reads files about to be replaced."""
+    """Make `folder` unfinished: its manifest goes first, so that nobody reads files about to be replaced.
+
+    What a killed run had half written goes too.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
     _sync(folder)
     return folder
 

@@ -1,5 +1,6 @@
 """The embedding artifact, opened: pairs in canonical order, embeddings by memory map."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,11 +123,12 @@ class EmbeddingBlock:
         return len(self.image)
 
 
-def rejected_reasons(folder: Path | str) -> dict[str, int]:
+def rejected_reasons(folder: Path | str) -> Counter[str]:
     """How many pairs of an embedding artifact were rejected for each reason."""
-    counts: dict[str, int] = {}
-    for reason in read_rejected(folder)["reason"].to_pylist():
-        counts[reason] = counts.get(reason, 0) + 1
+    counts: Counter[str] = Counter()
+    with pq.ParquetFile(Path(folder) / "rejected.parquet") as file:
+        for batch in file.iter_batches(columns=["reason"]):
+            counts.update(batch["reason"].to_pylist())
     return counts
 
 

@@ -1,5 +1,6 @@
 """Encoded images: decoding them without trusting them, and reading their bytes again from where they lie."""
 
+import errno
 import io
 from itertools import accumulate
 from pathlib import PurePosixPath
@@ -21,6 +22,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 # An encoded image above this is a mistake or an attack; reading it would only fill the memory of a worker.
 MAX_ENCODED_BYTES = 256 * 2**20
+
+# What is wrong with one file; other errors of reading are the storage's, and may pass.
+UNREADABLE = (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
 
 _IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image")
 
@@ -81,7 +85,11 @@ def read_image_file(path: str) -> tuple[bytes | None, str]:
     try:
         data: bytes = filesystem.cat_file(inside, start=0, end=MAX_ENCODED_BYTES + 1)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
-        return None, f"the image file {path!r} is missing"
+        return None, "the image file is missing"
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
+        return None, f"the image file cannot be read ({error.strerror})"
     if len(data) > MAX_ENCODED_BYTES:
         return None, f"the image has more than {MAX_ENCODED_BYTES:,} bytes"
     return data, ""

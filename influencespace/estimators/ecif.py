@@ -91,7 +91,7 @@ class Ecif:
     """Influence through the curvature, in the roles and the form that are asked for: the default.
 
     Positive: more weight on the pair lowers the target loss; nan where every context holds its image; in the unit that
-    `CurvatureConfig.damping_factor` says. Raises InputError for a damping of its own: it is the problem's.
+    `CurvatureConfig.damping_factor` says. Raises ValueError for a damping of its own: it is the problem's.
     """
 
     role: Role = "both"
@@ -104,7 +104,7 @@ class Ecif:
 
     def __post_init__(self) -> None:
         if self.curvature.damping_factor != CurvatureConfig().damping_factor:
-            raise InputError(
+            raise ValueError(
                 f"the estimator's curvature has a damping_factor of {self.curvature.damping_factor:g}, which it does not read: "
                 "the damping is the problem's; give it as curvature.damping_factor of the run"
             )

@@ -122,10 +122,9 @@ class Needs:
     def bank(self) -> tuple[int, int]:
         """C, M: contexts of a student's bank and the pairs of each."""
         given = self.config.student
-        size, images = given.train.batch_size - 1, self.sizes.roles["pool"].images
-        fewest = images - -(-images // given.folds)
-        count = max(2, min(given.contexts, fewest // size))
-        return count, min(size, max(2, fewest // count))
+        images = self.sizes.roles["pool"].images
+        count = given.bank_contexts(images)
+        return count, min(given.train.batch_size - 1, max(2, given.fewest_images(images) // count))
 
     @property
     def pair_bytes(self) -> int:
@@ -271,12 +270,12 @@ class Needs:
     def _scored(self) -> int:
         """Pairs that are scored at most."""
         given = self.config.attribute
-        quantiles = min(given.quantiles, max(2, self.n // 10))
+        quantiles = given.quantiles_of(self.n)
         return min(self.n, self.choices.levels[-1] * quantiles * given.budget)
 
     def attribute(self) -> Need:
         given, (C, M) = self.config.attribute, self.bank
-        quantiles = min(given.quantiles, max(2, self.n // 10))
+        quantiles = given.quantiles_of(self.n)
         scored = self._scored
         target, placebo = (
             min(self.n, quantiles * given.target_budget),

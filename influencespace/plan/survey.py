@@ -15,11 +15,11 @@ from influencespace.config import RunConfig
 from influencespace.data.consolidate import PAIRS_SCHEMA
 from influencespace.data.imported import EmbeddingBatch, list_parts, read_imported_embeddings
 from influencespace.data.parts import pair_rows
-from influencespace.data.readers import list_shards, read_shard
+from influencespace.data.readers import read_shard
 from influencespace.data.schema import ReadOptions, Sample, Shard
 from influencespace.errors import InputError
 from influencespace.models.encoders import embedding_dimension
-from influencespace.pipeline import ROLES
+from influencespace.pipeline import shards_of
 from influencespace.stages.indexing import LOOKUPS, file_version
 from influencespace.stages.student import FEWEST_GROUP_IMAGES
 
@@ -81,9 +81,7 @@ class Sizes:
 
 def survey_all(config: RunConfig) -> Sizes:
     """The sizes of a run of `config`; raises InputError for data or an encoder that cannot be used."""
-    listed = {
-        role: list_shards(spec, config.data.images) for role in ROLES if (spec := getattr(config.data, role))
-    }
+    listed = shards_of(config)
     dimension = (
         embedding_dimension(config.embed.encoder, config.embed.trust_remote_code)
         if config.embed.encoder
@@ -100,7 +98,7 @@ def after_split(config: RunConfig, surveys: Mapping[str, Survey]) -> dict[str, A
     """Pairs of each role after the split stage: what has no data of its own is cut from the others."""
     roles = {role: Amount(pairs=found.pairs, images=found.images) for role, found in surveys.items()}
     if "target" not in roles:
-        drawn = 1 / max(2, round(1 / config.split.target_share))
+        drawn = 1 / config.split.parts
         pool = roles["pool"]
         roles["pool"], roles["target"] = _part(pool, 1 - drawn), _part(pool, drawn / 2)
     if "test" not in roles:

@@ -60,6 +60,10 @@ class AttributeConfig:
     block_size: int = Field(default=4096, ge=1)
     """Pairs scored in one task; no score depends on it."""
 
+    def quantiles_of(self, pairs: int) -> int:
+        """Quality quantiles of a pool of so many pairs: ten pairs in each, but two at least."""
+        return min(self.quantiles, max(2, pairs // 10))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scorers:
@@ -196,7 +200,7 @@ class DrawSamples:
         quality = read_columns(self.students / "quality.parquet", "neg_clip_in", "neg_clip_out")
         axis = quality_axis(quality["neg_clip_in"], quality["neg_clip_out"])
         cluster = read_columns(self.clusters / "clusters.parquet", "cluster")["cluster"]
-        quantiles = min(self.config.quantiles, max(2, len(axis) // 10))
+        quantiles = self.config.quantiles_of(len(axis))
         quantile = quantile_of(axis, quantiles)
         first = min(self.config.first_look, self.config.budget)
         samples = {

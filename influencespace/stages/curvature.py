@@ -4,7 +4,6 @@ Actors share the probes of a sketch; each sums over the recorded contexts in the
 the same bits.
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -227,9 +226,3 @@ def curvature(
     parts.rmdir()
     manifest = Manifest(stage="curvature", fingerprint=mark, inputs=inputs, details={"students": notes})
     return finish_stage(out, manifest, began)
-
-
-def read_notes(out: Path, name: str) -> dict[str, Any]:
-    """What was written about one student's solve."""
-    note: dict[str, Any] = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-    return note

@@ -19,14 +19,13 @@ from influencespace.data.artifacts import (
     fingerprint,
     folder_digest,
     installed_versions,
-    is_done,
-    read_manifest,
     reopen,
     write_manifest,
 )
 from influencespace.data.consolidate import FILES, Consolidated, Given, consolidate
 from influencespace.data.parts import write_owned
 from influencespace.data.schema import Shard
+from influencespace.stages.finish import finished_stage
 from influencespace.stages.indexing import ShardTask, index, shard_identities
 from influencespace.stages.progress import progress
 from influencespace.stages.runtime import Runtime, run_once
@@ -56,8 +55,8 @@ def embed(
         "data": fingerprint(sorted(shard_identities(shards))),
     }
     mark = fingerprint({"stage": "embed", "config": config.content(), "inputs": inputs})
-    if is_done(out, mark):
-        return finished(out)
+    if (finished := finished_stage(out, mark)) is not None:
+        return finished
     parts = reopen(out) / "parts"
     tasks = index(shards, config.read, parts, runtime)
     owned = parts / "owned.arrow"
@@ -174,13 +173,6 @@ def conclude(
     write_manifest(out, manifest)
     if not keep_parts:
         shutil.rmtree(out / "parts")
-    return manifest
-
-
-def finished(out: Path) -> Manifest:
-    """The manifest of an artifact that is known to be done."""
-    manifest = read_manifest(out)
-    assert manifest is not None
     return manifest
 
 

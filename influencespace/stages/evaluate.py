@@ -101,8 +101,7 @@ class Measure:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Any]:
-        distinct, image_of_text = np.unique(self.test.image, return_inverse=True)
-        first = np.array([np.argmax(self.test.image == image) for image in distinct])
+        _, first, image_of_text = np.unique(self.test.image, return_index=True, return_inverse=True)
         u, _ = self.heads(*self.test.inputs(first))
         _, t = self.heads(*self.test.inputs(slice(None)))
         own = torch.from_numpy(image_of_text)

@@ -58,4 +58,7 @@ def stage_of(run: Path, stage: str, purpose: str = "") -> Manifest:
 
 def finished_stage(out: Path, mark: str) -> Manifest | None:
     """The manifest where the stage is done already, by the same config from the same inputs."""
-    return read_manifest(out) if is_done(out, mark) else None
+    if not is_done(out, mark):
+        return None
+    remove_blocks(out)  # of a run that was killed between its manifest and this
+    return read_manifest(out)

@@ -1,5 +1,6 @@
 """Fits a tiny CLIP on the pairs of some shards: the encoder of the synthetic world."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,10 @@ class FitEncoder:
     seed: int
 
     def __call__(self) -> None:
-        if (self.out / "model.safetensors").is_file():
+        if self.out.is_dir():
             return
+        partly = self.out.with_name(f".{self.out.name}.partly")
+        shutil.rmtree(partly, ignore_errors=True)
         images, captions = [], []
         for shard in list_shards(self.shards):
             for sample in read_shard(shard):
@@ -34,6 +37,7 @@ class FitEncoder:
                 captions,
                 seed=self.seed,
                 steps=self.steps,
-                out=self.out,
+                out=partly,
                 on_step=lambda step, steps, loss: bar.advance(),
             )
+        partly.rename(self.out)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from influencespace.data.artifacts import Manifest, fingerprint, is_done, reopen
+from influencespace.data.artifacts import Manifest, fingerprint, reopen
 from influencespace.data.consolidate import Consolidated, Given
 from influencespace.data.imported import (
     EmbeddingBatch,
@@ -34,7 +34,8 @@ from influencespace.data.parts import (
 from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Shard
 from influencespace.data.uids import digest
 from influencespace.errors import InputError
-from influencespace.stages.embed import conclude, finish, finished
+from influencespace.stages.embed import conclude, finish
+from influencespace.stages.finish import finished_stage
 from influencespace.stages.indexing import file_version, index, shard_identities
 from influencespace.stages.runtime import Runtime, run_once
 
@@ -65,8 +66,8 @@ def import_embeddings(
         inputs["data"] = fingerprint(sorted(shard_identities(shards)))
     read = read or ReadOptions()
     mark = fingerprint({"stage": "import", "config": [options, read, "sharpness"], "inputs": inputs})
-    if is_done(out, mark):
-        return finished(out)
+    if (finished := finished_stage(out, mark)) is not None:
+        return finished
     parts = reopen(out) / "parts"
     index_parts = [task.index_part for task in index(shards, read, parts, runtime)] if shards else []
     done = run_once(runtime, partial(_import, path, options, out, index_parts))
@@ -84,7 +85,7 @@ def _import(
         return finish(out, alone.index_parts, alone.embed_parts)
     joined = _Joined(out / "parts", index_parts)
     given = joined.add(batches)
-    counted, files = finish(out, index_parts, joined.embed_parts, given)
+    counted, files = finish(out, joined.index_parts, joined.embed_parts, given)
     details = counted.details | {"unmatched_embeddings": joined.unmatched}
     return replace(counted, details=details), files
 
@@ -150,14 +151,16 @@ class _Joined:
     def __init__(self, parts: Path, index_parts: Sequence[Path]) -> None:
         self.parts = parts
         self.known = _known(index_parts)
+        self.index_parts = list(index_parts)
         self.embed_parts: list[Path] = []
         self.unmatched = 0
 
     def add(self, batches: Iterable[EmbeddingBatch | Rejection]) -> Given:
-        keys, refused = [np.zeros(0, DIGEST)], {}
+        keys, refused, rejections = [np.zeros(0, DIGEST)], {}, []
         for batch in batches:
             if isinstance(batch, Rejection):
                 refused[digest(batch.uid.encode())] = batch.reason
+                rejections.append(batch)
                 continue
             uids = np.frombuffer(b"".join(digest(uid.encode()) for uid in batch.uids), DIGEST)
             places = find(self.known.keys, uids)
@@ -171,6 +174,11 @@ class _Joined:
                 _distinct(self.known.images[places[known]], batch.images[known]),
                 _distinct(self.known.texts[places[known]], batch.texts[known]),
             )
+        named = find(self.known.keys, np.array([digest(r.uid.encode()) for r in rejections], DIGEST)) >= 0
+        nameless = [rejection for rejection, known in zip(rejections, named) if not known]
+        if nameless:  # of no pair of the shards: rows without a uid, the rest of a damaged file
+            self.index_parts.append(self.parts / "import-rejected.index.arrow")
+            write_index(self.index_parts[-1], "", map(rejected_row, nameless))
         return Given(keys=np.sort(np.concatenate(keys)), refused=refused)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from influencespace.errors import InputError
-from influencespace.stages.ray_runtime import RayRuntime
+from influencespace.stages.ray_runtime import TASK_RETRIES, RayRuntime
 from influencespace.stages.runtime import machine_cores
 
 # Ray puts sockets below its temporary folder, and Linux allows a socket's path no more than 107 bytes.
@@ -33,13 +33,18 @@ def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterat
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address not in ("local", "auto"):
         _knock(address)
-    _quieten()
+    _prepare()
     cores = machine_cores()
     options: dict[str, Any] = {}
     if address == "local":
         options = {"num_cpus": num_cpus or max(8, cores), "include_dashboard": False, **_short_folder()}
-    with _native_stderr_held():
-        ray.init(address=address, logging_level="warning", log_to_driver=False, **options)
+    try:
+        with _native_stderr_held():
+            ray.init(address=address, logging_level="warning", log_to_driver=False, **options)
+    except ConnectionError as error:
+        raise InputError(
+            f"there is no Ray to join at {address} ({error}): start one with `ray start --head`, or leave the address out"
+        ) from None
     try:
         yield RayRuntime(min(cores, num_cpus or cores) if address == "local" else None)
     finally:
@@ -60,7 +65,9 @@ def _knock(address: str) -> None:
         ) from None
 
 
-def _quieten() -> None:
+def _prepare() -> None:
+    # Left to itself, Ray begins a task that outgrows the machine's memory again for ever.
+    os.environ.setdefault("RAY_task_oom_retries", str(TASK_RETRIES))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray Data makes Ray's core complain on the driver's stderr about each of its actor pools.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

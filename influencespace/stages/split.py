@@ -1,5 +1,6 @@
 """The split stage: which pairs are the pool, the target and the test set."""
 
+import os
 import time
 from dataclasses import dataclass
 from itertools import combinations
@@ -28,8 +29,14 @@ class SplitConfig:
     """What is done where no target or no test set is given."""
 
     target_share: float = Field(default=0.1, gt=0, lt=0.5)
-    """Without a target: this share of the pool's images is drawn, and its better half by quality becomes the target."""
+    """Without a target: this share of the pool's images, rounded to one part in a whole number, is drawn, and its better half by
+    quality becomes the target."""
     seed: int = Field(default=0, ge=0)
+
+    @property
+    def parts(self) -> int:
+        """The pool's images are cut into so many parts, one of which is drawn."""
+        return max(2, round(1 / self.target_share))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,13 @@ class Split:
 
     def __call__(self) -> dict[str, Any]:
         source = dict(self.embeddings)
+        dimensions = {role: PairSet(path).table.dimension for role, path in source.items()}
+        if len(set(dimensions.values())) > 1:
+            told = ", ".join(f"{role} {dimension}" for role, dimension in dimensions.items())
+            raise InputError(
+                f"embeddings of different dimensions cannot be compared ({told}): embed pool, target and test with the encoder "
+                "that made the imported embeddings"
+            )
         rows: dict[str, IntArray] = {role: np.arange(len(PairSet(path))) for role, path in source.items()}
         notes: list[str] = []
         if "target" not in source:
@@ -49,7 +63,7 @@ class Split:
             rows["target"], rows["pool"] = self._cut_target(PairSet(source["pool"]))
             notes.append(
                 f"no target was given: {len(rows['target'])} pairs of the pool, the better half by the encoder's CLIP score of "
-                f"a seeded {self.config.target_share:.0%} of its images, were set apart as target, and the other half left "
+                f"a seeded {1 / self.config.parts:.0%} of its images, were set apart as target, and the other half left "
                 "out; figures on it are optimistic"
             )
         if "test" not in source:
@@ -71,7 +85,8 @@ class Split:
             with atomic_path(self.folder / f"{role}.npy") as aside, aside.open("wb") as file:
                 np.save(file, chosen)
         return {
-            "source": {role: str(path) for role, path in source.items()},
+            # relative: a run folder may be moved or copied
+            "source": {role: os.path.relpath(path, self.folder) for role, path in source.items()},
             "rows": counts,
             "notes": notes,
             "total": sum(len(PairSet(path)) for path in self.embeddings.values()),
@@ -101,8 +116,7 @@ class Split:
 
     def _cut_target(self, pool: PairSet) -> tuple[IntArray, IntArray]:
         """Rows of the target and of what is left of the pool: whole images, so that no image is in both."""
-        parts = max(2, round(1 / self.config.target_share))
-        drawn = folds_by_image(pool.image, parts, self.config.seed) == 0
+        drawn = folds_by_image(pool.image, self.config.parts, self.config.seed) == 0
         candidates = np.flatnonzero(drawn)
         score = pool.clip_score[candidates]
         best = candidates[score >= np.median(score)]
@@ -136,4 +150,7 @@ def split(
 def pair_sets(out: Path, manifest: Manifest) -> dict[str, PairSet]:
     """The pool, target and test set that a finished split describes."""
     source = manifest.details["source"]
-    return {role: PairSet(Path(source[role]), out / f"{role}.npy") for role in ("pool", "target", "test")}
+    return {
+        role: PairSet((out / source[role]).resolve(), out / f"{role}.npy")
+        for role in ("pool", "target", "test")
+    }

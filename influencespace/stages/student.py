@@ -62,6 +62,17 @@ class StudentsConfig:
             return self.train.steps
         return max(1, round(self.epochs * pairs / self.train.batch_size))
 
+    def fewest_images(self, images: int) -> int:
+        """Images of a pool of so many that the student without the largest fold is trained on."""
+        return images - -(-images // self.folds)
+
+    def bank_contexts(self, images: int) -> int:
+        """Contexts in every student's bank: as many as the one with the fewest images can fill, two or more.
+
+        Influence in training and held out is balanced context by context.
+        """
+        return max(2, min(self.contexts, self.fewest_images(images) // (self.train.batch_size - 1)))
+
 
 @dataclass(frozen=True)
 class Student:
@@ -229,7 +240,7 @@ class TrainStudent:
                 if longer_loss > loss * (1 - config.least_gain):
                     break
                 trained, loss, steps = longer, longer_loss, 2 * steps
-        size, count = config.train.batch_size - 1, bank_contexts(self.pool, config)
+        size, count = config.train.batch_size - 1, config.bank_contexts(len(np.unique(self.pool.image)))
         bank = disjoint_contexts(self.pool.image, size, count, config.seed + 1, weights)
         save_student(self.folder, self.name, trained, bank)
         result = {
@@ -284,16 +295,6 @@ def student_name(fold: int | None) -> str:
 def image_folds(pool: PairSet, config: StudentsConfig) -> NDArray[np.int64]:
     """Fold of each pair of the pool, by image."""
     return folds_by_image(pool.image, config.folds, config.seed)
-
-
-def bank_contexts(pool: PairSet, config: StudentsConfig) -> int:
-    """Contexts in the bank of every student: as many as the one with the fewest images can fill, two or more.
-
-    Influence in training and held out is balanced context by context.
-    """
-    images = len(np.unique(pool.image))
-    fewest = images - -(-images // config.folds)  # without the largest fold
-    return max(2, min(config.contexts, fewest // (config.train.batch_size - 1)))
 
 
 def read_note(path: Path, mark: str) -> dict[str, Any] | None:

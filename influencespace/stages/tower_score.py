@@ -356,8 +356,10 @@ def score_through_towers(
         score_spans(workers, spans, ScoreSpan(given.scorer(), out, mark), config.estimator)
     without = run_once(runtime, JoinScores(given, out, [start for start, _ in spans]))
     note = json.loads(given.note.read_text(encoding="utf-8"))
-    shutil.rmtree(parts)
-    return finish_stage(out, score_manifest(config, mark, inputs, rows, without, **note), began)
+    done = finish_stage(out, score_manifest(config, mark, inputs, rows, without, **note), began)
+    for path in out.glob("parts-*"):  # those too that a killed run with other settings left
+        shutil.rmtree(path)
+    return done
 
 
 def _tangents(given: ThroughTowers, estimator: Estimator, runtime: Runtime) -> None:

@@ -18,6 +18,8 @@ from influencespace.tasks.score import POOLED, score_run
 
 FloatArray = NDArray[np.float64]
 SHOWN = 60
+# CSV says nothing of types: a uid of digits would lose its zeros, and any word would be true.
+TRUTH = csv.ConvertOptions(column_types={"uid": pa.string(), "wrong": pa.bool_()})
 PRECISION_AT = (0.01, 0.05, 0.1, 0.2, 0.3)
 
 
@@ -78,7 +80,7 @@ def read_truth(path: Path) -> dict[str, bool]:
             f"truth file {path} is a folder without Parquet files: give a Parquet or CSV file with the columns uid and wrong"
         )
     try:
-        table = csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
+        table = csv.read_csv(path, convert_options=TRUTH) if path.suffix == ".csv" else pq.read_table(path)
         columns = [table[name].to_pylist() for name in ("uid", "wrong")]
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(f"truth file {path} cannot be read: {str(error).splitlines()[0]}") from None
@@ -86,6 +88,11 @@ def read_truth(path: Path) -> dict[str, bool]:
         raise InputError(
             f"truth file {path} has the columns {', '.join(table.column_names)}; uid and wrong (true or false) are needed"
         ) from None
+    unknown = [value for value in columns[1] if not isinstance(value, bool) and value not in (0, 1)]
+    if unknown:
+        raise InputError(
+            f"truth file {path} has {unknown[0]!r} in its column wrong; true or false are needed"
+        )
     return {str(uid): bool(wrong) for uid, wrong in zip(*columns)}
 
 

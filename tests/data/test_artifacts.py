@@ -108,8 +108,11 @@ def test_a_manifest_of_another_layout_counts_as_absent(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
 
 
-def test_reopening_removes_the_manifest_and_nothing_else(tmp_path: Path) -> None:
+def test_reopening_removes_the_manifest_and_what_a_kill_left_half_written(tmp_path: Path) -> None:
     write_manifest(tmp_path / "a", Manifest(stage="embed", fingerprint="f"))
+    with atomic_path(tmp_path / "a" / "data") as killed:
+        killed.touch()
+    killed.write_text("half")
     (tmp_path / "a" / "data").write_text("kept")
     reopen(tmp_path / "a")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["data"]

@@ -483,12 +483,23 @@ def test_what_is_wrong_in_coco_is_rejected(tmp_path: Path) -> None:
     assert all_uids(samples) == ["1#0"]
     reasons = {rejection.uid: rejection.reason for rejection in rejections[3:]}
     assert [r.uid for r in rejections[:3]] == ["1#1", "1#2", "2"]
-    assert "is missing" in rejections[2].reason
+    assert rejections[2].reason == "the image file is missing"  # no name: one reason for all
     assert "no caption" in reasons["3"]
     assert "same id" in reasons["1"]
     assert "not a path inside" in reasons["4"]
     assert "not a path inside" in reasons["5"]
     assert "does not list" in reasons["99"]
+
+
+def test_a_name_that_no_file_can_have_costs_no_other_pair(tmp_path: Path) -> None:
+    images = [coco_image(1), {"id": 2, "file_name": 300 * "x" + ".jpg", "file": False}]
+    samples, rejections = read_all(
+        write_coco(tmp_path, images, [*coco_captions(1, "a"), *coco_captions(2, "b")])
+    )
+    assert all_uids(samples) == ["1"]
+    assert [(r.uid, r.reason) for r in rejections] == [
+        ("2", "the image file cannot be read (File name too long)")
+    ]
 
 
 def test_coco_is_sliced_and_slices_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -680,6 +691,14 @@ def test_a_tar_goes_before_class_folders(tmp_path: Path) -> None:
 
 
 # Listing
+
+
+def test_a_folder_that_is_called_like_a_shard_is_none(tmp_path: Path, encoded_image: Encode) -> None:
+    (tmp_path / "unpacked.tar").mkdir()
+    (tmp_path / "many.parquet").mkdir()
+    (tmp_path / "0.tar").write_bytes(tar_bytes([]))
+    for spec in (tmp_path, tmp_path / "*"):
+        assert [Path(shard.path).name for shard in list_shards(str(spec))] == ["0.tar"]
 
 
 def test_a_folder_lists_its_shards_in_order(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from torch.func import functional_call, grad, hessian, jacrev
 
 from influencespace.core.info_nce import info_nce
 from influencespace.core.objective import InfoNce
-from influencespace.errors import InputError
 from influencespace.estimators.ecif import Ecif
 from influencespace.estimators.nystrom import (
     CurvatureConfig,
@@ -253,7 +252,7 @@ def test_a_bank_of_one_context_is_refused() -> None:
 
 
 def test_a_damping_that_the_estimator_does_not_read_is_refused() -> None:
-    with pytest.raises(InputError, match="the damping is the problem's"):
+    with pytest.raises(ValueError, match="the damping is the problem's"):
         Ecif(curvature=CurvatureConfig(damping_factor=1))
 
 

@@ -9,7 +9,7 @@ from chain import Chain, Counting, Killed, assert_equal_results, student_config
 from safetensors.torch import load_file
 
 from influencespace.estimators.nystrom import CurvatureConfig, curvature_products
-from influencespace.stages.curvature import StudentSpace, TargetConfig, directions_of, read_notes
+from influencespace.stages.curvature import StudentSpace, TargetConfig, directions_of
 from influencespace.stages.student import Student, student_name
 
 NAMES = ("all", "without_fold_0", "without_fold_1", "without_fold_2")
@@ -43,7 +43,7 @@ def test_directions_solve_the_damped_curvature_for_every_fold_of_the_target(trut
     left = curvature_products(s.space, s.contexts, x, s.objective, s.preconditioner) + s.damping * x
     residual = (left - g / root).norm(dim=1) / (g / root).norm(dim=1)
     assert float(residual.max()) < 2 * truth.curvature.tolerance
-    note = read_notes(truth.out / "curvature", name)
+    note = truth.manifest("curvature").details["students"][name]
     assert note["residual"] == pytest.approx(float(residual.max()), rel=0.1, abs=1e-5)
     assert note["damping"] == pytest.approx(
         truth.curvature.damping_factor / s.student.sum_of_learning_rates + truth.student.train.weight_decay

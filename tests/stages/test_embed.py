@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from influencespace.data.artifacts import Manifest, read_manifest
-from influencespace.data.embeddings import EmbeddingTable, read_rejected
+from influencespace.data.embeddings import EmbeddingTable, read_rejected, rejected_reasons
 from influencespace.data.readers import list_shards
 from influencespace.data.uids import digest
 from influencespace.errors import InputError
@@ -456,7 +456,7 @@ def test_machines_are_shared_among_the_workers(
     assert share(config, machine, tasks=100) == Workers(num_actors=actors, num_cpus=cpus, num_gpus=gpus)
 
 
-def write_imported(path: Path, uids: Sequence[str], seed: int = 0) -> None:
+def write_imported(path: Path, uids: Sequence[str | None], seed: int = 0) -> None:
     """Embeddings as our own Parquet holds them."""
     import pyarrow as pa
 
@@ -507,3 +507,30 @@ def test_imported_embeddings_are_joined_by_uid_and_the_missing_are_listed(tmp_pa
         np.testing.assert_allclose(table.images[row["image"]], expected, atol=1e-6)
         assert row["caption"].startswith("picture")
         assert row["image_path"].endswith("0.tar")
+
+
+def test_joined_rows_that_name_no_pair_are_listed_too(tmp_path: Path) -> None:
+    write_tar(tmp_path / "data" / "0.tar", [sample(i, uid=f"own-{i}", captions=1) for i in range(2)])
+    write_imported(tmp_path / "a.parquet", ["own-0", None, "own-1", None])
+    manifest = import_embeddings(
+        str(tmp_path / "a.parquet"),
+        tmp_path / "out",
+        LocalRuntime(),
+        shards=list_shards(str(tmp_path / "data")),
+    )
+    assert (manifest.rows_in, manifest.rows_out, manifest.rejected) == (4, 2, 2)
+    assert rejected_reasons(tmp_path / "out") == {"the pair has no uid": 2}
+
+
+def test_pictures_that_arrive_later_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "val2017"
+    folder.mkdir()
+    entries = [{"id": i, "file_name": f"{i}.png"} for i in range(2)]
+    captions = [{"image_id": i, "caption": f"picture {i}"} for i in range(2)]
+    (tmp_path / "annotations").mkdir()
+    document = tmp_path / "annotations" / "captions_val2017.json"
+    document.write_text(json.dumps({"images": entries, "annotations": captions}))
+    for i in range(2):
+        Image.new("RGB", (8, 8), (90 * i, 10, 10)).save(folder / f"{i}.png")
+        manifest = run(str(document), tmp_path / "out")
+        assert manifest.rows_out == i + 1

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,6 +221,16 @@ class Terminal(io.StringIO):
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_no_ray_to_join_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", alone)
+    with pytest.raises(InputError, match="no Ray to join at auto"), start_ray("auto"):
+        pass
 
 
 def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:

@@ -1,5 +1,7 @@
 """Roles: given ones are taken whole, missing ones are cut by image, and too little is refused."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,32 @@ def test_given_roles_are_taken_whole(pool: Planted, target: Planted, tmp_path: P
     assert manifest.details["notes"] == []
     assert manifest.details["rows"] == {"pool": 800, "target": 180, "test": 180}
     assert (manifest.rows_in, manifest.rows_out, manifest.rejected) == (1160, 1160, 0)
+
+
+def test_a_run_folder_may_be_moved(pool: Planted, tmp_path: Path) -> None:
+    shutil.copytree(pool.folder, tmp_path / "run" / "embed")
+    copied = replace(pool, folder=tmp_path / "run" / "embed")
+    manifest, _ = cut(tmp_path / "run" / "split", SplitConfig(target_share=0.2), pool=copied)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    after = pair_sets(tmp_path / "moved" / "split", manifest)
+    assert after["pool"].folder == (tmp_path / "moved" / "embed").resolve()
+    uids = PairSet(pool.folder).column("uid")
+    assert after["pool"].column("uid") == [uids[row] for row in after["pool"].rows]
+
+
+def test_embeddings_of_two_encoders_are_refused(pool: Planted, tmp_path: Path) -> None:
+    other = plant(tmp_path / "other", 60, dimension=12)
+    with pytest.raises(InputError, match=r"cannot be compared \(pool 16, target 12\)"):
+        cut(tmp_path / "split", pool=pool, target=other)
+
+
+@pytest.mark.parametrize(("asked", "drawn"), [(0.4, "50%"), (0.35, "33%"), (0.2, "20%")])
+def test_the_share_that_is_told_is_the_one_that_was_drawn(
+    pool: Planted, tmp_path: Path, asked: float, drawn: str
+) -> None:
+    manifest, sets = cut(tmp_path, SplitConfig(target_share=asked), pool=pool)
+    assert f"a seeded {drawn} of its images" in manifest.details["notes"][0]
+    assert len(images(sets["pool"])) == pytest.approx(400 * (1 - float(drawn[:-1]) / 100), abs=2)
 
 
 def test_pairs_in_two_roles_are_told(pool: Planted, target: Planted, tmp_path: Path) -> None:

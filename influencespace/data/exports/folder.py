@@ -65,9 +65,14 @@ def ignore(count: int) -> None:
 
 
 def write_once(
-    run: FinishedRun, out: Path, kind: str, options: dict[str, Any], write: Callable[[], dict[str, str]]
+    run: FinishedRun,
+    out: Path,
+    kind: str,
+    options: dict[str, Any],
+    write: Callable[[], dict[str, str]],
+    advance: Advance,
 ) -> Manifest:
-    """Fill the folder `out` unless the same export of the same run is there; `write` gives files and digests.
+    """Fill the folder `out` unless the same export of the same run is there; `write` gives files and digests, and advances.
 
     Raises InputError when `out` holds files that are no export of this kind.
     """
@@ -75,26 +80,26 @@ def write_once(
     inputs = run.inputs()
     _claim(out, kind)
     mark = fingerprint({"stage": "export", "kind": kind, "options": options, "inputs": inputs})
-    if not is_done(out, mark):
-        reopen(out)
-        _sweep(out)
-        files = write()
-        rows = sum(len(uids) for uids in run.kept_uids())
-        manifest = Manifest(
-            stage="export",
-            fingerprint=mark,
-            inputs=inputs,
-            rows_in=rows,
-            rows_out=rows,
-            files=files,
-            versions=installed_versions(),
-            seconds=round(time.monotonic() - started, 3),
-            details={"kind": kind, **options},
-        )
-        write_manifest(out, manifest)
-    manifest_there = read_manifest(out)
-    assert manifest_there is not None
-    return manifest_there
+    if (done := read_manifest(out)) is not None and is_done(out, mark):
+        advance(done.rows_out)
+        return done
+    reopen(out)
+    _sweep(out)
+    files = write()
+    rows = sum(len(uids) for uids in run.kept_uids())
+    manifest = Manifest(
+        stage="export",
+        fingerprint=mark,
+        inputs=inputs,
+        rows_in=rows,
+        rows_out=rows,
+        files=files,
+        versions=installed_versions(),
+        seconds=round(time.monotonic() - started, 3),
+        details={"kind": kind, **options},
+    )
+    write_manifest(out, manifest)
+    return manifest
 
 
 def write_shards(
@@ -122,7 +127,7 @@ def write_shards(
                 advance(stop - start)
         return files
 
-    return write_once(run, out, form.name, {"shard_size": shard_size}, write)
+    return write_once(run, out, form.name, {"shard_size": shard_size}, write, advance)
 
 
 def _write_shard(path: Path, form: ShardFormat, pairs: Selection, start: int, stop: int, mark: str) -> str:

@@ -44,7 +44,7 @@ def export_npy(run: Path | str, out: Path | str, *, advance: Advance = ignore) -
             np.save(file, numbers)
         return {name: file_digest(folder / name) for name in ("uids.npy", "uids.parquet")}
 
-    return write_once(finished, folder, "npy", {}, write)
+    return write_once(finished, folder, "npy", {}, write, advance)
 
 
 def hash_of(uid: str) -> str:

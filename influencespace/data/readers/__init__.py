@@ -49,8 +49,10 @@ def list_shards(spec: str | Sequence[str], images: str | None = None) -> list[Sh
     """
     files = list_files(spec, preferred=(".tar", ".parquet"), other=(".json",), class_folders=True)
     # Beside each tar img2dataset writes a .parquet of the same name, with metadata and no images.
-    stems = {path.removesuffix(".tar") for path in files}
-    files = [path for path in files if path.removesuffix(".parquet") not in stems - {path}]
+    tars = {path.removesuffix(".tar") for path in files if path.endswith(".tar")}
+    files = [
+        path for path in files if not (path.endswith(".parquet") and path.removesuffix(".parquet") in tars)
+    ]
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         shards = [shard for split in threads.map(lambda path: _split(path, images), files) for shard in split]
     return [replace(shard, index=index) for index, shard in enumerate(shards)]
@@ -82,17 +84,19 @@ def _find(name: str, preferred: tuple[str, ...], other: tuple[str, ...], class_f
         if not path.endswith((*preferred, *other)):
             hint = " Unpack it first." if path.endswith(_PACKED) else ""
             raise InputError(f"{name}: unknown kind of file, expected one of {wanted}.{hint}")
-        found = [path]
+        found = {path: "file"}
     elif filesystem.isdir(path):
-        found = filesystem.ls(path, detail=False)
+        found = {info["name"]: info["type"] for info in filesystem.ls(path, detail=True)}
     elif glob.has_magic(name):
-        found = filesystem.glob(path)
+        found = {file: info["type"] for file, info in filesystem.glob(path, detail=True).items()}
     else:
         raise InputError(f"{name}: no such file or folder. Is it mistyped, or not mounted on this machine?")
     for suffixes in (preferred, other):
-        if matching := [file for file in found if file.endswith(suffixes)]:
+        if matching := [
+            file for file, kind in found.items() if file.endswith(suffixes) and kind != "directory"
+        ]:
             return [_address(filesystem, file) for file in matching]
-    if class_folders and (classes := find_classes(filesystem, found)):
+    if class_folders and (classes := find_classes(filesystem, list(found))):
         return [_address(filesystem, path) for path in classes]
     raise InputError(
         f"{name}: no {wanted} file there (found {len(found)} others). Folders within are not searched: a glob like "
