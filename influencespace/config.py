@@ -45,7 +45,10 @@ class DataConfig:
 
 @options(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that a run depends on; `config.yaml` in the run folder replays it."""
+    """Everything that a run depends on; `config.yaml` in the run folder replays it.
+
+    From the folder where it was begun, that is: paths are as they were given.
+    """
 
     data: DataConfig = plain_field(default_factory=DataConfig)
     embed: EmbedConfig = plain_field(default_factory=lambda: EmbedConfig(encoder=""))

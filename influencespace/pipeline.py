@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from influencespace.config import RunConfig, save_config
-from influencespace.data.artifacts import Manifest, copy_file, installed_versions, write_json
+from influencespace.data.artifacts import Manifest, copy_file, installed_versions, read_manifest, write_json
 from influencespace.data.embeddings import rejected_reasons
 from influencespace.data.pair_set import PairSet
 from influencespace.data.readers import list_shards
@@ -56,6 +56,7 @@ def run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
 def _run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
     embedded = embed_roles(config, out, runtime)
     roles_folder = out / "split"
+    before = read_manifest(roles_folder)
     roles = split(
         {role: out / "embed" / role for role in embedded},
         {role: manifest.fingerprint for role, manifest in embedded.items()},
@@ -63,6 +64,8 @@ def _run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
         roles_folder,
         runtime,
     )
+    if before != roles:  # other data, by the same config
+        _forget_results(out)
     sets = pair_sets(roles_folder, roles)
     rounds = list(_rounds(config, out, sets, roles, runtime))
     best = min(rounds, key=lambda r: r.target_loss)
@@ -103,8 +106,12 @@ def open_folder(config: RunConfig, out: Path) -> None:
     before = path.read_bytes() if path.exists() else None
     save_config(config, path)
     if before != path.read_bytes():
-        for name in RESULTS:
-            (out / name).unlink(missing_ok=True)
+        _forget_results(out)
+
+
+def _forget_results(out: Path) -> None:
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
 
 
 def check(config: RunConfig) -> None:

@@ -22,7 +22,7 @@ from influencespace.data.captions import label, printable
 from influencespace.data.images import open_parquet
 from influencespace.data.readers import filesystem_of, list_files
 from influencespace.data.readers.parquet import as_bytes, raise_unless_damage
-from influencespace.data.schema import Rejection
+from influencespace.data.schema import ReadOptions, Rejection
 from influencespace.data.uids import digest
 from influencespace.errors import InputError
 
@@ -67,6 +67,14 @@ class ImportOptions:
     group_column: str = "group"
     tower: str | None = None
     """DataComp: which `<tower>_img` and `<tower>_txt` to take; None means l14 where there is one."""
+
+
+def import_options(read: ReadOptions, joined: bool) -> ImportOptions:
+    """What `embed.read` says of imported embeddings: with shards it is about those, and the usual columns are taken."""
+    if joined:
+        return ImportOptions()
+    uid = read.uid_column if read.uid_column != ReadOptions.uid_column else None
+    return ImportOptions(uid_column=uid, group_column=read.group_column)
 
 
 class _Damaged(ValueError):
@@ -374,7 +382,7 @@ def _uid_column(names: list[str], part: ImportedPart, options: ImportOptions) ->
             return name
     raise InputError(
         f"{part.metadata}: no column {' or '.join(wanted)}. It has {', '.join(names)}. "
-        "Name the one that identifies a pair as uid_column."
+        "Name the one that identifies a pair as embed.read.uid_column."
     )
 
 

@@ -19,7 +19,12 @@ import pyarrow.parquet as pq
 from influencespace import pipeline
 from influencespace.config import RunConfig
 from influencespace.data.artifacts import Manifest, read_manifest
-from influencespace.data.imported import EmbeddingBatch, read_imported_embeddings
+from influencespace.data.imported import (
+    EmbeddingBatch,
+    ImportOptions,
+    import_options,
+    read_imported_embeddings,
+)
 from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import ReadOptions, Sample
 from influencespace.errors import InputError
@@ -130,7 +135,8 @@ class Slice:
                 write_slice(Path(paths[role]), samples, self.limit)
         if data.embeddings:
             embeddings = folder / "embeddings.parquet"
-            write_embeddings(embeddings, data.embeddings, self.limit)
+            options = import_options(self.config.embed.read, joined=bool(data.pool))
+            write_embeddings(embeddings, data.embeddings, options, self.limit)
             paths["embeddings"] = str(embeddings)
         return replace(
             self.config,
@@ -159,10 +165,10 @@ def write_slice(path: Path, samples: Iterator[Any], limit: int) -> None:
                 return
 
 
-def write_embeddings(path: Path, source: str, limit: int) -> None:
+def write_embeddings(path: Path, source: str, options: ImportOptions, limit: int) -> None:
     """The first imported embeddings as a Parquet file."""
     writer, left = None, limit
-    for batch in read_imported_embeddings(source):
+    for batch in read_imported_embeddings(source, options):
         if not isinstance(batch, EmbeddingBatch):
             continue
         columns = {

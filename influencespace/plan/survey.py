@@ -13,7 +13,13 @@ import pyarrow.parquet as pq
 
 from influencespace.config import RunConfig
 from influencespace.data.consolidate import PAIRS_SCHEMA
-from influencespace.data.imported import EmbeddingBatch, list_parts, read_imported_embeddings
+from influencespace.data.imported import (
+    EmbeddingBatch,
+    ImportOptions,
+    import_options,
+    list_parts,
+    read_imported_embeddings,
+)
 from influencespace.data.parts import pair_rows
 from influencespace.data.readers import read_shard
 from influencespace.data.schema import ReadOptions, Sample, Shard
@@ -89,7 +95,8 @@ def survey_all(config: RunConfig) -> Sizes:
     )
     surveys = {role: survey(shards, config.embed.read) for role, shards in listed.items()}
     if config.data.embeddings is not None:
-        imported, dimension = survey_embeddings(config.data.embeddings)
+        options = import_options(config.embed.read, joined="pool" in listed)
+        imported, dimension = survey_embeddings(config.data.embeddings, options)
         surveys.setdefault("pool", imported)
     return Sizes(surveys=surveys, roles=after_split(config, surveys), dimension=dimension)
 
@@ -159,14 +166,14 @@ def group_images(seen: Sequence[tuple[str | None, Any]], pairs: float) -> tuple[
     return tuple(size * pairs / len(seen) for size in sizes.values())
 
 
-def survey_embeddings(path: str) -> tuple[Survey, int]:
+def survey_embeddings(path: str, options: ImportOptions) -> tuple[Survey, int]:
     """The rows that the metadata of imported embeddings counts, and the embeddings' dimension.
 
     Raises InputError when nothing usable is found.
     """
     parts = list_parts(path)
     files = sorted({name for part in parts for name in (part.metadata, part.images, part.texts) if name})
-    batch = next((b for b in read_imported_embeddings(path) if isinstance(b, EmbeddingBatch)), None)
+    batch = next((b for b in read_imported_embeddings(path, options) if isinstance(b, EmbeddingBatch)), None)
     if batch is None:
         raise InputError(f"{path} holds no usable pair")
     captions = batch.captions or [""] * len(batch.uids)

@@ -14,6 +14,7 @@ from influencespace.data.consolidate import Consolidated, Given
 from influencespace.data.imported import (
     EmbeddingBatch,
     ImportOptions,
+    import_options,
     list_parts,
     read_imported_embeddings,
 )
@@ -59,12 +60,12 @@ def import_embeddings(
     Raises InputError when nothing usable is found.
     """
     started = time.monotonic()
-    options = replace(options or ImportOptions(), batch_rows=PART_PAIRS)
+    read = read or ReadOptions()
+    options = replace(options or import_options(read, joined=bool(shards)), batch_rows=PART_PAIRS)
     files = {name for part in list_parts(path) for name in (part.metadata, part.images, part.texts) if name}
     inputs = {"embeddings": fingerprint([file_version(name) for name in sorted(files)])}
     if shards:
         inputs["data"] = fingerprint(sorted(shard_identities(shards)))
-    read = read or ReadOptions()
     mark = fingerprint({"stage": "import", "config": [options, read, "sharpness"], "inputs": inputs})
     if (finished := finished_stage(out, mark)) is not None:
         return finished

@@ -25,6 +25,7 @@ from PIL import Image
 from influencespace.data.artifacts import Manifest, read_manifest
 from influencespace.data.embeddings import EmbeddingTable, read_rejected, rejected_reasons
 from influencespace.data.readers import list_shards
+from influencespace.data.schema import ReadOptions
 from influencespace.data.uids import digest
 from influencespace.errors import InputError
 from influencespace.stages.embed import Workers, embed, share
@@ -534,3 +535,14 @@ def test_pictures_that_arrive_later_are_read(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (90 * i, 10, 10)).save(folder / f"{i}.png")
         manifest = run(str(document), tmp_path / "out")
         assert manifest.rows_out == i + 1
+
+
+def test_the_column_that_identifies_imported_pairs_can_be_named(tmp_path: Path) -> None:
+    write_imported(tmp_path / "a.parquet", ["x", "y"])
+    table = pq.read_table(tmp_path / "a.parquet")
+    pq.write_table(table.rename_columns({"uid": "name"}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"no column uid .* as embed\.read\.uid_column"):
+        import_embeddings(str(tmp_path / "a.parquet"), tmp_path / "out", LocalRuntime())
+    read = ReadOptions(uid_column="name")
+    import_embeddings(str(tmp_path / "a.parquet"), tmp_path / "out", LocalRuntime(), read=read)
+    assert EmbeddingTable.open(tmp_path / "out").pairs("uid")["uid"].to_pylist() == ["x", "y"]
