@@ -56,16 +56,17 @@ def run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
 def _run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
     embedded = embed_roles(config, out, runtime)
     roles_folder = out / "split"
+    inputs = {role: manifest.fingerprint for role, manifest in embedded.items()}
     before = read_manifest(roles_folder)
+    if before is None or before.inputs != inputs:  # other data, by the same config
+        _forget_results(out)
     roles = split(
         {role: out / "embed" / role for role in embedded},
-        {role: manifest.fingerprint for role, manifest in embedded.items()},
+        inputs,
         config.split,
         roles_folder,
         runtime,
     )
-    if before != roles:  # other data, by the same config
-        _forget_results(out)
     sets = pair_sets(roles_folder, roles)
     rounds = list(_rounds(config, out, sets, roles, runtime))
     best = min(rounds, key=lambda r: r.target_loss)

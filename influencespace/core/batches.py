@@ -70,7 +70,7 @@ def training_batches(
         waiting = order
         for batch in one_pair_an_image(order, images, size):
             if len(batch) < size:
-                break  # all that follow are no larger, and as many as there are pairs of an image
+                break  # what waits has images that are in this one: all batches that follow are as small
             waiting = np.empty(0, np.int64)
             yield batch
             done += 1

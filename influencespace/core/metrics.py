@@ -7,6 +7,7 @@ from torch import Tensor
 
 FloatArray = NDArray[np.float64]
 MOST_AT_ONCE = 2**24  # similarities: 128 MB
+BROKEN = -2.0  # below any cosine
 ROUNDING = 1e-12  # of a dot product of unit vectors in float64; what differs in float32 differs by 1e-8
 
 
@@ -15,27 +16,31 @@ def retrieval_ranks(u: Tensor, t: Tensor, image_of_text: Tensor, block: int = 10
 
     u (n_images, d), t (n_texts, d) unit embeddings; image_of_text (n_texts,) row of u that a text describes.
     Equal similarities count against the right answer by half, so a constant encoder scores as chance does: in float64, and
-    equal but for its rounding.
+    equal but for its rounding. Similarities that are not finite, of a broken encoder, are equal, and below all others.
     """
     u, t = u.double(), t.double()
     image_ranks = torch.empty(len(u), dtype=torch.float64)
-    right = (u[image_of_text] * t).sum(-1)  # similarity of each text with its own image
+    right = _finite((u[image_of_text] * t).sum(-1))  # similarity of each text with its own image
     best = torch.full((len(u),), -3.0, dtype=u.dtype, device=u.device)
     best.scatter_reduce_(0, image_of_text, right, reduce="amax")
     text_ranks = torch.zeros(len(t), dtype=torch.float64, device=u.device)
     block = max(1, min(block, MOST_AT_ONCE // max(len(t), 1)))
     for start in range(0, len(u), block):
         rows = torch.arange(start, min(start + block, len(u)), device=u.device)
-        S = u[rows] @ t.T
+        S = _finite(u[rows] @ t.T)
         S[image_of_text[None, :] == rows[:, None]] = -4.0  # the right answers themselves do not compete
         image_ranks[rows.cpu()] = _ahead(S - best[rows][:, None], 1).cpu()
         text_ranks += _ahead(S - right, 0)
     return image_ranks, text_ranks.cpu()
 
 
+def _finite(S: Tensor) -> Tensor:
+    return S.nan_to_num(nan=BROKEN, posinf=BROKEN, neginf=BROKEN)
+
+
 def _ahead(lead: Tensor, dim: int) -> Tensor:
-    """How many similarities lead along a dimension, those that tie by half; nan, of a broken encoder, loses to all."""
-    return ((~(lead <= -ROUNDING)).sum(dim) + (~(lead <= ROUNDING)).sum(dim)).double() / 2
+    """How many similarities lead along a dimension, those that tie by half."""
+    return ((lead > -ROUNDING).sum(dim) + (lead > ROUNDING).sum(dim)).double() / 2
 
 
 def recall_at(ranks: Tensor, k: int) -> Tensor:

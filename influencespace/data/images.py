@@ -23,8 +23,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # An encoded image above this is a mistake or an attack; reading it would only fill the memory of a worker.
 MAX_ENCODED_BYTES = 256 * 2**20
 
-# What is wrong with one file; other errors of reading are the storage's, and may pass.
-UNREADABLE = (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
+# What is wrong with a name; other errors of reading are the machine's, and may pass.
+UNREADABLE = (errno.ENAMETOOLONG, errno.ELOOP)
 
 _IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image")
 

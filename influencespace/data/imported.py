@@ -382,7 +382,7 @@ def _uid_column(names: list[str], part: ImportedPart, options: ImportOptions) ->
             return name
     raise InputError(
         f"{part.metadata}: no column {' or '.join(wanted)}. It has {', '.join(names)}. "
-        "Name the one that identifies a pair as embed.read.uid_column."
+        "Name the one that identifies a pair as embed.read.uid_column, or uid where the pairs are those of shards."
     )
 
 

@@ -56,6 +56,8 @@ def embed(
     }
     mark = fingerprint({"stage": "embed", "config": config.content(), "inputs": inputs})
     if (finished := finished_stage(out, mark)) is not None:
+        if not config.keep_parts:
+            shutil.rmtree(out / "parts", ignore_errors=True)  # of a run that was killed behind its manifest
         return finished
     parts = reopen(out) / "parts"
     tasks = index(shards, config.read, parts, runtime)

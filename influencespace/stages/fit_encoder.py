@@ -21,7 +21,7 @@ class FitEncoder:
     seed: int
 
     def __call__(self) -> None:
-        if self.out.is_dir():
+        if (self.out / "model.safetensors").is_file():
             return
         partly = self.out.with_name(f".{self.out.name}.partly")
         shutil.rmtree(partly, ignore_errors=True)
@@ -40,4 +40,5 @@ class FitEncoder:
                 out=partly,
                 on_step=lambda step, steps, loss: bar.advance(),
             )
+        shutil.rmtree(self.out, ignore_errors=True)
         partly.rename(self.out)

@@ -74,7 +74,7 @@ def index_shard(task: ShardTask, read: ReadOptions) -> tuple[int, int]:
 def shard_identities(shards: Sequence[Shard]) -> list[str]:
     """A fingerprint for each shard of where it lies, which rows it takes, and the file's size and date.
 
-    Of a folder of pictures the date changes when one is added or removed, not when one is overwritten in place.
+    Of a folder of pictures the date changes when one is added or removed right in it, not when one is overwritten in place.
 
     Raises InputError when there is no shard, or one cannot be found.
     """
@@ -85,8 +85,8 @@ def shard_identities(shards: Sequence[Shard]) -> list[str]:
 
 
 def _shard_identity(shard: Shard) -> str:
-    folder = file_version(shard.images) if shard.images else None
-    return fingerprint([replace(shard, index=0, path=""), file_version(shard.path), folder])
+    places = [shard.path, shard.images] if shard.images else [shard.path]
+    return fingerprint([replace(shard, index=0, path=""), *map(file_version, places)])
 
 
 def file_version(url: str) -> dict[str, str]:

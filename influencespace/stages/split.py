@@ -151,6 +151,6 @@ def pair_sets(out: Path, manifest: Manifest) -> dict[str, PairSet]:
     """The pool, target and test set that a finished split describes."""
     source = manifest.details["source"]
     return {
-        role: PairSet((out / source[role]).resolve(), out / f"{role}.npy")
+        role: PairSet(Path(os.path.abspath(out / source[role])), out / f"{role}.npy")
         for role in ("pool", "target", "test")
     }

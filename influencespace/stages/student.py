@@ -365,7 +365,7 @@ def students(
     runtime: Runtime,
 ) -> Manifest:
     """Train the students and score the quality of every pair of the pool."""
-    mark = fingerprint({"stage": "student", "config": config, "inputs": inputs})
+    mark = fingerprint({"stage": "student", "quality": "of strangers", "config": config, "inputs": inputs})
     if (done := finished_stage(out, mark)) is not None:
         return done
     began = time.monotonic()

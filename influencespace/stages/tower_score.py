@@ -336,6 +336,7 @@ def score_through_towers(
     }
     mark = fingerprint(marked)
     if (done := finished_stage(out, mark)) is not None:
+        _remove_parts(out)
         return done
     began = time.monotonic()
     parts = reopen(out) / f"parts-{mark}"  # parts of another config are never taken for these
@@ -357,9 +358,14 @@ def score_through_towers(
     without = run_once(runtime, JoinScores(given, out, [start for start, _ in spans]))
     note = json.loads(given.note.read_text(encoding="utf-8"))
     done = finish_stage(out, score_manifest(config, mark, inputs, rows, without, **note), began)
-    for path in out.glob("parts-*"):  # those too that a killed run with other settings left
-        shutil.rmtree(path)
+    _remove_parts(out)
     return done
+
+
+def _remove_parts(out: Path) -> None:
+    """Remove the tangents, those too that a killed run left."""
+    for path in out.glob("parts-*"):
+        shutil.rmtree(path)
 
 
 def _tangents(given: ThroughTowers, estimator: Estimator, runtime: Runtime) -> None:

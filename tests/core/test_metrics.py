@@ -67,12 +67,21 @@ def test_equal_similarities_tie_whatever_rounding_does(dimension: int) -> None:
 
 
 @pytest.mark.parametrize("side", ["images", "texts"])
-def test_a_broken_encoder_finds_nothing(side: str) -> None:
-    rows = torch.nn.functional.normalize(torch.eye(6), dim=1)
-    nothing = torch.full_like(rows, torch.nan)
+def test_a_broken_encoder_scores_as_chance_does(side: str) -> None:
+    rows, nothing = torch.eye(6), torch.full((6, 6), torch.nan)
     u, t = (nothing, rows) if side == "images" else (rows, nothing)
     for ranks in metrics.retrieval_ranks(u, t, torch.arange(6)):
-        assert float(ranks.min()) >= 5
+        assert ranks.tolist() == [2.5] * 6
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_embedding_costs_itself_alone(value: float) -> None:
+    u, t = torch.eye(6), torch.eye(6)[[0, 0, 1, 2, 3, 4, 5]]
+    t[0] = value
+    image_ranks, text_ranks = metrics.retrieval_ranks(u, t, torch.tensor([0, 0, 1, 2, 3, 4, 5]))
+    assert image_ranks.tolist() == [0] * 6
+    assert text_ranks[0] > 0
+    assert text_ranks[1:].tolist() == [0] * 6
 
 
 def test_shares_by_image_average_to_the_mean_recall() -> None:

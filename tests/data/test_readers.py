@@ -696,6 +696,7 @@ def test_a_tar_goes_before_class_folders(tmp_path: Path) -> None:
 def test_a_folder_that_is_called_like_a_shard_is_none(tmp_path: Path, encoded_image: Encode) -> None:
     (tmp_path / "unpacked.tar").mkdir()
     (tmp_path / "many.parquet").mkdir()
+    (tmp_path / "linked.tar").symlink_to(tmp_path / "unpacked.tar")
     (tmp_path / "0.tar").write_bytes(tar_bytes([]))
     for spec in (tmp_path, tmp_path / "*"):
         assert [Path(shard.path).name for shard in list_shards(str(spec))] == ["0.tar"]

@@ -272,7 +272,7 @@ class Counting(LocalRuntime):
 
 
 class Losing(LocalRuntime):
-    """The plain loop on a bad cluster: every worker is lost as its task ends, and the task is begun again."""
+    """The plain loop on a bad cluster: the worker of every mapped task is lost as it ends, and the task is begun again."""
 
     def map(self, recipe: Recipe, tasks: Sequence[Any], **options: Any) -> Iterator[Any]:
         for task in tasks:

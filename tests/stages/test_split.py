@@ -61,9 +61,17 @@ def test_a_run_folder_may_be_moved(pool: Planted, tmp_path: Path) -> None:
     manifest, _ = cut(tmp_path / "run" / "split", SplitConfig(target_share=0.2), pool=copied)
     (tmp_path / "run").rename(tmp_path / "moved")
     after = pair_sets(tmp_path / "moved" / "split", manifest)
-    assert after["pool"].folder == (tmp_path / "moved" / "embed").resolve()
+    assert after["pool"].folder == tmp_path / "moved" / "embed"
     uids = PairSet(pool.folder).column("uid")
     assert after["pool"].column("uid") == [uids[row] for row in after["pool"].rows]
+
+
+def test_a_stage_that_lies_elsewhere_by_a_link_finds_its_embeddings(pool: Planted, tmp_path: Path) -> None:
+    (tmp_path / "scratch" / "deep" / "split").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "split").symlink_to(tmp_path / "scratch" / "deep" / "split")
+    _, sets = cut(tmp_path / "run" / "split", SplitConfig(target_share=0.2), pool=pool)
+    assert sets["pool"].folder == pool.folder
 
 
 def test_embeddings_of_two_encoders_are_refused(pool: Planted, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def write_once(
         advance(done.rows_out)
         return done
     reopen(out)
-    _sweep(out)
+    (out / ".kept.arrow").unlink(missing_ok=True)  # what a killed export was about to write
     files = write()
     rows = sum(len(uids) for uids in run.kept_uids())
     manifest = Manifest(
@@ -194,12 +194,6 @@ def _claim(out: Path, kind: str) -> None:
         what = f"an export to {theirs}" if theirs else "other files"
         raise InputError(f"{out} holds {what}: name a new or empty folder for this export to {kind}")
     write_json(out / CLAIM, {"kind": kind})
-
-
-def _sweep(out: Path) -> None:
-    """Remove what a killed export was about to write."""
-    for path in (*out.glob(".*.tmp"), out / ".kept.arrow"):
-        path.unlink(missing_ok=True)
 
 
 def _discard(out: Path, count: int) -> None:

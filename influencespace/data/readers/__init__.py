@@ -91,9 +91,13 @@ def _find(name: str, preferred: tuple[str, ...], other: tuple[str, ...], class_f
         found = {file: info["type"] for file, info in filesystem.glob(path, detail=True).items()}
     else:
         raise InputError(f"{name}: no such file or folder. Is it mistyped, or not mounted on this machine?")
+
+    def is_file(path: str, kind: str) -> bool:
+        return kind == "file" or not filesystem.isdir(path)  # a link tells nothing of what it leads to
+
     for suffixes in (preferred, other):
         if matching := [
-            file for file, kind in found.items() if file.endswith(suffixes) and kind != "directory"
+            file for file, kind in found.items() if file.endswith(suffixes) and is_file(file, kind)
         ]:
             return [_address(filesystem, file) for file in matching]
     if class_folders and (classes := find_classes(filesystem, list(found))):
