@@ -21,7 +21,7 @@ from influencespace.stages.ray_session import start_ray
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Curate as the options say; returns the exit code: 0 done, 2 for what the user has to change."""
+    """Curate as the options say; returns the exit code 0; ends with code 2 for what the user has to change."""
     options = parser().parse_args(arguments)
     try:
         out = absolute(options.out)

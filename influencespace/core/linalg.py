@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NOT_FINITE = "a product with the curvature is not finite; likely a diverged student or an infinite embedding"
+
 
 def probes(size: int, rank: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Orthonormal random probes Omega (size, rank), the same for the same seed on every machine's CPU.
@@ -59,9 +61,7 @@ def nystrom(Omega: Tensor, Y: Tensor) -> Sketch:
     positive semi-definite matrix.
     """
     if not bool(torch.isfinite(Y).all()):
-        raise ValueError(
-            "a product with the curvature is not finite; likely a diverged student or an infinite embedding"
-        )
+        raise ValueError(NOT_FINITE)
     p = Y.shape[0]
     nu = math.sqrt(p) * torch.finfo(Y.dtype).eps * float(Y.norm())
     Omega64, Y64 = Omega.double(), Y.double()
@@ -138,7 +138,5 @@ def conjugate_gradients(
         rz = rz_next
         residual, iteration = float((r.norm(dim=-1) / size).max()), iteration + 1
     if not math.isfinite(residual):
-        raise ValueError(
-            "a product with the curvature is not finite; likely a diverged student or an infinite embedding"
-        )
+        raise ValueError(NOT_FINITE)
     return Solution(x=x, iterations=iteration, residual=residual)

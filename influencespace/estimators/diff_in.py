@@ -30,8 +30,6 @@ from influencespace.estimators.tracin import at_checkpoints, require_checkpoints
 from influencespace.models.space import Inputs
 from influencespace.models.trajectory import hessian_product, loss_gradient
 
-Embeddings = tuple[Tensor, Tensor]  # two (n, d)
-
 
 def presence(problem: Problem, inputs: Inputs) -> Callable[[Tensor], Tensor]:
     """F_z in each context of the bank, as a function of the parameters: (p,) -> (C, n).

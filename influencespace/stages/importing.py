@@ -176,10 +176,9 @@ class _Joined:
                 _distinct(self.known.texts[places[known]], batch.texts[known]),
             )
         named = find(self.known.keys, np.array([digest(r.uid.encode()) for r in rejections], DIGEST)) >= 0
+        # rows without a uid, the rest of a damaged file, foreign uids again
         strangers = [rejection for rejection, known in zip(rejections, named) if not known]
-        if (
-            strangers
-        ):  # of no pair of the shards: rows without a uid, the rest of a damaged file, foreign uids again
+        if strangers:
             self.index_parts.append(self.parts / "import-rejected.index.arrow")
             write_index(self.index_parts[-1], "", map(rejected_row, strangers))
         return Given(keys=np.sort(np.concatenate(keys)), refused=refused)

@@ -66,7 +66,7 @@ def _knock(address: str) -> None:
 
 
 def _prepare() -> None:
-    # Left to itself, Ray begins a task that outgrows the machine's memory again for ever.
+    # Left to itself, a Ray that is started here begins a task that outgrows the machine's memory again for ever.
     os.environ.setdefault("RAY_task_oom_retries", str(TASK_RETRIES))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray Data makes Ray's core complain on the driver's stderr about each of its actor pools.

@@ -365,6 +365,7 @@ def students(
     runtime: Runtime,
 ) -> Manifest:
     """Train the students and score the quality of every pair of the pool."""
+    # quality is told by contexts that do not hold the pair's image; of older code by all
     mark = fingerprint({"stage": "student", "quality": "of strangers", "config": config, "inputs": inputs})
     if (done := finished_stage(out, mark)) is not None:
         return done
