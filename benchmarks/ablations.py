@@ -18,16 +18,16 @@ from curation import Curation, by_image
 from world import Setting, World, measure_on_real_pairs
 
 from influencespace.core.metrics import auroc, bootstrap_means, interval
-from influencespace.core.select import SelectConfig
+from influencespace.core.select import SelectionConfig
 from influencespace.data.artifacts import fingerprint
 from influencespace.data.pair_set import PairSet
-from influencespace.estimators.nystrom import CurvatureConfig
+from influencespace.estimators.influence import CurvatureConfig
 from influencespace.models.fusion import FusionConfig
-from influencespace.stages.attribute import AttributeConfig
-from influencespace.stages.cluster import ClusterConfig
-from influencespace.stages.decide import decide
-from influencespace.stages.dynamic import Reweighting, train_dynamically
-from influencespace.stages.student import ALL, Student, StudentsConfig, train_subset
+from influencespace.stages.proxies.proxies import ALL, Proxy, ProxyConfig, train_subset
+from influencespace.stages.scoring.cluster import ClusterConfig
+from influencespace.stages.scoring.influence import InfluenceConfig
+from influencespace.stages.selection.evidence import decide
+from influencespace.stages.training.dynamic import Reweighting, train_dynamically
 
 Changes = Mapping[str, Any]
 STEPS = 100
@@ -45,8 +45,8 @@ class Varied(Curation):
         return found
 
     @property
-    def config(self) -> StudentsConfig:
-        return replace(super().config, **self.changed("student"))
+    def config(self) -> ProxyConfig:
+        return replace(super().config, **self.changed("proxy"))
 
     @property
     def clusters(self) -> ClusterConfig:
@@ -57,12 +57,12 @@ class Varied(Curation):
         return CurvatureConfig(**self.changed("curvature"))
 
     @property
-    def attribution(self) -> AttributeConfig:
-        return AttributeConfig(**self.changed("attribute"))
+    def attribution(self) -> InfluenceConfig:
+        return InfluenceConfig(**self.changed("attribute"))
 
     @property
-    def choice(self) -> SelectConfig:
-        return SelectConfig(**self.changed("curate"))
+    def choice(self) -> SelectionConfig:
+        return SelectionConfig(**self.changed("curate"))
 
     @property
     def folder(self) -> Path:
@@ -105,7 +105,7 @@ class Varied(Curation):
         return {name: auroc(-strata[name], self.wrong) for name in ("given", "seen", "held_out", "quality")}
 
     def weighted(self, seeds: tuple[int, ...]) -> dict[str, Any]:
-        """Recall by test image of students trained by the weights that are decided: (seeds, images)."""
+        """Recall by test image of proxies trained by the weights that are decided: (seeds, images)."""
         weight = decide(self.run(), self.choice).weight
         train = self.config.train
         return {
@@ -129,7 +129,7 @@ def setting_of(changes: Changes) -> Setting:
 
 
 def opinions(bench: Benchmark, world: World, quick: bool) -> None:
-    """Whose opinion of a match tells wrong from right: the frozen encoder's, or the students'."""
+    """Whose opinion of a match tells wrong from right: the frozen encoder's, or the proxies'."""
     curation = Varied(world, setting_of({}))
     found = cached(world.cache, ["opinions", curation.setting], curation.axes)
     for name, value in found.items():
@@ -137,11 +137,11 @@ def opinions(bench: Benchmark, world: World, quick: bool) -> None:
 
 
 def weight_cap(bench: Benchmark, world: World, quick: bool) -> None:
-    """Mean recall of students trained by influence weights of different caps, at half a standard deviation's temperature."""
+    """Mean recall of proxies trained by influence weights of different caps, at half a standard deviation's temperature."""
     seeds = tuple(bench.seeds)
     rules: dict[str, Changes] = {"uniform": {"weights": "uniform"}}
     for cap in (1.5, 3.0, 5.0, 20.0):
-        rules[f"{cap:g}"] = {"weights": "influence", "tau_high": 0.5, "max_weight": cap}
+        rules[f"{cap:g}"] = {"weights": "influence", "temperature": 0.5, "max_weight": cap}
     shares = {}
     for name, rule in rules.items():
         curation = Varied(world, setting_of({}), {"curate": rule})
@@ -159,7 +159,7 @@ def weight_cap(bench: Benchmark, world: World, quick: bool) -> None:
 
 @dataclass(frozen=True)
 class Dynamic(Curation):
-    """Students whose sampler is re-weighted while they train, beside those whose sampler is not."""
+    """Proxies whose sampler is re-weighted while they train, beside those whose sampler is not."""
 
     def retrained_by(self, method: str, seeds: tuple[int, ...]) -> dict[str, Any]:
         """Recall by test image, (seeds, images), of `curated`, `everything`, or so many steps between two re-weightings."""
@@ -169,8 +169,8 @@ class Dynamic(Curation):
         reweighting = Reweighting(
             pool=self.pool,
             target=self.target,
-            students=self.config,
-            student=Student(self.folder / "student", ALL),
+            proxies=self.config,
+            proxy=Proxy(self.folder / "proxy", ALL),
             scores=scores,
             decided=decided,
         )
@@ -182,7 +182,7 @@ class Dynamic(Curation):
                 trained = train_subset(self.pool, weight, self.config.train, steps, seed)
             shares.append(by_image(trained.heads, self.test).tolist())
         seconds = (time.process_time() - began) / len(seeds)
-        chosen = {"weights": decided.weights, "temperature": reweighting.rule.tau_high}
+        chosen = {"weights": decided.weights, "temperature": reweighting.rule.temperature}
         return {"shares": shares, "cpu_seconds": seconds, "kept": float((weight > 0).mean()), **chosen}
 
 
@@ -229,8 +229,8 @@ SETTINGS: dict[str, dict[str, Changes]] = {
         f"{factor:g}": {"curvature": {"damping_factor": factor, "max_rank": 64}}
         for factor in (1.0, 10.0, 100.0, 1000.0)
     },
-    "bank": stage("student", "contexts", 2, 4, 8),
-    "students_age": {str(steps): {"steps": steps} for steps in (50, 100, 200, 400)},
+    "bank": stage("proxy", "contexts", 2, 4, 8),
+    "proxies_age": {str(steps): {"steps": steps} for steps in (50, 100, 200, 400)},
     "target_images": {**TARGETS, "all": {}},
     "fusion": {
         how: {"cluster": {"fusion": FusionConfig(name=how)}}

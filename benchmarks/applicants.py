@@ -1,4 +1,4 @@
-"""Applicants whose labels are biased, students that score them, and weights by iterated influence (see `fairness`)."""
+"""Applicants whose labels are biased, proxies that score them, and weights by iterated influence (see `fairness`)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,20 +9,20 @@ import torch
 from study import FloatArray
 from torch import nn
 
+from influencespace.core.contrastive import Pointwise, squared_error
 from influencespace.core.fairness import minimax_weights, shrunken_group_means, squared_gap
-from influencespace.core.objective import Pointwise, squared_error
 from influencespace.data.faircv import Profiles
 from influencespace.estimators.ecif import Ecif
-from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext
+from influencespace.estimators.influence import CurvatureConfig, NegativeBatch
 from influencespace.estimators.problem import Problem, scores
-from influencespace.estimators.student_problem import batch_of, student_problem
+from influencespace.estimators.proxy_problem import batch_of, proxy_problem
 from influencespace.models.predictor import Predictor
-from influencespace.models.training import StudentConfig
+from influencespace.models.training import HeadsConfig
 
 TEST, TARGET = 1500, 200
 CAP = 5.0
 TEMPERATURES = (1.0, 3.0, 10.0)  # of one step, in standard deviations of influence
-CONFIG = StudentConfig(steps=200, batch_size=256, learning_rate=1e-2)
+CONFIG = HeadsConfig(steps=200, batch_size=256, learning_rate=1e-2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Applicants:
 
     @property
     def choosing(self) -> np.ndarray:
-        """The other half, which compares retrained students."""
+        """The other half, which compares retrained proxies."""
         return self._order[TEST + TARGET // 2 : TEST + TARGET]
 
     @property
@@ -66,7 +66,7 @@ class Applicants:
 
     @cached_property
     def scale(self) -> tuple[float, float]:
-        """Mean and spread of the labels to train on, in which the student works."""
+        """Mean and spread of the labels to train on, in which the proxy works."""
         labels = self.profiles.biased[self.train]
         return float(labels.mean()), float(labels.std())
 
@@ -75,30 +75,30 @@ class Applicants:
 
     def samples(
         self, rows: np.ndarray, labels: FloatArray, inputs: FloatArray | None = None
-    ) -> RecordedContext:
+    ) -> NegativeBatch:
         """Profiles `rows` with their standardised labels (m,)."""
         x = self.inputs if inputs is None else inputs
-        return RecordedContext(
+        return NegativeBatch(
             inputs=(torch.from_numpy(x[rows]).float(), torch.from_numpy(labels)[:, None].float()),
             image=np.arange(len(rows)),
         )
 
-    def blind(self, rows: np.ndarray) -> RecordedContext:
+    def blind(self, rows: np.ndarray) -> NegativeBatch:
         return self.samples(rows, self.standardised(self.profiles.blind[rows]))
 
     @cached_property
-    def pool(self) -> RecordedContext:
+    def pool(self) -> NegativeBatch:
         return self.samples(self.train, self.standardised(self.profiles.biased[self.train]))
 
-    def problem(self, pool: RecordedContext | None = None, weights: FloatArray | None = None) -> Problem:
-        """A student of the pool by weight, with its influence on the influencing half of the target."""
+    def problem(self, pool: NegativeBatch | None = None, weights: FloatArray | None = None) -> Problem:
+        """A proxy of the pool by weight, with its influence on the influencing half of the target."""
         pool = pool or self.pool
         torch.manual_seed(self.seed)
-        return student_problem(
+        return proxy_problem(
             pool,
             self.blind(self.influencing),
             CONFIG,
-            student=Predictor(nn.Linear(pool.inputs[0].shape[1], 1)),
+            proxy=Predictor(nn.Linear(pool.inputs[0].shape[1], 1)),
             objective=Pointwise(squared_error),
             curvature=CurvatureConfig(
                 damping_factor=1
@@ -107,7 +107,7 @@ class Applicants:
             seed=self.seed,
         )
 
-    def influence(self, problem: Problem, target: RecordedContext) -> FloatArray:
+    def influence(self, problem: Problem, target: NegativeBatch) -> FloatArray:
         """Of each profile of the pool on the mean loss of a target (N,)."""
         estimator = Ecif(solver="plain", curvature=CurvatureConfig(tolerance=1e-5))
         return scores(estimator, replace(problem, target=[target]), [batch_of(self.pool)])
@@ -127,7 +127,7 @@ class Applicants:
 
 @dataclass(frozen=True)
 class Aim:
-    """What weights are to lower: the losses of A groups with each profile's influence on them, and what compares students."""
+    """What weights are to lower: the losses of A groups with each profile's influence on them, and what compares proxies."""
 
     losses: Callable[[Applicants, Problem], tuple[FloatArray, FloatArray]]
     """-> (A,), (N, A)."""
@@ -186,7 +186,7 @@ GAP = Aim(on_the_gap, lambda applicants, problem: gap_of(applicants, problem, ap
 
 
 def iterated(applicants: Applicants, aim: Aim, rounds: int, floor: float = 0.0) -> FloatArray:
-    """Weights (N,) after steps of mirror descent: each from fresh influence, as long as a retrained student does better."""
+    """Weights (N,) after steps of mirror descent: each from fresh influence, as long as a retrained proxy does better."""
     group = applicants.group[applicants.train]
     counts = (group[:, None] == np.unique(group)).astype(np.float64)
     weights = np.ones(len(group))
@@ -206,8 +206,8 @@ def iterated(applicants: Applicants, aim: Aim, rounds: int, floor: float = 0.0) 
                 floor=floor,
                 start=weights,
             )
-            student = applicants.problem(weights=moved)
-            tried.append((aim.judged(applicants, student), moved, student))
+            proxy = applicants.problem(weights=moved)
+            tried.append((aim.judged(applicants, proxy), moved, proxy))
         best = min(tried, key=lambda one: one[0])
         if best[0] >= reached:
             break

@@ -1,7 +1,7 @@
-"""How true the estimators are to retraining, on a student over real pairs: every line of the table, in one run.
+"""How true the estimators are to retraining, on a proxy over real pairs: every line of the table, in one run.
 
 Parts: exact leave-one-out, the linear datamodeling score over half subsets, detection of planted wrong captions,
-deletion, and the price of a score. Truth is always a student that was really trained again. Needs the real data; see
+deletion, and the price of a score. Truth is always a proxy that was really trained again. Needs the real data; see
 docs/benchmarks.md.
 """
 
@@ -35,24 +35,24 @@ from torch.func import functional_call, grad, vmap
 from world import World, measure_on_real_pairs
 
 from influencespace.core.batches import training_batches
+from influencespace.core.contrastive import added_loss, contrastive
 from influencespace.core.metrics import interval
-from influencespace.core.objective import added_loss, contrastive
 from influencespace.data.images import decode_image
 from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import Sample
 from influencespace.estimators.grad_dot import GradDot
-from influencespace.estimators.nystrom import RecordedContext
+from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.problem import fitted, per_sample_gradients
-from influencespace.estimators.student_problem import batch_of, rows_of
+from influencespace.estimators.proxy_problem import batch_of, rows_of
 from influencespace.estimators.table import TABLE
 from influencespace.models.encoders import load_encoder
 from influencespace.models.heads import Heads, initial_heads
 from influencespace.models.projected import reduced_space
-from influencespace.models.training import StudentConfig, train_heads
+from influencespace.models.training import HeadsConfig, train_heads
 
 
 def leave_one_out(study: Study, seed: int) -> dict[str, Any]:
-    """Change of the target loss when each pair is left out of its batches and the student trained again."""
+    """Change of the target loss when each pair is left out of its batches and the proxy trained again."""
     problem = study.problem(seed)
     path = problem.trajectory
     assert path is not None
@@ -71,8 +71,8 @@ def all_scores(study: Study, seed: int) -> dict[str, Any]:
 
 
 def leave_one_out_part(bench: Benchmark, world: World, quick: bool) -> None:
-    """Pearson and slope with exact leave-one-out retraining, SGD and AdamW, single students and their ensemble."""
-    config = StudentConfig(dimension=64, steps=20 if quick else 60, batch_size=32)
+    """Pearson and slope with exact leave-one-out retraining, SGD and AdamW, single proxies and their ensemble."""
+    config = HeadsConfig(dimension=64, steps=20 if quick else 60, batch_size=32)
     for rule in RATES:
         study = tuned(
             Study(
@@ -122,7 +122,7 @@ def leave_one_out_part(bench: Benchmark, world: World, quick: bool) -> None:
             )
             if name in ("ecif", "ecif, early stopping", "unrolled", "unrolled, whole"):
                 bench.target(
-                    name=f"leave-one-out, {rule}, Pearson of `{name}` (ensemble; lowest and highest of single students)",
+                    name=f"leave-one-out, {rule}, Pearson of `{name}` (ensemble; lowest and highest of single proxies)",
                     target="at least 0.97",
                     measured=ensemble,
                     interval=(min(single), max(single)),
@@ -154,7 +154,7 @@ def half_subsets(pairs: int, count: int) -> FloatArray:
 
 
 def subset_losses(study: Study, subsets: FloatArray, seed: int) -> dict[str, Any]:
-    """Loss of each target group of a student trained on each subset, with batches of its own: (S, G)."""
+    """Loss of each target group of a proxy trained on each subset, with batches of its own: (S, G)."""
     images, texts = study.pool.inputs
     config = study.config
     groups = [study.target_group(g, GROUPS) for g in range(GROUPS)]
@@ -168,7 +168,7 @@ def subset_losses(study: Study, subsets: FloatArray, seed: int) -> dict[str, Any
 
 
 @torch.no_grad()
-def group_loss(heads: Heads, group: RecordedContext, config: StudentConfig) -> float:
+def group_loss(heads: Heads, group: NegativeBatch, config: HeadsConfig) -> float:
     u, t = heads(*group.inputs)
     return float(config.objective.terms(u, t).mean())
 
@@ -181,8 +181,8 @@ def group_scores(study: Study, seed: int, group: int) -> dict[str, Any]:
 
 
 def lds_part(bench: Benchmark, world: World, quick: bool) -> None:
-    """Rank correlation, over random halves of the pool, of the sum of scores with the loss of students trained on them."""
-    config = StudentConfig(batch_size=64, steps=20 if quick else 100)
+    """Rank correlation, over random halves of the pool, of the sum of scores with the loss of proxies trained on them."""
+    config = HeadsConfig(batch_size=64, steps=20 if quick else 100)
     study = tuned(Study(world=world, pairs=200 if quick else 400, wrong=0.3, config=config))
     subsets = half_subsets(study.size, 20 if quick else 120)
     parts = [
@@ -213,10 +213,10 @@ def lds_part(bench: Benchmark, world: World, quick: bool) -> None:
     truth = -losses.mean(0)
     others = [-np.delete(losses, seed, 0).mean(0) for seed in range(len(losses))]
     bench.row(
-        estimator="(one seed's students against the others')",
+        estimator="(one seed's proxies against the others')",
         lds=float(np.mean([lds(-one, rest) for one, rest in zip(losses, others)])),
         interval=None,
-        single_student=None,
+        single_proxy=None,
     )
     resampled = [np.random.default_rng(d).integers(0, len(subsets), len(subsets)) for d in range(500)]
     results: dict[str, tuple[float, FloatArray]] = {}
@@ -233,7 +233,7 @@ def lds_part(bench: Benchmark, world: World, quick: bool) -> None:
             estimator=name,
             lds=value,
             interval=list(interval(draws)),
-            single_student=float(np.mean(singles)),
+            single_proxy=float(np.mean(singles)),
         )
     best = max((name for name in TABLE if name not in OURS), key=lambda name: results[name][0])
     low, high = interval(results["ecif"][1] - results[best][1])
@@ -256,7 +256,7 @@ def speed_part(bench: Benchmark, world: World, quick: bool) -> None:
 
     All score along the target gradient against the same two contexts.
     """
-    study = Study(world=world, pairs=None, wrong=0.3, config=StudentConfig(steps=10))
+    study = Study(world=world, pairs=None, wrong=0.3, config=HeadsConfig(steps=10))
     whole = study.problem(0)
     problem = replace(whole, bank=whole.bank[:2])
     scorer = fitted(GradDot().fit(problem), lambda statistic: None)
@@ -269,10 +269,10 @@ def speed_part(bench: Benchmark, world: World, quick: bool) -> None:
     objective = contrastive(problem.objective, "a bank")
 
     def added(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        u, t = functional_call(problem.space.student, parameters, (x[None], y[None]))
+        u, t = functional_call(problem.space.proxy, parameters, (x[None], y[None]))
         parts = []
         for context in problem.bank:
-            cu, ct = functional_call(problem.space.student, parameters, context.inputs)
+            cu, ct = functional_call(problem.space.proxy, parameters, context.inputs)
             parts.append(added_loss(objective, u, t, cu, ct, problem.batch_size)[0])
         return torch.stack(parts).mean()
 

@@ -10,22 +10,22 @@ from torch import Tensor
 from influencespace.core.coreset import d2, diversity, herding
 from influencespace.core.kmeans import nearest, seed_centroids, unit_rows
 from influencespace.core.select import top_fraction
-from influencespace.data.blocks import read_columns
+from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.norm_sim import largest_cosine
 from influencespace.estimators.similarity import clip_score, random_score
 from influencespace.models.fusion import FusionConfig, fuse
-from influencespace.stages.student import train_subset
+from influencespace.stages.proxies.proxies import train_subset
 
 FloatArray = np.ndarray
 EARLY = 50
-"""Steps of the early student, which has learned no wrong pair by heart yet."""
+"""Steps of the early proxy, which has learned no wrong pair by heart yet."""
 
 
 def baselines(curation: Curation, keep: int) -> dict[str, FloatArray]:
     """Weights (n,) of `keep` pairs by each method that knows how many to keep and nothing else of the truth."""
     pool, target = curation.pool, curation.target
-    quality = read_columns(curation.folder / "student" / "quality.parquet")
+    quality = read_columns(curation.folder / "proxy" / "quality.parquet")
     scores = curation.run()
     single = np.full(len(pool), -np.inf)  # a pair that no context can judge goes first
     single[scores.influence["pair"]] = scores.influence["influence_in"]
@@ -37,7 +37,7 @@ def baselines(curation: Curation, keep: int) -> dict[str, FloatArray]:
         "random": top_fraction(random_score([str(uid) for uid in pool.column("uid")]), keep),
         "clip_score": top_fraction(pool.clip_score, keep),
         "early_clip_score": top_fraction(early_clip_score(curation), keep),
-        "student_clip_score": top_fraction(quality["clip_in"], keep),
+        "proxy_clip_score": top_fraction(quality["clip_in"], keep),
         "neg_clip_loss": top_fraction(quality["neg_clip_in"], keep),
         "norm_sim": top_fraction(largest_cosine(images, wanted).double().numpy()[pool.image], keep),
         "image_based": top_fraction(image_based(images, wanted)[pool.image], keep),
@@ -53,7 +53,7 @@ def baselines(curation: Curation, keep: int) -> dict[str, FloatArray]:
 
 
 def early_clip_score(curation: Curation) -> FloatArray:
-    """CLIP score by a student of a few steps on the whole pool."""
+    """CLIP score by a proxy of a few steps on the whole pool."""
     pool: PairSet = curation.pool
     trained = train_subset(pool, np.ones(len(pool)), curation.config.train, EARLY, 0)
     with torch.no_grad():

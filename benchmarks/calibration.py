@@ -1,4 +1,4 @@
-"""Calibration: what is predicted of the target loss for strata at weights 0, 1/2 and 2, against students really trained so.
+"""Calibration: what is predicted of the target loss for strata at weights 0, 1/2 and 2, against proxies really trained so.
 
 Strata of real pairs with 30 % wrong captions: semantic cluster x decile of the given encoder's CLIP score. A stratum's weight
 acts on the loss of the very batches that there were, or on the sampling, with batches of their own, as a run retrains.
@@ -26,13 +26,13 @@ from influencespace.core.metrics import interval
 from influencespace.core.strata import quantile_of
 from influencespace.estimators.problem import IntArray
 from influencespace.models.fusion import concatenation
-from influencespace.models.training import StudentConfig
+from influencespace.models.training import HeadsConfig
 from influencespace.models.trajectory import State, Trajectory, space_at
 
 TRUTHS = ("loss_weights", "sampling_weights")
 WEIGHTS = (0.0, 0.5, 2.0)
 QUANTILES, CLUSTERS = 10, 2
-WHOLE = 3  # students of all pairs for each of a stratum: what every change is measured from
+WHOLE = 3  # proxies of all pairs for each of a stratum: what every change is measured from
 ESTIMATORS = ("ecif, early stopping", "unrolled", "ecif", "grad_dot")
 IN_UNITS = ESTIMATORS[:2]
 """Those whose scores are in units of the target loss, so that a slope of one is right."""
@@ -49,7 +49,7 @@ class WeightedTrajectory(Trajectory):
         inputs, w = self.inputs(rows), self.weights[torch.from_numpy(rows)]
 
         def loss(theta: Tensor) -> Tensor:
-            u, t = functional_call(self.space.student, self.space.unflatten(theta), inputs)
+            u, t = functional_call(self.space.proxy, self.space.unflatten(theta), inputs)
             return self.objective.weighted_loss(u, t, w)
 
         gradient: Tensor = grad(loss)(state.theta)
@@ -73,7 +73,7 @@ def strata_of(study: Study) -> IntArray:
 
 
 def whole_losses(study: Study, seed: int) -> dict[str, Any]:
-    """Target losses of students of all pairs: on the path's own batches, and the mean over batches of their own."""
+    """Target losses of proxies of all pairs: on the path's own batches, and the mean over batches of their own."""
     problem = study.problem(seed)
     path = problem.trajectory
     assert path is not None
@@ -91,7 +91,7 @@ def sampled(study: Study, path: Trajectory, weights: FloatArray, seed: int) -> T
 
 
 def weighted_losses(study: Study, truth: str, weight: float, seed: int) -> dict[str, Any]:
-    """Target loss of a student trained again with each stratum in turn at the weight."""
+    """Target loss of a proxy trained again with each stratum in turn at the weight."""
     problem = study.problem(seed)
     path = problem.trajectory
     assert path is not None
@@ -138,14 +138,14 @@ def predicted_changes(score: FloatArray, stratum: IntArray, weight: float) -> Fl
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Timing:
     """Predicted and real changes of the target loss, (seeds, weights, strata) each."""
 
     predicted: dict[str, FloatArray]
     real: FloatArray
 
 
-def measured(bench: Benchmark, world: World, truth: str, quick: bool) -> Measured:
+def measured(bench: Benchmark, world: World, truth: str, quick: bool) -> Timing:
     study = study_of(world, quick)
     stratum = strata_of(study)
     real: list[FloatArray] = []
@@ -166,7 +166,7 @@ def measured(bench: Benchmark, world: World, truth: str, quick: bool) -> Measure
         scores = found_scores(world, study, seed)
         for name in ESTIMATORS:
             predicted[name].append([predicted_changes(scores[name], stratum, weight) for weight in WEIGHTS])
-    return Measured(predicted={k: np.array(v) for k, v in predicted.items()}, real=np.array(real))
+    return Timing(predicted={k: np.array(v) for k, v in predicted.items()}, real=np.array(real))
 
 
 def found_scores(world: World, study: Study, seed: int) -> dict[str, FloatArray]:
@@ -177,7 +177,7 @@ def found_scores(world: World, study: Study, seed: int) -> dict[str, FloatArray]
 
 
 def study_of(world: World, quick: bool) -> Study:
-    config = StudentConfig(dimension=64, batch_size=128, steps=30 if quick else 100)
+    config = HeadsConfig(dimension=64, batch_size=128, steps=30 if quick else 100)
     return tuned(Study(world=world, pairs=1000 if quick else None, wrong=0.3, config=config))
 
 
@@ -199,7 +199,7 @@ def line(predicted: FloatArray, real: FloatArray) -> tuple[float, float]:
 
 
 def calibration_part(truth: str, bench: Benchmark, world: World, quick: bool) -> None:
-    """Slope, Pearson and zero crossing of ensembles of students."""
+    """Slope, Pearson and zero crossing of ensembles of proxies."""
     found = measured(bench, world, truth, quick)
     real = found.real.mean(0)  # (weights, strata)
     strata = real.shape[1]

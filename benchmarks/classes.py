@@ -1,6 +1,6 @@
 """Class folders of the synthetic world: 48 classes of colour and background, and some pictures in the wrong folder.
 
-The demo's encoder hardly tells shapes apart, so that wrong names of shapes would cost a student little; these it knows.
+The demo's encoder hardly tells shapes apart, so that wrong names of shapes would cost a proxy little; these it knows.
 """
 
 from dataclasses import dataclass, replace
@@ -19,11 +19,11 @@ from influencespace.data.readers import list_shards
 from influencespace.data.readers.class_folders import CAPTION
 from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.data.synthetic.scenes import BACKGROUNDS, COLOURS, RADII, SHAPES, Group, Scene, render
-from influencespace.estimators.nystrom import RecordedContext
+from influencespace.estimators.influence import NegativeBatch
 from influencespace.models.encoders import load_encoder
-from influencespace.stages.embed import embed
-from influencespace.stages.fit_encoder import FitEncoder
-from influencespace.stages.towers import EmbedConfig
+from influencespace.stages.ingest.embed import embed
+from influencespace.stages.ingest.encode import EmbedConfig
+from influencespace.stages.ingest.fit_encoder import FitEncoder
 
 CLASSES = [(colour, background) for colour in COLOURS for background in BACKGROUNDS]
 NAMES = [f"{colour} shape on {background}" for colour, background in CLASSES]
@@ -111,12 +111,12 @@ def folder_classes(pairs: PairSet) -> np.ndarray:
     return np.array([NAMES.index(str(group)) for group in pairs.column("group")])
 
 
-def recorded(pairs: PairSet, image: np.ndarray) -> RecordedContext:
-    return RecordedContext(inputs=pairs.inputs(slice(None)), image=image)
+def recorded(pairs: PairSet, image: np.ndarray) -> NegativeBatch:
+    return NegativeBatch(inputs=pairs.inputs(slice(None)), image=image)
 
 
 @torch.no_grad()
-def right(heads: torch.nn.Module, pairs: RecordedContext, prompts: Tensor, labels: np.ndarray) -> np.ndarray:
+def right(heads: torch.nn.Module, pairs: NegativeBatch, prompts: Tensor, labels: np.ndarray) -> np.ndarray:
     """Whether the nearest class prompt is the true one, of each picture (n,)."""
     u, _ = heads(*pairs.inputs)
     _, names = heads(prompts, prompts)

@@ -1,7 +1,7 @@
 """Data cleaning by accuracy: class folders of which 20 % of the pictures lie in the wrong one, cleaned by each estimator.
 
-A student (heads over a tiny CLIP's embeddings) is trained on the pool with the class prompts as captions. Each estimator
-scores the pool for a clean target; the student is trained again without the tenth that it finds most harmful, and without the
+A proxy (heads over a tiny CLIP's embeddings) is trained on the pool with the class prompts as captions. Each estimator
+scores the pool for a clean target; the proxy is trained again without the tenth that it finds most harmful, and without the
 tenth that it finds most valuable, at equal steps, and judged by zero-shot accuracy on clean pictures. The planted truth judges
 only.
 """
@@ -22,10 +22,10 @@ from influencespace.core.batches import training_batches
 from influencespace.core.metrics import auroc, bootstrap_means, interval
 from influencespace.core.select import top_fraction
 from influencespace.data.artifacts import fingerprint
-from influencespace.estimators.nystrom import RecordedContext
-from influencespace.estimators.student_problem import rows_of, student_problem
+from influencespace.estimators.influence import NegativeBatch
+from influencespace.estimators.proxy_problem import proxy_problem, rows_of
 from influencespace.models.heads import initial_heads
-from influencespace.models.training import StudentConfig, train_heads
+from influencespace.models.training import HeadsConfig, train_heads
 
 WRONG, REMOVED = 0.2, 0.1
 RIVALS = ("random", "ekfac", "trak", "tracin", "clip_score")
@@ -43,10 +43,10 @@ METHODS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaning:
-    """One pool with wrong names, and how its students are trained."""
+    """One pool with wrong names, and how its proxies are trained."""
 
     world: ClassWorld
-    config: StudentConfig
+    config: HeadsConfig
     retrainings: int
     one_a_name: bool = False
     """Whether the image rule keeps equal captions apart too, so that no batch has false negatives."""
@@ -56,7 +56,7 @@ class Cleaning:
         return fingerprint([self.world.key, self.config, self.retrainings, self.one_a_name])
 
     @cached_property
-    def pool(self) -> RecordedContext:
+    def pool(self) -> NegativeBatch:
         """Many pairs share a caption, and so do pairs of a batch: false negatives, as in the paper, but where kept apart."""
         pairs = self.world.pairs("pool")
         return recorded(pairs, folder_classes(pairs) if self.one_a_name else pairs.image)
@@ -68,13 +68,13 @@ class Cleaning:
         return moved
 
     @cached_property
-    def target(self) -> RecordedContext:
+    def target(self) -> NegativeBatch:
         """One picture a class in each context: its loss is then that of classifying by prompts, as accuracy is judged."""
         pairs = self.world.pairs("target")
         return recorded(pairs, folder_classes(pairs))
 
     @cached_property
-    def test(self) -> tuple[RecordedContext, np.ndarray]:
+    def test(self) -> tuple[NegativeBatch, np.ndarray]:
         """Clean pictures and what each shows."""
         pairs = self.world.pairs("test")
         return recorded(pairs, pairs.image), true_classes(pairs)
@@ -88,14 +88,14 @@ class Cleaning:
         """Of every pair (N,), by every method."""
 
         def make() -> dict[str, Any]:
-            problem = student_problem(self.pool, self.target, self.config, seed=self.world.seed)
+            problem = proxy_problem(self.pool, self.target, self.config, seed=self.world.seed)
             return {name: table()[name](problem).tolist() for name in METHODS}
 
         found = cached(self.world.cache, ["cleaning scores", self.key, METHODS], make, ESTIMATING)
         return {name: np.array(found[name]) for name in METHODS}
 
     def rights(self, kept: np.ndarray) -> dict[str, Any]:
-        """Which test pictures students of the kept pairs name rightly (retrainings, n)."""
+        """Which test pictures proxies of the kept pairs name rightly (retrainings, n)."""
         images, texts = self.pool.inputs
         (test, shown), config = self.test, self.config
         found = []
@@ -232,7 +232,7 @@ def main() -> int:
     quick = options.quick
     bench = Benchmark("cleaning", quick, options.out, seeds=(0,) if quick else (0, 1, 2, 3, 4))
     # of 1e-3, 3e-3 and 1e-2 about where accuracy levels off, found before any method was tried
-    config = StudentConfig(dimension=64, batch_size=64, steps=100 if quick else 200, learning_rate=3e-3)
+    config = HeadsConfig(dimension=64, batch_size=64, steps=100 if quick else 200, learning_rate=3e-3)
     pool, target, test = (480, 480, 480) if quick else (960, 480, 1920)
     cleanings = [
         Cleaning(

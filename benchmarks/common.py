@@ -172,18 +172,28 @@ SCORING = (
     *_files("core", *LOSSES, "linalg", "batches", "kmeans", "quality"),
     *_files("models", "heads", "space", "training"),
     *_files("estimators", "nystrom", "similarity"),
-    *_files("stages", "student", "cluster", "curvature", "attribute"),
+    *_files("stages", "proxy", "cluster", "curvature", "attribute"),
 )
 DECIDING = (
     *SCORING,
-    *_files("core", "additive", "strata", "select", "redundancy", "fairness", "ridge", "placebo", "metrics"),
+    *_files(
+        "core",
+        "additive",
+        "strata",
+        "select",
+        "redundancy",
+        "fairness",
+        "ridge",
+        "caption_control",
+        "metrics",
+    ),
     *_files("data", "pair_set", "dirt"),
     *_files("stages", "decide", "redundancy", "fairness", "confirm", "train", "evaluate"),
 )
 TRAINING = (
     *_files("core", *LOSSES, "batches"),
     *_files("models", "heads", "space", "training", "trajectory"),
-    *_files("estimators", "student_problem"),
+    *_files("estimators", "proxy_problem"),
     *_files("data", "pair_set", "dirt"),
 )
 COMPARING = (
@@ -197,13 +207,13 @@ RETRAINING = (
     *_files("core", *LOSSES, "batches", "metrics"),
     *_files("models", "heads", "training"),
     *_files("data", "pair_set"),
-    *_files("stages", "student"),
+    *_files("stages", "proxy"),
 )
 TUNING = (
     *_files("core", *LOSSES, "batches", "metrics"),
     *_files("models", "dual_encoder", "tower_parameters", "training", "tuning"),
     *_files("data", "pair_set"),
-    *_files("stages", "student"),
+    *_files("stages", "proxy"),
 )
 ESTIMATING = (
     *TRAINING,

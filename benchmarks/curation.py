@@ -11,26 +11,32 @@ from common import RETRAINING, SCORING, cached, code_version
 from world import RUNTIME, Setting, World
 
 from influencespace.core.metrics import auroc, average_precision, mean_recall_by_image, retrieval_ranks
-from influencespace.core.select import HARMFUL, REDUNDANT, SelectConfig, top_fraction
+from influencespace.core.select import HARMFUL, REDUNDANT, SelectionConfig, top_fraction
 from influencespace.core.strata import means_by
 from influencespace.data.artifacts import (
     fingerprint,
 )
-from influencespace.data.blocks import read_columns
+from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
-from influencespace.estimators.nystrom import CurvatureConfig
+from influencespace.estimators.influence import CurvatureConfig
 from influencespace.estimators.similarity import random_score
-from influencespace.models.training import StudentConfig
-from influencespace.stages.attribute import AttributeConfig, attribute
-from influencespace.stages.cluster import ClusterConfig, cluster
-from influencespace.stages.confirm import confirm
-from influencespace.stages.curvature import TargetConfig, curvature
-from influencespace.stages.decide import Scores, decide
-from influencespace.stages.fairness import fairness
-from influencespace.stages.redundancy import RedundancyConfig, redundancy
-from influencespace.stages.student import StudentsConfig, TargetHalves, choosing_loss, students, train_subset
+from influencespace.models.training import HeadsConfig
+from influencespace.stages.proxies.proxies import (
+    ProxyConfig,
+    TargetHalves,
+    choosing_loss,
+    proxies,
+    train_subset,
+)
+from influencespace.stages.scoring.cluster import ClusterConfig, cluster
+from influencespace.stages.scoring.curvature import TargetConfig, curvature
+from influencespace.stages.scoring.fairness import fairness
+from influencespace.stages.scoring.influence import InfluenceConfig, attribute
+from influencespace.stages.selection.evidence import Scores, decide
+from influencespace.stages.selection.redundancy import RedundancyConfig, redundancy
+from influencespace.stages.selection.weighting import confirm
 
-METHODS = ("curated", "everything", "random", "clip_score", "student_clip_score", "neg_clip_loss", "oracle")
+METHODS = ("curated", "everything", "random", "clip_score", "proxy_clip_score", "neg_clip_loss", "oracle")
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,8 @@ class Curation:
     setting: Setting
 
     @property
-    def config(self) -> StudentsConfig:
-        return StudentsConfig(train=StudentConfig(steps=self.setting.steps), choose_steps=False)
+    def config(self) -> ProxyConfig:
+        return ProxyConfig(train=HeadsConfig(steps=self.setting.steps), choose_steps=False)
 
     @property
     def clusters(self) -> ClusterConfig:
@@ -53,12 +59,12 @@ class Curation:
         return CurvatureConfig()
 
     @property
-    def attribution(self) -> AttributeConfig:
-        return AttributeConfig()
+    def attribution(self) -> InfluenceConfig:
+        return InfluenceConfig()
 
     @property
-    def choice(self) -> SelectConfig:
-        return SelectConfig()
+    def choice(self) -> SelectionConfig:
+        return SelectionConfig()
 
     @property
     def folder(self) -> Path:
@@ -86,19 +92,19 @@ class Curation:
         return self.world.dev(1 - self.setting.target)
 
     def run(self) -> Scores:
-        names = ("student", "cluster", "curvature", "attribute")
+        names = ("proxy", "cluster", "curvature", "attribute")
         at = {name: self.folder / name for name in names}
         at |= {name: self.folder / name / code_version() for name in ("redundancy", "fairness")}
         inputs = {
             "pool": self.pool.table.manifest.fingerprint,
             "target": self.target.table.manifest.fingerprint,
         }
-        done = students(self.pool, self.target, inputs, self.config, at["student"], RUNTIME)
-        inputs |= {"student": done.fingerprint}
+        done = proxies(self.pool, self.target, inputs, self.config, at["proxy"], RUNTIME)
+        inputs |= {"proxy": done.fingerprint}
         clusters = cluster(self.pool, done.rows_out, inputs, self.clusters, at["cluster"], RUNTIME)
         redundancy(
             self.pool,
-            at["student"],
+            at["proxy"],
             at["cluster"],
             inputs | {"cluster": clusters.fingerprint},
             RedundancyConfig(),
@@ -109,7 +115,7 @@ class Curation:
             self.pool,
             self.target,
             self.config,
-            at["student"],
+            at["proxy"],
             inputs,
             self.curvature,
             TargetConfig(),
@@ -123,11 +129,11 @@ class Curation:
             self.target,
             self.config,
             self.curvature,
-            at["student"],
+            at["proxy"],
             at["attribute"],
             True,
             self.attribution.form,
-            self.attribution.block_size,
+            self.attribution.bucket_size,
             (done.rows_out, scored.details["sample"]),
             inputs | {"attribute": scored.fingerprint},
             at["fairness"],
@@ -155,7 +161,7 @@ class Curation:
             "average_precision": average_precision(-score, self.wrong) if self.wrong.any() else None,
             "auroc_quality": auroc(-scores.strata["quality"], self.wrong) if self.wrong.any() else None,
             "auroc_single_pair": auroc(-single[known], self.wrong[known]) if self.wrong.any() else None,
-            "placebo_share": scores.placebo.estimated_wrong_share,
+            "caption_control_share": scores.caption_control.estimated_wrong_share,
             "rest": scores.rest,
         }
 
@@ -163,14 +169,14 @@ class Curation:
         """Each method's subset: ours as it decides, the others at the true fraction."""
         scores = self.run()
         keep = round(len(self.wrong) * (1 - self.wrong.mean()))
-        quality = read_columns(self.folder / "student" / "quality.parquet")
+        quality = read_columns(self.folder / "proxy" / "quality.parquet")
         uids = [str(uid) for uid in self.pool.column("uid")]
         chosen = {
             "curated": self.curated(scores),
             "everything": np.ones(len(uids), bool),
             "random": top_fraction(random_score(uids), keep),
             "clip_score": top_fraction(self.pool.clip_score, keep),
-            "student_clip_score": top_fraction(quality["clip_in"], keep),
+            "proxy_clip_score": top_fraction(quality["clip_in"], keep),
             "neg_clip_loss": top_fraction(quality["neg_clip_in"], keep),
             "oracle": ~self.wrong,
         }
@@ -180,7 +186,7 @@ class Curation:
         """Our weights."""
         return decide(scores, self.confirmed(scores)).weight
 
-    def confirmed(self, scores: Scores, choice: SelectConfig | None = None) -> SelectConfig:
+    def confirmed(self, scores: Scores, choice: SelectionConfig | None = None) -> SelectionConfig:
         """What decides, its temperature confirmed on the choosing half of the target."""
         config, _ = confirm(
             self.pool,
@@ -203,9 +209,9 @@ class Curation:
     def recall_of(
         self, weight: np.ndarray, seed: int, steps: int | None = None, pool: PairSet | None = None
     ) -> list[float]:
-        """Each test image's share of the mean recall by a student of the pool by weight (n,).
+        """Each test image's share of the mean recall by a proxy of the pool by weight (n,).
 
-        Students are kept by their weights, so that nobody's change trains another's anew.
+        Proxies are kept by their weights, so that nobody's change trains another's anew.
         """
         pool, steps = pool or self.pool, steps or self.setting.steps
         train = self.config.train
@@ -220,7 +226,7 @@ class Curation:
         return [share for tar in self.tests for share in by_tar[tar]]
 
     def by_method(self, seeds: tuple[int, ...]) -> dict[str, Any]:
-        """Recall by test image of students retrained on each method's subset, (seeds, images) for each."""
+        """Recall by test image of proxies retrained on each method's subset, (seeds, images) for each."""
         weights = self.weights()
         return {
             "shares": {
@@ -250,7 +256,7 @@ class Curation:
 
 @torch.no_grad()
 def by_image(heads: torch.nn.Module, test: PairSet) -> np.ndarray:
-    """Each test image's share of the mean recall by a student (images,)."""
+    """Each test image's share of the mean recall by a proxy (images,)."""
     u, t = heads(*test.inputs(slice(None)))
     return recall_by_image(u, t, test.image)
 

@@ -1,4 +1,4 @@
-"""The part `deletion` of attribution.py: edited students beside really retrained ones."""
+"""The part `deletion` of attribution.py: edited proxies beside really retrained ones."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,23 +12,23 @@ from study import Study, score_all, tuned
 from torch import Tensor
 from world import World
 
-from influencespace.core.batches import covering_contexts, training_batches
-from influencespace.core.objective import info_nce_only
+from influencespace.core.batches import covering_batches, training_batches
+from influencespace.core.contrastive import info_nce_only
 from influencespace.estimators.deletion import deletion_displacement, steps_for, without
 from influencespace.estimators.grad_dot import GradDot
-from influencespace.estimators.nystrom import RecordedContext
+from influencespace.estimators.influence import NegativeBatch
 from influencespace.models.heads import Heads, initial_heads
 from influencespace.models.space import Space
-from influencespace.models.training import StudentConfig, train_heads
+from influencespace.models.training import HeadsConfig, train_heads
 from influencespace.models.trajectory import Trajectory, space_at
 
 SHARES = (0.01, 0.1)
-SPREAD = 2.0  # standard deviations of the retrained students' loss that an edit's may lie off
+SPREAD = 2.0  # standard deviations of the retrained proxies' loss that an edit's may lie off
 
 
 def deletion_part(bench: Benchmark, world: World, quick: bool) -> None:
-    """Distance of test logits to the retrained student, unedited = 1; the deleted pairs' loss; the time."""
-    config = StudentConfig(steps=40 if quick else 100)
+    """Distance of test logits to the retrained proxy, unedited = 1; the deleted pairs' loss; the time."""
+    config = HeadsConfig(steps=40 if quick else 100)
     studies = {"1,000 pairs": tuned(Study(world=world, pairs=1000, wrong=0.3, config=config))}
     if not quick:
         studies["1,000 pairs, a high learning rate"] = Study(
@@ -43,10 +43,10 @@ def deletion_part(bench: Benchmark, world: World, quick: bool) -> None:
         label = f"{name}, {study.config.learning_rate:g}"
         found = [summary([run["cases"][case] for run in runs]) for case in range(len(runs[0]["cases"]))]
         for row in found:
-            bench.row(student=label, steps=f"{runs[0]['steps']} of {config.steps}", **row)
+            bench.row(proxy=label, steps=f"{runs[0]['steps']} of {config.steps}", **row)
         farthest = max(row["distance"] for row in found)
         bench.target(
-            name=f"deletion, {label}: farthest mean distance to the retrained student",
+            name=f"deletion, {label}: farthest mean distance to the retrained proxy",
             target="at most 0.3",
             measured=farthest,
             reached=farthest <= 0.3,
@@ -155,7 +155,7 @@ def timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
 
 
 def trained(study: Study, path: Trajectory, batches: Sequence[np.ndarray], seed: int) -> Tensor:
-    """Parameters of a student trained on these batches by the library's own loop (p,)."""
+    """Parameters of a proxy trained on these batches by the library's own loop (p,)."""
     images, texts = study.pool.inputs
     heads: Heads = initial_heads(images.shape[1], texts.shape[1], study.config.dimension, seed).to(images)
     space = Space(train_heads(path.inputs, batches, heads, study.config).heads)
@@ -163,7 +163,7 @@ def trained(study: Study, path: Trajectory, batches: Sequence[np.ndarray], seed:
 
 
 @torch.no_grad()
-def logits(path: Trajectory, theta: Tensor, test: RecordedContext) -> Tensor:
+def logits(path: Trajectory, theta: Tensor, test: NegativeBatch) -> Tensor:
     u, t = space_at(path.space, theta).embed(test.inputs)
     logits: Tensor = info_nce_only(path.objective, "forget").scale * u @ t.T
     return logits
@@ -173,7 +173,7 @@ def logits(path: Trajectory, theta: Tensor, test: RecordedContext) -> Tensor:
 def loss_of(study: Study, path: Trajectory, theta: Tensor, rows: np.ndarray) -> float:
     """Mean loss of some pairs of the pool among themselves, in contexts of at most a batch."""
     terms = []
-    for context in covering_contexts(study.pool.image[rows], study.config.batch_size, 0):
+    for context in covering_batches(study.pool.image[rows], study.config.batch_size, 0):
         u, t = space_at(path.space, theta).embed(path.inputs(rows[context]))
         terms.append(path.objective.terms(u, t))
     return float(torch.cat(terms).mean())

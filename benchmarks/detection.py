@@ -11,7 +11,7 @@ from world import World
 
 from influencespace.core.metrics import auroc, average_precision, precision_recall_at
 from influencespace.estimators.table import TABLE
-from influencespace.models.training import StudentConfig
+from influencespace.models.training import HeadsConfig
 
 SLOW_AND_ALIKE = ("unrolled, whole", "unrolled, taylor")  # one backward pass a pair and step; as `unrolled`
 
@@ -56,7 +56,7 @@ def synthetic_detection_part(bench: Benchmark, world: World, quick: bool) -> Non
 
 
 def detection_rows(bench: Benchmark, study_of: Callable[..., Study], wrong: float, quick: bool) -> None:
-    config = StudentConfig(steps=30 if quick else 100)
+    config = HeadsConfig(steps=30 if quick else 100)
     runs = []
     for seed in bench.seeds:
         study = study_of(wrong=wrong, config=config, noise_seed=1 + seed)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from influencespace.core.batches import training_batches
-from influencespace.core.objective import Pointwise, cross_entropy
+from influencespace.core.contrastive import Pointwise, cross_entropy
 from influencespace.data.artifacts import fingerprint
-from influencespace.estimators.nystrom import RecordedContext
+from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.problem import Problem
-from influencespace.estimators.student_problem import rows_of, student_problem
+from influencespace.estimators.proxy_problem import proxy_problem, rows_of
 from influencespace.models.predictor import Predictor
-from influencespace.models.training import StudentConfig
+from influencespace.models.training import HeadsConfig
 from influencespace.models.trajectory import State, loss_gradient, step
 
 CLASSES, PIXELS, WIDTH = 10, 64, 32
@@ -48,7 +48,7 @@ def pictures() -> tuple[Tensor, FloatArray]:
     return torch.from_numpy((pixels[order] - pixels.mean(0)) / 8).float(), labels[order]
 
 
-def samples(first: int, count: int, wrong: FloatArray | None = None) -> RecordedContext:
+def samples(first: int, count: int, wrong: FloatArray | None = None) -> NegativeBatch:
     """Digits with one-hot labels; a wrong one is another class's, by seed."""
     x, labels = pictures()
     x, y = x[first : first + count], labels[first : first + count].copy()
@@ -56,7 +56,7 @@ def samples(first: int, count: int, wrong: FloatArray | None = None) -> Recorded
         shift = np.random.default_rng(1).integers(1, CLASSES, count)
         y = np.where(wrong, (y + shift) % CLASSES, y)
     one_hot = nn.functional.one_hot(torch.from_numpy(y), CLASSES).to(x)
-    return RecordedContext(inputs=(x, one_hot), image=np.arange(count))
+    return NegativeBatch(inputs=(x, one_hot), image=np.arange(count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Classification:
     kind: Kind
     size: int
     groups: int
-    config: StudentConfig
+    config: HeadsConfig
     wrong: float = 0.2
 
     @cached_property
@@ -75,39 +75,39 @@ class Classification:
         return np.random.default_rng(2).permutation(self.size) < round(self.wrong * self.size)
 
     @cached_property
-    def target(self) -> RecordedContext:
+    def target(self) -> NegativeBatch:
         return samples(0, TARGET)
 
     @cached_property
-    def validation(self) -> RecordedContext:
+    def validation(self) -> NegativeBatch:
         return samples(TARGET, VALIDATION)
 
     @cached_property
-    def pool(self) -> RecordedContext:
+    def pool(self) -> NegativeBatch:
         return samples(TARGET + VALIDATION, self.size, self.is_wrong)
 
     @property
     def key(self) -> str:
-        """What its results depend on, beside the seeds of students and the code."""
+        """What its results depend on, beside the seeds of proxies and the code."""
         return fingerprint([self.kind, self.size, self.groups, self.config, self.wrong])
 
     def problem(self, seed: int) -> Problem:
-        """A student of the whole pool; the bank is the pool too, so that curvature is over the same samples as the peers'."""
+        """A proxy of the whole pool; the bank is the pool too, so that curvature is over the same samples as the peers'."""
         return replace(self.trained(seed, self.target), bank=[self.pool])
 
-    def trained(self, seed: int, target: RecordedContext) -> Problem:
+    def trained(self, seed: int, target: NegativeBatch) -> Problem:
         torch.manual_seed(seed)
-        student = Predictor(classifier(self.kind))
+        proxy = Predictor(classifier(self.kind))
         loss = Pointwise(cross_entropy)
-        return student_problem(
-            self.pool, target, self.config, student=student, objective=loss, rule="sgd", seed=seed
+        return proxy_problem(
+            self.pool, target, self.config, proxy=proxy, objective=loss, rule="sgd", seed=seed
         )
 
     def by_group(self, problem: Problem) -> list[Problem]:
         """The same for each group of the target."""
         found = []
         for rows in np.array_split(np.arange(TARGET), self.groups):
-            group = RecordedContext(inputs=rows_of(self.target.inputs, rows), image=np.arange(len(rows)))
+            group = NegativeBatch(inputs=rows_of(self.target.inputs, rows), image=np.arange(len(rows)))
             found.append(replace(problem, target=[group]))
         return found
 
@@ -140,7 +140,7 @@ def retrained(problem: Problem, study: Classification, subsets: FloatArray, seed
         state = step(state, g, index, path.rate(index), config.weight_decay, path.rule)
 
     def losses(theta: Tensor) -> Tensor:
-        outputs = functional_call(path.space.student, path.space.unflatten(theta), study.target.inputs)
+        outputs = functional_call(path.space.proxy, path.space.unflatten(theta), study.target.inputs)
         return path.objective.terms(*outputs)
 
     found: FloatArray = vmap(losses)(state.theta).double().numpy()
@@ -162,7 +162,7 @@ def sample_loop(problem: Problem) -> float:
     x, y = path.inputs(np.arange(problem.pool_size))
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        u, labels = functional_call(space.student, parameters, (x[None], y[None]))
+        u, labels = functional_call(space.proxy, parameters, (x[None], y[None]))
         return problem.objective.terms(u, labels).sum()
 
     began = time.process_time()
@@ -172,7 +172,7 @@ def sample_loop(problem: Problem) -> float:
 
 
 def tuned(study: Classification) -> Classification:
-    """The study at the learning rate whose student of all the pool does best on samples that nothing else looks at."""
+    """The study at the learning rate whose proxy of all the pool does best on samples that nothing else looks at."""
 
     def loss(rate: float) -> float:
         trial = replace(study, config=replace(study.config, learning_rate=rate))

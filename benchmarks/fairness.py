@@ -2,7 +2,7 @@
 
 A linear regressor learns the biased labels of real profiles from occupation, merits and the face embedding; gender and ethnicity
 themselves it never sees, but the face tells them. The target is 200 profiles with blind labels: one half gives
-influence, the other chooses the steps and when to stop, by really retrained students. Test profiles judge, with blind labels.
+influence, the other chooses the steps and when to stop, by really retrained proxies. Test profiles judge, with blind labels.
 Needs the real data; see docs/benchmarks.md.
 """
 
@@ -103,8 +103,8 @@ def measured(applicants: Applicants, rounds: int) -> dict[str, Any]:
     weighted("reweighing by group and label", reweighed(applicants))
     if installed():
         inputs = uncorrelated(applicants.inputs, group, train)
-        student = applicants.problem(applicants.samples(train, applicants.standardised(labels), inputs))
-        found["fairlearn CorrelationRemover"] = {"scores": applicants.scores(student, inputs).tolist()}
+        proxy = applicants.problem(applicants.samples(train, applicants.standardised(labels), inputs))
+        found["fairlearn CorrelationRemover"] = {"scores": applicants.scores(proxy, inputs).tolist()}
         good = top_fraction(labels, round(CHOSEN * len(train)))
         chance = equal_decisions(applicants.inputs, good, group, train, test)
         found["fairlearn ExponentiatedGradient"] = {"chance": chance.tolist()}
@@ -118,8 +118,8 @@ def measured(applicants: Applicants, rounds: int) -> dict[str, Any]:
     weighted("influence on the gap, iterated", iterated(applicants, GAP, rounds))
     target = np.concatenate([applicants.influencing, applicants.choosing])
     for name, rows in (("the target alone", target), ("oracle", train)):
-        student = applicants.problem(applicants.blind(rows))
-        found[name] = {"scores": applicants.scores(student).tolist()}
+        proxy = applicants.problem(applicants.blind(rows))
+        found[name] = {"scores": applicants.scores(proxy).tolist()}
     return found
 
 

@@ -26,7 +26,7 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class ProvidedEmbeddings:
     """A trained classifier and what it was trained on, without anything of ours."""
 
     make: Callable[[], nn.Module]
@@ -60,7 +60,7 @@ class Peer:
 
     package: str
     """As it is imported."""
-    score: Callable[[Given], FloatArray]
+    score: Callable[[ProvidedEmbeddings], FloatArray]
     output: str = "loss"
     """What of a target sample is explained: its `loss`, or TRAK's `margin`."""
 
@@ -91,7 +91,9 @@ def loader(samples: Samples, batch: int | None = None) -> Any:
 # dattri
 
 
-def dattri_task(given: Given, value: Callable[[Tensor, Tensor], Tensor], states: list[State]) -> Any:
+def dattri_task(
+    given: ProvidedEmbeddings, value: Callable[[Tensor, Tensor], Tensor], states: list[State]
+) -> Any:
     """An attribution task for a value of logits (n, K) and labels (n,), whatever dimensions a batch comes in."""
     from dattri.task import AttributionTask
 
@@ -111,7 +113,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return ((logits * right).sum(-1) - others).mean()
 
 
-def dattri_tracin(given: Given, path: bool, normalized: bool = False) -> FloatArray:
+def dattri_tracin(given: ProvidedEmbeddings, path: bool, normalized: bool = False) -> FloatArray:
     from dattri.algorithm.tracin import TracInAttributor
 
     kept = given.checkpoints if path else [(given.state, 1.0)]
@@ -124,7 +126,7 @@ def dattri_tracin(given: Given, path: bool, normalized: bool = False) -> FloatAr
     return array(attributor.attribute(loader(given.pool), loader(given.target)))
 
 
-def dattri_influence(given: Given, solver: str, **options: Any) -> FloatArray:
+def dattri_influence(given: ProvidedEmbeddings, solver: str, **options: Any) -> FloatArray:
     from dattri.algorithm import influence_function
 
     attributor = getattr(influence_function, f"IFAttributor{solver}")(
@@ -134,7 +136,7 @@ def dattri_influence(given: Given, solver: str, **options: Any) -> FloatArray:
     return array(attributor.attribute(loader(given.pool), loader(given.target)))
 
 
-def dattri_trak(given: Given, dimension: int | None) -> FloatArray:
+def dattri_trak(given: ProvidedEmbeddings, dimension: int | None) -> FloatArray:
     """In so many dimensions without a ridge, or whole with the ridge."""
     from dattri.algorithm.trak import TRAKAttributor
 
@@ -160,7 +162,7 @@ def dattri_trak(given: Given, dimension: int | None) -> FloatArray:
 # traker
 
 
-def traker_trak(given: Given, dimension: int | None) -> FloatArray:
+def traker_trak(given: ProvidedEmbeddings, dimension: int | None) -> FloatArray:
     """In so many dimensions without a ridge, or whole with the ridge."""
     from trak import TRAKer
     from trak.projectors import NoOpProjector
@@ -192,7 +194,7 @@ def traker_trak(given: Given, dimension: int | None) -> FloatArray:
 # kronfluence
 
 
-def kronfluence_ekfac(given: Given, damping: float | None) -> FloatArray:
+def kronfluence_ekfac(given: ProvidedEmbeddings, damping: float | None) -> FloatArray:
     """Its Fisher matrix is over labels drawn from the model, by a fixed seed; None: its own heuristic damping."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
@@ -239,14 +241,14 @@ def kronfluence_ekfac(given: Given, damping: float | None) -> FloatArray:
 # captum
 
 
-def captum_load(given: Given, module: nn.Module, index: str) -> float:
+def captum_load(given: ProvidedEmbeddings, module: nn.Module, index: str) -> float:
     """Puts a checkpoint into a module; gives its learning rate. The end of training is `end`."""
     state, rate = (given.state, 1.0) if index == "end" else given.checkpoints[int(index)]
     module.load_state_dict(state)
     return rate
 
 
-def captum_tracin(given: Given) -> Any:
+def captum_tracin(given: ProvidedEmbeddings) -> Any:
     from captum.influence import TracInCP
 
     return TracInCP(
@@ -260,16 +262,16 @@ def captum_tracin(given: Given) -> Any:
     )
 
 
-def captum_tracin_scores(given: Given) -> FloatArray:
+def captum_tracin_scores(given: ProvidedEmbeddings) -> FloatArray:
     return array(captum_tracin(given).influence(given.target)).T
 
 
-def captum_tracin_self(given: Given) -> FloatArray:
+def captum_tracin_self(given: ProvidedEmbeddings) -> FloatArray:
     """Minus a sample's influence on itself, which is suspicious where it is large: (N, 1)."""
     return -array(captum_tracin(given).self_influence())[:, None]
 
 
-def captum_influence(given: Given, damping: float) -> FloatArray:
+def captum_influence(given: ProvidedEmbeddings, damping: float) -> FloatArray:
     """All eigenvectors of the Hessian of the summed loss whose damped eigenvalue is positive."""
     from captum.influence._core.influence_function import NaiveInfluenceFunction
 

@@ -18,18 +18,18 @@ import torch
 from attribution import half_subsets
 from common import ESTIMATING, ROOT, TRAINING, Benchmark, arguments, cached
 from digits import Classification, Kind, classifier, retrained, right_probability, sample_loop, tuned
-from packages import PEERS, SELF_INFLUENCE, Given, Peer, quiet
+from packages import PEERS, SELF_INFLUENCE, Peer, ProvidedEmbeddings, quiet
 from scipy.stats import rankdata, spearmanr
 from study import BLIND, FloatArray, score_all, table
 from torch import Tensor
 
 from influencespace.core.metrics import auroc, interval
 from influencespace.estimators.datainf import DataInf
-from influencespace.estimators.nystrom import CurvatureConfig, damping_of
+from influencespace.estimators.influence import CurvatureConfig, damping_of
 from influencespace.estimators.problem import Problem, per_sample_gradients
 from influencespace.estimators.table import TABLE
 from influencespace.estimators.trak import Trak, margin_gradients
-from influencespace.models.training import StudentConfig
+from influencespace.models.training import HeadsConfig
 
 KINDS: tuple[Kind, ...] = ("linear", "mlp")
 FOR_PAIRS = ("ekfac", "clip_score", "neg_clip_loss", "norm_sim")
@@ -50,7 +50,7 @@ class Match:
     ours: str
     peer: str
     same: tuple[Kind, ...] = ()
-    """Students for which both are the same formula with the same settings."""
+    """Proxies for which both are the same formula with the same settings."""
     otherwise: str = ""
     """What differs for the others."""
 
@@ -95,11 +95,11 @@ MATCHES = (
 )
 
 
-def given_of(study: Classification, problem: Problem) -> Given:
+def given_of(study: Classification, problem: Problem) -> ProvidedEmbeddings:
     """What the peers get, with the settings that ours have."""
     found = per_sample_gradients(problem, problem.space)(study.pool.inputs, study.pool.image)
     margins = margin_gradients(problem, problem.space)(study.pool.inputs, study.pool.image)
-    return Given(
+    return ProvidedEmbeddings(
         make=partial(classifier, study.kind),
         state=plain(problem.space.parameters),
         checkpoints=[(plain(c.load().parameters), c.learning_rate) for c in problem.checkpoints],
@@ -155,7 +155,7 @@ def peer_scores(study: Classification, seed: int, name: str, peer: Peer) -> dict
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What all methods say of one kind of student: (seeds, G, N) by name, and the seconds of the quickest seed."""
+    """What all methods say of one kind of proxy: (seeds, G, N) by name, and the seconds of the quickest seed."""
 
     values: dict[str, FloatArray]
     seconds: dict[str, float]
@@ -223,9 +223,9 @@ class World:
 
     @cached_property
     def studies(self) -> dict[Kind, Classification]:
-        """Students at the learning rate that does best on samples that nothing else looks at."""
+        """Proxies at the learning rate that does best on samples that nothing else looks at."""
         size, groups, steps = (300, 5, 40) if self.quick else (1000, 20, 100)
-        config = StudentConfig(steps=steps, batch_size=100)
+        config = HeadsConfig(steps=steps, batch_size=100)
         return {
             kind: tuned(Classification(kind=kind, size=size, groups=groups, config=config)) for kind in KINDS
         }
@@ -244,7 +244,7 @@ def agreement_part(world: World) -> None:
                 bench.row(
                     ours=match.ours,
                     peer=match.peer,
-                    student=kind,
+                    proxy=kind,
                     what="not installed",
                     version=None,
                     spearman=None,
@@ -257,7 +257,7 @@ def agreement_part(world: World) -> None:
             bench.row(
                 ours=match.ours,
                 peer=match.peer,
-                student=kind,
+                proxy=kind,
                 what="the same method" if same else match.otherwise,
                 version=release(PEERS[match.peer.removesuffix(", of the loss")].package),
                 spearman=middle,
@@ -265,7 +265,7 @@ def agreement_part(world: World) -> None:
             )
             if same:
                 bench.target(
-                    name=f"Spearman of `{match.ours}` with {match.peer}, {kind} student (median and 95 % of target groups)",
+                    name=f"Spearman of `{match.ours}` with {match.peer}, {kind} proxy (median and 95 % of target groups)",
                     target="at least 0.95",
                     measured=middle,
                     interval=interval(found),
@@ -301,9 +301,7 @@ def lds_part(world: World) -> None:
         truth = -repeats.mean(0)
         rest = [-np.delete(repeats, seed, 0).mean(0) for seed in range(len(repeats))]
         ceiling = float(np.mean([lds(-one, other) for one, other in zip(repeats, rest)]))
-        bench.row(
-            method="(one seed's students against the others')", student=kind, lds=ceiling, interval=None
-        )
+        bench.row(method="(one seed's proxies against the others')", proxy=kind, lds=ceiling, interval=None)
         resampled = [np.random.default_rng(d).integers(0, len(subsets), len(subsets)) for d in range(500)]
         draws: dict[str, FloatArray] = {}
         values: dict[str, float] = {}
@@ -312,14 +310,14 @@ def lds_part(world: World) -> None:
             values[name] = lds(predicted, truth)
             draws[name] = np.array([lds(predicted[rows], truth[rows]) for rows in resampled])
         for name in sorted(values, key=lambda name: -values[name]):
-            bench.row(method=name, student=kind, lds=values[name], interval=list(interval(draws[name])))
-        not_installed(bench, student=kind, lds=None, interval=None)
+            bench.row(method=name, proxy=kind, lds=values[name], interval=list(interval(draws[name])))
+        not_installed(bench, proxy=kind, lds=None, interval=None)
         if not scores.theirs:
             continue
         ours, theirs = (max(names, key=lambda name: values[name]) for names in (scores.ours, scores.theirs))
         low, high = interval(draws[ours] - draws[theirs])
         bench.target(
-            name=f"LDS of the best of ours, `{ours}`, minus that of the best peer, {theirs}, {kind} student",
+            name=f"LDS of the best of ours, `{ours}`, minus that of the best peer, {theirs}, {kind} proxy",
             target="at least 0, or not surely below",
             measured=values[ours] - values[theirs],
             interval=(low, high),
@@ -349,9 +347,9 @@ def detection_part(world: World) -> None:
         }
         for name in sorted(found, key=lambda name: -float(np.mean(found[name]))):
             world.bench.row(
-                method=name, student=kind, auroc=float(np.mean(found[name])), lowest=min(found[name])
+                method=name, proxy=kind, auroc=float(np.mean(found[name])), lowest=min(found[name])
             )
-        not_installed(world.bench, student=kind, auroc=None, lowest=None)
+        not_installed(world.bench, proxy=kind, auroc=None, lowest=None)
 
 
 def speed_part(world: World) -> None:
@@ -359,14 +357,12 @@ def speed_part(world: World) -> None:
     for kind in KINDS:
         study = world.studies[kind]
         loop = sample_loop(study.problem(0))
-        world.bench.row(
-            method="(a loop of per-sample gradients)", student=kind, seconds=loop, of_the_loop=1.0
-        )
+        world.bench.row(method="(a loop of per-sample gradients)", proxy=kind, seconds=loop, of_the_loop=1.0)
         seconds = world.scores(kind, blind=True).seconds
         for name in sorted(seconds, key=lambda name: seconds[name]):
             share = seconds[name] / loop
-            world.bench.row(method=name, student=kind, seconds=seconds[name], of_the_loop=share)
-        not_installed(world.bench, student=kind, seconds=None, of_the_loop=None)
+            world.bench.row(method=name, proxy=kind, seconds=seconds[name], of_the_loop=share)
+        not_installed(world.bench, proxy=kind, seconds=None, of_the_loop=None)
 
 
 PARTS: dict[str, Callable[[World], None]] = {

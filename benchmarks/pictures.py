@@ -9,7 +9,7 @@ LABELS = {
     "curated": "curated (InfluenceSpace)",
     "oracle": "only the right pairs (oracle)",
     "clip_score": "CLIP score, given encoder",
-    "student_clip_score": "CLIP score, student",
+    "proxy_clip_score": "CLIP score, proxy",
     "neg_clip_loss": "negCLIPLoss",
     "everything": "everything",
     "random": "random",

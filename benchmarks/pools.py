@@ -34,12 +34,12 @@ from dirt import (
 from sources import Sources
 from world import RUNTIME
 
-from influencespace.core.select import SelectConfig
+from influencespace.core.select import SelectionConfig
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, read_manifest, reopen
 from influencespace.data.pair_set import PairSet
-from influencespace.stages.decide import decide
 from influencespace.stages.finish import finish_stage
-from influencespace.stages.split import SplitConfig, pair_sets, split
+from influencespace.stages.ingest.split import SplitConfig, pair_sets, split
+from influencespace.stages.selection.evidence import decide
 
 SIZED = "curated, of a given size"
 
@@ -198,7 +198,7 @@ class DirtyCuration(Curation):
 
     def judge_kinds(self) -> dict[str, Any]:
         """The decision against the planted truth, for every kind of dirt apart."""
-        kept = decide(self.run(), SelectConfig()).kept
+        kept = decide(self.run(), SelectionConfig()).kept
         return {
             kind or "good": {
                 "pairs": int((self.kind == kind).sum()),
@@ -211,7 +211,7 @@ class DirtyCuration(Curation):
         """Ours, everything, only what is no dirt, and every method that is told how much of the pool is none."""
         size, scores = self.scenario.size, self.run()
         keep = int((~self.wrong).sum()) if size is None else round(size * len(self.pool))
-        sized = {} if size is None else {SIZED: decide(scores, SelectConfig(target_size=size)).weight}
+        sized = {} if size is None else {SIZED: decide(scores, SelectionConfig(target_size=size)).weight}
         return {
             "curated": self.curated(scores),
             **sized,
@@ -221,6 +221,6 @@ class DirtyCuration(Curation):
         }
 
     def in_fewer_steps(self, part: int, seeds: tuple[int, ...]) -> list[list[float]]:
-        """Recall by test image of students trained on our subset for a part of the steps: (seeds, images)."""
+        """Recall by test image of proxies trained on our subset for a part of the steps: (seeds, images)."""
         weight, steps = self.curated(self.run()), self.setting.steps // part
         return [self.recall_of(weight, seed, steps) for seed in seeds]

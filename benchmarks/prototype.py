@@ -9,11 +9,11 @@ from pools import SCENARIOS, DirtyCuration
 from retrained import Retrained, retrained
 from world import Setting, World
 
-from influencespace.core.select import SelectConfig, top_fraction
-from influencespace.estimators.nystrom import CurvatureConfig
+from influencespace.core.select import SelectionConfig, top_fraction
+from influencespace.estimators.influence import CurvatureConfig
 from influencespace.estimators.similarity import random_score
-from influencespace.stages.attribute import AttributeConfig
-from influencespace.stages.cluster import ClusterConfig
+from influencespace.stages.scoring.cluster import ClusterConfig
+from influencespace.stages.scoring.influence import InfluenceConfig
 
 DRAWS = "whole clusters, all draws"
 
@@ -35,12 +35,12 @@ class PrototypeCuration(DirtyCuration):
         return CurvatureConfig(rank=10, max_rank=10)
 
     @property
-    def attribution(self) -> AttributeConfig:
-        return AttributeConfig(budget=5, target_budget=5)
+    def attribution(self) -> InfluenceConfig:
+        return InfluenceConfig(budget=5, target_budget=5)
 
     @property
-    def choice(self) -> SelectConfig:
-        return SelectConfig(tau_low=-0.001, target_size=0.8)
+    def choice(self) -> SelectionConfig:
+        return SelectionConfig(tau_low=-0.001, target_size=0.8)
 
     def weights(self) -> dict[str, np.ndarray]:
         scores, keep = self.run(), round(0.8 * len(self.pool))
@@ -82,7 +82,7 @@ def prototype(bench: Benchmark, world: World, quick: bool) -> None:
     curation = PrototypeCuration(world, setting, "wrong 20")
     found = retrained([curation], bench.seeds)
     naive = [values for method, values in found.shares.items() if method.startswith("whole clusters")]
-    # each of our students beside one of every draw, so that both are of the same images and seeds
+    # each of our proxies beside one of every draw, so that both are of the same images and seeds
     drawn = Retrained(
         shares={"curated": np.tile(found.shares["curated"], (len(naive), 1)), DRAWS: np.concatenate(naive)},
         kept={},

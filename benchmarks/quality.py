@@ -64,7 +64,7 @@ def recall(bench: Benchmark, world: World, quick: bool) -> None:
     found = retrained(curations, bench.seeds)
     for name in METHODS:
         bench.row(**found.row(name))
-    for name in ("clip_score", "student_clip_score"):
+    for name in ("clip_score", "proxy_clip_score"):
         gap, around = found.compared(name)
         bench.target(
             name=f"mean recall of curated minus {name} at the true fraction, 30% wrong, {captions} captions",
@@ -76,7 +76,7 @@ def recall(bench: Benchmark, world: World, quick: bool) -> None:
 
 
 def other_steps(bench: Benchmark, world: World, quick: bool) -> None:
-    """The same subsets at other numbers of steps: how much of a lead is left where a student is not trained too long."""
+    """The same subsets at other numbers of steps: how much of a lead is left where a proxy is not trained too long."""
     steps = (25, 50) if quick else (25, 50, 100, 200, 400)
     setting = Setting(wrong=0.3, captions=2 if quick else 5, steps=100 if quick else 200)
     targets = (0,) if quick else (0, 1)

@@ -18,12 +18,12 @@ from retrained import retrained
 from world import Setting, World
 
 from influencespace.core.metrics import bootstrap_means, interval
-from influencespace.core.select import SelectConfig, top_fraction
+from influencespace.core.select import SelectionConfig, top_fraction
 from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, read_manifest, reopen
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.similarity import random_score
-from influencespace.stages.decide import decide
 from influencespace.stages.finish import finish_stage
+from influencespace.stages.selection.evidence import decide
 
 RARE, OTHERS = "women", "others"
 RULE = r"\b(woman|women|lady|ladies|girl|girls)\b"
@@ -114,7 +114,7 @@ class RareGroup(Curation):
         rare = np.array(self.pool.column("group")) == RARE
         keep = round(0.7 * len(self.pool))
         uids = [str(uid) for uid in self.pool.column("uid")]
-        ignoring = self.confirmed(scores, SelectConfig(groups="ignored"))
+        ignoring = self.confirmed(scores, SelectionConfig(fairness="off"))
         return {
             "curated": self.curated(scores),
             "curated, groups ignored": decide(scores, ignoring).weight,
@@ -125,7 +125,7 @@ class RareGroup(Curation):
         }
 
     def by_method(self, seeds: tuple[int, ...]) -> dict[str, Any]:
-        """And of students of the pool that lacks no picture of the group: what can be won back at all."""
+        """And of proxies of the pool that lacks no picture of the group: what can be won back at all."""
         found = super().by_method(seeds)
         everything = np.ones(len(self.whole))
         found["shares"]["everything, not thinned"] = [

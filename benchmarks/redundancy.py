@@ -19,14 +19,14 @@ from world import RUNTIME, Setting, World, measure_on_real_pairs
 from influencespace.core import coreset
 from influencespace.core.kmeans import unit_rows
 from influencespace.core.metrics import bootstrap_means, interval
-from influencespace.core.select import SelectConfig, top_fraction
+from influencespace.core.select import SelectionConfig, top_fraction
 from influencespace.core.strata import rank_within
-from influencespace.data.blocks import read_columns
+from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.similarity import random_score
-from influencespace.stages.decide import Scores, decide
-from influencespace.stages.redundancy import RedundancyConfig, redundancy
-from influencespace.stages.student import TargetHalves, choosing_loss, train_subset
+from influencespace.stages.proxies.proxies import TargetHalves, choosing_loss, train_subset
+from influencespace.stages.selection.evidence import Scores, decide
+from influencespace.stages.selection.redundancy import RedundancyConfig, redundancy
 
 FloatArray = np.ndarray
 Rules = Mapping[str, Callable[[], np.ndarray]]  # which pairs each keeps (n,)
@@ -34,7 +34,7 @@ Rules = Mapping[str, Callable[[], np.ndarray]]  # which pairs each keeps (n,)
 CONFIGS = [RedundancyConfig(image=value) for value in (0.65, 0.7, 0.75, 0.8, 0.85, 0.9)] + [
     RedundancyConfig(text=value) for value in (0.95, 0.97, 0.98, 1.0)
 ]
-UNIFORM = SelectConfig(weights="uniform")
+UNIFORM = SelectionConfig(weighting="uniform")
 
 
 def curation_of(world: World, name: str, quick: bool) -> DirtyCuration:
@@ -44,10 +44,10 @@ def curation_of(world: World, name: str, quick: bool) -> DirtyCuration:
 
 
 def leaders_by(curation: DirtyCuration, config: RedundancyConfig) -> np.ndarray:
-    """The leader of each pair by another config, on the curation's students and clusters."""
+    """The leader of each pair by another config, on the curation's proxies and clusters."""
     folder = curation.folder / "redundancy" / code_version() / f"{config.image:g}-{config.text:g}"
-    student, cluster = curation.folder / "student", curation.folder / "cluster"
-    redundancy(curation.pool, student, cluster, {}, config, folder, RUNTIME)
+    proxy, cluster = curation.folder / "proxy", curation.folder / "cluster"
+    redundancy(curation.pool, proxy, cluster, {}, config, folder, RUNTIME)
     return read_columns(folder / "copies.parquet")["leader"]
 
 
@@ -104,7 +104,7 @@ def copies(bench: Benchmark, world: World, quick: bool) -> None:
 
 @dataclass(frozen=True)
 class Retrained:
-    """Students trained on what rules keep, at equal steps."""
+    """Proxies trained on what rules keep, at equal steps."""
 
     curation: DirtyCuration
 
@@ -114,7 +114,7 @@ class Retrained:
 
     @cached_property
     def quality(self) -> dict[str, np.ndarray]:
-        return read_columns(self.curation.folder / "student" / "quality.parquet")
+        return read_columns(self.curation.folder / "proxy" / "quality.parquet")
 
     @cached_property
     def random(self) -> np.ndarray:
@@ -193,11 +193,13 @@ def size(share: float, bench: Benchmark, world: World, quick: bool) -> None:
         bench,
         ["size", share],
         {
-            "curated": lambda: decide(given.scores, SelectConfig(weights="uniform", target_size=share)).kept,
+            "curated": lambda: (
+                decide(given.scores, SelectionConfig(weighting="uniform", target_size=share)).kept
+            ),
             "everything": lambda: np.ones(len(pool), bool),
             "random": lambda: top_fraction(given.random, keep),
             "clip_score": lambda: top_fraction(pool.clip_score, keep),
-            "student_clip_score": lambda: top_fraction(given.quality["clip_in"], keep),
+            "proxy_clip_score": lambda: top_fraction(given.quality["clip_in"], keep),
             "quality": lambda: top_fraction(given.scores.strata["quality"], keep),
             "predicted influence": lambda: top_fraction(given.scores.predicted, keep),
             "captions by quality": lambda: top_fraction(captions_first(given), keep),

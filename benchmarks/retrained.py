@@ -1,4 +1,4 @@
-"""What students retrained on each method's subset come to: recall by test image, paired between methods."""
+"""What proxies retrained on each method's subset come to: recall by test image, paired between methods."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Retrained:
-    """Recall of every method's students, by test image."""
+    """Recall of every method's proxies, by test image."""
 
     shares: Mapping[str, np.ndarray]
     """Each test image's share of the mean recall, by method: (seeds, images)."""
@@ -55,7 +55,7 @@ class Retrained:
 
 
 def retrained(curations: Sequence[Curation], seeds: Sequence[int]) -> Retrained:
-    """The students of one pool's curations, which differ in what is target and what is test: their test images together."""
+    """The proxies of one pool's curations, which differ in what is target and what is test: their test images together."""
     found = [
         cached(
             each.world.cache,

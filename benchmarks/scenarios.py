@@ -1,6 +1,6 @@
 """Pools of real pairs with the kinds of dirt that web data has, each with its planted truth, which judges only.
 
-What the default settings prune of each kind, and students retrained at equal steps on what they and others keep: the
+What the default settings prune of each kind, and proxies retrained at equal steps on what they and others keep: the
 others are told how much of the pool is dirt, ours is told nothing. Parts are the scenarios. Needs the real data; see
 docs/benchmarks.md.
 """
@@ -19,7 +19,7 @@ from rare_group import rare_group
 from retrained import Retrained, mean_of, retrained
 from world import Setting, SyntheticWorld, World, measure_on_real_pairs
 
-FILTERS = ("clip_score", "early_clip_score", "student_clip_score", "neg_clip_loss")
+FILTERS = ("clip_score", "early_clip_score", "proxy_clip_score", "neg_clip_loss")
 LED = ("hard wrong", "boilerplate", "irrelevant", "blurred", "web")
 """Where the best of the simple filters is to be surely beaten."""
 QUICKER = ("wrong 30", "web")
@@ -38,7 +38,7 @@ def curations(name: str, world: World, quick: bool) -> list[DirtyCuration]:
 def judged(
     name: str, bench: Benchmark, world: World, quick: bool, column: str = "scenario", of: str = ""
 ) -> None:
-    """What becomes of each kind of pair by the default settings, and what a student retrained on the rest is worth.
+    """What becomes of each kind of pair by the default settings, and what a proxy retrained on the rest is worth.
 
     Rows say in `column` which scenario they are of, so that each family has its tables.
     """
@@ -74,7 +74,7 @@ def judged(
 def compare_retrained(
     name: str, bench: Benchmark, swapped: Sequence[DirtyCuration], column: str, of: str
 ) -> None:
-    """Mean recall of students retrained at equal steps, ours paired with every other."""
+    """Mean recall of proxies retrained at equal steps, ours paired with every other."""
     found = retrained(swapped, bench.seeds)
     for method in found.shares:
         bench.row(**{column: name}, **found.row(method))

@@ -1,4 +1,4 @@
-"""What the estimators are measured on: a small pool of real pairs, really trained students, and the table of scores."""
+"""What the estimators are measured on: a small pool of real pairs, really trained proxies, and the table of scores."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,17 +15,17 @@ from influencespace.core.batches import folds_by_image
 from influencespace.data.artifacts import fingerprint
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.ecif import Ecif
-from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext, damping_of
+from influencespace.estimators.influence import CurvatureConfig, NegativeBatch, damping_of
 from influencespace.estimators.problem import Estimator, Problem, scores
-from influencespace.estimators.student_problem import batch_of, rows_of, student_problem
+from influencespace.estimators.proxy_problem import batch_of, proxy_problem, rows_of
 from influencespace.estimators.table import TABLE
 from influencespace.estimators.unrolled import Unrolled
 from influencespace.models.space import Space
-from influencespace.models.training import StudentConfig
+from influencespace.models.training import HeadsConfig
 from influencespace.models.trajectory import Rule, Trajectory, space_at
 
 FloatArray = np.ndarray
-# The learning rate is chosen as a user would: the one whose student does best on pairs that nothing else looks at.
+# The learning rate is chosen as a user would: the one whose proxy does best on pairs that nothing else looks at.
 RATES: dict[Rule, tuple[float, ...]] = {"sgd": (1e-3, 3e-3, 1e-2, 3e-2), "adamw": (3e-5, 1e-4, 3e-4, 1e-3)}
 CONTEXTS = 8  # of the bank, where the pool has pairs for so many
 OURS = ("ecif", "nystrom", "unrolled")
@@ -37,12 +37,12 @@ BLIND = ("clip_score", "neg_clip_loss", "el2n", "self_influence", "random")
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Some real pairs of which a share is wrong, a clean target, and how a student is trained."""
+    """Some real pairs of which a share is wrong, a clean target, and how a proxy is trained."""
 
     world: World
     pairs: int | None
     wrong: float
-    config: StudentConfig
+    config: HeadsConfig
     rule: Rule = "adamw"
     noise_seed: int = 1
     dtype: torch.dtype = torch.float32
@@ -55,7 +55,7 @@ class Study:
         return pool, np.sort(np.random.default_rng(self.noise_seed).permutation(len(pool))[:count]), wrong
 
     @cached_property
-    def pool(self) -> RecordedContext:
+    def pool(self) -> NegativeBatch:
         pool, rows, _ = self._chosen
         return recorded(pool, rows, self.dtype)
 
@@ -65,12 +65,12 @@ class Study:
         return wrong[rows]
 
     @cached_property
-    def target(self) -> RecordedContext:
+    def target(self) -> NegativeBatch:
         """One caption of each image of dev's first tar."""
         return one_caption(self.world.dev(0), self.dtype)
 
     @cached_property
-    def validation(self) -> RecordedContext:
+    def validation(self) -> NegativeBatch:
         """The same of dev's second tar, for the choice of a learning rate alone."""
         return one_caption(self.world.dev(1), self.dtype)
 
@@ -80,18 +80,18 @@ class Study:
 
     @property
     def key(self) -> str:
-        """What its results depend on, beside the seeds of students and the code."""
+        """What its results depend on, beside the seeds of proxies and the code."""
         parts = [self.pairs, self.wrong, self.config, self.rule, self.noise_seed, str(self.dtype)]
         return fingerprint(parts)
 
-    def problem(self, seed: int, target: RecordedContext | None = None) -> Problem:
-        return student_problem(
+    def problem(self, seed: int, target: NegativeBatch | None = None) -> Problem:
+        return proxy_problem(
             self.pool, target or self.target, self.config, rule=self.rule, contexts=CONTEXTS, seed=seed
         )
 
-    def target_group(self, group: int, groups: int) -> RecordedContext:
+    def target_group(self, group: int, groups: int) -> NegativeBatch:
         rows = np.flatnonzero(folds_by_image(self.target.image, groups, 0) == group)
-        return RecordedContext(inputs=rows_of(self.target.inputs, rows), image=self.target.image[rows])
+        return NegativeBatch(inputs=rows_of(self.target.inputs, rows), image=self.target.image[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,34 +113,32 @@ class SyntheticStudy(Study):
         return wrong
 
     @cached_property
-    def pool(self) -> RecordedContext:
+    def pool(self) -> NegativeBatch:
         scenes, (rows, *_) = self._rows
         said = rows.copy()
         said[self.is_wrong] = np.roll(rows[self.is_wrong], 1)  # each has the caption of another
         images, texts = scenes.inputs(rows)[0], scenes.inputs(said)[1]
-        return RecordedContext(
-            inputs=(images.to(self.dtype), texts.to(self.dtype)), image=np.arange(len(rows))
-        )
+        return NegativeBatch(inputs=(images.to(self.dtype), texts.to(self.dtype)), image=np.arange(len(rows)))
 
     @cached_property
-    def target(self) -> RecordedContext:
+    def target(self) -> NegativeBatch:
         scenes, (_, rows, _) = self._rows
         return recorded(scenes, rows, self.dtype)
 
     @cached_property
-    def validation(self) -> RecordedContext:
+    def validation(self) -> NegativeBatch:
         scenes, (*_, rows) = self._rows
         return recorded(scenes, rows, self.dtype)
 
 
-def one_caption(pairs: PairSet, dtype: torch.dtype) -> RecordedContext:
+def one_caption(pairs: PairSet, dtype: torch.dtype) -> NegativeBatch:
     return recorded(pairs, np.unique(pairs.image, return_index=True)[1], dtype)
 
 
-def recorded(pairs: PairSet, rows: np.ndarray, dtype: torch.dtype) -> RecordedContext:
+def recorded(pairs: PairSet, rows: np.ndarray, dtype: torch.dtype) -> NegativeBatch:
     """Pairs of distinct images, numbered as they come."""
     images, texts = pairs.inputs(rows)
-    return RecordedContext(inputs=(images.to(dtype), texts.to(dtype)), image=np.arange(len(rows)))
+    return NegativeBatch(inputs=(images.to(dtype), texts.to(dtype)), image=np.arange(len(rows)))
 
 
 @torch.no_grad()
@@ -194,14 +192,14 @@ def score_all(estimator: Estimator, problem: Problem) -> FloatArray:
     path = problem.trajectory
     assert path is not None
     rows = np.arange(problem.pool_size)
-    pool = RecordedContext(inputs=path.inputs(rows), image=rows)
+    pool = NegativeBatch(inputs=path.inputs(rows), image=rows)
     return scores(
         estimator, problem, [batch_of(pool, part) for part in np.array_split(rows, max(1, len(rows) // 1024))]
     )
 
 
 def tuned(study: Study) -> Study:
-    """The study at the learning rate whose student of all pairs has the lowest loss on dev's second tar."""
+    """The study at the learning rate whose proxy of all pairs has the lowest loss on dev's second tar."""
 
     def losses() -> dict[str, Any]:
         found = {}

@@ -19,11 +19,11 @@ from influencespace.data.images import decode_image
 from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import Sample
 from influencespace.data.synthetic import WorldConfig, write_world
+from influencespace.engine.session import start_ray
 from influencespace.models.encoders import load_encoder
-from influencespace.stages.embed import embed
-from influencespace.stages.fit_encoder import FitEncoder
-from influencespace.stages.ray_session import start_ray
-from influencespace.stages.towers import EmbedConfig
+from influencespace.stages.ingest.embed import embed
+from influencespace.stages.ingest.encode import EmbedConfig
+from influencespace.stages.ingest.fit_encoder import FitEncoder
 
 PARTS = ("synthetic", "real", "driver")
 
@@ -63,11 +63,11 @@ def embed_part(bench: Benchmark, name: str, pool: Path, encoder: str, folder: Pa
     """The stage and the bare loop in turn, on the same pairs."""
     config = EmbedConfig(encoder=encoder)
     ratios, bounds = [], []
-    with start_ray() as runtime:
+    with start_ray() as engine:
         for turn in range(rounds):
             bare = bare_rates(pool, encoder, config.batch_size)
             out = folder / f"{name}-{turn}"
-            details = embed(list_shards(str(pool)), config, out, runtime).details
+            details = embed(list_shards(str(pool)), config, out, engine).details
             ratios.append(details["pairs_per_second"] / bare["bare_pairs_a_second"])
             bounds.append(1 / (1 + bare["bare_pairs_a_second"] / bare["decoding_pairs_a_second"]))
             told = ("workers", "startup_seconds", "steady_seconds", "pairs_per_second")
@@ -100,8 +100,8 @@ def driver_memory(pairs: int, out: Path, encoder: Path) -> float:
 
 
 def as_driver(pool: str, encoder: str, out: str) -> None:
-    with start_ray() as runtime:
-        embed(list_shards(pool), EmbedConfig(encoder=encoder), Path(out), runtime)
+    with start_ray() as engine:
+        embed(list_shards(pool), EmbedConfig(encoder=encoder), Path(out), engine)
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     # not ru_maxrss: that begins with what the parent had when it forked
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", status)

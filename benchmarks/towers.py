@@ -28,8 +28,8 @@ from influencespace.models.space import Inputs
 from influencespace.models.streamed import StreamedSpace
 from influencespace.models.tower_parameters import tower_parameters
 from influencespace.models.tower_tangents import TowerTangents, choose_steps
-from influencespace.models.towers import TowerStudent
-from influencespace.stages.fit_encoder import FitEncoder
+from influencespace.models.towers import TowerModel
+from influencespace.stages.ingest.fit_encoder import FitEncoder
 
 PARTS = ("synthetic", "real", "memory")
 SPACES = ("towers", "last-blocks")
@@ -51,38 +51,38 @@ def seconds(work: Callable[[], object]) -> float:
     return clock() - began
 
 
-def read_pairs(student: TowerStudent, pool: Path, count: int) -> Inputs:
+def read_pairs(proxy: TowerModel, pool: Path, count: int) -> Inputs:
     """The first pairs of a folder of shards, decoded and tokenised, one caption an image."""
     samples = (sample for shard in list_shards(str(pool)) for sample in read_shard(shard))
     first = [sample for sample, _ in zip((s for s in samples if isinstance(s, Sample)), range(count))]
-    pixels = student.encoder.preprocess_images([decode_image(sample.image) for sample in first])
-    return pixels.to(DEVICE), student.tokenize([sample.captions[0] for sample in first]).to(DEVICE)
+    pixels = proxy.encoder.preprocess_images([decode_image(sample.image) for sample in first])
+    return pixels.to(DEVICE), proxy.tokenize([sample.captions[0] for sample in first]).to(DEVICE)
 
 
 @torch.inference_mode()
-def embed(student: TowerStudent, inputs: Inputs) -> None:
+def embed(proxy: TowerModel, inputs: Inputs) -> None:
     for pixels, tokens in zip(*(torch.split(side, ROWS) for side in inputs)):
-        student(pixels, tokens)
+        proxy(pixels, tokens)
 
 
 def routes(
-    space: StreamedSpace, inputs: Inputs, unmasked: TowerStudent
+    space: StreamedSpace, inputs: Inputs, unmasked: TowerModel
 ) -> tuple[dict[str, Callable[[], object]], float]:
     """What is measured, by name, and how far scoring is from forward mode; `unmasked` is for vmap."""
-    student = space.student
-    assert isinstance(student, TowerStudent)
+    proxy = space.proxy
+    assert isinstance(proxy, TowerModel)
     first = inputs[0][:ROWS], inputs[1][:ROWS]
     weights = torch.full((1, len(first[0])), 1 / len(first[0]), device=DEVICE)
-    direction = space.loss_gradients(first, weights, student.encoder.objective)
+    direction = space.loss_gradients(first, weights, proxy.encoder.objective)
     steps, disagreement = choose_steps(space, direction, (first[0][:8], first[1][:8]))
     chosen = TowerTangents(space, direction, steps)
     differences = TowerTangents(space, direction, torch.where(steps == 0, 1e-4, steps))
-    cotangent = torch.randn(1, len(inputs[0]), student.encoder.dimension, device=DEVICE)
+    cotangent = torch.randn(1, len(inputs[0]), proxy.encoder.dimension, device=DEVICE)
     one = inputs[0][:SINGLE], inputs[1][:SINGLE]
 
-    def added(student: TowerStudent) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
+    def added(proxy: TowerModel) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
         def value(parameters: dict[str, Tensor], pixels: Tensor, tokens: Tensor) -> Tensor:
-            u, t = functional_call(student, parameters, (pixels[None], tokens[None]))
+            u, t = functional_call(proxy, parameters, (pixels[None], tokens[None]))
             found: Tensor = (u * cotangent[0, 0]).sum() + (t * cotangent[0, 0]).sum()
             return found
 
@@ -90,13 +90,13 @@ def routes(
 
     def one_by_one() -> None:
         for pixels, tokens in zip(*one):
-            grad(added(student))(space.parameters, pixels, tokens)
+            grad(added(proxy))(space.parameters, pixels, tokens)
 
     def together() -> None:
         vmap(grad(added(unmasked)), (None, 0, 0))(space.parameters, *one)
 
     return {
-        "embedding": lambda: embed(student, inputs),
+        "embedding": lambda: embed(proxy, inputs),
         SCORING: lambda: chosen.tangents(inputs, direction),
         "central differences": lambda: differences.tangents(inputs, direction),
         "forward mode": lambda: space.tangents(inputs, direction),
@@ -109,10 +109,10 @@ def routes(
 def price_part(bench: Benchmark, encoder: str, pool: Path, pairs: int, rounds: int) -> None:
     """Each route's time for a pair, over embedding's."""
     for name in SPACES:
-        student = TowerStudent(load_encoder(encoder, device=DEVICE))
-        space = StreamedSpace(student, tower_parameters(student, name), rows=ROWS)
-        inputs = read_pairs(student, pool, pairs)
-        unmasked = TowerStudent(load_encoder(encoder, device=DEVICE))
+        proxy = TowerModel(load_encoder(encoder, device=DEVICE))
+        space = StreamedSpace(proxy, tower_parameters(proxy, name), rows=ROWS)
+        inputs = read_pairs(proxy, pool, pairs)
+        unmasked = TowerModel(load_encoder(encoder, device=DEVICE))
         # vmap allows no mask whose values are looked at; a caption by itself is not padded and needs none
         unmasked.text_inputs = ("input_ids",)
         work, disagreement = routes(space, inputs, unmasked)
@@ -203,33 +203,33 @@ def in_child(encoder: str, pairs: int) -> dict[str, float]:
 
 def as_child(encoder: str, pairs: int) -> None:
     """Embed, then score, the same random pairs batch by batch; prints what both took at their peak."""
-    student = TowerStudent(load_encoder(encoder))
-    space = StreamedSpace(student, tower_parameters(student, "towers"), rows=ROWS)
+    proxy = TowerModel(load_encoder(encoder))
+    space = StreamedSpace(proxy, tower_parameters(proxy, "towers"), rows=ROWS)
     caption = "two dogs run over a green field"
 
     def batches() -> Any:
         generator = torch.Generator().manual_seed(0)
-        _, _, height, width = read_shape(student)
+        _, _, height, width = read_shape(proxy)
         for _ in range(0, pairs, ROWS):
             pixels = torch.randint(0, 256, (ROWS, 3, height, width), dtype=torch.uint8, generator=generator)
-            yield pixels, student.tokenize([caption] * ROWS)
+            yield pixels, proxy.tokenize([caption] * ROWS)
 
     for inputs in batches():
-        embed(student, inputs)
+        embed(proxy, inputs)
     embedding = peak_mb()
     direction = torch.empty(1, space.size).normal_()
     differences = TowerTangents(space, direction, torch.full((1, 2), 1e-5))
     reset_peak()
     for inputs in batches():
         differences.tangents(inputs, direction)
-    model = sum(value.numel() * value.element_size() for value in student.parameters()) / 2**20
+    model = sum(value.numel() * value.element_size() for value in proxy.parameters()) / 2**20
     print(json.dumps({"embedding_peak_mb": embedding, "scoring_peak_mb": peak_mb(), "model_mb": model}))
 
 
-def read_shape(student: TowerStudent) -> torch.Size:
+def read_shape(proxy: TowerModel) -> torch.Size:
     from influencespace.models.pixels import probe_images
 
-    return student.encoder.preprocess_images(probe_images()).shape
+    return proxy.encoder.preprocess_images(probe_images()).shape
 
 
 def peak_mb() -> float:

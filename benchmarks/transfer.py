@@ -18,12 +18,12 @@ from retrained import Retrained
 from world import Setting, World, measure_on_real_pairs
 
 from influencespace.core.batches import training_batches
-from influencespace.core.objective import Contrastive
+from influencespace.core.contrastive import Contrastive
 from influencespace.data.artifacts import fingerprint
 from influencespace.data.pair_set import PairSet
 from influencespace.models.encoders import load_encoder
 from influencespace.models.tuning import TunedTower, TuningConfig, adapt_text_tower, tune
-from influencespace.stages.student import TargetHalves
+from influencespace.stages.proxies.proxies import TargetHalves
 
 BEATEN = ("everything", "random", "clip_score")
 METHODS = ("curated", *BEATEN)
@@ -36,7 +36,7 @@ TARS = (0, 1)
 
 @dataclass(frozen=True)
 class Transfer:
-    """The text tower tuned on subsets of one dirty pool, by the loss and at the temperature of the student."""
+    """The text tower tuned on subsets of one dirty pool, by the loss and at the temperature of the proxy."""
 
     curation: Curation
     config: TuningConfig

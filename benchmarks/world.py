@@ -26,12 +26,12 @@ from influencespace.data.dirt import shuffle_captions
 from influencespace.data.pair_set import PairSet
 from influencespace.data.readers import list_shards
 from influencespace.data.synthetic import WorldConfig, write_world
-from influencespace.stages.embed import embed
+from influencespace.engine.local import LocalEngine
 from influencespace.stages.finish import finish_stage
-from influencespace.stages.runtime import LocalRuntime
-from influencespace.stages.towers import EmbedConfig
+from influencespace.stages.ingest.embed import embed
+from influencespace.stages.ingest.encode import EmbedConfig
 
-RUNTIME = LocalRuntime()
+RUNTIME = LocalEngine()
 CLEAN_SCENES: dict[str, Any] = {
     **dict.fromkeys(("wrong_captions", "near_duplicates", "boilerplate", "irrelevant"), 0.0),
     "captions_per_image": 3,
@@ -40,7 +40,7 @@ CLEAN_SCENES: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One corrupted pool with one student and one target."""
+    """One corrupted pool with one proxy and one target."""
 
     wrong: float
     captions: int

@@ -11,19 +11,19 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as options
 
-from influencespace.core.select import SelectConfig
+from influencespace.core.select import SelectionConfig
 from influencespace.data.artifacts import atomic_path
 from influencespace.errors import InputError
-from influencespace.estimators.nystrom import CurvatureConfig
-from influencespace.stages.attribute import AttributeConfig
-from influencespace.stages.cluster import ClusterConfig
-from influencespace.stages.curvature import TargetConfig
-from influencespace.stages.evaluate import EvaluateConfig
-from influencespace.stages.redundancy import RedundancyConfig
-from influencespace.stages.split import SplitConfig
-from influencespace.stages.student import StudentsConfig
-from influencespace.stages.towers import EmbedConfig
-from influencespace.stages.train import TrainConfig
+from influencespace.estimators.influence import CurvatureConfig
+from influencespace.stages.ingest.encode import EmbedConfig
+from influencespace.stages.ingest.split import SplitConfig
+from influencespace.stages.proxies.proxies import ProxyConfig
+from influencespace.stages.scoring.cluster import ClusterConfig
+from influencespace.stages.scoring.curvature import TargetConfig
+from influencespace.stages.scoring.influence import InfluenceConfig
+from influencespace.stages.selection.redundancy import RedundancyConfig
+from influencespace.stages.training.evaluate import EvaluateConfig
+from influencespace.stages.training.train import TrainConfig
 
 
 @options(frozen=True, kw_only=True)
@@ -53,17 +53,17 @@ class RunConfig:
     data: DataConfig = plain_field(default_factory=DataConfig)
     embed: EmbedConfig = plain_field(default_factory=lambda: EmbedConfig(encoder=""))
     split: SplitConfig = plain_field(default_factory=SplitConfig)
-    student: StudentsConfig = plain_field(default_factory=StudentsConfig)
+    proxy: ProxyConfig = plain_field(default_factory=ProxyConfig)
     cluster: ClusterConfig = plain_field(default_factory=ClusterConfig)
     redundancy: RedundancyConfig = plain_field(default_factory=RedundancyConfig)
     curvature: CurvatureConfig = plain_field(default_factory=CurvatureConfig)
     target: TargetConfig = plain_field(default_factory=TargetConfig)
-    attribute: AttributeConfig = plain_field(default_factory=AttributeConfig)
-    curate: SelectConfig = plain_field(default_factory=SelectConfig)
+    attribute: InfluenceConfig = plain_field(default_factory=InfluenceConfig)
+    curate: SelectionConfig = plain_field(default_factory=SelectionConfig)
     train: TrainConfig = plain_field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = plain_field(default_factory=EvaluateConfig)
     iterate: int = Field(default=1, ge=1)
-    """Rounds of student, cluster, score, curate and retrain at most; they end when the target loss stops falling."""
+    """Rounds of proxy, cluster, score, curate and retrain at most; they end when the target loss stops falling."""
     seed: int = Field(default=0, ge=0)
     """Of the random baseline."""
 

@@ -6,28 +6,28 @@ from typing import Any
 from influencespace import pipeline
 from influencespace.config import load_config
 from influencespace.data.synthetic import SPLITS, WorldConfig, count_shards, write_world
-from influencespace.stages.fit_encoder import FitEncoder
-from influencespace.stages.progress import progress
-from influencespace.stages.runtime import Runtime, run_once
+from influencespace.engine.local import Engine, run_once
+from influencespace.engine.progress import progress
+from influencespace.stages.ingest.fit_encoder import FitEncoder
 
-# a student for 6,000 pairs on two cores, in at most 400 steps; everything else is the default
-SMALL_STUDENT = {
-    "student.train.batch_size": 256,
-    "student.train.dimension": 128,
-    "student.most_doublings": 2,
+# a proxy for 6,000 pairs on two cores, in at most 400 steps; everything else is the default
+SMALL_PROXY = {
+    "proxy.train.batch_size": 256,
+    "proxy.train.dimension": 128,
+    "proxy.max_doublings": 2,
 }
 
 
 def run_demo(
-    out: Path, runtime: Runtime, *, seed: int = 0, pairs: int = 6000, steps: int = 300
+    out: Path, engine: Engine, *, seed: int = 0, pairs: int = 6000, steps: int = 300
 ) -> dict[str, Any]:
     """Write the world and its encoder below `out`, curate it there, and return the summary."""
     out = out.expanduser().absolute()
     with pipeline.alone_in(out):
-        return _demo(out, runtime, seed, pairs, steps)
+        return _demo(out, engine, seed, pairs, steps)
 
 
-def _demo(out: Path, runtime: Runtime, seed: int, pairs: int, steps: int) -> dict[str, Any]:
+def _demo(out: Path, engine: Engine, seed: int, pairs: int, steps: int) -> dict[str, Any]:
     world = out / "world"
     dirt: dict[str, Any] = {
         "near_duplicates": 0.0,
@@ -41,7 +41,7 @@ def _demo(out: Path, runtime: Runtime, seed: int, pairs: int, steps: int) -> dic
     with progress("world", shards, "shards") as bar:
         write_world(world, scenes, bar.advance)
     encoder = out / "encoder"
-    run_once(runtime, FitEncoder(shards=str(world / "pretrain"), out=encoder, steps=steps, seed=seed))
+    run_once(engine, FitEncoder(shards=str(world / "pretrain"), out=encoder, steps=steps, seed=seed))
     overrides = {f"data.{role}": str(world / role) for role in ("pool", "target", "test")}
-    config = load_config(None, SMALL_STUDENT | overrides | {"embed.encoder": str(encoder)})
-    return pipeline.run(config, out, runtime)
+    config = load_config(None, SMALL_PROXY | overrides | {"embed.encoder": str(encoder)})
+    return pipeline.run(config, out, engine)

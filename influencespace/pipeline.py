@@ -15,33 +15,33 @@ from influencespace.data.embeddings import rejected_reasons
 from influencespace.data.pair_set import PairSet
 from influencespace.data.readers import list_shards
 from influencespace.data.schema import Shard
+from influencespace.engine.local import Engine, run_once
 from influencespace.errors import InputError
 from influencespace.models.encoders import embedding_dimension
 from influencespace.report.page import write_report
-from influencespace.stages.attribute import attribute
-from influencespace.stages.cluster import cluster
-from influencespace.stages.confirm import CONFIRMED, serves_groups, with_chosen
-from influencespace.stages.curate import Earlier, KeptRows, curate
-from influencespace.stages.curvature import curvature
-from influencespace.stages.decide import Scores
-from influencespace.stages.dynamic import Reweighting
-from influencespace.stages.embed import embed
-from influencespace.stages.evaluate import evaluate
-from influencespace.stages.fairness import fairness
 from influencespace.stages.finish import STAGES
-from influencespace.stages.importing import import_embeddings
-from influencespace.stages.redundancy import redundancy
-from influencespace.stages.runtime import Runtime, run_once
-from influencespace.stages.split import pair_sets, split
-from influencespace.stages.student import ALL, Student, students
-from influencespace.stages.train import train
+from influencespace.stages.ingest.embed import embed
+from influencespace.stages.ingest.imports import import_embeddings
+from influencespace.stages.ingest.split import pair_sets, split
+from influencespace.stages.proxies.proxies import ALL, Proxy, proxies
+from influencespace.stages.scoring.cluster import cluster
+from influencespace.stages.scoring.curvature import curvature
+from influencespace.stages.scoring.fairness import fairness
+from influencespace.stages.scoring.influence import attribute
+from influencespace.stages.selection.evidence import Scores
+from influencespace.stages.selection.redundancy import redundancy
+from influencespace.stages.selection.selection import Earlier, KeptRows, curate
+from influencespace.stages.selection.weighting import CONFIRMED, serves_groups, with_chosen
+from influencespace.stages.training.dynamic import Reweighting
+from influencespace.stages.training.evaluate import evaluate
+from influencespace.stages.training.train import train
 
 ROLES = ("pool", "target", "test")
-MOST_REASONS = 100  # that are named apart in the summary
+MAX_REASONS = 100  # that are named apart in the summary
 RESULTS = ("curated.parquet", "summary.json", "report.html")
 
 
-def run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
+def run(config: RunConfig, out: Path, engine: Engine) -> dict[str, Any]:
     """Do the whole job into the folder `out` and return its summary.
 
     Raises InputError for data or settings that cannot be used, and where another run works in the folder.
@@ -50,11 +50,11 @@ def run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
     check(config)
     with alone_in(out):
         open_folder(config, out)
-        return _run(config, out, runtime)
+        return _run(config, out, engine)
 
 
-def _run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
-    embedded = embed_roles(config, out, runtime)
+def _run(config: RunConfig, out: Path, engine: Engine) -> dict[str, Any]:
+    embedded = embed_roles(config, out, engine)
     roles_folder = out / "split"
     inputs = {role: manifest.fingerprint for role, manifest in embedded.items()}
     before = read_manifest(roles_folder)
@@ -65,10 +65,10 @@ def _run(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Any]:
         inputs,
         config.split,
         roles_folder,
-        runtime,
+        engine,
     )
     sets = pair_sets(roles_folder, roles)
-    rounds = list(_rounds(config, out, sets, roles, runtime))
+    rounds = list(_rounds(config, out, sets, roles, engine))
     best = min(rounds, key=lambda r: r.target_loss)
     summary = summarise(config, out, embedded, roles, rounds, best)
     copy_file(best.folder / "curate" / "curated.parquet", out / "curated.parquet")
@@ -126,9 +126,9 @@ def check(config: RunConfig) -> None:
         raise InputError(
             "no encoder was given: use --encoder with a folder or hub id, or embed.encoder in the config"
         )
-    if config.curate.floor and config.iterate > 1:
+    if config.curate.min_group_share and config.iterate > 1:
         raise InputError(
-            f"curate.floor = {config.curate.floor:g} is a share of one round's pairs, and iterate = {config.iterate} would "
+            f"curate.min_group_share = {config.curate.min_group_share:g} is a share of one round's pairs, and iterate = {config.iterate} would "
             "prune what it left: set iterate to 1, or the floor to 0"
         )
     shards_of(config)
@@ -143,7 +143,7 @@ def shards_of(config: RunConfig) -> dict[str, list[Shard]]:
     }
 
 
-def embed_roles(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Manifest]:
+def embed_roles(config: RunConfig, out: Path, engine: Engine) -> dict[str, Manifest]:
     """Embed the pool, the target and the test set, as far as each has data of its own."""
     listed = shards_of(config)
     listed.setdefault("pool", [])  # embeddings without shards: pairs without pictures
@@ -152,29 +152,29 @@ def embed_roles(config: RunConfig, out: Path, runtime: Runtime) -> dict[str, Man
         folder = out / "embed" / role
         if role == "pool" and config.data.embeddings is not None:
             done[role] = import_embeddings(
-                config.data.embeddings, folder, runtime, shards=shards, read=config.embed.read
+                config.data.embeddings, folder, engine, shards=shards, read=config.embed.read
             )
         else:
-            done[role] = embed(shards, config.embed, folder, runtime)
+            done[role] = embed(shards, config.embed, folder, engine)
     return done
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One pass of student, cluster, score, curate, retrain and evaluate."""
+    """One pass of proxy, cluster, score, curate, retrain and evaluate."""
 
     folder: Path
     stages: dict[str, Manifest]
 
     @property
     def target_loss(self) -> float:
-        """Loss of the curated students on the half of the target that chooses."""
+        """Loss of the curated proxies on the half of the target that chooses."""
         loss: float = self.stages["evaluate"].details["target_loss"]["curated"]
         return loss
 
 
 def _rounds(
-    config: RunConfig, out: Path, sets: dict[str, PairSet], roles: Manifest, runtime: Runtime
+    config: RunConfig, out: Path, sets: dict[str, PairSet], roles: Manifest, engine: Engine
 ) -> Iterator[Round]:
     everything = sets["pool"]
     pool, earlier = everything, None
@@ -183,17 +183,17 @@ def _rounds(
     given, given_rows = config, roles.details["rows"]["pool"]
     for number in range(config.iterate):
         folder = out if number == 0 else out / f"round-{number}"
-        this = run_round(config, folder, {**sets, "pool": pool}, inputs, runtime, earlier)
+        this = run_round(config, folder, {**sets, "pool": pool}, inputs, engine, earlier)
         yield this
         if this.target_loss >= best:
             return
         best = this.target_loss
         if number + 1 < config.iterate:
             curated, kept = folder / "curate" / "curated.parquet", folder / "curate" / "kept.npy"
-            left = run_once(runtime, KeptRows(everything, curated, kept))
+            left = run_once(engine, KeptRows(everything, curated, kept))
             config = _of_what_is_left(given, left / given_rows)
             pool = PairSet(everything.folder, kept)
-            earlier = Earlier(pool=everything, quality=out / "student" / "quality.parquet", curated=curated)
+            earlier = Earlier(pool=everything, quality=out / "proxy" / "quality.parquet", curated=curated)
             inputs = {"split": roles.fingerprint, "curate": this.stages["curate"].fingerprint}
 
 
@@ -210,7 +210,7 @@ def run_round(
     folder: Path,
     sets: dict[str, PairSet],
     inputs: dict[str, str],
-    runtime: Runtime,
+    engine: Engine,
     earlier: Earlier | None = None,
 ) -> Round:
     """The stages after the split, on one pool."""
@@ -221,93 +221,93 @@ def run_round(
     def given(*names: str) -> dict[str, str]:
         return inputs | {name: done[name].fingerprint for name in names}
 
-    done["student"] = students(pool, target, inputs, config.student, at["student"], runtime)
-    rows = done["student"].rows_out
-    done["cluster"] = cluster(pool, rows, inputs, config.cluster, at["cluster"], runtime)
+    done["proxy"] = proxies(pool, target, inputs, config.proxy, at["proxy"], engine)
+    rows = done["proxy"].rows_out
+    done["cluster"] = cluster(pool, rows, inputs, config.cluster, at["cluster"], engine)
     done["redundancy"] = redundancy(
         pool,
-        at["student"],
+        at["proxy"],
         at["cluster"],
-        given("student", "cluster"),
+        given("proxy", "cluster"),
         config.redundancy,
         at["redundancy"],
-        runtime,
+        engine,
     )
     done["curvature"] = curvature(
         pool,
         target,
-        config.student,
-        at["student"],
-        given("student"),
+        config.proxy,
+        at["proxy"],
+        given("proxy"),
         config.curvature,
         config.target,
         at["curvature"],
-        runtime,
+        engine,
     )
     done["attribute"] = attribute(
         pool,
-        config.student,
+        config.proxy,
         at,
-        given("student", "cluster", "curvature"),
+        given("proxy", "cluster", "curvature"),
         config.attribute,
         at["attribute"],
-        runtime,
+        engine,
     )
     done["fairness"] = fairness(
         pool,
         target,
-        config.student,
-        replace(config.curvature, rank=done["curvature"].details["students"][ALL]["rank"]),
-        at["student"],
+        config.proxy,
+        replace(config.curvature, rank=done["curvature"].details["proxies"][ALL]["rank"]),
+        at["proxy"],
         at["attribute"],
         serves_groups(config.curate),
         config.attribute.form,
-        config.attribute.block_size,
+        config.attribute.bucket_size,
         (rows, done["attribute"].details["sample"]),
-        given("student", "attribute"),
+        given("proxy", "attribute"),
         at["fairness"],
-        runtime,
+        engine,
     )
-    steps = done["student"].details["steps"]
+    steps = done["proxy"].details["steps"]
     done["curate"] = curate(
         pool,
         target,
         at["attribute"],
         at["redundancy"],
         at["fairness"],
-        at["student"],
-        given("student", "redundancy", "attribute", "fairness"),
+        at["proxy"],
+        given("proxy", "redundancy", "attribute", "fairness"),
         config.curate,
-        config.student,
+        config.proxy,
         steps,
         config.seed,
         at["curate"],
-        runtime,
+        engine,
         earlier,
     )
     reweighting = Reweighting(
         pool=pool,
         target=target,
-        students=config.student,
-        student=Student(at["student"], ALL),
+        proxies=config.proxy,
+        proxy=Proxy(at["proxy"], ALL),
         scores=Scores(at["attribute"]),
         decided=with_chosen(config.curate, done["curate"].details),
     )
     done["train"] = train(
         earlier.pool if earlier else pool,
         at["curate"] / "weights.parquet",
-        config.student.train,
+        config.proxy.train,
         steps,
         given("curate"),
         config.train,
         at["train"],
-        runtime,
+        engine,
         reweighting,
     )
     done["evaluate"] = evaluate(
         test,
         target,
-        config.student,
+        config.proxy,
         at["train"],
         done["train"].details["runs"],
         at["curate"] / "weights.parquet",
@@ -315,7 +315,7 @@ def run_round(
         given("train"),
         config.evaluate,
         at["evaluate"],
-        runtime,
+        engine,
     )
     return Round(folder=folder, stages=done)
 
@@ -336,7 +336,7 @@ def summarise(
             name if number == 0 else f"{name} (round {number + 1})": m for name, m in each.stages.items()
         }
     reasons = sum((rejected_reasons(out / "embed" / role) for role in embedded), Counter[str]())
-    most_frequent = dict(reasons.most_common(MOST_REASONS))
+    most_frequent = dict(reasons.most_common(MAX_REASONS))
     if rest := reasons.total() - sum(most_frequent.values()):
         most_frequent["other reasons: see rejected.parquet"] = rest
     return {
@@ -350,7 +350,7 @@ def summarise(
         "rejected": {role: manifest.rejected for role, manifest in embedded.items()},
         "rejected_reasons": most_frequent,
         "truncated_captions": sum(int(m.details.get("truncated_captions", 0)) for m in embedded.values()),
-        "placebo": curated["placebo"],
+        "caption_control": curated["caption_control"],
         "rounds": [{"folder": str(r.folder), "target_loss": r.target_loss} for r in rounds],
         "stages": {
             name: {"seconds": m.seconds, "rows_in": m.rows_in, "rows_out": m.rows_out, "rejected": m.rejected}

@@ -1,6 +1,6 @@
 """Ray Tune over the decision: thresholds and size on scores computed once, judged by retraining.
 
-A trial makes a subset of a finished run's cached scores, trains a student on it and measures that student on the
+A trial makes a subset of a finished run's cached scores, trains a proxy on it and measures that proxy on the
 choosing half of the target: the half that model choices are made on. Neither the half that gave the target gradient
 nor the test set is looked at, so the run that uses the best settings is still judged on pairs nobody chose by.
 """
@@ -33,7 +33,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from influencespace.config import RunConfig, load_config, save_config
 from influencespace.core.metrics import mean_recall_by_image, retrieval_ranks
-from influencespace.core.select import SelectConfig
+from influencespace.core.select import SelectionConfig
 from influencespace.data.artifacts import (
     Manifest,
     atomic_path,
@@ -44,15 +44,15 @@ from influencespace.data.artifacts import (
     write_json,
 )
 from influencespace.data.pair_set import PairSet
+from influencespace.engine.local import TaskError
+from influencespace.engine.session import start_ray
 from influencespace.errors import InputError
 from influencespace.models.heads import Heads
-from influencespace.stages.confirm import with_chosen
-from influencespace.stages.decide import Scores, decide
 from influencespace.stages.finish import finish_stage, stage_of
-from influencespace.stages.ray_session import start_ray
-from influencespace.stages.runtime import TaskError
-from influencespace.stages.split import pair_sets
-from influencespace.stages.student import StudentsConfig, TargetHalves, choosing_loss, train_subset
+from influencespace.stages.ingest.split import pair_sets
+from influencespace.stages.proxies.proxies import ProxyConfig, TargetHalves, choosing_loss, train_subset
+from influencespace.stages.selection.evidence import Scores, decide
+from influencespace.stages.selection.weighting import with_chosen
 
 Settings = Mapping[str, Any]
 Objective = Callable[[Settings], dict[str, float]]
@@ -61,7 +61,7 @@ Range = tuple[float, float]
 
 LOSS, MEAN_RECALL = "loss", "mean_recall"
 DIRECTION = {LOSS: "min", MEAN_RECALL: "max"}
-SETTINGS = ("weights", "tau_low", "tau_high", "target_size")
+SETTINGS = ("weights", "tau_low", "temperature", "target_size")
 TO_SWEEP = "to sweep over"
 TUNE = "tune"  # Tune's own folder, removed at the end
 # A trial whose worker is lost is begun again this often.
@@ -80,22 +80,22 @@ class SweepConfig:
     """Trials at a time, one CPU core each."""
     tau_low: Range = (-0.25, 0.25)
     """Pruning threshold, in standard deviations of single influences."""
-    tau_high: Range = (0.1, 10.0)
+    temperature: Range = (0.1, 10.0)
     """Temperature of influence weights, searched on a logarithmic scale."""
     target_size: Range = (0.3, 1.0)
     """Largest share of the pool that is kept."""
     measure: Literal["loss", "mean_recall"] = "loss"
     """Of the choosing half of the target."""
-    student_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
-    """A trial trains one student for each and takes the mean."""
+    proxy_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
+    """A trial trains one proxy for each and takes the mean."""
 
     def __post_init__(self) -> None:
-        for name in ("tau_low", "tau_high", "target_size"):
+        for name in ("tau_low", "temperature", "target_size"):
             low, high = getattr(self, name)
             if not low < high:
                 raise ValueError(f"{name} = ({low}, {high}) is no range; give the lower end first")
-        if self.tau_high[0] <= 0 or self.target_size[0] <= 0 or self.target_size[1] > 1:
-            raise ValueError("tau_high must be above 0, and target_size above 0 and at most 1")
+        if self.temperature[0] <= 0 or self.target_size[0] <= 0 or self.target_size[1] > 1:
+            raise ValueError("temperature must be above 0, and target_size above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class Best:
     """The outcome of a sweep."""
 
     settings: dict[str, Any]
-    """Fields of SelectConfig."""
+    """Fields of SelectionConfig."""
     value: float
     """Their measure."""
     own: float
@@ -115,13 +115,13 @@ class Best:
 
 @dataclass(frozen=True, kw_only=True)
 class Retraining:
-    """The objective: loss and mean recall of a student trained on what the settings keep."""
+    """The objective: loss and mean recall of a proxy trained on what the settings keep."""
 
     pool: PairSet
     target: PairSet
     scores: Scores
-    select: SelectConfig
-    students: StudentsConfig
+    select: SelectionConfig
+    proxies: ProxyConfig
     steps: int
     seeds: tuple[int, ...]
 
@@ -136,11 +136,11 @@ class Retraining:
 
     @cached_property
     def _halves(self) -> TargetHalves:
-        return TargetHalves(self.target, self.students.seed)
+        return TargetHalves(self.target, self.proxies.seed)
 
     def _measure(self, weights: NDArray[np.float64], seed: int) -> dict[str, float]:
-        heads = train_subset(self.pool, weights, self.students.train, self.steps, seed).heads
-        loss = choosing_loss(heads, self._halves, self.students.train)
+        heads = train_subset(self.pool, weights, self.proxies.train, self.steps, seed).heads
+        loss = choosing_loss(heads, self._halves, self.proxies.train)
         return {LOSS: loss, MEAN_RECALL: mean_recall(heads, self.target, self._halves.choosing)}
 
 
@@ -162,10 +162,10 @@ def sweep(run: Path, config: SweepConfig, out: Path) -> Best:
     run_config = load_config(run / "config.yaml", {})
     inputs = {
         name: stage_of(run, name, TO_SWEEP).fingerprint
-        for name in ("student", "redundancy", "attribute", "fairness")
+        for name in ("proxy", "redundancy", "attribute", "fairness")
     }
     select = confirmed_settings(run, run_config.curate)
-    objective = retraining(run, replace(run_config, curate=select), config.student_seeds)
+    objective = retraining(run, replace(run_config, curate=select), config.proxy_seeds)
     own = own_settings(select)
     mark = fingerprint(
         {
@@ -205,8 +205,8 @@ def retraining(run: Path, config: RunConfig, seeds: tuple[int, ...]) -> Retraini
         target=_absolute(sets["target"]),
         scores=Scores(run / "attribute", run / "redundancy", run / "fairness"),
         select=config.curate,
-        students=config.student,
-        steps=int(stage_of(run, "student", TO_SWEEP).details["steps"]),
+        proxies=config.proxy,
+        steps=int(stage_of(run, "proxy", TO_SWEEP).details["steps"]),
         seeds=seeds,
     )
 
@@ -216,20 +216,20 @@ def _absolute(pairs: PairSet) -> PairSet:
     return PairSet(pairs.folder.absolute(), rows_file)
 
 
-def confirmed_settings(run: Path, select: SelectConfig) -> SelectConfig:
+def confirmed_settings(run: Path, select: SelectionConfig) -> SelectionConfig:
     """The weights that the run's retraining confirmed in place of a choice that is still open."""
-    if select.weights != "confirmed":
+    if select.weighting != "auto":
         return select
     curated = read_manifest(run / "curate")
-    return with_chosen(select, curated.details) if curated else replace(select, weights="uniform")
+    return with_chosen(select, curated.details) if curated else replace(select, weighting="uniform")
 
 
-def own_settings(select: SelectConfig) -> dict[str, Any]:
+def own_settings(select: SelectionConfig) -> dict[str, Any]:
     """The point of the search space that decides as `select` does."""
     return {
-        "weights": select.weights,
+        "weights": select.weighting,
         "tau_low": select.tau_low,
-        "tau_high": select.tau_high,
+        "temperature": select.temperature,
         "target_size": 1.0 if select.target_size is None else select.target_size,
     }
 
@@ -244,7 +244,7 @@ def search_space(config: SweepConfig, own: Settings) -> dict[str, Any]:
     return {
         "weights": CategoricalDistribution(("uniform", "influence")),
         "tau_low": FloatDistribution(*span("tau_low")),
-        "tau_high": FloatDistribution(*span("tau_high"), log=True),
+        "temperature": FloatDistribution(*span("temperature"), log=True),
         "target_size": FloatDistribution(*span("target_size")),
     }
 

@@ -15,9 +15,9 @@ from influencespace import pipeline
 from influencespace.cli import refuse
 from influencespace.cli.arguments import named_values
 from influencespace.config import load_config
+from influencespace.engine.session import start_ray
 from influencespace.errors import InputError
 from influencespace.report.table import print_summary
-from influencespace.stages.ray_session import start_ray
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = absolute(options.out)
         config = load_config(options.config, named_values(options.set, "--set"))
         pipeline.check(config)
-        with pipeline.alone_in(out), start_ray() as runtime:
-            print_summary(pipeline.run(config, out, runtime))
+        with pipeline.alone_in(out), start_ray() as engine:
+            print_summary(pipeline.run(config, out, engine))
     except InputError as error:
         refuse(str(error))
     return 0

@@ -32,17 +32,17 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from influencespace import pipeline
     from influencespace.config import load_config
     from influencespace.data.synthetic import WorldConfig, write_world
-    from influencespace.stages.fit_encoder import FitEncoder
-    from influencespace.stages.runtime import LocalRuntime
+    from influencespace.engine.local import LocalEngine
+    from influencespace.stages.ingest.fit_encoder import FitEncoder
 
     folder = tmp_path_factory.mktemp("small")
     sizes = {"pretrain": 100, "pool": 150, "target": 60, "test": 40}
     write_world(folder / "world", WorldConfig(seed=1, **sizes))
     FitEncoder(shards=str(folder / "world" / "pretrain"), out=folder / "encoder", steps=3, seed=0)()
-    small: dict[str, Any] = {"student.train.batch_size": 24, "student.train.steps": 10}
-    small |= {"student.choose_steps": False, "student.folds": 2, "train.seeds": [0]}
+    small: dict[str, Any] = {"proxy.train.batch_size": 24, "proxy.train.steps": 10}
+    small |= {"proxy.choose_steps": False, "proxy.folds": 2, "train.seeds": [0]}
     small |= {"train.methods": ["curated"], "curate.weights": "influence", "curate.target_size": 0.8}
     roles = {f"data.{role}": str(folder / "world" / role) for role in ("pool", "target", "test")}
     config = load_config(None, small | roles | {"embed.encoder": str(folder / "encoder")})
-    pipeline.run(config, folder / "run", LocalRuntime())
+    pipeline.run(config, folder / "run", LocalEngine())
     return folder / "run"

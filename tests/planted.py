@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from influencespace.data.artifacts import Manifest, fingerprint, write_manifest
-from influencespace.data.consolidate import PAIRS_SCHEMA, REJECTED_SCHEMA
+from influencespace.data.merge import PAIRS_SCHEMA, REJECTED_SCHEMA
 from influencespace.data.uids import digest
 
 FloatArray = NDArray[np.float64]
@@ -43,7 +43,7 @@ def plant(
 ) -> Planted:
     """Write the artifact of `images` images with `captions` captions each, of which a share is wrong.
 
-    Both modalities show the same meaning through maps of their own, which a student can learn and which are the same
+    Both modalities show the same meaning through maps of their own, which a proxy can learn and which are the same
     for every seed; an image's group is decided by its meaning, and images of the last group have `unclear` times the noise.
     """
     maps = np.random.default_rng(12345).normal(size=(2, meanings, dimension)) / meanings**0.5

@@ -36,7 +36,7 @@ def test_the_prototypes_settings_are_read() -> None:
     config = load_config(Path(__file__).parents[1] / "configs" / "prototype.yaml")
     assert (config.cluster.k, config.curvature.rank, config.attribute.budget) == (100, 10, 5)
     assert (config.curate.target_size, config.curate.tau_low, config.curate.max_weight) == (0.8, -0.001, 5)
-    assert config.student.first_steps(51_200) == 10 * 100
+    assert config.proxy.first_steps(51_200) == 10 * 100
 
 
 class TestRoundTrip:
@@ -63,7 +63,7 @@ class TestRoundTrip:
                 "test": "test set",
             },
             "cluster": {"k": k, "fusion": {"name": "weighted_sum", "weight": 0.25}},
-            "curate": {"tau_low": tau, "cautious": True, "target_size": 0.5},
+            "curate": {"tau_low": tau, "conservative": True, "target_size": 0.5},
             "train": {"seeds": list(seeds)},
             "seed": seed,
         }
@@ -91,8 +91,8 @@ class TestRoundTrip:
 class TestOverrides:
     def test_they_win_over_the_file(self, tmp_path: Path) -> None:
         path = written(tmp_path, "cluster: {k: 3, epochs: 5}\nseed: 1\n")
-        config = load_config(path, {"cluster.k": "7", "student.train.steps": 9})
-        assert (config.cluster.k, config.cluster.epochs, config.seed, config.student.train.steps) == (
+        config = load_config(path, {"cluster.k": "7", "proxy.train.steps": 9})
+        assert (config.cluster.k, config.cluster.epochs, config.seed, config.proxy.train.steps) == (
             7,
             5,
             1,
@@ -107,7 +107,7 @@ class TestOverrides:
             ("evaluate.classes", "[cat, dog]", ("cat", "dog")),
             ("curate.target_size", "0.3", 0.3),
             ("curate.target_size", "null", None),
-            ("curate.cautious", "true", True),
+            ("curate.conservative", "true", True),
             ("embed.gpus_per_actor", "0.5", 0.5),
             ("data.target", "dev/*.tar", "dev/*.tar"),
             ("data.target", "[a.tar, b.tar]", ("a.tar", "b.tar")),
@@ -146,12 +146,12 @@ class TestRefusals:
         [
             ("clutser.k", "did you mean cluster?"),
             ("cluster.epoch", "did you mean cluster.epochs?"),
-            ("student.train.step", "did you mean student.train.steps?"),
+            ("proxy.train.step", "did you mean proxy.train.steps?"),
             ("cluster.fusion.wieght", "did you mean cluster.fusion.weight?"),
             ("embed.read.caption", "did you mean embed.read.captions?"),
             ("sed", "did you mean seed?"),
             ("cluster.zzz", "known here: k, first"),
-            ("student.train.zzz.zzz", "known here: dimension"),
+            ("proxy.train.zzz.zzz", "known here: dimension"),
         ],
     )
     def test_a_typo_names_the_near_key(self, key: str, near: str) -> None:
@@ -165,12 +165,12 @@ class TestRefusals:
         [
             ("cluster.k", "many"),
             ("cluster.k", "0"),
-            ("student.seed", "-1"),
+            ("proxy.seed", "-1"),
             ("train.seeds", "[-1]"),
             ("cluster.epochs", "0"),
             ("cluster.fusion.name", "addition"),
-            ("student.folds", "1"),
-            ("student.train.learning_rate", "-1"),
+            ("proxy.folds", "1"),
+            ("proxy.train.learning_rate", "-1"),
             ("curate.target_size", "1.5"),
             ("curate.weights", "heavy"),
             ("train.seeds", "[one]"),
@@ -201,7 +201,7 @@ class TestRefusals:
             load_config(None, {key: value})
         assert advice in str(error.value)
 
-    @pytest.mark.parametrize("section", ["cluster", "student", "data"])
+    @pytest.mark.parametrize("section", ["cluster", "proxy", "data"])
     @pytest.mark.parametrize("value", ["4", "[a]", "text"])
     def test_a_section_that_is_no_mapping_is_named(self, tmp_path: Path, section: str, value: str) -> None:
         with pytest.raises(InputError, match=section):

@@ -31,15 +31,15 @@ def test_the_python_of_the_estimators_page(tmp_path: Path, monkeypatch: pytest.M
     from influencespace import pipeline
     from influencespace.config import load_config
     from influencespace.data.synthetic import WorldConfig, write_world
-    from influencespace.stages.fit_encoder import FitEncoder
-    from influencespace.stages.runtime import LocalRuntime
+    from influencespace.engine.local import LocalEngine
+    from influencespace.stages.ingest.fit_encoder import FitEncoder
 
     sizes = {"pretrain": 100, "pool": 120, "target": 60, "test": 40}
     write_world(tmp_path / "world", WorldConfig(seed=1, **sizes))
     FitEncoder(shards=str(tmp_path / "world" / "pretrain"), out=tmp_path / "encoder", steps=3, seed=0)()
-    small = {"student.train.batch_size": 24, "student.train.steps": 10, "student.choose_steps": False}
+    small = {"proxy.train.batch_size": 24, "proxy.train.steps": 10, "proxy.choose_steps": False}
     small |= {
-        "student.folds": 2,
+        "proxy.folds": 2,
         "train.seeds": [0],
         "train.methods": ["curated"],
         "curate.weights": "uniform",
@@ -47,7 +47,7 @@ def test_the_python_of_the_estimators_page(tmp_path: Path, monkeypatch: pytest.M
     roles = {f"data.{role}": str(tmp_path / "world" / role) for role in ("pool", "target", "test")}
     config = load_config(None, small | roles | {"embed.encoder": str(tmp_path / "encoder")})
     monkeypatch.chdir(tmp_path)
-    pipeline.run(config, Path("runs/mine"), LocalRuntime())
+    pipeline.run(config, Path("runs/mine"), LocalEngine())
     names: dict[str, object] = {}
     code, _ = python_of("estimators.md")
     exec(code, names)  # our own document
@@ -78,7 +78,7 @@ def test_the_python_of_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from influencespace.data.readers import list_shards, read_shard
     from influencespace.data.schema import Sample
     from influencespace.data.synthetic import WorldConfig, write_world
-    from influencespace.stages.fit_encoder import FitEncoder
+    from influencespace.stages.ingest.fit_encoder import FitEncoder
 
     write_world(tmp_path / "world", WorldConfig(seed=1, pretrain=100, pool=60, target=30, test=0))
     FitEncoder(shards=str(tmp_path / "world" / "pretrain"), out=tmp_path / "my-clip", steps=3, seed=0)()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from influencespace.cli import app
 from influencespace.errors import InputError
-from influencespace.stages.student import ALL, Student
+from influencespace.stages.proxies.proxies import ALL, Proxy
 from influencespace.tasks.forget import forget_run, read_uids
 
 
@@ -22,7 +22,7 @@ def uids(small_run: Path) -> list[str]:
     return [str(uid) for uid in pq.read_table(small_run / "curated.parquet")["uid"].to_pylist()]
 
 
-def test_with_the_steps_of_the_training_it_is_the_retrained_student(small_run: Path, uids: list[str]) -> None:
+def test_with_the_steps_of_the_training_it_is_the_retrained_proxy(small_run: Path, uids: list[str]) -> None:
     found = forget_run(small_run, uids[:8], steps=10, check=True)
     assert (found["deleted"], found["kept"], found["unknown"]) == (8, 142, 0)
     assert found["steps"] == found["steps_of_training"] == 10
@@ -40,7 +40,7 @@ def test_what_is_written(small_run: Path, uids: list[str]) -> None:
     paths = {name: Path(path) for name, path in found["paths"].items()}
     assert paths["forget.json"].parent.parent == small_run / "forget"
     assert json.loads(paths["forget.json"].read_text()) == found
-    edited, heads = load_file(paths["student.safetensors"]), Student(small_run / "student", ALL).heads
+    edited, heads = load_file(paths["proxy.safetensors"]), Proxy(small_run / "proxy", ALL).heads
     assert edited.keys() == heads.state_dict().keys()
     for name, value in heads.state_dict().items():
         assert edited[name].shape == value.shape
@@ -89,7 +89,7 @@ def test_refusals(small_run: Path, uids: list[str], tmp_path: Path) -> None:
         forget_run(small_run, [])
     with pytest.raises(InputError, match="all 150 pairs"):
         forget_run(small_run, uids)
-    with pytest.raises(InputError, match="train a student on the kept pairs instead"):
+    with pytest.raises(InputError, match="train a proxy on the kept pairs instead"):
         forget_run(small_run, uids[3:])
     with pytest.raises(InputError, match="holds no finished run"):
         forget_run(tmp_path, uids[:3])
@@ -113,4 +113,4 @@ def test_the_command(small_run: Path, uids: list[str], tmp_path: Path) -> None:
     assert "5 pairs forgotten, 145 kept" in done.output
     assert "unknown uids, not of this pool: 1" in done.output
     assert "distance_to_retrained: " in done.output
-    assert "student.safetensors" in done.output
+    assert "proxy.safetensors" in done.output

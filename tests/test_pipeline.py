@@ -9,7 +9,7 @@ import pytest
 from influencespace import pipeline
 from influencespace.config import RunConfig
 from influencespace.data.artifacts import Manifest, write_manifest
-from influencespace.stages.runtime import LocalRuntime
+from influencespace.engine.local import LocalEngine
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -29,5 +29,5 @@ def test_results_of_other_data_go_before_a_run_goes_on(
     monkeypatch.setattr(pipeline, "embed_roles", lambda *_: embedded)
     monkeypatch.setattr(pipeline, "split", killed)
     with pytest.raises(KeyboardInterrupt):
-        pipeline._run(RunConfig(), tmp_path, LocalRuntime())
+        pipeline._run(RunConfig(), tmp_path, LocalEngine())
     assert all((tmp_path / name).exists() is not changed for name in pipeline.RESULTS)

@@ -21,35 +21,35 @@ from influencespace.data.artifacts import read_manifest
 from influencespace.data.readers import list_shards
 from influencespace.data.schema import ReadOptions
 from influencespace.data.synthetic import WorldConfig, write_world
+from influencespace.engine.local import LocalEngine
 from influencespace.errors import InputError
 from influencespace.models.encoders import embedding_dimension
 from influencespace.plan import Plan, plan, print_plan
-from influencespace.plan.calibration import STARTS, Calibration, Measured, Watched, extrapolate
+from influencespace.plan.calibration import STARTS, Calibration, Timing, Watched, extrapolate
 from influencespace.plan.choices import most_choices, most_levels
 from influencespace.plan.needs import SKETCH_BYTES, Needs
-from influencespace.plan.survey import Amount, Sizes, Survey, survey
+from influencespace.plan.survey import SetSize, Sizes, Survey, survey
 from influencespace.plan.table import size
-from influencespace.stages.fit_encoder import FitEncoder
-from influencespace.stages.runtime import LocalRuntime
+from influencespace.stages.ingest.fit_encoder import FitEncoder
 
 STAGES = [
-    *("embed pool", "embed target", "embed test", "split", "student", "cluster", "redundancy"),
+    *("embed pool", "embed target", "embed test", "split", "proxy", "cluster", "redundancy"),
     *("curvature", "attribute", "fairness", "curate", "train", "evaluate", "report"),
 ]
 SMALL = {
-    "student.train.dimension": 16,
-    "student.train.batch_size": 32,
-    "student.train.steps": 4,
-    "student.folds": 2,
+    "proxy.train.dimension": 16,
+    "proxy.train.batch_size": 32,
+    "proxy.train.steps": 4,
+    "proxy.folds": 2,
     "curvature.rank": 8,
     "attribute.budget": 20,
     "attribute.target_budget": 8,
-    "attribute.placebo": 100,
+    "attribute.caption_control": 100,
     "train.seeds": [0, 1],
 }
 
 
-class Machine(LocalRuntime):
+class Machine(LocalEngine):
     """A machine of any size."""
 
     def __init__(self, cores: int = 4, memory: float = 64e9) -> None:
@@ -87,13 +87,13 @@ def config_of(world: Path, *roles: str, **more: Any) -> RunConfig:
 @pytest.fixture(scope="module")
 def run_folder(world: Path) -> Path:
     """A finished run."""
-    pipeline.run(config_of(world), world / "run", LocalRuntime())
+    pipeline.run(config_of(world), world / "run", LocalEngine())
     return world / "run"
 
 
 @pytest.fixture(scope="module")
 def planned(world: Path) -> Plan:
-    return plan(config_of(world), None, LocalRuntime())
+    return plan(config_of(world), None, LocalEngine())
 
 
 def written_by(run: Path, stage: str) -> int:
@@ -142,11 +142,11 @@ class TestAgainstARealRun:
 
     def test_roles_without_data_are_cut_as_the_split_does(self, world: Path, tmp_path: Path) -> None:
         config = config_of(world, "pool", **{"split.target_share": 0.4})
-        roles = plan(config, None, LocalRuntime()).sizes.roles
-        embedded = pipeline.embed_roles(config, tmp_path, LocalRuntime())
+        roles = plan(config, None, LocalEngine()).sizes.roles
+        embedded = pipeline.embed_roles(config, tmp_path, LocalEngine())
         folders = {role: tmp_path / "embed" / role for role in embedded}
         marks = {role: manifest.fingerprint for role, manifest in embedded.items()}
-        done = pipeline.split(folders, marks, config.split, tmp_path / "split", LocalRuntime())
+        done = pipeline.split(folders, marks, config.split, tmp_path / "split", LocalEngine())
         for role, rows in done.details["rows"].items():
             assert roles[role].pairs == pytest.approx(rows, rel=0.15)
 
@@ -217,8 +217,8 @@ def sizes_of(pairs: int, dimension: int = 512) -> Sizes:
         uid_bytes=32.0,
         image_bytes=30_000.0,
     )
-    few = Amount(pairs=1000, images=1000)
-    roles = {"pool": Amount(pairs=pairs, images=pairs), "target": few, "test": few}
+    few = SetSize(pairs=1000, images=1000)
+    roles = {"pool": SetSize(pairs=pairs, images=pairs), "target": few, "test": few}
     return Sizes(surveys=dict.fromkeys(("pool", "target", "test"), found), roles=roles, dimension=dimension)
 
 
@@ -226,7 +226,7 @@ def needs_of(pairs: int = 100_000, dimension: int = 512, **overrides: Any) -> Ne
     settings = {name.replace("__", "."): value for name, value in overrides.items()}
     config = load_config(None, {"embed.encoder": "org/model", **settings})
     sizes = sizes_of(pairs, dimension)
-    return Needs(config=config, sizes=sizes, choices=most_choices(config, pairs), runtime=Machine())
+    return Needs(config=config, sizes=sizes, choices=most_choices(config, pairs), engine=Machine())
 
 
 class TestFormulas:
@@ -263,7 +263,7 @@ class TestFormulas:
 
     def test_more_workers_make_the_longest_path_shorter(self) -> None:
         needs = needs_of(10**6)
-        wide = replace(needs, runtime=Machine(cores=64, memory=1e12)).all()
+        wide = replace(needs, engine=Machine(cores=64, memory=1e12)).all()
         for narrow, broad in zip(needs.all(), wide):
             assert broad.work <= narrow.work
             assert broad.workers >= narrow.workers
@@ -275,10 +275,10 @@ class TestFormulas:
         assert ratios.pop("embed target") == ratios.pop("embed test") == 1
         assert set(ratios.values()) == {3}
 
-    def test_dynamic_students_take_a_run_and_a_pass_over_the_pool_for_each_refresh(self) -> None:
-        """16 times the 100 steps at most, so 1600 / 400 - 1 re-weightings of each of three students."""
-        methods = {"train__methods": ["curated", "dynamic"], "student__most_doublings": 4}
-        plain = needs_of(train__methods=["curated"], student__most_doublings=4).train()
+    def test_dynamic_proxies_take_a_run_and_a_pass_over_the_pool_for_each_refresh(self) -> None:
+        """16 times the 100 steps at most, so 1600 / 400 - 1 re-weightings of each of three proxies."""
+        methods = {"train__methods": ["curated", "dynamic"], "proxy__max_doublings": 4}
+        plain = needs_of(train__methods=["curated"], proxy__max_doublings=4).train()
         rare, often = (needs_of(train__refresh=every, **methods) for every in (400, 200))
         assert (rare.runs, rare.refreshes, often.refreshes) == (6, 9, 21)
         never = needs_of(train__refresh=1600, **methods).train()
@@ -297,7 +297,7 @@ class TestFormulas:
 
 class TestRefusals:
     def test_a_sketch_that_does_not_fit_is_refused_with_numbers(self, world: Path) -> None:
-        config = config_of(world, **{"curvature.rank": 1024, "student.train.dimension": 2048})
+        config = config_of(world, **{"curvature.rank": 1024, "proxy.train.dimension": 2048})
         with pytest.raises(
             InputError, match=r"262,144 parameters x rank 1024 x 60 bytes.* 16\.\d GB"
         ) as error:
@@ -307,12 +307,12 @@ class TestRefusals:
         assert plan(config, None, Machine(memory=200e9)).stage("curvature").worker > 16e9
 
     def test_more_probes_than_parameters_are_refused(self, world: Path) -> None:
-        config = config_of(world, **{"curvature.rank": 512, "student.train.dimension": 2})
+        config = config_of(world, **{"curvature.rank": 512, "proxy.train.dimension": 2})
         with pytest.raises(InputError, match="only 256 parameters"):
             plan(config, None, Machine())
 
     def test_what_may_not_fit_is_noted(self, world: Path) -> None:
-        config = config_of(world, **{"curvature.max_rank": 2**20, "student.train.dimension": 256})
+        config = config_of(world, **{"curvature.max_rank": 2**20, "proxy.train.dimension": 256})
         notes = " ".join(plan(config, None, Machine(memory=1.5e9)).notes)
         assert "curvature.max_rank" in notes
         assert "embed pool may take" in notes
@@ -329,7 +329,7 @@ def calibrated(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     temporary = tmp_path_factory.mktemp("calibration")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tempfile.tempdir", str(temporary))
-        made = plan(config_of(world), 150, LocalRuntime())
+        made = plan(config_of(world), 150, LocalEngine())
     assert not list(temporary.iterdir())
     return made
 
@@ -349,9 +349,9 @@ class TestCalibration:
 
     def test_a_limit_that_is_too_small_is_named(self, world: Path) -> None:
         with pytest.raises(InputError, match=r"--limit 10: .*Is the limit too small"):
-            plan(config_of(world), 10, LocalRuntime())
+            plan(config_of(world), 10, LocalEngine())
         with pytest.raises(InputError, match="--limit 0"):
-            plan(config_of(world), 0, LocalRuntime())
+            plan(config_of(world), 0, LocalEngine())
 
     def test_imported_embeddings_are_sliced_too(self, world: Path, tmp_path: Path) -> None:
         generator = np.random.default_rng(0)
@@ -360,7 +360,7 @@ class TestCalibration:
         columns |= {"image_embedding": vectors, "text_embedding": vectors[::-1]}
         pq.write_table(pa.table(columns), tmp_path / "own.parquet")
         config = config_of(world, "target", "test", **{"data.embeddings": str(tmp_path / "own.parquet")})
-        made = plan(config, 200, LocalRuntime())
+        made = plan(config, 200, LocalEngine())
         assert made.sizes.surveys["pool"].pairs == 400
         assert made.stage("embed pool").seconds is not None
 
@@ -369,7 +369,7 @@ class TestCalibration:
         self, seconds: float, startup: float, times: int
     ) -> None:
         need = needs_of().train()
-        found = Measured(need=need, seconds=seconds + startup, startup=startup, peak=need.worker + 5)
+        found = Timing(need=need, seconds=seconds + startup, startup=startup, peak=need.worker + 5)
         calibration = Calibration(
             stages={"train": found}, choices=most_choices(load_config(None), 1), start_seconds=2.0
         )
@@ -379,11 +379,11 @@ class TestCalibration:
 
     @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peaks are read from /proc")
     def test_the_peak_of_a_task_is_seen_after_it_is_over(self) -> None:
-        runtime = Watched()
-        began = runtime.moments[0].at
-        list(runtime.map(lambda: lambda count: np.ones(count).sum(), [10, 25_000_000]))
-        ended = runtime.moments[-1].at
-        grown = runtime.peak_between(began, ended) - runtime.moments[0].now
+        engine = Watched()
+        began = engine.moments[0].at
+        list(engine.map(lambda: lambda count: np.ones(count).sum(), [10, 25_000_000]))
+        ended = engine.moments[-1].at
+        grown = engine.peak_between(began, ended) - engine.moments[0].now
         assert 180e6 < grown < 260e6
 
 

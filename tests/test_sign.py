@@ -11,21 +11,21 @@ from planted import Planted, plant
 
 from influencespace.core.info_nce import info_nce
 from influencespace.core.metrics import auroc
-from influencespace.core.select import SelectConfig
+from influencespace.core.select import SelectionConfig
 from influencespace.data.pair_set import PairSet
-from influencespace.estimators.nystrom import CurvatureConfig
-from influencespace.models.training import StudentConfig
-from influencespace.stages.attribute import AttributeConfig, attribute
-from influencespace.stages.cluster import ClusterConfig, cluster
-from influencespace.stages.curvature import TargetConfig, curvature
-from influencespace.stages.decide import Scores, decide
-from influencespace.stages.runtime import LocalRuntime
-from influencespace.stages.student import StudentsConfig, students, train_subset
+from influencespace.engine.local import LocalEngine
+from influencespace.estimators.influence import CurvatureConfig
+from influencespace.models.training import HeadsConfig
+from influencespace.stages.proxies.proxies import ProxyConfig, proxies, train_subset
+from influencespace.stages.scoring.cluster import ClusterConfig, cluster
+from influencespace.stages.scoring.curvature import TargetConfig, curvature
+from influencespace.stages.scoring.influence import InfluenceConfig, attribute
+from influencespace.stages.selection.evidence import Scores, decide
 
 PAIRS, WRONG, QUANTILES = 600, 0.25, 10
 SEEDS = (100, 101, 102)
-STUDENTS = StudentsConfig(
-    train=StudentConfig(dimension=32, steps=60, batch_size=64, learning_rate=0.02),
+PROXYS = ProxyConfig(
+    train=HeadsConfig(dimension=32, steps=60, batch_size=64, learning_rate=0.02),
     choose_steps=False,
     folds=3,
 )
@@ -33,7 +33,7 @@ STUDENTS = StudentsConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A planted pool with the scores of all its pairs, and what students retrained on parts of it lose."""
+    """A planted pool with the scores of all its pairs, and what proxies retrained on parts of it lose."""
 
     planted: Planted
     pool: PairSet
@@ -52,9 +52,9 @@ class Scored:
     @torch.no_grad()
     def _loss(self, weights: NDArray[np.float64], seed: int) -> float:
         with torch.enable_grad():
-            heads = train_subset(self.pool, weights, STUDENTS.train, STUDENTS.train.steps, seed).heads
+            heads = train_subset(self.pool, weights, PROXYS.train, PROXYS.train.steps, seed).heads
         u, t = heads(*self.unseen.inputs(slice(None)))
-        return float(info_nce(u @ t.T / STUDENTS.train.temperature))
+        return float(info_nce(u @ t.T / PROXYS.train.temperature))
 
     def rise_without(self, rows: NDArray[np.int64]) -> float:
         """How much the mean loss rises when these pairs are left out."""
@@ -71,23 +71,23 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Scored:
     planted = plant(out / "pool", PAIRS, wrong=WRONG, seed=1, **world)
     target = PairSet(plant(out / "target", 400, seed=2, **world).folder)
     unseen = PairSet(plant(out / "unseen", 400, seed=3, **world).folder)
-    pool, runtime = PairSet(planted.folder), LocalRuntime()
-    at: dict[str, Path] = {name: out / name for name in ("student", "cluster", "curvature", "attribute")}
-    students(pool, target, {}, STUDENTS, at["student"], runtime)
-    cluster(pool, PAIRS, {}, ClusterConfig(k=2), at["cluster"], runtime)
+    pool, engine = PairSet(planted.folder), LocalEngine()
+    at: dict[str, Path] = {name: out / name for name in ("proxy", "cluster", "curvature", "attribute")}
+    proxies(pool, target, {}, PROXYS, at["proxy"], engine)
+    cluster(pool, PAIRS, {}, ClusterConfig(k=2), at["cluster"], engine)
     curvature(
         pool,
         target,
-        STUDENTS,
-        at["student"],
+        PROXYS,
+        at["proxy"],
         {},
         CurvatureConfig(),
         TargetConfig(folds=4),
         at["curvature"],
-        runtime,
+        engine,
     )
-    config = AttributeConfig(quantiles=QUANTILES, placebo=100)
-    attribute(pool, STUDENTS, at, {}, config, at["attribute"], runtime)
+    config = InfluenceConfig(quantiles=QUANTILES, caption_control=100)
+    attribute(pool, PROXYS, at, {}, config, at["attribute"], engine)
     return Scored(planted=planted, pool=pool, unseen=unseen, scores=Scores(at["attribute"]))
 
 
@@ -117,8 +117,8 @@ def test_wrong_captions_score_low(scored: Scored) -> None:
     assert auroc(-scored.influence, scored.planted.wrong) > 0.9
 
 
-def test_the_subset_that_is_decided_trains_a_better_student(scored: Scored) -> None:
-    subset = decide(scored.scores, SelectConfig())
+def test_the_subset_that_is_decided_trains_a_better_proxy(scored: Scored) -> None:
+    subset = decide(scored.scores, SelectionConfig())
     wrong = scored.planted.wrong
     assert wrong[~subset.kept].mean() > 0.8
     assert (wrong & subset.kept).sum() < 0.4 * wrong.sum()

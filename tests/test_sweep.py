@@ -22,17 +22,17 @@ from pydantic import ValidationError
 
 from influencespace import pipeline
 from influencespace.config import load_config
-from influencespace.core.select import SelectConfig
+from influencespace.core.select import SelectionConfig
 from influencespace.data.artifacts import read_manifest, write_json
 from influencespace.data.synthetic import WorldConfig, write_world
+from influencespace.engine.local import LocalEngine, TaskError
+from influencespace.engine.session import start_ray
 from influencespace.errors import InputError
 from influencespace.models.tiny_clip import train_tiny_clip
-from influencespace.stages.confirm import with_chosen
-from influencespace.stages.ray_session import start_ray
-from influencespace.stages.runtime import LocalRuntime, TaskError
+from influencespace.stages.selection.weighting import with_chosen
 from influencespace.sweep import SweepConfig, best_of, own_settings, retraining, search, search_space, sweep
 
-OWN = own_settings(SelectConfig(weights="uniform"))
+OWN = own_settings(SelectionConfig(weighting="uniform"))
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def test_a_search_tries_the_own_settings_and_remembers_its_trials(
     assert sum(all(trial[name] == value for name, value in OWN.items()) for trial in trials) == 1
     for trial in trials:
         assert -0.25 <= trial["tau_low"] <= 0.25
-        assert 0.1 <= trial["tau_high"] <= 10
+        assert 0.1 <= trial["temperature"] <= 10
         assert trial["weights"] in ("uniform", "influence")
     assert {path.suffix for path in folder.iterdir()} == {".json"}
 
@@ -173,7 +173,7 @@ def test_a_killed_search_continues(tmp_path: Path, calls: Path) -> None:
 
 
 def test_the_run_s_own_settings_are_a_point_of_the_search() -> None:
-    select = SelectConfig(weights="influence", tau_low=-3.0, tau_high=20.0, target_size=0.4)
+    select = SelectionConfig(weighting="influence", tau_low=-3.0, temperature=20.0, target_size=0.4)
     own = own_settings(select)
     assert replace(select, **own) == select
     space = search_space(SweepConfig(), own)
@@ -199,9 +199,9 @@ def test_the_best_is_the_first_of_equals_and_keeps_something() -> None:
     [
         {"trials": 0},
         {"tau_low": (0.2, 0.1)},
-        {"tau_high": (0.0, 1.0)},
+        {"temperature": (0.0, 1.0)},
         {"target_size": (0.5, 1.5)},
-        {"student_seeds": ()},
+        {"proxy_seeds": ()},
         {"measure": "auroc"},
     ],
 )
@@ -221,20 +221,20 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data.pool": str(folder / "world" / "pool" / "*.tar"),
         "data.target": str(folder / "world" / "target" / "*.tar"),
         "embed.encoder": str(folder / "encoder"),
-        "student.train": {"steps": 10, "batch_size": 16, "dimension": 16},
-        "student.folds": 2,
-        "student.contexts": 2,
-        "student.choose_steps": False,
+        "proxy.train": {"steps": 10, "batch_size": 16, "dimension": 16},
+        "proxy.folds": 2,
+        "proxy.contexts": 2,
+        "proxy.choose_steps": False,
         "cluster.k": 2,
-        "attribute": {"quantiles": 4, "budget": 30, "placebo": 20},
+        "attribute": {"quantiles": 4, "budget": 30, "caption_control": 20},
         "train": {"seeds": [0], "methods": ["curated"]},
     }
-    pipeline.run(load_config(None, settings), folder / "run", LocalRuntime())
+    pipeline.run(load_config(None, settings), folder / "run", LocalEngine())
     (folder / "run" / "split" / "test.npy").unlink()  # a sweep that looked at the test set would fail
     return folder / "run"
 
 
-def test_the_objective_is_the_retrained_student_on_the_choosing_half(finished_run: Path) -> None:
+def test_the_objective_is_the_retrained_proxy_on_the_choosing_half(finished_run: Path) -> None:
     config = load_config(finished_run / "config.yaml")
     objective = retraining(finished_run, config, (0, 1))
     whole = objective(OWN)

@@ -13,9 +13,9 @@ from PIL import Image
 from influencespace.cli.tasks import options_of
 from influencespace.data.images import read_image_bytes
 from influencespace.data.schema import ImageRef
+from influencespace.engine.local import LocalEngine
 from influencespace.errors import InputError
-from influencespace.stages.runtime import LocalRuntime
-from influencespace.stages.trace import TraceConfig
+from influencespace.stages.scoring.trace import TraceConfig
 from influencespace.tasks.choose import Method, clean, coreset
 from influencespace.tasks.detect import read_truth
 from influencespace.tasks.score import POOLED, check_estimator
@@ -132,7 +132,7 @@ def picture_of(pair: dict[str, Any], folder: Path) -> Path:
 
 def test_a_test_pair_is_traced_back_to_training_pairs(run: Path) -> None:
     uid = pairs_of(run, "test")[7]["uid"]
-    (found,) = trace_run(run, [query_by_uid(run, uid)], TraceConfig(top=5), LocalRuntime())
+    (found,) = trace_run(run, [query_by_uid(run, uid)], TraceConfig(top=5), LocalEngine())
     pool = {pair["uid"] for pair in pairs_of(run, "pool")}
     for name, sign in (("harmful", -1), ("helpful", 1)):
         rows = found[name]
@@ -156,11 +156,11 @@ def test_a_picture_with_its_caption_is_the_pair_that_it_is(run: Path, tmp_path: 
     pair = pairs_of(run, "test")[3]
     known = query_by_uid(run, pair["uid"])
     given = query_by_picture(run, picture_of(pair, tmp_path), f" {pair['caption']} ")
-    first, second = trace_run(run, [known, given], TraceConfig(top=5), LocalRuntime())
+    first, second = trace_run(run, [known, given], TraceConfig(top=5), LocalEngine())
     assert first["caption"] == second["caption"]
     assert [row["uid"] for row in first["harmful"]] == [row["uid"] for row in second["harmful"]]
     assert first["paths"] != second["paths"]
-    (third,) = trace_run(run, [known], TraceConfig(top=5, index_dimension=10**6), LocalRuntime(), index=True)
+    (third,) = trace_run(run, [known], TraceConfig(top=5, index_dimension=10**6), LocalEngine(), index=True)
     for name in ("harmful", "helpful"):
         assert [row["uid"] for row in third[name]] == [row["uid"] for row in first[name]]
     assert (run / "trace" / "index" / "manifest.json").is_file()
@@ -169,7 +169,7 @@ def test_a_picture_with_its_caption_is_the_pair_that_it_is(run: Path, tmp_path: 
 def test_the_page_escapes_what_others_wrote(run: Path, tmp_path: Path) -> None:
     path = picture_of(pairs_of(run, "test")[0], tmp_path)
     query = query_by_picture(run, path, "<script>alert(1)</script> & more")
-    (found,) = trace_run(run, [query], TraceConfig(top=2), LocalRuntime())
+    (found,) = trace_run(run, [query], TraceConfig(top=2), LocalEngine())
     page = Path(found["paths"]["trace.html"]).read_text()
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page

@@ -58,16 +58,16 @@ def run(
     """Curate: from shards to a subset, with a model retrained on it and compared."""
     from influencespace import pipeline
     from influencespace.config import load_config
+    from influencespace.engine.session import start_ray
     from influencespace.report.table import print_summary
-    from influencespace.stages.ray_session import start_ray
 
     resolved = load_config(config, overrides_of(settings, data, target, test, encoder, embeddings))
     pipeline.check(resolved)
     out = out.expanduser().absolute()
     with pipeline.alone_in(out):  # before Ray starts: what is refused is refused at once
         pipeline.open_folder(resolved, out)
-        with start_ray(address) as runtime:
-            print_summary(pipeline.run(resolved, out, runtime))
+        with start_ray(address) as engine:
+            print_summary(pipeline.run(resolved, out, engine))
 
 
 def demo(
@@ -77,11 +77,11 @@ def demo(
 ) -> None:
     """The whole job on a synthetic world with 25 % wrong captions: nothing is downloaded."""
     from influencespace.demo import run_demo
+    from influencespace.engine.session import start_ray
     from influencespace.report.table import print_summary
-    from influencespace.stages.ray_session import start_ray
 
-    with start_ray(address) as runtime:
-        print_summary(run_demo(out, runtime, seed=seed))
+    with start_ray(address) as engine:
+        print_summary(run_demo(out, engine, seed=seed))
 
 
 def plan(
@@ -98,17 +98,17 @@ def plan(
 ) -> None:
     """What a run will need, before anything runs: pairs, GB read and written, memory and time of each stage."""
     from influencespace.config import load_config
+    from influencespace.engine.local import LocalEngine
+    from influencespace.engine.session import start_ray
     from influencespace.plan import plan as make_plan
     from influencespace.plan import print_plan
-    from influencespace.stages.ray_session import start_ray
-    from influencespace.stages.runtime import LocalRuntime
 
     resolved = load_config(config, overrides_of(settings, data, target, test, encoder, embeddings))
     if limit is None and address is None and "RAY_ADDRESS" not in os.environ:
-        print_plan(make_plan(resolved, None, LocalRuntime()))
+        print_plan(make_plan(resolved, None, LocalEngine()))
         return
-    with start_ray(address) as runtime:
-        print_plan(make_plan(resolved, limit, runtime))
+    with start_ray(address) as engine:
+        print_plan(make_plan(resolved, limit, engine))
 
 
 def sweep(
@@ -127,15 +127,15 @@ def sweep(
     """Search thresholds and size by Ray Tune, on the scores of the run in --out (which is finished first)."""
     from influencespace import pipeline
     from influencespace.config import load_config
-    from influencespace.stages.ray_session import start_ray
+    from influencespace.engine.session import start_ray
     from influencespace.sweep import SweepConfig
     from influencespace.sweep import sweep as search
 
     resolved = load_config(config, overrides_of(settings, data, target, test, encoder, embeddings))
     pipeline.check(resolved)
     out = out.expanduser().absolute()
-    with pipeline.alone_in(out), start_ray(address) as runtime:
-        pipeline.run(resolved, out, runtime)
+    with pipeline.alone_in(out), start_ray(address) as engine:
+        pipeline.run(resolved, out, engine)
         best = search(out, SweepConfig(trials=trials), out / "sweep")
     print(f"best of {best.trials} trials: {best.settings}, {best.value:.4f} (the run's own: {best.own:.4f})")
     print(f"use it: influencespace run {best.config} --out {out}")
@@ -156,8 +156,8 @@ def export(
 ) -> None:
     """Write the kept pairs as others read them."""
     from influencespace.data.exports import export as write
+    from influencespace.engine.progress import progress
     from influencespace.report.table import read_summary
-    from influencespace.stages.progress import progress
 
     summary = read_summary(folder)
     kept = round(summary["kept_fraction"] * summary["rows"]["pool"])

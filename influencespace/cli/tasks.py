@@ -38,7 +38,7 @@ def score(
     space: Annotated[
         str,
         typer.Option(
-            help="Parameters in which influence is taken: `heads` of the student; or of the towers `last-blocks`, `lora`, "
+            help="Parameters in which influence is taken: `heads` of the proxy; or of the towers `last-blocks`, `lora`, "
             "`towers` (all), or patterns of names such as '*projection*'."
         ),
     ] = "heads",
@@ -46,15 +46,15 @@ def score(
     address: Address = None,
 ) -> None:
     """Score every pair of a run's pool by an estimator: higher is more worth keeping."""
+    from influencespace.engine.session import start_ray
     from influencespace.pipeline import alone_in
-    from influencespace.stages.ray_session import start_ray
     from influencespace.tasks.score import check_estimator, score_run
 
     options = options_of(option)
     folder = folder.expanduser().absolute()
     check_estimator(folder, estimator, options, space)
-    with alone_in(folder), start_ray(address) as runtime:
-        path, manifest = score_run(folder, estimator, options, runtime, space)
+    with alone_in(folder), start_ray(address) as engine:
+        path, manifest = score_run(folder, estimator, options, engine, space)
     print(f"{manifest.rows_out:,} pairs, {manifest.details['without_score']:,} without a score: {path}")
 
 
@@ -70,18 +70,18 @@ def detect(
     address: Address = None,
 ) -> None:
     """Rank the pairs that look misaligned, with a page of the first ones; precision and recall where truth is given."""
+    from influencespace.engine.local import LocalEngine
+    from influencespace.engine.session import start_ray
     from influencespace.pipeline import alone_in
-    from influencespace.stages.ray_session import start_ray
-    from influencespace.stages.runtime import LocalRuntime
     from influencespace.tasks.detect import detect_run, read_truth
     from influencespace.tasks.score import POOLED, check_estimator
 
     options = options_of(option)
     check_estimator(folder, estimator, options)
     known = None if truth is None else read_truth(truth)
-    ray = nullcontext(LocalRuntime()) if estimator == POOLED else start_ray(address)
-    with alone_in(folder.expanduser().absolute()), ray as runtime:
-        found = detect_run(folder, estimator, options, known, runtime)
+    ray = nullcontext(LocalEngine()) if estimator == POOLED else start_ray(address)
+    with alone_in(folder.expanduser().absolute()), ray as engine:
+        found = detect_run(folder, estimator, options, known, engine)
     for name, value in found.items():
         if name != "paths":
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
@@ -108,9 +108,9 @@ def trace(
     address: Address = None,
 ) -> None:
     """Trace an error on a test pair back to the training pairs that caused it, with a page of their pictures."""
+    from influencespace.engine.session import start_ray
     from influencespace.pipeline import alone_in
-    from influencespace.stages.ray_session import start_ray
-    from influencespace.stages.trace import TraceConfig
+    from influencespace.stages.scoring.trace import TraceConfig
     from influencespace.tasks.trace import query_by_picture, query_by_uid, trace_run
 
     queries = [query_by_uid(folder, one) for one in uid]
@@ -119,8 +119,8 @@ def trace(
     if not queries:
         raise InputError("nothing to trace: give --query IMAGE TEXT, or --uid UID of a test or target pair")
     folder = folder.expanduser().absolute()
-    with alone_in(folder), start_ray(address) as runtime:
-        traced = trace_run(folder, queries, TraceConfig(top=top), runtime, index=index)
+    with alone_in(folder), start_ray(address) as engine:
+        traced = trace_run(folder, queries, TraceConfig(top=top), engine, index=index)
     for found in traced:
         caption, picture = (found["retrieved"][what] for what in ("caption", "picture"))
         print(
@@ -187,7 +187,7 @@ def forget(
         bool, typer.Option("--check", help="Really train again, and tell the distance and the time.")
     ] = False,
 ) -> None:
-    """Make a run's student forget some pairs, without training it again."""
+    """Make a run's proxy forget some pairs, without training it again."""
     from influencespace.pipeline import alone_in
     from influencespace.report.table import read_summary
     from influencespace.tasks.forget import forget_run, read_uids
@@ -208,7 +208,7 @@ def forget(
         print(f"{name}: {path}")
     if found["doubtful"]:
         print(
-            "warning: this edit still moves with its number of steps, so it may lie as far from the retrained student as the "
+            "warning: this edit still moves with its number of steps, so it may lie as far from the retrained proxy as the "
             "unedited one: give more --steps, or train again without the pairs (--check tells what that takes)",
             file=sys.stderr,
         )

@@ -98,7 +98,7 @@ def reweighted_batches(
         yield from training_batches(weights, images, size, min(every, steps - start), draws)
 
 
-def disjoint_contexts(
+def disjoint_batches(
     images: IntArray, size: int, count: int, seed: int, weights: NDArray[np.float64] | None = None
 ) -> list[IntArray]:
     """`count` disjoint contexts of `size` pairs, at most one pair an image in each, drawn by weight.
@@ -122,7 +122,7 @@ def disjoint_contexts(
     return [np.sort(order[k * size : (k + 1) * size]) for k in range(count)]
 
 
-def covering_contexts(images: IntArray, size: int, seed: int) -> list[IntArray]:
+def covering_batches(images: IntArray, size: int, seed: int) -> list[IntArray]:
     """All pairs, each in one context of at most `size` pairs with distinct images; contexts of one round are of like size.
 
     Round r holds one pair, by seed, of every image that has more than r pairs. A lone pair is left out: a batch of one

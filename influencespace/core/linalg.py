@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NOT_FINITE = "a product with the curvature is not finite; likely a diverged student or an infinite embedding"
+NOT_FINITE = "a product with the curvature is not finite; likely a diverged proxy or an infinite embedding"
 
 
 def probes(size: int, rank: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 FloatArray = NDArray[np.float64]
-MOST_AT_ONCE = 2**24  # similarities: 128 MB
+MAX_AT_ONCE = 2**24  # similarities: 128 MB
 BROKEN = -2.0  # below any cosine
 ROUNDING = 1e-12  # of a dot product of unit vectors in float64; what differs in float32 differs by 1e-8
 
@@ -24,7 +24,7 @@ def retrieval_ranks(u: Tensor, t: Tensor, image_of_text: Tensor, block: int = 10
     best = torch.full((len(u),), -3.0, dtype=u.dtype, device=u.device)
     best.scatter_reduce_(0, image_of_text, right, reduce="amax")
     text_ranks = torch.zeros(len(t), dtype=torch.float64, device=u.device)
-    block = max(1, min(block, MOST_AT_ONCE // max(len(t), 1)))
+    block = max(1, min(block, MAX_AT_ONCE // max(len(t), 1)))
     for start in range(0, len(u), block):
         rows = torch.arange(start, min(start + block, len(u)), device=u.device)
         S = _finite(u[rows] @ t.T)

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-MOST_SHARED = 0.5
+MAX_SHARED = 0.5
 """Share of pairs with another image's caption above which captions are names of classes, not descriptions."""
 
 
@@ -17,7 +17,7 @@ def standardised(values: FloatArray) -> FloatArray:
 
 
 def quality_axis(seen: FloatArray, held_out: FloatArray) -> FloatArray:
-    """Mean of two scores in units of their spread: by the student that trained on the pair and by one that did not.
+    """Mean of two scores in units of their spread: by the proxy that trained on the pair and by one that did not.
 
     Either alone has a blind spot: the first has learned some of the wrong pairs, the second lacks the other captions of
     the pair's image. (n,), (n,) -> (n,), mean 0.
@@ -47,7 +47,7 @@ def caption_axis(image: IntArray, text: IntArray) -> FloatArray:
     There a caption is the name of a class, and how many images have it is the size of the class.
     """
     found = caption_images(image, text)
-    return found if (found > 0).mean() <= MOST_SHARED else np.full(len(found), np.nan)
+    return found if (found > 0).mean() <= MAX_SHARED else np.full(len(found), np.nan)
 
 
 def agreement(texts: NDArray[np.float32], image: IntArray) -> FloatArray:

@@ -26,45 +26,45 @@ KEPT, HARMFUL, OVER_SIZE, REDUNDANT = "kept", "harmful", "over target size", "re
 
 
 @options(frozen=True, kw_only=True)
-class SelectConfig:
+class SelectionConfig:
     """How scores become a subset. Scores are proportional to the fall of the target loss: higher is more worth keeping."""
 
     tau_low: float = Field(default=0.0, allow_inf_nan=False)
     """Prune pooled influence below this, as a multiple of the standard deviation of single influences."""
-    margin: float = Field(default=0.75, ge=0)
+    margin_se: float = Field(default=0.75, ge=0)
     """Standard errors by which pooled influence is below `tau_low` where a pair is pruned for itself: without any, pools with few
     wrong pairs lose too many right ones (docs/benchmarks.md)."""
-    false_share: float = Field(default=0.05, ge=0, lt=1)
+    max_false_discovery: float = Field(default=0.05, ge=0, lt=1)
     """Where many pairs are surely harmful, others below `tau_low` go along, however large the margin, while no more than this
     share of those is expected to be above it. 0: none."""
-    cautious: bool = False
+    conservative: bool = False
     """Prune only where the upper 95 % bound of the pooled influence is below `tau_low`, whatever margin and false share."""
     target_size: float | None = Field(default=None, gt=0, le=1)
     """At most this fraction of the pool is kept: what helps least goes first, and further captions of an image before others."""
-    floor: float = Field(default=0.0, ge=0, le=1)
+    min_group_share: float = Field(default=0.0, ge=0, le=1)
     """At least this share of every group's pairs, copies left out, is kept, the least harmful ones, whatever the rule and the
     size say. A group is what the data's `group` says; pairs without any are one group."""
-    weights: Literal["confirmed", "uniform", "influence"] = "confirmed"
-    """`influence`: entropy-regularised weights of mean 1. `confirmed`: what real retraining likes best on the choosing half of
+    weighting: Literal["auto", "uniform", "influence"] = "auto"
+    """`influence`: entropy-regularised weights of mean 1. `auto`: what real retraining likes best on the choosing half of
     the target, such weights at one of some temperatures or uniform ones: influence alone can order helpful pairs wrongly."""
-    groups: Literal["confirmed", "ignored"] = "confirmed"
-    """`confirmed`: where the target names groups, weights are chosen that surely help the one that is worst off and leave the
-    target as a whole no worse than uniform weights, if there are such; `ignored`: by the whole. Needs `weights: confirmed`."""
+    fairness: Literal["auto", "off"] = "auto"
+    """`auto`: where the target names groups, weights are chosen that surely help the one that is worst off and leave the
+    target as a whole no worse than uniform weights, if there are such; `off`: by the whole. Needs `weighting: auto`."""
     group_share: float = Field(default=0.0, ge=0)
     """How much influence on the groups that are worse off counts in what `influence` weights follow, and in what leaves first for
-    a target size, beside influence on the whole target, which counts 1; `confirmed` finds its own."""
+    a target size, beside influence on the whole target, which counts 1; `auto` finds its own."""
     clip_score_share: float = Field(default=0.0, ge=0)
     """How much the given encoder's CLIP score counts there, beside predicted influence, which counts 1, both by their standard
-    deviation over the pool; `confirmed` finds its own."""
-    tau_high: float = Field(default=1.0, gt=0)
-    """Temperature of `influence` weights in standard deviations: larger is nearer to uniform. `confirmed` finds its own."""
+    deviation over the pool; `auto` finds its own."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of `influence` weights in standard deviations: larger is nearer to uniform. `auto` finds its own."""
     max_weight: float = Field(default=5.0, ge=1)
     """Cap of a weight."""
 
     @property
     def standard_errors(self) -> float:
         """How many must be added to a score that is still below the threshold, for a pair that is pruned for itself."""
-        return 1.96 if self.cautious else self.margin
+        return 1.96 if self.conservative else self.margin_se
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def select(
     se: FloatArray,
     unit: float,
     predicted: FloatArray,
-    config: SelectConfig,
+    config: SelectionConfig,
     redundant: BoolArray | None = None,
     image: IntArray | None = None,
     group: IntArray | None = None,
@@ -92,8 +92,8 @@ def select(
     `redundant` (n,) go, copies of a pair that has their score. `predicted` (n,) is the influence of a pair by all quality
     axes: a target size is met by dropping the least of what is left, each further pair of an `image` (n,) counted lower.
     Then each `group` (n,) gets back what its floor asks for, copies never.
-    `influence` weights follow it too; `confirmed` weights are uniform here, since it takes retraining to confirm any.
-    Raises InputError when nothing would be kept, or pairs of one image only, from which no student can learn.
+    `influence` weights follow it too; `auto` weights are uniform here, since it takes retraining to confirm any.
+    Raises InputError when nothing would be kept, or pairs of one image only, from which no proxy can learn.
     """
     copy = np.zeros(len(score), bool) if redundant is None else redundant
     harmful = below_threshold(score - config.tau_low * unit, se, config, ~copy)
@@ -110,8 +110,8 @@ def select(
             dropped = rows[np.argsort(worth, kind="stable")[:surplus]]
             kept[dropped] = False
             reason[dropped] = OVER_SIZE
-    if group is not None and config.floor:
-        kept[~copy] = with_floors(kept[~copy], score[~copy], group[~copy], config.floor)
+    if group is not None and config.min_group_share:
+        kept[~copy] = with_floors(kept[~copy], score[~copy], group[~copy], config.min_group_share)
         reason[kept] = KEPT
     if not kept.any():
         raise InputError(
@@ -125,24 +125,24 @@ def select(
         )
     weight = np.zeros(len(score))
     weight[kept] = (
-        capped_weights(predicted[kept] / ((unit or 1.0) * config.tau_high), config.max_weight)
-        if config.weights == "influence"
+        capped_weights(predicted[kept] / ((unit or 1.0) * config.temperature), config.max_weight)
+        if config.weighting == "influence"
         else 1.0
     )
     return Subset(kept=kept, weight=weight, reason=reason)
 
 
 def below_threshold(
-    excess: FloatArray, se: FloatArray, config: SelectConfig, counted: BoolArray | None = None
+    excess: FloatArray, se: FloatArray, config: SelectionConfig, counted: BoolArray | None = None
 ) -> BoolArray:
     """Which pairs leave, by their pooled influence above the threshold and its standard error (n,): (n,).
 
-    Those that are below it by the margin. Beyond, where the rule is not `cautious`, as many of those below it as can leave, the
-    surest first, while at most `false_share` of them are expected to be above it (Newton, Noueiry, Sarkar and Ahlquist 2004);
+    Those that are below it by the margin. Beyond, where the rule is not `conservative`, as many of those below it as can leave, the
+    surest first, while at most `max_false_discovery` of them are expected to be above it (Newton, Noueiry, Sarkar and Ahlquist 2004);
     of these only the `counted` (n,) are counted: copies are one piece of evidence.
     """
     leave: BoolArray = excess + config.standard_errors * se < 0
-    if config.cautious or not config.false_share:
+    if config.conservative or not config.max_false_discovery:
         return leave
     below = excess < 0
     with np.errstate(divide="ignore", over="ignore"):
@@ -150,11 +150,15 @@ def below_threshold(
     above = np.sort(ndtr(sureness if counted is None else sureness[counted[below]]))
     expected = np.cumsum(above) / np.arange(1, len(above) + 1)
     whole = np.append(above[1:] > above[:-1], True)[: len(above)]  # pairs that are equally sure go together
-    leave[below] |= ndtr(sureness) <= above[whole & (expected <= config.false_share)].max(initial=-1.0)
+    leave[below] |= ndtr(sureness) <= above[whole & (expected <= config.max_false_discovery)].max(
+        initial=-1.0
+    )
     return leave
 
 
-def margin_that_held(excess: FloatArray, se: FloatArray, harmful: BoolArray, config: SelectConfig) -> float:
+def margin_that_held(
+    excess: FloatArray, se: FloatArray, harmful: BoolArray, config: SelectionConfig
+) -> float:
     """Standard errors that part the `harmful` pairs (n,) from the others: the rule's, or fewer where some went along."""
     with np.errstate(divide="ignore", over="ignore"):
         nearest = (excess[harmful] / se[harmful]).max(initial=-np.inf)
@@ -195,7 +199,7 @@ def weights_along(
     influence: FloatArray,
     stands_for: FloatArray,
     knots: int,
-    config: SelectConfig,
+    config: SelectionConfig,
     clip_score: FloatArray,
 ) -> FloatArray:
     """Weights of mean 1 that follow what axes (n, A) say of the influence (m,) of the pairs `rows` (m,): (n,).
@@ -209,7 +213,7 @@ def weights_along(
     predicted, _ = fit_additive(axes, rows, influence, knots, stands_for).predict(axes)
     followed = predicted + config.clip_score_share * spread_like(clip_score, predicted)
     unit = weighted_deviation(influence, stands_for) or 1.0
-    return capped_weights(followed / (unit * config.tau_high), config.max_weight)
+    return capped_weights(followed / (unit * config.temperature), config.max_weight)
 
 
 def top_fraction(score: FloatArray, keep: int) -> BoolArray:
@@ -220,7 +224,7 @@ def top_fraction(score: FloatArray, keep: int) -> BoolArray:
 
 
 def best_candidate(losses: FloatArray) -> int:
-    """The candidate of the lowest mean loss, the first of equal ones, never one whose student diverged: (candidates, folds).
+    """The candidate of the lowest mean loss, the first of equal ones, never one whose proxy diverged: (candidates, folds).
 
     Nothing is asked to be sure: with a small target only large gains ever are, and on the pools that were looked at most of
     those that were not sure were real (docs/benchmarks.md).

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from influencespace.core.bank import Tangents
+from influencespace.core.contrastive_influence import Tangents
 
 
 def _matches(S: Tensor) -> Tensor:

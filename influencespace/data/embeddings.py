@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from influencespace.data.artifacts import MANIFEST, Manifest, read_manifest
-from influencespace.data.parts import Floats
+from influencespace.data.chunks import Floats
 from influencespace.errors import InputError
 
 

@@ -1,6 +1,6 @@
 """DataInf: the inverse of a mean of rank-one matrices, taken as the mean of their inverses (Kwon et al. 2024, eq. 5).
 
-With per-sample gradients g_li of block l (one of the student's parameter tensors) over n pairs, v_l the target gradient
+With per-sample gradients g_li of block l (one of the proxy's parameter tensors) over n pairs, v_l the target gradient
 and lam_l = 0.1 / (n d_l) sum_i |g_li|^2, the paper's influence of pair k is
 
     sum_l (1/lam_l) [ (1/n) sum_i (v_l . g_li)(g_li . g_lk) / (lam_l + |g_li|^2) - v_l . g_lk ],
@@ -89,7 +89,7 @@ class Corrections:
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class DataInf:
-    """Blocks are the student's parameter tensors, e.g. image head and text head."""
+    """Blocks are the proxy's parameter tensors, e.g. image head and text head."""
 
     dimension: int = Field(default=256, ge=1)
     """Numbers that a block's gradient is projected to, where it has more, in all but the product with the target's."""

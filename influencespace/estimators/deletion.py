@@ -1,13 +1,13 @@
-"""Deletion without retraining: where the student would have ended, had some pairs been left out of its batches.
+"""Deletion without retraining: where the proxy would have ended, had some pairs been left out of its batches.
 
-A student that stops early lies at no minimum, so a Newton step from its end knows nothing of what retraining would find.
+A proxy that stops early lies at no minimum, so a Newton step from its end knows nothing of what retraining would find.
 What does is a second training: from the same beginning over the same batches in a few long steps, once with the pairs and
-once without. Either ends far from the real student, but nearly equally far, so that their difference can be added to it:
+once without. Either ends far from the real proxy, but nearly equally far, so that their difference can be added to it:
 
     theta + short(kept pairs) - short(all pairs)
 
 (the control variate of multilevel Monte Carlo: Giles 2008; the coarse correction of parareal: Lions, Maday, Turinici 2001).
-With as many steps as the training had, the sum is the really retrained student.
+With as many steps as the training had, the sum is the really retrained proxy.
 """
 
 import math
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vjp
 
-from influencespace.core.objective import info_nce_only
+from influencespace.core.contrastive import info_nce_only
 from influencespace.errors import InputError
 from influencespace.models.space import Inputs
 from influencespace.models.trajectory import BETA1, BETA2, State, Trajectory, preconditioner, step
@@ -32,7 +32,7 @@ SHARE = 1 / 25
 """Of the training's steps, taken twice: a tenth of its time, as a long step has somewhat more to do."""
 FARTHEST = 0.05
 """Of the parameters' root mean square at the beginning: AdamW moves a parameter by about its learning rate at each step, and
-a long step that moves it farther overshoots. Chosen on the student of high learning rate in docs/benchmarks.md, deletion."""
+a long step that moves it farther overshoots. Chosen on the proxy of high learning rate in docs/benchmarks.md, deletion."""
 
 
 def without(path: Trajectory, removed: IntArray) -> Trajectory:
@@ -46,7 +46,7 @@ def without(path: Trajectory, removed: IntArray) -> Trajectory:
     if len(batches[fewest]) < 2:
         raise InputError(
             f"without these pairs batch {fewest} of the training has {len(batches[fewest])} of its "
-            f"{len(path.batches[fewest])} pairs left, and no loss: train a student on the kept pairs instead"
+            f"{len(path.batches[fewest])} pairs left, and no loss: train a proxy on the kept pairs instead"
         )
     return replace(path, batches=batches)
 
@@ -157,10 +157,10 @@ def short_training(
 def deletion_displacement(
     path: Trajectory, removed: IntArray, images: IntArray, steps: int | None = None
 ) -> Tensor:
-    """What to add to a student's parameters (p,) in place of training it again without some rows of the pool.
+    """What to add to a proxy's parameters (p,) in place of training it again without some rows of the pool.
 
     images (N,) image of each pair; `steps` long steps in each of two short trainings, by default as `steps_for` says.
-    Reads where the training began and its batches, not its path. Its truth is the student retrained from the same beginning
+    Reads where the training began and its batches, not its path. Its truth is the proxy retrained from the same beginning
     on the same batches less the pairs; one with fresh batches differs from that by chance, at few pairs by more than by the
     pairs. To be trusted as far as an edit with half as many steps agrees with it (`tasks/forget.py` reports that): best with
     a small learning rate and a training that stops early; where one goes on until it settles, long steps overshoot.

@@ -15,8 +15,8 @@ from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 from torch.func import jvp
 
-from influencespace.core.objective import Pointwise, negative_loss, own_loss
-from influencespace.estimators.nystrom import RecordedContext
+from influencespace.core.contrastive import Pointwise, negative_loss, own_loss
+from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.problem import (
     Batch,
     Fit,
@@ -34,7 +34,7 @@ from influencespace.models.trajectory import hessian_product, loss_gradient
 def presence(problem: Problem, inputs: Inputs) -> Callable[[Tensor], Tensor]:
     """F_z in each context of the bank, as a function of the parameters: (p,) -> (C, n).
 
-    Its derivative along a direction is `InfluenceScorer.by_context`: the mean negative loss of bank pairs in the contexts
+    Its derivative along a direction is `InfluenceScorer.by_batch`: the mean negative loss of bank pairs in the contexts
     that are not theirs is subtracted.
     """
     space, objective, size = problem.space, problem.objective, problem.batch_size
@@ -75,17 +75,17 @@ def bracket(
 
 
 @torch.no_grad()
-def interaction(then: Problem, context: RecordedContext, batch: Batch) -> FloatArray:
+def interaction(then: Problem, context: NegativeBatch, batch: Batch) -> FloatArray:
     """<grad L_target, H_B G_z + H_z G_B> (n,) at the parameters of `then.space`, for the batch B = `context`."""
     space, g = then.space, then.target_gradient
     theta = space.flatten(space.parameters)
     G_B = loss_gradient(space, theta, context.inputs, then.objective)
     H_B_g = hessian_product(space, theta, context.inputs, then.objective, g)
     found = bracket(presence(then, batch.inputs), theta, g, G_B, H_B_g)
-    by_context = found.T.double().cpu().numpy()
+    by_batch = found.T.double().cpu().numpy()
     if isinstance(then.objective, Pointwise):
-        return mean_of_known(by_context)
-    return mean_of_known(where_strange(by_context, then.bank, batch.image))
+        return mean_of_known(by_batch)
+    return mean_of_known(where_strange(by_batch, then.bank, batch.image))
 
 
 @dataclass(frozen=True)

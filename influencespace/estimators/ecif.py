@@ -14,7 +14,7 @@ from torch import Tensor
 
 from influencespace.core.linalg import Sketch, no_sketch, sketch_bytes
 from influencespace.errors import InputError
-from influencespace.estimators.nystrom import (
+from influencespace.estimators.influence import (
     CurvatureConfig,
     InfluenceScorer,
     sketch_curvature,
@@ -34,7 +34,7 @@ class RoleScorer:
 
     def __call__(self, batch: Batch) -> FloatArray:
         found = self.influence(batch.inputs, batch.image)
-        values = {"both": found.by_context, "own": found.own, "negative": found.negative}[self.role][0]
+        values = {"both": found.by_batch, "own": found.own, "negative": found.negative}[self.role][0]
         return mean_of_known(values)
 
 
@@ -72,7 +72,7 @@ def curvature_of(problem: Problem, config: CurvatureConfig) -> Sketch:
 
 def direction_of(problem: Problem, config: CurvatureConfig, sketched: bool = True) -> Tensor:
     """v = (G + mu D)^-1 grad L_target (p,), by conjugate gradients on the bank's contexts, preconditioned by a sketch or not."""
-    gradient = problem.target_gradient  # first, because it says what is wrong with a broken student
+    gradient = problem.target_gradient  # first, because it says what is wrong with a broken proxy
     solution = solve_directions(
         problem.space,
         [context.inputs for context in problem.bank],

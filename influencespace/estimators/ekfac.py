@@ -2,7 +2,7 @@
 
 Source: George et al. 2018, arXiv 1806.03884; for influence: Grosse et al. 2023, arXiv 2308.03296. For a head y = x W the
 Gauss-Newton matrix is taken as U diag(lam) U^T, U = U_A (x) U_S from the eigenvectors of A = mean x x^T and S = mean
-delta delta^T, delta the gradient by y of the loss for labels drawn from the student's own softmaxes. The labels of a
+delta delta^T, delta the gradient by y of the loss for labels drawn from the proxy's own softmaxes. The labels of a
 context's 2 M anchors are drawn independently, so with g the gradient of their mean loss G = 2 M E[g g^T] without bias, and
 lam is the mean of 2 M (U^T g)^2. The damping is the other estimators' mu D, its diagonal in the same basis.
 """
@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.core.objective import info_nce_only
+from influencespace.core.contrastive import info_nce_only
 from influencespace.errors import InputError
 from influencespace.estimators.ecif import along
 from influencespace.estimators.problem import Fit, Problem, immediately
@@ -42,7 +42,7 @@ class Block:
 def label_gradients(
     outputs: Sequence[Tensor], scale: float, draws: int, generator: torch.Generator
 ) -> list[tuple[Tensor, Tensor]]:
-    """Gradients by both heads' outputs (M, d) of the mean loss for labels drawn from the student: one pair a draw."""
+    """Gradients by both heads' outputs (M, d) of the mean loss for labels drawn from the proxy: one pair a draw."""
     y, z = (output.detach().requires_grad_() for output in outputs)
     S = scale * F.normalize(y, dim=-1) @ F.normalize(z, dim=-1).T
     found = []
@@ -86,7 +86,7 @@ def _block(rows: Sequence[tuple[Tensor, Tensor]]) -> Block:
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class EkFac:
-    """Needs no pass over the pool: the factors are the bank's. For students that are heads."""
+    """Needs no pass over the pool: the factors are the bank's. For proxies that are heads."""
 
     draws: int = Field(default=8, ge=1)
     """Labels drawn for each anchor of each context."""
@@ -94,9 +94,9 @@ class EkFac:
     def fit(self, problem: Problem) -> Fit:
         """Raises InputError where the parameters are not those of two linear heads, or the loss is not InfoNCE."""
         space = problem.space
-        if not isinstance(space.student, Heads) or set(space.parameters) != {"image", "text"}:
+        if not isinstance(space.proxy, Heads) or set(space.parameters) != {"image", "text"}:
             raise InputError(
-                "ekfac is for students that are linear heads; use ecif, which takes any parameters"
+                "ekfac is for proxies that are linear heads; use ecif, which takes any parameters"
             )
         scale = info_nce_only(problem.objective, "ekfac").scale
         g, D = (

@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.core.objective import Pointwise, info_nce_only
+from influencespace.core.contrastive import Pointwise, info_nce_only
 from influencespace.estimators.problem import (
     Batch,
     Fit,

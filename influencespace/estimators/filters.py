@@ -1,4 +1,4 @@
-"""Filters that need no target, behind the same contract: by the student's CLIP score, negCLIPLoss, or chance."""
+"""Filters that need no target, behind the same contract: by the proxy's CLIP score, negCLIPLoss, or chance."""
 
 from functools import partial
 
@@ -6,14 +6,14 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 
-from influencespace.core.objective import contrastive
+from influencespace.core.contrastive import contrastive
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
 from influencespace.estimators.similarity import clip_score, neg_clip_loss, random_score
 
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class ClipScore:
-    """Cosine of image and caption by the student (Hessel et al. 2021)."""
+    """Cosine of image and caption by the proxy (Hessel et al. 2021)."""
 
     def fit(self, problem: Problem) -> Fit:
         contrastive(problem.objective, "clip_score")
@@ -22,7 +22,7 @@ class ClipScore:
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class NegClipLoss:
-    """Minus the contrastive loss of a pair against the bank, by the student (Wang et al. 2024)."""
+    """Minus the contrastive loss of a pair against the bank, by the proxy (Wang et al. 2024)."""
 
     def fit(self, problem: Problem) -> Fit:
         contrastive(problem.objective, "neg_clip_loss")

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.projection import Dense
-from influencespace.estimators.nystrom import InfluenceScorer
+from influencespace.estimators.influence import InfluenceScorer
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately, mean_of_known
 from influencespace.models.space import Space
 
@@ -52,7 +52,7 @@ class CosineAt:
         )
 
     def __call__(self, batch: Batch) -> FloatArray:
-        means = mean_of_known(self.influence(batch.inputs, batch.image).by_context)
+        means = mean_of_known(self.influence(batch.inputs, batch.image).by_batch)
         norms = np.linalg.norm(means[1:], axis=0)
         cosine: FloatArray = means[0] / np.where(norms > 0, norms, np.nan)
         return cosine

@@ -14,7 +14,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.core.objective import contrastive
+from influencespace.core.contrastive import contrastive
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
 
 Side = Literal["image", "text", "both"]
@@ -38,7 +38,7 @@ def norm_sim(targets: list[tuple[int, Tensor]], batch: Batch) -> FloatArray:
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class NormSim:
-    """Needs the target's embeddings alone, no student."""
+    """Needs the target's embeddings alone, no proxy."""
 
     side: Side = "image"
 

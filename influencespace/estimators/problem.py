@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from influencespace.core.objective import Objective, Pointwise
+from influencespace.core.contrastive import Objective, Pointwise
 from influencespace.errors import InputError
-from influencespace.estimators.nystrom import RecordedContext, target_gradients
+from influencespace.estimators.influence import NegativeBatch, target_gradients
 from influencespace.models.gradients import Gradients, PairGradients, Recorded, SampleGradients
 from influencespace.models.space import Inputs, Space
 from influencespace.models.trajectory import Trajectory
@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The student after `step` steps of its training, loaded where it is used, and the learning rate of the last of them."""
+    """The proxy after `step` steps of its training, loaded where it is used, and the learning rate of the last of them."""
 
     step: int
     learning_rate: float
@@ -48,7 +48,7 @@ class Checkpoint:
 
 
 def checkpoints_of(path: Trajectory) -> list[Checkpoint]:
-    """The students along a recorded path whose states are stored."""
+    """The proxies along a recorded path whose states are stored."""
     return [
         Checkpoint(step=step, learning_rate=path.rate(step - 1), load=partial(path.space_after, step))
         for step in path.stored_steps
@@ -57,7 +57,7 @@ def checkpoints_of(path: Trajectory) -> list[Checkpoint]:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A trained student, the pool that it was trained on, and the target whose loss is to fall."""
+    """A trained proxy, the pool that it was trained on, and the target whose loss is to fall."""
 
     space: Space
     objective: Objective
@@ -65,8 +65,8 @@ class Problem:
     """The trainer's global batch B."""
     pool_size: int
     """N."""
-    bank: Sequence[RecordedContext]
-    target: Sequence[RecordedContext]
+    bank: Sequence[NegativeBatch]
+    target: Sequence[NegativeBatch]
     """The target's pairs, each in one context."""
     preconditioner: Tensor
     """AdamW's D = sqrt(v_hat) + eps at the end of training (p,); ones for SGD."""
@@ -100,7 +100,7 @@ class Problem:
         gradient = target_gradients(space, contexts, one_fold, 1, self.objective)[0]
         if not bool(torch.isfinite(gradient).all()):
             raise InputError(
-                "the gradient of the target loss is not finite: the student's parameters or the target's embeddings hold "
+                "the gradient of the target loss is not finite: the proxy's parameters or the target's embeddings hold "
                 "nan or infinity, or the temperature is too low; train it again with a lower learning rate"
             )
         return gradient

@@ -1,7 +1,7 @@
 """Self-influence: what training on a pair does to the pair's own loss (Koh and Liang 2017; LoGra's projection).
 
 With P the projection and H = G + mu D, g_z . P (P^T H P)^-1 P^T . g_z, always >= 0. It is large for pairs that the
-student can fit only by itself, so large is suspicious (mislabelled or rare), and the score is its *negative*: higher is
+proxy can fit only by itself, so large is suspicious (mislabelled or rare), and the score is its *negative*: higher is
 more worth keeping. It knows nothing of the target.
 """
 
@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.estimators.nystrom import curvature_products
+from influencespace.estimators.influence import curvature_products
 from influencespace.estimators.problem import (
     Batch,
     Fit,

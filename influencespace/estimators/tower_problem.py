@@ -1,12 +1,12 @@
-"""The problem of a model that was trained elsewhere: its towers are the student, and nothing is known of its optimiser."""
+"""The problem of a model that was trained elsewhere: its towers are the proxy, and nothing is known of its optimiser."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from influencespace.core.objective import Contrastive
-from influencespace.estimators.nystrom import RecordedContext, curvature_products
+from influencespace.core.contrastive import Contrastive
+from influencespace.estimators.influence import NegativeBatch, curvature_products
 from influencespace.estimators.problem import Problem
 from influencespace.models.space import Inputs, Space
 
@@ -20,8 +20,8 @@ def tower_problem(
     objective: Contrastive,
     batch_size: int,
     pool_size: int,
-    bank: Sequence[RecordedContext],
-    target: Sequence[RecordedContext],
+    bank: Sequence[NegativeBatch],
+    target: Sequence[NegativeBatch],
     memory: int | None = None,
     seed: int = 0,
 ) -> Problem:

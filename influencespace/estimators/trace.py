@@ -1,4 +1,4 @@
-"""Misprediction trace-back: which training pairs made the student err on a query pair (ECIF, arXiv 2411.11667).
+"""Misprediction trace-back: which training pairs made the proxy err on a query pair (ECIF, arXiv 2411.11667).
 
 Symbols: Pos_n, the loss of query n as an anchor; Neg_n, what it adds to the losses of others as their negative, both the
 mean over recorded contexts; a = H^-1 grad Pos_n, b = H^-1 grad Neg_n, M = [a; b]; g the gradient of a training pair.
@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from influencespace.core.contrastive import InfoNce, contrastive, negative_loss, own_loss
 from influencespace.core.linalg import Sketch
-from influencespace.core.objective import InfoNce, contrastive, negative_loss, own_loss
 from influencespace.core.projection import leading_sides
 from influencespace.errors import InputError
 from influencespace.estimators.ekfac import kronecker_blocks
-from influencespace.estimators.nystrom import (
+from influencespace.estimators.influence import (
     CurvatureConfig,
     InfluenceScorer,
-    RecordedContext,
+    NegativeBatch,
     solve_directions,
 )
 from influencespace.estimators.problem import (
@@ -48,7 +48,7 @@ SAME_PICTURE = (
 LABEL_DRAWS = 4  # of the Kronecker factors: more change their leading eigenvectors little
 
 
-def role_gradients(problem: Problem, queries: RecordedContext) -> Tensor:
+def role_gradients(problem: Problem, queries: NegativeBatch) -> Tensor:
     """grad Pos_n and grad Neg_n of each query, the mean over the contexts without its image: (2, Q, p).
 
     Raises InputError for a query whose image every context holds, and where a gradient is not finite.
@@ -59,7 +59,7 @@ def role_gradients(problem: Problem, queries: RecordedContext) -> Tensor:
     if not strange.any(0).all():
         raise InputError(
             "the query's image is in every recorded context of the training pairs: its loss cannot be told without it; "
-            "take another query, or a run with more contexts (student.contexts)"
+            "take another query, or a run with more contexts (proxy.contexts)"
         )
     shares = torch.from_numpy(strange / strange.sum(0)).to(queries.inputs[0])
     total = torch.zeros(2 * count, space.size, dtype=torch.float64)
@@ -83,7 +83,7 @@ def role_gradients(problem: Problem, queries: RecordedContext) -> Tensor:
 
 
 def query_directions(
-    problem: Problem, queries: RecordedContext, sketch: Sketch, config: CurvatureConfig
+    problem: Problem, queries: NegativeBatch, sketch: Sketch, config: CurvatureConfig
 ) -> Tensor:
     """M / |a + b| of each query: (Q, 2, p), whose sum over the two rows is the direction of the score.
 
@@ -106,7 +106,7 @@ def query_directions(
     return M / length[:, None, None]
 
 
-def images_in_bank(bank: Sequence[RecordedContext], images: Tensor) -> IntArray:
+def images_in_bank(bank: Sequence[NegativeBatch], images: Tensor) -> IntArray:
     """Number in the bank of each picture (Q, D) that lies there too, by its unit embedding; -1 where it does not: (Q,).
 
     A query comes from outside the pool, so that its image has no number there; a context with the same picture must
@@ -229,11 +229,11 @@ def index_space(problem: Problem, dimension: int) -> ReducedSpace:
     """The projected space of an index, of at most `dimension` numbers for each parameter tensor.
 
     Heads are projected onto the leading eigenvectors of their Kronecker-factored curvature, where gradients and solved
-    directions mostly lie, as LoGra does (Choe et al. 2024); other students, and losses other than InfoNCE, at random,
+    directions mostly lie, as LoGra does (Choe et al. 2024); other proxies, and losses other than InfoNCE, at random,
     which finds fewer of the right pairs.
     """
     space = problem.space
-    heads = isinstance(space.student, Heads) and set(space.parameters) == {"image", "text"}
+    heads = isinstance(space.proxy, Heads) and set(space.parameters) == {"image", "text"}
     if not heads or not isinstance(problem.objective, InfoNce):
         return reduced_space(space, dimension, problem.seed)
     contexts = [context.inputs for context in problem.bank]

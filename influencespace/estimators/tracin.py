@@ -24,7 +24,7 @@ from influencespace.estimators.problem import (
 
 
 def at_checkpoints(problem: Problem) -> Iterator[tuple[Checkpoint, Problem]]:
-    """The problem as it was at each checkpoint, first to last; one student is in memory at a time."""
+    """The problem as it was at each checkpoint, first to last; one proxy is in memory at a time."""
     for checkpoint in problem.checkpoints:
         yield checkpoint, replace(problem, space=checkpoint.load())
 
@@ -33,8 +33,8 @@ def require_checkpoints(problem: Problem, name: str) -> None:
     """Raises InputError where no checkpoints were kept."""
     if not problem.checkpoints:
         raise InputError(
-            f"{name} follows the student along its training and the problem has no checkpoints: keep some in training, "
-            "or use ecif, which needs the trained student only"
+            f"{name} follows the proxy along its training and the problem has no checkpoints: keep some in training, "
+            "or use ecif, which needs the trained proxy only"
         )
 
 

@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 from torch.func import grad, vmap
 
-from influencespace.core.objective import Objective
+from influencespace.core.contrastive import Objective
 from influencespace.errors import InputError
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
 from influencespace.models.space import Inputs, Space
@@ -96,7 +96,7 @@ class RowScorer:
         if len(outside):
             raise InputError(
                 f"row {outside[0]} is not one of the pool's {len(self.by_row)}: unrolled influence exists only for "
-                "pairs that the student was trained on; score others with ecif or tracin"
+                "pairs that the proxy was trained on; score others with ecif or tracin"
             )
         found: FloatArray = self.by_row[batch.row]
         return found
@@ -122,7 +122,7 @@ class Unrolled:
         """Runs the adjoint once, in the time of a few trainings. Raises InputError without a trajectory."""
         if problem.trajectory is None:
             raise InputError(
-                "unrolled influence needs the student's trajectory (initial parameters and every batch) and the problem "
+                "unrolled influence needs the proxy's trajectory (initial parameters and every batch) and the problem "
                 "has none: record it in training, or use tracin, which needs checkpoints, or ecif, which needs neither"
             )
         return immediately(RowScorer(removal_scores(problem, problem.trajectory, self.form)))

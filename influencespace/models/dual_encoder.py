@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from influencespace.core.objective import contrastive_loss
+from influencespace.core.contrastive import contrastive_loss
 from influencespace.models.pixels import pixel_pipeline
 
 

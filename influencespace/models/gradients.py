@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call, grad, vjp, vmap
 
-from influencespace.core.bank import pair_logits
-from influencespace.core.objective import Contrastive, Normalisers, negative_loss
+from influencespace.core.contrastive import Contrastive, Normalisers, negative_loss
+from influencespace.core.contrastive_influence import pair_logits
 from influencespace.models.projected import ProjectedHeads
 from influencespace.models.space import Inputs, Space
 
@@ -41,7 +41,7 @@ def through_sample(space: Space, inputs: Inputs, by_u: Tensor, by_t: Tensor) -> 
     """J_z^T (by_u, by_t) for each sample's own outputs: (n, d) each -> (n, p)."""
 
     def one(x: Tensor, y: Tensor, by_u: Tensor, by_t: Tensor) -> dict[str, Tensor]:
-        outputs = lambda q: functional_call(space.student, q, (x[None], y[None]))  # noqa: E731
+        outputs = lambda q: functional_call(space.proxy, q, (x[None], y[None]))  # noqa: E731
         tree: dict[str, Tensor] = vjp(outputs, space.parameters)[1]((by_u[None], by_t[None]))[0]
         return tree
 
@@ -202,9 +202,9 @@ class PairGradients:
 
     def _through_context(self, inputs: Inputs, C_u: Tensor, t: Tensor, C_t: Tensor, u: Tensor) -> Tensor:
         """Gradient of sum_k C_u_zk <u_k, t_z> + C_t_zk <u_z, t_k> by a context's embeddings: C (n, M) -> (n, p)."""
-        student = self.space.student
-        if isinstance(student, ProjectedHeads):
-            return self.space.flatten(student.context_gradients(inputs, C_u, t, C_t, u))
+        proxy = self.space.proxy
+        if isinstance(proxy, ProjectedHeads):
+            return self.space.flatten(proxy.context_gradients(inputs, C_u, t, C_t, u))
         chunk = max(1, self.memory // (12 * u.element_size() * C_u.shape[1] * u.shape[1]))
         rows = [u.new_zeros(0, self.space.size)]
         for start in range(0, len(u), chunk):

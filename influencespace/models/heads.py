@@ -1,4 +1,4 @@
-"""The student over frozen embeddings: one linear head for each modality, unit-length outputs, a fixed temperature."""
+"""The proxy over frozen embeddings: one linear head for each modality, unit-length outputs, a fixed temperature."""
 
 import math
 

@@ -1,6 +1,6 @@
 """A Space of few parameters whose gradients are the randomly projected gradients of a larger one.
 
-Every matrix W of the student is moved by A Z B^T, Z (k1, k2) at zero: the gradient by Z is A^T (gradient by W) B, the
+Every matrix W of the proxy is moved by A Z B^T, Z (k1, k2) at zero: the gradient by Z is A^T (gradient by W) B, the
 two-sided projection (LoGra, Choe et al. 2024). So whatever a Space can do, curvature included, is done in the projected
 space without a projection to call, and over heads without a whole gradient ever being formed.
 """
@@ -22,7 +22,7 @@ Parameters = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ReducedSpace:
-    """A projected space beside the one that it came from; the blocks are the student's parameter tensors, in order."""
+    """A projected space beside the one that it came from; the blocks are the proxy's parameter tensors, in order."""
 
     space: Space
     projections: tuple[TwoSided, ...]
@@ -35,7 +35,7 @@ class ReducedSpace:
 
     @property
     def original_sizes(self) -> list[int]:
-        """Parameters of each block of the student."""
+        """Parameters of each block of the proxy."""
         return [a * b for a, b in (projection.shape for projection in self.projections)]
 
     def transpose(self, direction: Tensor) -> Tensor:
@@ -81,9 +81,9 @@ def projected(space: Space, projections: Sequence[TwoSided]) -> ReducedSpace:
     if all(projection.exact for projection in found):
         return ReducedSpace(space=space, projections=found)
     named = dict(zip(space.parameters, found))
-    whole = isinstance(space.student, Heads) and set(named) == {"image", "text"}
-    student = ProjectedHeads(space, named) if whole else ProjectedStudent(space, named)
-    return ReducedSpace(space=Space(student, [_key(name) for name in named]), projections=found)
+    whole = isinstance(space.proxy, Heads) and set(named) == {"image", "text"}
+    proxy = ProjectedHeads(space, named) if whole else ProjectedProxy(space, named)
+    return ReducedSpace(space=Space(proxy, [_key(name) for name in named]), projections=found)
 
 
 def _key(name: str) -> str:
@@ -91,13 +91,13 @@ def _key(name: str) -> str:
     return "moved_" + name.replace(".", "__")
 
 
-class ProjectedStudent(nn.Module):
-    """Any student, its parameters moved by A Z B^T."""
+class ProjectedProxy(nn.Module):
+    """Any proxy, its parameters moved by A Z B^T."""
 
     def __init__(self, space: Space, projections: Mapping[str, TwoSided]):
         super().__init__()
         self.names = list(projections)
-        self.student = [space.student]  # in a list, so that its parameters are not this module's
+        self.proxy = [space.proxy]  # in a list, so that its parameters are not this module's
         for name, projection in projections.items():
             value = space.parameters[name]
             for side, matrix in zip("AB", projection.matrices):
@@ -116,11 +116,11 @@ class ProjectedStudent(nn.Module):
         for name in self.names:
             W, A, Z, B = self.part(name)
             moved[name] = W + (A @ Z @ B.T).reshape(W.shape)
-        u, t = functional_call(self.student[0], moved, (images, texts))
+        u, t = functional_call(self.proxy[0], moved, (images, texts))
         return u, t
 
 
-class ProjectedHeads(ProjectedStudent):
+class ProjectedHeads(ProjectedProxy):
     """Heads whose move goes through the bottleneck, x A Z B^T, so that no gradient of a head's own size is formed."""
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,22 +6,22 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
-from influencespace.core.bank import Tangents
-from influencespace.core.objective import Objective
+from influencespace.core.contrastive import Objective
+from influencespace.core.contrastive_influence import Tangents
 
 Inputs = tuple[Tensor, Tensor]
 
 
 class Space:
-    """Named parameters of a student whose forward maps inputs to unit embeddings (u, t), seen as one vector (p,)."""
+    """Named parameters of a proxy whose forward maps inputs to unit embeddings (u, t), seen as one vector (p,)."""
 
-    def __init__(self, student: nn.Module, names: Sequence[str] | None = None):
-        """Takes every parameter, or those named; raises ValueError for a name the student does not have."""
-        every = {name: value.detach() for name, value in student.named_parameters()}
+    def __init__(self, proxy: nn.Module, names: Sequence[str] | None = None):
+        """Takes every parameter, or those named; raises ValueError for a name the proxy does not have."""
+        every = {name: value.detach() for name, value in proxy.named_parameters()}
         unknown = sorted(set(names or ()) - set(every))
         if unknown:
-            raise ValueError(f"the student has no parameter {unknown}; it has {sorted(every)}")
-        self.student = student
+            raise ValueError(f"the proxy has no parameter {unknown}; it has {sorted(every)}")
+        self.proxy = proxy
         self.parameters = {name: every[name] for name in (names or every)}
         self.size = sum(value.numel() for value in self.parameters.values())
         self.like = next(iter(self.parameters.values()))
@@ -45,7 +45,7 @@ class Space:
 
     def embed_at(self, parameters: dict[str, Tensor], inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Unit embeddings of n pairs at other parameters, by name: two (n, d)."""
-        u, t = functional_call(self.student, parameters, inputs)
+        u, t = functional_call(self.proxy, parameters, inputs)
         return u, t
 
     def embed(self, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""A Space over a large student: a few rows and one direction at a time, so that memory grows with neither."""
+"""A Space over a large proxy: a few rows and one direction at a time, so that memory grows with neither."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,18 +7,18 @@ from torch import Tensor, nn
 from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from influencespace.core.bank import Tangents
+from influencespace.core.contrastive_influence import Tangents
 from influencespace.models.space import Inputs, Space
 
 
 class StreamedSpace(Space):
-    """The Space of a student that maps every row by itself, in batches of `rows`: the same numbers as of `Space`.
+    """The Space of a proxy that maps every row by itself, in batches of `rows`: the same numbers as of `Space`.
 
-    Its parameters are those that the student holds.
+    Its parameters are those that the proxy holds.
     """
 
-    def __init__(self, student: nn.Module, names: Sequence[str] | None = None, *, rows: int = 32):
-        super().__init__(student, names)
+    def __init__(self, proxy: nn.Module, names: Sequence[str] | None = None, *, rows: int = 32):
+        super().__init__(proxy, names)
         self.rows = rows
 
     def batches(self, inputs: Inputs) -> Iterator[slice]:
@@ -27,7 +27,7 @@ class StreamedSpace(Space):
 
     @torch.no_grad()
     def embed(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        parts = [self.student(inputs[0][rows], inputs[1][rows]) for rows in self.batches(inputs)]
+        parts = [self.proxy(inputs[0][rows], inputs[1][rows]) for rows in self.batches(inputs)]
         u, t = (torch.cat(side) for side in zip(*parts))
         return u, t
 

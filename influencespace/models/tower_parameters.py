@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from influencespace.errors import InputError
-from influencespace.models.towers import TowerStudent
+from influencespace.models.towers import TowerModel
 
 PREFIX = "encoder.model."
 TEMPERATURE = ("logit_scale", "logit_bias")
@@ -16,19 +16,19 @@ TEMPERATURE = ("logit_scale", "logit_bias")
 LORA_RANK = 8
 
 
-def tower_parameters(student: TowerStudent, space: str, seed: int = 0) -> list[str]:
-    """Names of the student's parameters in a space.
+def tower_parameters(proxy: TowerModel, space: str, seed: int = 0) -> list[str]:
+    """Names of the proxy's parameters in a space.
 
     `towers`: all of them, without the temperature. `last-blocks`: of each tower its last block and all that follows, the
-    projections too. `lora`: low-rank adapters of all linear layers, which are added to the student (LoRA, arXiv 2106.09685):
+    projections too. `lora`: low-rank adapters of all linear layers, which are added to the proxy (LoRA, arXiv 2106.09685):
     their A is drawn from `seed`, and as B is zero only B has a gradient, so B alone is in the space. Anything else:
     patterns of names, as in a shell, with commas between. Raises InputError for a pattern that fits none, or where
     peft is not installed.
     """
-    model = student.encoder.model
+    model = proxy.encoder.model
     if space == "lora":
         add_adapters(model, LORA_RANK, seed)
-        return [name for name, _ in student.named_parameters() if ".lora_B." in name]
+        return [name for name, _ in proxy.named_parameters() if ".lora_B." in name]
     names = [name for name, _ in model.named_parameters() if name not in TEMPERATURE]
     if space == "last-blocks":
         names = [name for part, block in model.named_children() for name in last_block(part, block)]

@@ -13,14 +13,14 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from influencespace.core.bank import Tangents
+from influencespace.core.contrastive_influence import Tangents
 from influencespace.errors import InputError
 from influencespace.models.dual_encoder import unit
 from influencespace.models.space import Inputs
 from influencespace.models.streamed import StreamedSpace
-from influencespace.models.towers import TowerStudent
+from influencespace.models.towers import TowerModel
 
-MOST_DISAGREEMENT = 5e-2
+MAX_DISAGREEMENT = 5e-2
 """Relative. In float32 transformers reach 1e-4; MobileNetV2, whose ReLU6 has kinks, 2e-2."""
 TRIED = (16, 4, 1, 1 / 4, 1 / 16)
 """Movements of the embeddings that are tried, as multiples of the cube root of the precision, the optimum of smooth functions."""
@@ -42,9 +42,9 @@ class TowerTangents(StreamedSpace):
 
     def __init__(self, space: StreamedSpace, directions: Tensor, steps: Tensor):
         """directions (V, p); steps (V, 2) of the image and the text tower as `choose_steps` found them."""
-        super().__init__(space.student, list(space.parameters), rows=space.rows)
-        assert isinstance(space.student, TowerStudent)
-        self.towers = space.student
+        super().__init__(space.proxy, list(space.parameters), rows=space.rows)
+        assert isinstance(space.proxy, TowerModel)
+        self.towers = space.proxy
         self.directions = directions
         self.moves = [moves_along(self.towers, self.unflatten(direction)) for direction in directions]
         self.steps = steps.tolist()
@@ -97,16 +97,16 @@ def forward_mode(embed: Embed, inputs: Tensor, moves: Moves) -> tuple[Tensor, Te
     return x, torch.zeros_like(x) if dx is None else dx
 
 
-def moves_along(student: nn.Module, direction: dict[str, Tensor]) -> Moves:
+def moves_along(proxy: nn.Module, direction: dict[str, Tensor]) -> Moves:
     """Sorts a direction by the modules that own its parameters; tied weights move in each of their places."""
-    parameters = dict(student.named_parameters())
+    parameters = dict(proxy.named_parameters())
     by_value = {id(parameters[name]): change for name, change in direction.items()}
     owned = [
         (
             part,
             {name: by_value[id(value)] for name, value in part._parameters.items() if id(value) in by_value},
         )
-        for part in student.modules()
+        for part in proxy.modules()
     ]
     return [(part, changes) for part, changes in owned if changes]
 
@@ -153,8 +153,8 @@ def choose_steps(space: StreamedSpace, directions: Tensor, sample: Inputs) -> tu
     forward mode itself is cheap: where the direction moves only the end of a tower. Raises InputError where no step is
     near, or where the weights have less than float32's precision.
     """
-    towers = space.student
-    assert isinstance(towers, TowerStudent)
+    towers = space.proxy
+    assert isinstance(towers, TowerModel)
     dtype = next(towers.parameters()).dtype
     if torch.finfo(dtype).eps > torch.finfo(torch.float32).eps:
         raise InputError(
@@ -172,10 +172,10 @@ def choose_steps(space: StreamedSpace, directions: Tensor, sample: Inputs) -> tu
                 missed += error
     found = float(exact.du.double().square().sum() + exact.dt.double().square().sum())
     disagreement = (missed / max(found, torch.finfo(torch.float64).tiny)) ** 0.5
-    if not disagreement <= MOST_DISAGREEMENT:
+    if not disagreement <= MAX_DISAGREEMENT:
         raise InputError(
             f"central differences and forward mode disagree by {disagreement:.1%} on {len(sample[0])} pairs (at most "
-            f"{MOST_DISAGREEMENT:.0%}); likely weights or derivatives that are not finite, or towers that are far from smooth: "
+            f"{MAX_DISAGREEMENT:.0%}); likely weights or derivatives that are not finite, or towers that are far from smooth: "
             "take fewer of their blocks"
         )
     return steps, disagreement

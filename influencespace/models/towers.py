@@ -1,4 +1,4 @@
-"""The towers themselves as a student: pixels and packed tokens to unit embeddings, so that a Space can be taken over them."""
+"""The towers themselves as a proxy: pixels and packed tokens to unit embeddings, so that a Space can be taken over them."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from influencespace.models.dual_encoder import DualEncoder, exact_convolutions, 
 from influencespace.models.space import Inputs
 
 
-class TowerStudent(nn.Module):
+class TowerModel(nn.Module):
     """A dual encoder in eval mode: pixels (n, 3, H, W) and packed tokens (n, k, L) to two (n, d) of unit length.
 
     The temperature is no part of the output, and so of no Space. Derivatives are taken through a Space alone: the

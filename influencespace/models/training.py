@@ -1,4 +1,4 @@
-"""Training a student's heads over stored embeddings: the Ray-free loop that every distributed run must equal."""
+"""Training a proxy's heads over stored embeddings: the Ray-free loop that every distributed run must equal."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.core.objective import Contrastive, contrastive_loss
+from influencespace.core.contrastive import Contrastive, contrastive_loss
 from influencespace.models.heads import Heads
 
 
 @options(frozen=True, kw_only=True)
-class StudentConfig:
-    """How a student is trained; the retraining that judges uses the same."""
+class HeadsConfig:
+    """How a proxy is trained; the retraining that judges uses the same."""
 
     dimension: int = Field(default=256, ge=2)
     """Width of the heads' output."""
@@ -45,7 +45,7 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A trained student with the trainer's response that enters the curvature."""
+    """A trained proxy with the trainer's response that enters the curvature."""
 
     heads: Heads
     preconditioner: Tensor  # (p,) D = sqrt(v_hat) + eps of AdamW, flat in the order of the parameters
@@ -94,7 +94,7 @@ def _whole_batch(part: Tensor, exchange: Exchange) -> Tensor:
     return torch.cat(parts)
 
 
-def adamw_of(heads: Heads, config: StudentConfig) -> torch.optim.Optimizer:
+def adamw_of(heads: Heads, config: HeadsConfig) -> torch.optim.Optimizer:
     """The optimiser of heads before its first step."""
     return torch.optim.AdamW(
         heads.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, eps=1e-8
@@ -105,7 +105,7 @@ def train_heads(
     inputs: Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]],
     batches: Iterable[NDArray[np.int64]],
     heads: Heads,
-    config: StudentConfig,
+    config: HeadsConfig,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     exchange: Exchange | None = None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -125,7 +125,7 @@ def train_heads(
         loss = config.objective.terms(_whole_batch(u, exchange), _whole_batch(t, exchange)).mean()
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
-                f"the student's loss is {float(loss.detach())} at step {step}; lower learning_rate"
+                f"the proxy's loss is {float(loss.detach())} at step {step}; lower learning_rate"
             )
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The path that a student took in training, replayed step by step, and the adjoint that runs back along it.
+"""The path that a proxy took in training, replayed step by step, and the adjoint that runs back along it.
 
 Symbols: theta (p,) the parameters, m and v (p,) AdamW's moments, eta_t the learning rate of step t (annealed by a cosine,
 as `train_heads` does), B_t its batch, g_t the gradient of the batch loss, L the target loss at the end of the path.
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
-from influencespace.core.objective import Objective
+from influencespace.core.contrastive import Objective
 from influencespace.models.space import Inputs, Space
-from influencespace.models.training import StudentConfig, cosine_factor
+from influencespace.models.training import HeadsConfig, cosine_factor
 
 IntArray = NDArray[np.int64]
 Rule = Literal["adamw", "sgd"]
@@ -47,7 +47,7 @@ class Answer:
 
 
 def space_at(space: Space, theta: Tensor) -> Space:
-    """The same student at other parameters (p,); shares the module, holds no second one."""
+    """The same proxy at other parameters (p,); shares the module, holds no second one."""
     moved = copy.copy(space)
     moved.parameters = space.unflatten(theta)
     return moved
@@ -93,16 +93,16 @@ def preconditioner(v: Tensor, index: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """What replays a student's training: where it began, what it saw, and how it stepped.
+    """What replays a proxy's training: where it began, what it saw, and how it stepped.
 
     Keeps about sqrt(T) states and replays those between: two more trainings' worth of time, sqrt(T) of memory.
     """
 
     space: Space
-    """The student's parts and forward; its parameter values are not read."""
+    """The proxy's parts and forward; its parameter values are not read."""
     initial: Tensor
     """Parameters before the first step (p,), a copy: training changes the heads in place."""
-    config: StudentConfig
+    config: HeadsConfig
     batches: Sequence[IntArray]
     """Rows of the pool in each step's batch, in their order."""
     inputs: Callable[[IntArray], Inputs]
@@ -145,7 +145,7 @@ class Trajectory:
         return range(self.every, len(self.batches), self.every)
 
     def space_after(self, step: int) -> Space:
-        """The student after one of the `stored_steps`."""
+        """The proxy after one of the `stored_steps`."""
         return space_at(self.space, self.stored[step // self.every].theta)
 
     @property

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from influencespace.core.objective import Contrastive
+from influencespace.core.contrastive import Contrastive
 from influencespace.errors import InputError
 from influencespace.models.dual_encoder import DualEncoder, unit
 from influencespace.models.tower_parameters import adapter_config, import_peft

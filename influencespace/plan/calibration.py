@@ -27,15 +27,15 @@ from influencespace.data.imported import (
 )
 from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import ReadOptions, Sample
+from influencespace.engine.local import Engine, LocalEngine, Pool, run_task
+from influencespace.engine.progress import progress
 from influencespace.errors import InputError
 from influencespace.plan.choices import Choices
 from influencespace.plan.needs import Need, Needs
 from influencespace.plan.survey import survey_all
-from influencespace.stages.embed import share
 from influencespace.stages.finish import STAGES
-from influencespace.stages.progress import progress
-from influencespace.stages.runtime import LocalRuntime, Pool, Runtime, call
-from influencespace.stages.student import ALL
+from influencespace.stages.ingest.embed import share
+from influencespace.stages.proxies.proxies import ALL
 
 # Groups of processes that a stage starts for itself; each costs what the calibration's own one took to start. Other
 # tasks find processes that are there already.
@@ -44,7 +44,7 @@ CLEAR_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 forgets the peak 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Timing:
     """One stage of the slice."""
 
     need: Need
@@ -60,24 +60,27 @@ class Measured:
 class Calibration:
     """What the slice showed."""
 
-    stages: dict[str, Measured]
+    stages: dict[str, Timing]
     choices: Choices
     start_seconds: float
     """Of one worker process."""
 
 
-def calibrate(config: RunConfig, limit: int, runtime: Runtime, shards: int) -> Calibration:
-    """Run `limit` pairs of every role through all stages on one worker, as `runtime` would give to a run of `shards`.
+def calibrate(config: RunConfig, limit: int, engine: Engine, shards: int) -> Calibration:
+    """Run `limit` pairs of every role through all stages on one worker, as `engine` would give to a run of `shards`.
 
     Raises InputError when the slice is too small for a run, or data or encoder cannot be used.
     """
     if limit < 1:
         raise InputError(f"--limit {limit}: give a number of pairs, such as 10000")
-    workers = share(config.embed, runtime, shards)
+    workers = share(config.embed, engine, shards)
     began = time.monotonic()
     with progress("calibrate", limit, "pairs") as bar:
-        (found,) = runtime.map(
-            call, [Slice(config=config, limit=limit)], num_cpus=workers.num_cpus, num_gpus=workers.num_gpus
+        (found,) = engine.map(
+            run_task,
+            [Slice(config=config, limit=limit)],
+            num_cpus=workers.num_cpus,
+            num_gpus=workers.num_gpus,
         )
         bar.advance(limit)
     calibration: Calibration = found[0]
@@ -113,14 +116,14 @@ class Slice:
         with tempfile.TemporaryDirectory(prefix="influencespace-plan-") as name:
             folder = Path(name)
             config = self.sliced(folder)
-            runtime = Watched()
+            engine = Watched()
             try:
-                pipeline.run(config, folder / "run", runtime)
+                pipeline.run(config, folder / "run", engine)
             except InputError as error:
                 raise InputError(
                     f"calibration with --limit {self.limit}: {error}. Is the limit too small?"
                 ) from None
-            calibration = read_run(config, folder / "run", runtime)
+            calibration = read_run(config, folder / "run", engine)
             return calibration, time.monotonic() - began
 
     def sliced(self, folder: Path) -> RunConfig:
@@ -188,7 +191,7 @@ def write_embeddings(path: Path, source: str, options: ImportOptions, limit: int
     writer.close()
 
 
-def read_run(config: RunConfig, out: Path, runtime: "Watched") -> Calibration:
+def read_run(config: RunConfig, out: Path, engine: "Watched") -> Calibration:
     """What a finished run of the slice says: seconds by its manifests, peaks by their times."""
     folders = {f"embed {role}": out / "embed" / role for role in pipeline.ROLES}
     folders |= {name: out / name for name in STAGES}
@@ -196,31 +199,31 @@ def read_run(config: RunConfig, out: Path, runtime: "Watched") -> Calibration:
     choices = choices_of(manifests)
     sizes = survey_all(config)
     needs = {
-        need.stage: need for need in Needs(config=config, sizes=sizes, choices=choices, runtime=runtime).all()
+        need.stage: need for need in Needs(config=config, sizes=sizes, choices=choices, engine=engine).all()
     }
     ended = {name: (folders[name] / "manifest.json").stat().st_mtime for name in manifests}
     stages = {
-        name: Measured(
+        name: Timing(
             need=needs[name],
             seconds=manifest.seconds,
             startup=float(manifest.details.get("startup_seconds", 0)),
-            peak=runtime.peak_between(ended[name] - manifest.seconds, ended[name]),
+            peak=engine.peak_between(ended[name] - manifest.seconds, ended[name]),
         )
         for name, manifest in manifests.items()
     }
     after = (out / "report.html").stat().st_mtime - max(ended.values())
-    stages["report"] = Measured(need=needs["report"], seconds=max(0.0, after), startup=0, peak=0)
+    stages["report"] = Timing(need=needs["report"], seconds=max(0.0, after), startup=0, peak=0)
     return Calibration(stages=stages, choices=choices, start_seconds=0)
 
 
 def choices_of(manifests: dict[str, Manifest]) -> Choices:
     """What the run chose."""
-    student, curvature = manifests["student"].details, manifests["curvature"].details
-    first = next(note for note in student["students"] if note["name"] == ALL)
+    proxy, curvature = manifests["proxy"].details, manifests["curvature"].details
+    first = next(note for note in proxy["proxies"] if note["name"] == ALL)
     return Choices(
-        steps=student["steps"],
+        steps=proxy["steps"],
         tried=sum(map(int, first["target_loss_by_steps"])),
-        rank=max(note["rank"] for note in curvature["students"].values()),
+        rank=max(note["rank"] for note in curvature["proxies"].values()),
         levels=tuple(manifests["cluster"].details["levels"]),
     )
 
@@ -237,7 +240,7 @@ class Moment:
 
 
 @dataclass
-class Watched(LocalRuntime):
+class Watched(LocalEngine):
     """The plain loop on one core, with the memory of this process after every task."""
 
     moments: list[Moment] = field(default_factory=lambda: [moment()])

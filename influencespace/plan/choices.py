@@ -11,7 +11,7 @@ class Choices:
 
     steps: int
     tried: int
-    """Steps of all students among which `steps` was chosen."""
+    """Steps of all proxies among which `steps` was chosen."""
     rank: int
     levels: tuple[int, ...]
     """Clusters of each level of the tree."""
@@ -19,8 +19,8 @@ class Choices:
 
 def most_choices(config: RunConfig, pairs: int) -> Choices:
     """The longest training, the configured rank, and all levels that `pairs` allow."""
-    doublings = config.student.most_doublings if config.student.choose_steps else 0
-    steps = config.student.first_steps(pairs)
+    doublings = config.proxy.max_doublings if config.proxy.choose_steps else 0
+    steps = config.proxy.first_steps(pairs)
     return Choices(
         steps=steps * 2**doublings,
         tried=steps * (2 ** (doublings + 1) - 1),

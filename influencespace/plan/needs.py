@@ -1,6 +1,6 @@
 """What each stage needs, as formulas of the sizes: bytes read and written, memory, workers, and work.
 
-Symbols: n pairs of the pool, D embedding dimension, d student dimension, p = 2 D d parameters, B batch size, C contexts
+Symbols: n pairs of the pool, D embedding dimension, d proxy dimension, p = 2 D d parameters, B batch size, C contexts
 of M pairs in a bank, K folds of the pool, F folds of the target. Work is in multiply-adds on the longest path through
 the stage's workers (pairs, where the encoder or files decide); only ratios of it are used.
 """
@@ -9,25 +9,25 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from influencespace.config import RunConfig
-from influencespace.data.consolidate import BLOCK_BYTES, BLOCK_PAIRS
+from influencespace.data.merge import BLOCK_BYTES, BLOCK_PAIRS
+from influencespace.engine.local import AHEAD, Engine
 from influencespace.plan.choices import Choices
 from influencespace.plan.survey import Sizes
 from influencespace.report.pictures import SHOWN
-from influencespace.stages.confirm import SEEDS, candidates, serves_groups
-from influencespace.stages.curate import DYNAMIC
-from influencespace.stages.dynamic import MOST_SCORED
-from influencespace.stages.embed import share, worker_bytes
-from influencespace.stages.fairness import MOST_FITTED
-from influencespace.stages.importing import PART_PAIRS
-from influencespace.stages.runtime import AHEAD, Runtime
+from influencespace.stages.ingest.embed import share, worker_bytes
+from influencespace.stages.ingest.imports import PART_PAIRS
+from influencespace.stages.scoring.fairness import MAX_FITTED
+from influencespace.stages.selection.selection import DYNAMIC
+from influencespace.stages.selection.weighting import SEEDS, candidates, serves_groups
+from influencespace.stages.training.dynamic import MAX_SCORED
 
-# Measured with torch 2.9 and Ray 2.51: a driver after its first stages, a worker with the libraries it imports.
+# Timing with torch 2.9 and Ray 2.51: a driver after its first stages, a worker with the libraries it imports.
 DRIVER_BYTES = 450 * 2**20
 WORKER_BYTES = 400 * 2**20
 TASK_BYTES = 4096  # a task on the driver: itself, pickled, and Ray's record of it
 # Columns of all pairs (rows, images, captions, folds, orders) in each worker of a stage, in bytes a pair: what peaks
 # grew by from 200,000 to 600,000 pairs, rounded up. Consolidation says about itself that it takes 100.
-PAIR_BYTES = {"embed": 100, "split": 100, "student": 350, "cluster": 200, "redundancy": 200}
+PAIR_BYTES = {"embed": 100, "split": 100, "proxy": 350, "cluster": 200, "redundancy": 200}
 PAIR_BYTES |= {"curvature": 200, "attribute": 300, "fairness": 100, "curate": 400, "train": 350}
 CAPTION_BYTES = 1000  # a row of pairs.parquet while it is made
 # A solve holds probes and products in float32 and some six copies in float64: 56 to 59 bytes were measured.
@@ -74,13 +74,13 @@ class Needs:
     config: RunConfig
     sizes: Sizes
     choices: Choices
-    runtime: Runtime
+    engine: Engine
 
     def all(self) -> list[Need]:
         """The stages in their order; those after the split for as many rounds as there can be."""
         once = [*(self.embed(role) for role in self.sizes.surveys), self.split()]
         rounds = [
-            self.student(),
+            self.proxy(),
             self.cluster(),
             self.redundancy(),
             self.curvature(),
@@ -100,15 +100,15 @@ class Needs:
 
     @property
     def d(self) -> int:
-        return self.config.student.train.dimension
+        return self.config.proxy.train.dimension
 
     @property
     def p(self) -> int:
         return 2 * self.D * self.d
 
     @property
-    def students(self) -> int:
-        return 1 + self.config.student.folds
+    def proxies(self) -> int:
+        return 1 + self.config.proxy.folds
 
     @property
     def F(self) -> int:
@@ -116,15 +116,15 @@ class Needs:
 
     @property
     def B(self) -> int:
-        return min(self.config.student.train.batch_size, self.sizes.roles["pool"].images)
+        return min(self.config.proxy.train.batch_size, self.sizes.roles["pool"].images)
 
     @cached_property
     def bank(self) -> tuple[int, int]:
-        """C, M: contexts of a student's bank and the pairs of each."""
-        given = self.config.student
+        """C, M: contexts of a proxy's bank and the pairs of each."""
+        given = self.config.proxy
         images = self.sizes.roles["pool"].images
-        count = given.bank_contexts(images)
-        return count, min(given.train.batch_size - 1, max(2, given.fewest_images(images) // count))
+        count = given.bank_batches(images)
+        return count, min(given.train.batch_size - 1, max(2, given.min_images(images) // count))
 
     @property
     def pair_bytes(self) -> int:
@@ -138,13 +138,13 @@ class Needs:
 
     @property
     def _quality_work(self) -> int:
-        """Multiplications of the quality of all pairs by one student."""
+        """Multiplications of the quality of all pairs by one proxy."""
         C, M = self.bank
         return self.n * (2 * self.D * self.d + 2 * C * M * self.d)
 
     @property
     def _quality_bytes(self) -> int:
-        return self._block(self.config.student.block_size, self.pair_bytes + 8 * self.d + 12 * self.bank[1])
+        return self._block(self.config.proxy.bucket_size, self.pair_bytes + 8 * self.d + 12 * self.bank[1])
 
     @property
     def _influence_work(self) -> int:
@@ -157,7 +157,7 @@ class Needs:
 
     @property
     def refreshes(self) -> int:
-        """Re-weightings of all dynamic students together."""
+        """Re-weightings of all dynamic proxies together."""
         given = self.config.train
         return len(given.seeds) * (DYNAMIC in given.methods) * ((self.choices.steps - 1) // given.refresh)
 
@@ -174,7 +174,7 @@ class Needs:
         if imported:
             workers, towers = 1, WORKER_BYTES + 6 * self.pair_bytes * min(PART_PAIRS, found.pairs)
         else:
-            workers, towers = share(given, self.runtime, found.shards).num_actors, worker_bytes(given)
+            workers, towers = share(given, self.engine, found.shards).num_actors, worker_bytes(given)
         return self._need(
             f"embed {role}",
             pairs=found.pairs,
@@ -192,43 +192,43 @@ class Needs:
         rows = sum(role.pairs for role in self.sizes.roles.values())
         return self._need("split", pairs=everything, read=12 * everything, written=8 * rows, work=everything)
 
-    def student(self) -> Need:
-        given, (C, M) = self.config.student, self.bank
-        turns = -(-given.folds // min(given.folds, self.runtime.cores))
+    def proxy(self) -> Need:
+        given, (C, M) = self.config.proxy, self.bank
+        turns = -(-given.folds // min(given.folds, self.engine.cores))
         path = self.choices.tried + self.choices.steps * turns
-        workers = self._workers(self.n, given.block_size, least=given.folds)
+        workers = self._workers(self.n, given.bucket_size, least=given.folds)
         return self._need(
-            "student",
+            "proxy",
             read=3 * self.n * self.pair_bytes,  # to train, and twice for quality
-            written=self.students * (8 * self.p + 8 * C * M) + 32 * self.n,
+            written=self.proxies * (8 * self.p + 8 * C * M) + 32 * self.n,
             worker=self._training + self._quality_bytes,
             workers=workers,
             work=path * self._step_work + 2 * self._quality_work / workers,
-            tasks=self._blocks(given.block_size),
+            tasks=self._blocks(given.bucket_size),
         )
 
     def cluster(self) -> Need:
         given, levels = self.config.cluster, self.choices.levels
         width = (2 if given.fusion.name == "concatenation" else 1) * self.D
-        workers = self._workers(min(self.n, given.batch_size), given.block_size)
+        workers = self._workers(min(self.n, given.batch_size), given.bucket_size)
         statistic = 8 * width * levels[-1]
         passes = len(levels) * (given.epochs + 1) + 1
         return self._need(
             "cluster",
             read=passes * self.n * self.pair_bytes,
             written=6 * self.n + 4 * width * levels[-1],
-            worker=self._block(max(given.block_size, given.sample), 12 * width + 8 * levels[-1])
+            worker=self._block(max(given.bucket_size, given.sample), 12 * width + 8 * levels[-1])
             + 4 * statistic,
             workers=workers,
             work=self.n * width * sum((given.epochs + 1) * (k + FUSION_CENTROIDS) for k in levels) / workers,
-            tasks=self._blocks(given.block_size),
+            tasks=self._blocks(given.bucket_size),
             driver=statistic * AHEAD * workers,
         )
 
     def redundancy(self) -> Need:
         given, clusters = self.config.redundancy, self.choices.levels[-1]
         largest = min(self.n, LARGEST_CLUSTER * self.n // clusters)
-        workers = max(1, min(self.runtime.cores, clusters))
+        workers = max(1, min(self.engine.cores, clusters))
         return self._need(
             "redundancy",
             read=self.n * self.pair_bytes + 24 * self.n,
@@ -242,27 +242,27 @@ class Needs:
 
     def curvature(self) -> Need:
         (C, M), rank = self.bank, self.choices.rank
-        workers = min(self.runtime.cores, self.students)
+        workers = min(self.engine.cores, self.proxies)
         products = C * M * (rank + 2 * self.F) + self.F * self.sizes.roles["target"].pairs / 2
         ranks, following = rank, self.config.curvature.rank
         while following < rank:
             ranks, following = ranks + following, 2 * following
         return self._need(
             "curvature",
-            pairs=C * M * self.students,
-            read=self.students * (C * M + self.sizes.roles["target"].pairs) * self.pair_bytes,
-            written=self.students * 4 * self.F * self.p,
-            temporary=self.students * 4 * self.p * ranks,
+            pairs=C * M * self.proxies,
+            read=self.proxies * (C * M + self.sizes.roles["target"].pairs) * self.pair_bytes,
+            written=self.proxies * 4 * self.F * self.p,
+            temporary=self.proxies * 4 * self.p * ranks,
             worker=self._sketching(),
             workers=workers,
-            work=self.students * products * (4 * self.D * self.d + 2 * M * self.d) / workers,
-            tasks=4 * self.runtime.cores,
+            work=self.proxies * products * (4 * self.D * self.d + 2 * M * self.d) / workers,
+            tasks=4 * self.engine.cores,
         )
 
     def _sketching(self) -> int:
         """Of the larger of solving with all probes and multiplying some of them: parameters x rank decide."""
         rank, M = self.choices.rank, self.bank[1]
-        rows = max(4, self.F, -(-rank * self.students // (4 * self.runtime.cores)))
+        rows = max(4, self.F, -(-rank * self.proxies // (4 * self.engine.cores)))
         at_work = rows * (ROW_BYTES * self.p + 16 * M * (M + 2 * self.d))
         return max(SKETCH_BYTES * self.p * rank, PROBE_BYTES * self.p * rank + at_work)
 
@@ -277,28 +277,28 @@ class Needs:
         given, (C, M) = self.config.attribute, self.bank
         quantiles = given.quantiles_of(self.n)
         scored = self._scored
-        target, placebo = (
+        target, caption_control = (
             min(self.n, quantiles * given.target_budget),
-            min(self.n, given.placebo),
+            min(self.n, given.caption_control),
         )
-        workers = self._workers(scored, given.block_size)
-        influence = 8 * (6 + C) * scored + 8 * (1 + self.F) * target + 16 * placebo
-        scorers = self.students * 4 * (self.p * (self.F + 3) + 4 * C * M * self.d * (1 + self.F))
-        passes = 4 * scored + 2 * (1 + self.F) * target + 2 * placebo
+        workers = self._workers(scored, given.bucket_size)
+        influence = 8 * (6 + C) * scored + 8 * (1 + self.F) * target + 16 * caption_control
+        scorers = self.proxies * 4 * (self.p * (self.F + 3) + 4 * C * M * self.d * (1 + self.F))
+        passes = 4 * scored + 2 * (1 + self.F) * target + 2 * caption_control
         return self._need(
             "attribute",
-            read=2 * (scored + target + placebo) * self.pair_bytes + 24 * self.n,
-            written=influence + 8 * (scored + target + 2 * placebo) + 38 * self.n,
+            read=2 * (scored + target + caption_control) * self.pair_bytes + 24 * self.n,
+            written=influence + 8 * (scored + target + 2 * caption_control) + 38 * self.n,
             temporary=influence,
             worker=scorers
             + self._block(
-                given.block_size,
+                given.bucket_size,
                 self.pair_bytes
                 + max(16 * self.d + 40 * M, (8 * self.d * (1 + self.F) + 40 * M + 16 * M * self.F) // 4),
             ),
             workers=workers,
             work=passes * self._influence_work / workers,
-            tasks=self._blocks(given.block_size),
+            tasks=self._blocks(given.bucket_size),
         )
 
     @property
@@ -313,8 +313,8 @@ class Needs:
             )
         C, M = self.bank
         scored, target = self._scored, self.sizes.roles["target"].pairs
-        fitted = min(scored, MOST_FITTED)
-        block = self.config.attribute.block_size
+        fitted = min(scored, MAX_FITTED)
+        block = self.config.attribute.bucket_size
         workers = self._workers(scored, block)
         return self._need(
             "fairness",
@@ -338,7 +338,7 @@ class Needs:
         strata = self.choices.levels[-1] * self.config.attribute.quantiles
         choices = candidates(self.config.curate, self._serves_groups)
         trials = len(choices) * len(SEEDS) if len(choices) > 1 else 0
-        workers = max(1, min(self.runtime.cores, trials))
+        workers = max(1, min(self.engine.cores, trials))
         return self._need(
             "curate",
             read=40 * self.n + trials * (40 + self.pair_bytes) * self.n,
@@ -349,7 +349,7 @@ class Needs:
         )
 
     def train(self) -> Need:
-        judged = min(self.n, MOST_SCORED) + self.sizes.roles["target"].pairs // 2
+        judged = min(self.n, MAX_SCORED) + self.sizes.roles["target"].pairs // 2
         refresh = self._quality_work + 2 * judged * self._influence_work + DECISION_WORK * self.n
         weighing = AXES_BYTES * self.n + self._quality_bytes if self.refreshes else 0
         return self._need(
@@ -363,7 +363,7 @@ class Needs:
 
     def evaluate(self) -> Need:
         test = self.sizes.roles["test"]
-        workers = min(self.runtime.cores, self.runs)
+        workers = min(self.engine.cores, self.runs)
         return self._need(
             "evaluate",
             pairs=test.pairs,
@@ -426,7 +426,7 @@ class Needs:
         return min(size, self.n) * row
 
     def _workers(self, rows: int, block: int, least: int = 1) -> int:
-        return max(1, min(self.runtime.cores, max(least, -(-rows // block))))
+        return max(1, min(self.engine.cores, max(least, -(-rows // block))))
 
 
 def repeated(needs: list[Need], rounds: int) -> list[Need]:

@@ -3,13 +3,13 @@
 from dataclasses import dataclass, replace
 
 from influencespace.config import RunConfig
+from influencespace.engine.local import Engine
 from influencespace.errors import InputError
 from influencespace.pipeline import check
 from influencespace.plan.calibration import calibrate, extrapolate
 from influencespace.plan.choices import most_choices
 from influencespace.plan.needs import SKETCH_BYTES, Need, Needs
 from influencespace.plan.survey import Sizes, survey_all
-from influencespace.stages.runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +48,12 @@ class Plan:
         return next(need for need in self.stages if need.stage == name)
 
 
-def plan(config: RunConfig, limit: int | None, runtime: Runtime) -> Plan:
+def plan(config: RunConfig, limit: int | None, engine: Engine) -> Plan:
     """Pairs, bytes, memory, workers and time of each stage of a run of `config`, before anything runs.
 
-    With `limit`, so many pairs really go through all stages on one worker of `runtime`, and times are extrapolated.
+    With `limit`, so many pairs really go through all stages on one worker of `engine`, and times are extrapolated.
     Raises InputError for data, an encoder or settings that cannot be used, and for a curvature sketch that does not
-    fit into the memory of `runtime`.
+    fit into the memory of `engine`.
     """
     check(config)
     sizes = survey_all(config)
@@ -61,21 +61,21 @@ def plan(config: RunConfig, limit: int | None, runtime: Runtime) -> Plan:
         config=config,
         sizes=sizes,
         choices=most_choices(config, sizes.roles["pool"].pairs),
-        runtime=runtime,
+        engine=engine,
     )
     refuse_large_sketch(needs)
     if limit is None:
         stages = needs.all()
     else:
-        found = calibrate(config, limit, runtime, sizes.surveys["pool"].shards)
+        found = calibrate(config, limit, engine, sizes.surveys["pool"].shards)
         chosen = replace(found.choices, levels=needs.choices.levels)
-        if config.student.epochs is not None:  # of the whole pool, not of the slice
+        if config.proxy.epochs is not None:  # of the whole pool, not of the slice
             chosen = replace(chosen, steps=needs.choices.steps, tried=needs.choices.tried)
         stages = [extrapolate(need, found) for need in replace(needs, choices=chosen).all()]
     return Plan(
         sizes=sizes,
         stages=tuple(stages),
-        memory=runtime.memory,
+        memory=engine.memory,
         calibrated=limit,
         notes=tuple(notes(needs, stages, limit)),
     )
@@ -86,21 +86,21 @@ def refuse_large_sketch(needs: Needs) -> None:
     rank, p = needs.choices.rank, needs.p
     if rank > p:
         raise InputError(
-            f"curvature.rank is {rank}, but a student has only {p} parameters; choose a smaller rank"
+            f"curvature.rank is {rank}, but a proxy has only {p} parameters; choose a smaller rank"
         )
     need = needs.curvature()
-    memory = needs.runtime.memory
+    memory = needs.engine.memory
     if need.workers * need.worker > memory:
         raise InputError(
             f"the curvature sketch does not fit: {p:,} parameters x rank {rank} x {SKETCH_BYTES} bytes make "
             f"{need.worker / 1e9:.1f} GB for each of {need.workers} workers, and there are {memory / 1e9:.1f} GB. "
-            "Lower curvature.rank or student.train.dimension, or use fewer workers"
+            "Lower curvature.rank or proxy.train.dimension, or use fewer workers"
         )
 
 
 def notes(needs: Needs, stages: list[Need], limit: int | None) -> list[str]:
     """What the table does not say: what may not fit, and what its figures assume."""
-    config, memory = needs.config, needs.runtime.memory
+    config, memory = needs.config, needs.engine.memory
     said = [
         f"{need.stage} may take {need.workers * need.worker / 1e9:.1f} GB, more than the {memory / 1e9:.1f} GB there are"
         for need in stages
@@ -120,9 +120,9 @@ def notes(needs: Needs, stages: list[Need], limit: int | None) -> list[str]:
         said.append(
             "clusters are planned as many as there can be; a run settles on fewer, and is then quicker"
         )
-    if limit is not None and limit < 4 * config.student.train.batch_size:
+    if limit is not None and limit < 4 * config.proxy.train.batch_size:
         said.append(
-            f"--limit {limit} fills no whole bank of contexts: give {4 * config.student.train.batch_size} or more"
+            f"--limit {limit} fills no whole bank of contexts: give {4 * config.proxy.train.batch_size} or more"
         )
     return said
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from influencespace.config import RunConfig
-from influencespace.data.consolidate import PAIRS_SCHEMA
+from influencespace.data.chunks import pair_rows
 from influencespace.data.imported import (
     EmbeddingBatch,
     ImportOptions,
@@ -20,14 +20,14 @@ from influencespace.data.imported import (
     list_parts,
     read_imported_embeddings,
 )
-from influencespace.data.parts import pair_rows
+from influencespace.data.merge import PAIRS_SCHEMA
 from influencespace.data.readers import read_shard
 from influencespace.data.schema import ReadOptions, Sample, Shard
 from influencespace.errors import InputError
 from influencespace.models.encoders import embedding_dimension
 from influencespace.pipeline import shards_of
-from influencespace.stages.indexing import LOOKUPS, file_version
-from influencespace.stages.student import FEWEST_GROUP_IMAGES
+from influencespace.stages.ingest.index import LOOKUPS, file_version
+from influencespace.stages.proxies.proxies import MIN_GROUP_IMAGES
 
 # Bytes of shards that are indexed for a role (a second or two from a disk); a smaller data set is counted exactly.
 INDEX_BYTES = 64 * 2**20
@@ -62,7 +62,7 @@ class Survey:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Amount:
+class SetSize:
     """Pairs of the pool, target or test set, once they are split."""
 
     pairs: int
@@ -74,7 +74,7 @@ class Sizes:
     """The amounts on which every need depends."""
 
     surveys: Mapping[str, Survey]  # of the roles that have data of their own
-    roles: Mapping[str, Amount]  # pool, target, test
+    roles: Mapping[str, SetSize]  # pool, target, test
     dimension: int  # D
 
     @property
@@ -82,7 +82,7 @@ class Sizes:
         """Whether the target names two groups or more that are large enough to be served."""
         source = self.surveys["target" if "target" in self.surveys else "pool"]
         share = self.roles["target"].images / source.images
-        return sum(share * images >= 2 * FEWEST_GROUP_IMAGES for images in source.groups) > 1
+        return sum(share * images >= 2 * MIN_GROUP_IMAGES for images in source.groups) > 1
 
 
 def survey_all(config: RunConfig) -> Sizes:
@@ -101,9 +101,9 @@ def survey_all(config: RunConfig) -> Sizes:
     return Sizes(surveys=surveys, roles=after_split(config, surveys), dimension=dimension)
 
 
-def after_split(config: RunConfig, surveys: Mapping[str, Survey]) -> dict[str, Amount]:
+def after_split(config: RunConfig, surveys: Mapping[str, Survey]) -> dict[str, SetSize]:
     """Pairs of each role after the split stage: what has no data of its own is cut from the others."""
-    roles = {role: Amount(pairs=found.pairs, images=found.images) for role, found in surveys.items()}
+    roles = {role: SetSize(pairs=found.pairs, images=found.images) for role, found in surveys.items()}
     if "target" not in roles:
         drawn = 1 / config.split.parts
         pool = roles["pool"]
@@ -193,8 +193,8 @@ def survey_embeddings(path: str, options: ImportOptions) -> tuple[Survey, int]:
     return found, batch.images.shape[1]
 
 
-def _part(amount: Amount, share: float) -> Amount:
-    return Amount(pairs=round(share * amount.pairs), images=round(share * amount.images))
+def _part(amount: SetSize, share: float) -> SetSize:
+    return SetSize(pairs=round(share * amount.pairs), images=round(share * amount.images))
 
 
 def _weights(shards: Sequence[Shard]) -> list[float]:

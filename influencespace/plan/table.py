@@ -5,9 +5,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from influencespace.engine.progress import duration
 from influencespace.plan.needs import Need
 from influencespace.plan.planning import Plan
-from influencespace.stages.progress import duration
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 UNKNOWN = "?"

@@ -284,12 +284,12 @@ def influence_map(strata: Mapping[str, Sequence[Any]], threshold: float = 0.0) -
     return _svg(height, "Pooled influence of each stratum, cluster by quality quantile", parts)
 
 
-def placebo_chart(placebo: Mapping[str, Any]) -> Markup:
+def caption_control_chart(caption_control: Mapping[str, Any]) -> Markup:
     """Where the mean of all pairs lies between captions swapped on purpose and the better half."""
     points = {
-        "swapped on purpose": placebo.get("influence_placebo"),
-        "all pairs": placebo.get("influence_mean"),
-        "better half": placebo.get("influence_top_half"),
+        "swapped on purpose": caption_control.get("influence_permuted"),
+        "all pairs": caption_control.get("influence_mean"),
+        "better half": caption_control.get("influence_top_half"),
     }
     values = [value for value in points.values() if value is not None and is_number(value)]
     if len(values) < len(points):
@@ -314,7 +314,7 @@ def placebo_chart(placebo: Mapping[str, Any]) -> Markup:
         anchor = "start" if axis(value) < 140 else "end" if axis(value) > WIDTH - 140 else "middle"
         parts += [_group(told, marks), _text(name, axis(value), above, anchor, "")]
     parts.append(_text(f"held-out influence, {unit.name}", WIDTH / 2, height - 8, "middle", "small"))
-    return _svg(height, "The placebo check: three mean influences on one axis", parts)
+    return _svg(height, "The caption_control check: three mean influences on one axis", parts)
 
 
 def _strip(x: float, y: float, width: float, height: float, q: Quantile) -> Markup:

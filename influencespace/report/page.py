@@ -96,7 +96,7 @@ def _content(run: Path) -> dict[str, Any]:
     manifest = read_manifest(curate)
     details = manifest.details if manifest else {}
     threshold = float(details.get("threshold") or 0.0)
-    placebo = summary.get("placebo") or details.get("placebo") or {}
+    caption_control = summary.get("caption_control") or details.get("caption_control") or {}
     rows = table.method_rows(summary)
     try:
         decisions = _decisions(curated)
@@ -117,8 +117,8 @@ def _content(run: Path) -> dict[str, Any]:
         "decisions": decisions,
         "rule": details.get("rule", ""),
         "strata": _strata(curate / "strata.parquet", threshold),
-        "placebo": placebo,
-        "placebo_chart": charts.placebo_chart(placebo),
+        "caption_control": caption_control,
+        "caption_control_chart": charts.caption_control_chart(caption_control),
         "groups": _groups(pairs),
         "unit": _score_unit(pairs),
         "rejected": _rejected(run, summary.get("rejected_reasons", {})),
@@ -219,7 +219,7 @@ def _stages(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _stage_order(item: tuple[str, Any]) -> tuple[int, int, str]:
-    """By round, then by place in IN_ORDER: names are like `embed pool`, `student`, `student (round 2)`."""
+    """By round, then by place in IN_ORDER: names are like `embed pool`, `proxy`, `proxy (round 2)`."""
     name = item[0]
     stage = name.partition(" ")[0]
     number = re.search(r"\(round (\d+)\)$", name)

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from influencespace.engine.progress import duration
 from influencespace.errors import InputError
-from influencespace.stages.progress import duration
 
 Summary = Mapping[str, Any]
 Verdict = Literal["ahead", "behind", "unclear"]
@@ -24,7 +24,7 @@ LABELS = {
     "everything": "Everything",
     "random": "Random",
     "clip_score": "CLIP score",
-    "student_clip_score": "Student CLIP",
+    "proxy_clip_score": "Proxy CLIP",
     "neg_clip_loss": "negCLIPLoss",
 }
 DIRECTIONS = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
@@ -130,7 +130,7 @@ def findings(summary: Summary) -> list[str]:
         return ["Nothing was retrained, so it is not known whether this helped."]
     curated = rows["curated"]
     sentences = [
-        f"Trained on the kept pairs, the student reaches a mean recall of {curated.mean_recall} % "
+        f"Trained on the kept pairs, the proxy reaches a mean recall of {curated.mean_recall} % "
         f"(95 % interval {curated.interval})."
     ]
     if (everything := rows.get("everything")) and everything.verdict:
@@ -179,7 +179,7 @@ def weights_told(summary: Summary) -> list[str]:
     if share := taken.get("clip_score_share"):
         by += f" and, {share:g} times as much, by the given encoder's CLIP score"
     sentences = [
-        f"The kept pairs are weighted by {by}, at a temperature of {chosen['tau_high']:g} standard deviations: "
+        f"The kept pairs are weighted by {by}, at a temperature of {chosen['temperature']:g} standard deviations: "
         f"retraining likes it best (target loss {loss} instead of {before} with equal weights)."
     ]
     if taken.get("group_share"):

@@ -12,12 +12,12 @@ from influencespace.data.artifacts import (
     read_manifest,
     write_manifest,
 )
-from influencespace.data.blocks import remove_blocks
+from influencespace.data.buckets import remove_buckets
 from influencespace.errors import InputError
 
 STAGES = (
     "split",
-    "student",
+    "proxy",
     "cluster",
     "redundancy",
     "curvature",
@@ -41,7 +41,7 @@ def finish_stage(out: Path, manifest: Manifest, began: float) -> Manifest:
         manifest, files=files, versions=installed_versions(), seconds=round(time.monotonic() - began, 3)
     )
     write_manifest(out, done)
-    remove_blocks(out)
+    remove_buckets(out)
     return done
 
 
@@ -60,5 +60,5 @@ def finished_stage(out: Path, mark: str) -> Manifest | None:
     """The manifest where the stage is done already, by the same config from the same inputs."""
     if not is_done(out, mark):
         return None
-    remove_blocks(out)  # of a run that was killed between its manifest and this
+    remove_buckets(out)  # of a run that was killed between its manifest and this
     return read_manifest(out)

@@ -18,7 +18,7 @@ from influencespace.errors import InputError
 from influencespace.models.fusion import FusionConfig, fuse
 from influencespace.report.table import read_summary
 from influencespace.stages.finish import stage_of
-from influencespace.stages.split import pair_sets
+from influencespace.stages.ingest.split import pair_sets
 
 FloatArray = NDArray[np.float64]
 Method = Literal["d2", "k_center", "herding", "diversity"]

@@ -11,9 +11,9 @@ from pyarrow import csv
 
 from influencespace.core.metrics import auroc, average_precision, precision_recall_at
 from influencespace.data.artifacts import atomic_path, write_json
+from influencespace.engine.local import Engine
 from influencespace.errors import InputError
 from influencespace.report.sheet import Section, cards, write_sheet
-from influencespace.stages.runtime import Runtime
 from influencespace.tasks.score import POOLED, score_run
 
 FloatArray = NDArray[np.float64]
@@ -24,7 +24,7 @@ PRECISION_AT = (0.01, 0.05, 0.1, 0.2, 0.3)
 
 
 def detect_run(
-    run: Path, estimator: str, options: dict[str, Any], truth: dict[str, bool] | None, runtime: Runtime
+    run: Path, estimator: str, options: dict[str, Any], truth: dict[str, bool] | None, engine: Engine
 ) -> dict[str, Any]:
     """Rank the pairs of a finished run by how misaligned they seem: the lowest score first.
 
@@ -36,7 +36,7 @@ def detect_run(
     if estimator == POOLED:
         path = run / "curated.parquet"
     else:
-        path, _ = score_run(run, estimator, options, runtime)
+        path, _ = score_run(run, estimator, options, engine)
     table = pq.read_table(path, columns=["uid", "score"])
     score = table["score"].to_numpy().astype(np.float64)
     order = np.argsort(score, kind="stable")  # nan, which no context could judge, comes last

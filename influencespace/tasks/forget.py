@@ -1,4 +1,4 @@
-"""Make the student of a finished run forget some pairs without training it again, and say how near that comes."""
+"""Make the proxy of a finished run forget some pairs without training it again, and say how near that comes."""
 
 import json
 import time
@@ -16,29 +16,29 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from influencespace.core.batches import covering_contexts
-from influencespace.core.objective import info_nce_only
+from influencespace.core.batches import covering_batches
+from influencespace.core.contrastive import info_nce_only
 from influencespace.data.artifacts import atomic_path, fingerprint, write_json
 from influencespace.data.imported import missing_uids
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import InputError
 from influencespace.estimators.deletion import deletion_displacement, steps_for, without
-from influencespace.estimators.nystrom import target_gradients
+from influencespace.estimators.influence import target_gradients
 from influencespace.models.space import Space
 from influencespace.models.training import train_heads
 from influencespace.models.trajectory import Trajectory, space_at
 from influencespace.report.table import read_summary
 from influencespace.stages.finish import stage_of
-from influencespace.stages.score import Valued
-from influencespace.stages.split import pair_sets
-from influencespace.stages.student import ALL, Student, beginning, train_subset
+from influencespace.stages.ingest.split import pair_sets
+from influencespace.stages.proxies.proxies import ALL, Proxy, beginning, train_subset
+from influencespace.stages.scoring.score import ScoringInputs
 from influencespace.tasks.score import valued
 
 IntArray = NDArray[np.int64]
 DOUBTFUL = 0.5
 """Distance to an edit of half the steps above which an edit is not to be used: the real error was up to as large."""
 CHECKING_SEEDS = 3
-"""Students trained anew on fresh batches: the spread that an edit's loss on the deleted pairs is held against."""
+"""Proxies trained anew on fresh batches: the spread that an edit's loss on the deleted pairs is held against."""
 
 
 def read_uids(path: Path) -> list[str]:
@@ -66,18 +66,18 @@ def read_uids(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """The student of all pairs, the pairs of its pool that it is to forget, and what the edit is measured on."""
+    """The proxy of all pairs, the pairs of its pool that it is to forget, and what the edit is measured on."""
 
-    given: Valued
+    given: ScoringInputs
     test: PairSet
     removed: IntArray
 
     @cached_property
     def space(self) -> Space:
-        return Space(Student(self.given.student_folder, ALL).heads)
+        return Space(Proxy(self.given.proxy_folder, ALL).heads)
 
     @cached_property
-    def student(self) -> Tensor:
+    def proxy(self) -> Tensor:
         """Parameters as they were trained (p,)."""
         return self.space.flatten(self.space.parameters)
 
@@ -94,14 +94,14 @@ class Forgetting:
 
     @cached_property
     def bank(self) -> list[IntArray]:
-        """The student's recorded contexts less the removed pairs."""
-        contexts = Student(self.given.student_folder, ALL).bank
+        """The proxy's recorded contexts less the removed pairs."""
+        contexts = Proxy(self.given.proxy_folder, ALL).bank
         return [rows[self.kept[rows] > 0] for rows in contexts]
 
     def edited(self, steps: int) -> Tensor:
-        """Parameters of the edited student (p,)."""
+        """Parameters of the edited proxy (p,)."""
         pool = self.given.pool
-        return self.student + deletion_displacement(self.path, self.removed, pool.image, steps)
+        return self.proxy + deletion_displacement(self.path, self.removed, pool.image, steps)
 
     def gradient_norm(self, theta: Tensor) -> float:
         """Norm of the gradient of the kept pairs' loss, over the recorded contexts."""
@@ -117,7 +117,7 @@ class Forgetting:
         others = self.bank[0][~np.isin(image[self.bank[0]], image[self.removed])]
         rows = np.concatenate([self.removed, others])
         space, terms = space_at(self.space, theta), []
-        for context in covering_contexts(image[rows], self.path.config.batch_size, self.given.students.seed):
+        for context in covering_batches(image[rows], self.path.config.batch_size, self.given.proxies.seed):
             u, t = space.embed(self.given.pool.inputs(rows[context]))
             terms.append(self.path.objective.terms(u, t)[context < len(self.removed)])
         return float(torch.cat(terms).mean())
@@ -127,7 +127,7 @@ class Forgetting:
         """Test logits in contexts of at most a batch, one after another."""
         scale = info_nce_only(self.path.objective, "forget").scale
         space, blocks = space_at(self.space, theta), []
-        for rows in covering_contexts(self.test.image, self.path.config.batch_size, self.given.students.seed):
+        for rows in covering_batches(self.test.image, self.path.config.batch_size, self.given.proxies.seed):
             u, t = space.embed(self.test.inputs(rows))
             blocks.append((scale * u @ t.T).flatten())
         return torch.cat(blocks)
@@ -137,8 +137,8 @@ class Forgetting:
         norm, loss = self.gradient_norm, self.removed_loss
         half = self.distance_to_half_the_steps(edited, steps)
         return {
-            "gradient_norm_on_kept": {"before": norm(self.student), "after": norm(edited)},
-            "loss_of_deleted": {"before": loss(self.student), "after": loss(edited)},
+            "gradient_norm_on_kept": {"before": norm(self.proxy), "after": norm(edited)},
+            "loss_of_deleted": {"before": loss(self.proxy), "after": loss(edited)},
             "distance_to_edit_of_half_the_steps": half,
             "doubtful": half is None or half > DOUBTFUL,
         }
@@ -149,13 +149,13 @@ class Forgetting:
             return None
         logits = self.logits(edited)
         doubt = (logits - self.logits(self.edited(steps // 2))).norm()
-        return float(doubt / (logits - self.logits(self.student)).norm())
+        return float(doubt / (logits - self.logits(self.proxy)).norm())
 
     def checked(self, edited: Tensor) -> dict[str, Any]:
         """Really train again: the distance that the edit leaves, the time that it saves, and the loss it should have."""
         began = time.monotonic()
         config, pool = self.path.config, self.given.pool
-        seed = self.given.students.seed + 1
+        seed = self.given.proxies.seed + 1
         heads, _ = beginning(pool, self.kept, config, seed)
         retrained = _flat(
             train_heads(pool.inputs, without(self.path, self.removed).batches, heads, config).heads
@@ -166,7 +166,7 @@ class Forgetting:
             for k in range(CHECKING_SEEDS)
         ]
         before, after, same, other = (
-            self.logits(theta) for theta in (self.student, edited, retrained, fresh[0])
+            self.logits(theta) for theta in (self.proxy, edited, retrained, fresh[0])
         )
         return {
             "distance_to_retrained": float((after - same).norm() / (before - same).norm()),
@@ -184,11 +184,11 @@ def _flat(heads: torch.nn.Module) -> Tensor:
 def forget_run(
     run: Path, uids: Sequence[str], steps: int | None = None, check: bool = False
 ) -> dict[str, Any]:
-    """Edit the student of all pairs of a finished run as if the named pairs had not been in its batches.
+    """Edit the proxy of all pairs of a finished run as if the named pairs had not been in its batches.
 
-    `steps` as in `estimators.deletion`; with `check` the student is really trained again and compared. Writes, in a folder
-    of its own for each set of pairs, student.safetensors (the edited heads) and forget.json. Distances are between test
-    logits, 1 is the unedited student's. Uids that the pool does not hold are listed.
+    `steps` as in `estimators.deletion`; with `check` the proxy is really trained again and compared. Writes, in a folder
+    of its own for each set of pairs, proxy.safetensors (the edited heads) and forget.json. Distances are between test
+    logits, 1 is the unedited proxy's. Uids that the pool does not hold are listed.
     Raises InputError where no pair would be deleted, or too few would be kept.
     """
     run = run.expanduser().absolute()
@@ -218,7 +218,7 @@ def forget_run(
     edited = forgetting.edited(steps)
     seconds = time.monotonic() - began
     state = {name: value.contiguous() for name, value in forgetting.space.unflatten(edited).items()}
-    with atomic_path(out / "student.safetensors") as aside:
+    with atomic_path(out / "proxy.safetensors") as aside:
         save_file(state, aside)
     found: dict[str, Any] = {
         "deleted": len(removed),
@@ -233,6 +233,6 @@ def forget_run(
     if check:
         judged = forgetting.checked(edited)
         found["check"] = judged | {"time_of_retraining_over_edit": judged["seconds_of_retraining"] / seconds}
-    found["paths"] = {name: str(out / name) for name in ("student.safetensors", "forget.json")}
+    found["paths"] = {name: str(out / name) for name in ("proxy.safetensors", "forget.json")}
     write_json(note, found)
     return found

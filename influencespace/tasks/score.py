@@ -1,4 +1,4 @@
-"""Score a finished run's pool by any estimator of the table, in the student's heads or through the towers."""
+"""Score a finished run's pool by any estimator of the table, in the proxy's heads or through the towers."""
 
 import re
 from pathlib import Path
@@ -6,32 +6,32 @@ from typing import Any
 
 from influencespace.config import RunConfig, load_config
 from influencespace.data.artifacts import Manifest
+from influencespace.engine.local import Engine
 from influencespace.errors import InputError
 from influencespace.report.table import read_summary
 from influencespace.stages.finish import stage_of
-from influencespace.stages.runtime import Runtime
-from influencespace.stages.score import ScoreConfig, Valued, make_estimator, score
-from influencespace.stages.split import pair_sets
-from influencespace.stages.tower_score import check_tower_estimator, score_through_towers
+from influencespace.stages.ingest.split import pair_sets
+from influencespace.stages.scoring.score import ScoreConfig, ScoringInputs, make_estimator, score
+from influencespace.stages.scoring.tower_score import check_tower_estimator, score_through_towers
 
 POOLED = "pooled"
 """The run's own score, for which no work is left."""
 HEADS = "heads"
 
 
-def valued(run: Path | str) -> tuple[Valued, dict[str, str]]:
+def valued(run: Path | str) -> tuple[ScoringInputs, dict[str, str]]:
     """What estimators are given, from a finished run, and the fingerprints of what it depends on."""
     run = Path(run).expanduser().absolute()
-    inputs = {stage: stage_of(run, stage).fingerprint for stage in ("split", "student")}
+    inputs = {stage: stage_of(run, stage).fingerprint for stage in ("split", "proxy")}
     config: RunConfig = load_config(run / "config.yaml", {})
     sets = pair_sets(run / "split", stage_of(run, "split"))
     return (
-        Valued(
+        ScoringInputs(
             pool=sets["pool"],
             target=sets["target"],
-            students=config.student,
+            proxies=config.proxy,
             curvature=config.curvature,
-            student_folder=run / "student",
+            proxy_folder=run / "proxy",
         ),
         inputs,
     )
@@ -51,7 +51,7 @@ def check_estimator(run: Path, estimator: str, options: dict[str, Any], space: s
 
 
 def score_run(
-    run: Path, estimator: str, options: dict[str, Any], runtime: Runtime, space: str = HEADS
+    run: Path, estimator: str, options: dict[str, Any], engine: Engine, space: str = HEADS
 ) -> tuple[Path, Manifest]:
     """Score the pool of a finished run by an estimator in a space; returns scores.parquet and the manifest."""
     given, inputs = valued(run)
@@ -59,17 +59,17 @@ def score_run(
     config = ScoreConfig(estimator=estimator, options=options, space=space)
     if space == HEADS:
         out = run / "scores" / estimator
-        return out / "scores.parquet", score(given, inputs, config, out, runtime)
+        return out / "scores.parquet", score(given, inputs, config, out, engine)
     out = run / "scores" / f"{estimator}-{re.sub(r'[^A-Za-z0-9]+', '-', space).strip('-')}"
     manifest = score_through_towers(
         given.pool,
         given.target,
-        given.students,
-        given.student_folder,
+        given.proxies,
+        given.proxy_folder,
         load_config(run / "config.yaml", {}).embed,
         inputs,
         config,
         out,
-        runtime,
+        engine,
     )
     return out / "scores.parquet", manifest

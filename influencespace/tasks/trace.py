@@ -1,4 +1,4 @@
-"""Trace a student's error on a pair back to the training pairs that caused it, with a page of them."""
+"""Trace a proxy's error on a pair back to the training pairs that caused it, with a page of them."""
 
 import re
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from influencespace.config import load_config
 from influencespace.data.artifacts import fingerprint, write_json
 from influencespace.data.images import RejectedImage, decode_image
 from influencespace.data.pair_set import PairSet
+from influencespace.engine.local import Engine, run_once
 from influencespace.errors import InputError
 from influencespace.models.space import Inputs
 from influencespace.report.pictures import shortened, thumbnail
 from influencespace.report.sheet import Card, Section, cards, write_sheet
 from influencespace.report.table import read_summary
 from influencespace.stages.finish import stage_of
-from influencespace.stages.runtime import Runtime, run_once
-from influencespace.stages.split import pair_sets
-from influencespace.stages.student import ALL, Student
-from influencespace.stages.towers import EmbedConfig, EncoderLoader, load
-from influencespace.stages.trace import Cause, Causes, TraceConfig, gradient_index, trace
+from influencespace.stages.ingest.encode import EmbedConfig, EncoderLoader, load
+from influencespace.stages.ingest.split import pair_sets
+from influencespace.stages.proxies.proxies import ALL, Proxy
+from influencespace.stages.scoring.trace import Cause, Causes, TraceConfig, gradient_index, trace
 from influencespace.tasks.score import valued
 
 IntArray = NDArray[np.int64]
@@ -41,7 +41,7 @@ SIGN = (
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """A pair that the student may have got wrong: one of the run's own, or a picture with a caption."""
+    """A pair that the proxy may have got wrong: one of the run's own, or a picture with a caption."""
 
     name: str
     """The uid, or the path of the picture."""
@@ -98,9 +98,9 @@ def query_by_picture(run: Path, image: Path, caption: str) -> Query:
 
 
 def trace_run(
-    run: Path, queries: Sequence[Query], config: TraceConfig, runtime: Runtime, *, index: bool = False
+    run: Path, queries: Sequence[Query], config: TraceConfig, engine: Engine, *, index: bool = False
 ) -> list[dict[str, Any]]:
-    """Find the training pairs behind the answers to queries of the student of all pairs of a finished run.
+    """Find the training pairs behind the answers to queries of the proxy of all pairs of a finished run.
 
     With `index` candidates are looked up in trace/index, stored projected gradients of the pool, which the first such call
     writes: quicker for many queries, at the risk of missing some pair; without it all pairs are scored. Writes
@@ -110,21 +110,21 @@ def trace_run(
     given, inputs = valued(run)
     sets = _sets(run)
     found = run_once(
-        runtime,
+        engine,
         Answer(
             queries=tuple(queries),
             sets=sets,
-            student=Student(run / "student", ALL),
+            proxy=Proxy(run / "proxy", ALL),
             embed=load_config(run / "config.yaml", {}).embed,
         ),
     )
     folder = None
     if index:
         folder = run / "trace" / "index"
-        gradient_index(given, inputs, config, folder, runtime)
+        gradient_index(given, inputs, config, folder, engine)
     embedded = [answer.inputs for answer in found]
     together = torch.cat([image for image, _ in embedded]), torch.cat([text for _, text in embedded])
-    traced = trace(given, together, config, runtime, folder)
+    traced = trace(given, together, config, engine, folder)
     return [
         _written(run, sets, query, answer, causes) for query, answer, causes in zip(queries, found, traced)
     ]
@@ -143,7 +143,7 @@ class Retrieved:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """A query's embeddings (two (1, D)) and the student's answers to it."""
+    """A query's embeddings (two (1, D)) and the proxy's answers to it."""
 
     inputs: Inputs
     caption: Retrieved
@@ -154,11 +154,11 @@ class Answered:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Task: embed the queries and let the student retrieve, for each its caption and its picture among its set's."""
+    """Task: embed the queries and let the proxy retrieve, for each its caption and its picture among its set's."""
 
     queries: tuple[Query, ...]
     sets: dict[str, PairSet]
-    student: Student
+    proxy: Proxy
     embed: EmbedConfig
     load_encoder: EncoderLoader = load
 
@@ -167,7 +167,7 @@ class Answer:
             self.load_encoder(self.embed, "cpu") if any(query.row is None for query in self.queries) else None
         )
         galleries = {
-            role: self.student.embed(self.sets[role].inputs(slice(None)))
+            role: self.proxy.embed(self.sets[role].inputs(slice(None)))
             for role in {query.role for query in self.queries}
         }
         return [self._answered(query, encoder, *galleries[query.role]) for query in self.queries]
@@ -180,7 +180,7 @@ class Answer:
         else:
             inputs = self.sets[query.role].inputs(np.array([query.row]))
             right = image == image[query.row]
-        own_u, own_t = self.student.embed(inputs)
+        own_u, own_t = self.proxy.embed(inputs)
         own = float((own_u * own_t).sum())
         distinct = np.unique(image, return_index=True)[
             1
@@ -251,7 +251,7 @@ def _written(
     write_json(out / "trace.json", found)
     paths = {name: str(out / name) for name in ("trace.html", "trace.json")}
     told = [
-        f"The student of the whole pool puts the query's caption at rank {answered.caption.rank:,} of "
+        f"The proxy of the whole pool puts the query's caption at rank {answered.caption.rank:,} of "
         f"{answered.caption.of:,} for its picture, and its picture at rank {answered.picture.rank:,} of "
         f"{answered.picture.of:,} for its caption.",
         SIGN,

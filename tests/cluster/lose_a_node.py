@@ -10,7 +10,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from influencespace.stages.ray_session import start_ray
+from influencespace.engine.session import start_ray
 
 TASKS = 48
 BEFORE_THE_LOSS = 6
@@ -41,16 +41,16 @@ def main() -> None:
     )
     second = cluster.add_node(num_cpus=2, object_store_memory=OBJECT_STORE)
     try:
-        with start_ray(address=cluster.address) as runtime:
-            before = runtime.cores
+        with start_ray(address=cluster.address) as engine:
+            before = engine.cores
             results, lost = [], False
-            for result in runtime.map(SlowSquare(), range(TASKS), num_actors=4):
+            for result in engine.map(SlowSquare(), range(TASKS), num_actors=4):
                 results.append(result)
                 at_work = second.node_id in {node for *_, node in results}  # its workers may start late
                 if not lost and at_work and len(results) >= BEFORE_THE_LOSS:
                     cluster.remove_node(second, allow_graceful=False)
                     lost = True
-            outcome = {"results": results, "cores": [before, runtime.cores], "lost": second.node_id}
+            outcome = {"results": results, "cores": [before, engine.cores], "lost": second.node_id}
             Path(sys.argv[1]).write_text(json.dumps(outcome), encoding="utf-8")
     finally:
         cluster.shutdown()

@@ -30,13 +30,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {
         "data": {role: str(folder / "world" / role / "*.tar") for role in ("pool", "target")},
         "embed": {"encoder": str(folder / "encoder")},
-        "student": {
+        "proxy": {
             "train": {"steps": 10, "batch_size": 32, "dimension": 16},
             "folds": 2,
             "choose_steps": False,
             "contexts": 2,
         },
-        "attribute": {"quantiles": 4, "budget": 50, "placebo": 40},
+        "attribute": {"quantiles": 4, "budget": 50, "caption_control": 40},
         "train": {"seeds": [0], "methods": ["curated", "everything"]},
     }
 

@@ -95,9 +95,9 @@ def test_contexts_are_disjoint_with_distinct_images_and_skip_weightless_pairs(
     weights = (np.arange(len(images)) % 3 > 0).astype(float)
     if len(np.unique(images[weights > 0])) < 4:
         with pytest.raises(ValueError, match="four or more"):
-            batches.disjoint_contexts(images, size, count, 0, weights)
+            batches.disjoint_batches(images, size, count, 0, weights)
         return
-    contexts = batches.disjoint_contexts(images, size, count, 0, weights)
+    contexts = batches.disjoint_batches(images, size, count, 0, weights)
     together = np.concatenate(contexts)
     assert len(contexts) >= 2
     assert len(set(images[together])) == len(together)

@@ -38,7 +38,7 @@ def test_any_blocks_are_those_of_the_whole(kind: Kind, cuts: list[int], seed: in
 
 
 @pytest.mark.parametrize("block", [1, 77, GRANULE, 10 * GRANULE])
-def test_projecting_in_any_block_size_is_the_matrix_product(block: int) -> None:
+def test_projecting_in_any_bucket_size_is_the_matrix_product(block: int) -> None:
     projection, x = Dense(size=700, dimension=8, seed=3), vectors(4, 700)
     torch.testing.assert_close(projection(x, block), x @ projection.rows(0, 700), rtol=1e-12, atol=1e-12)
 

@@ -51,7 +51,7 @@ def test_leaders_are_those_of_one_after_another(n: int, seed: int, image: float,
 
 
 @given(n=st.integers(1, 40), seed=seeds, text=thresholds, block=st.integers(1, 12))
-def test_no_block_size_changes_the_groups(n: int, seed: int, text: float, block: int) -> None:
+def test_no_bucket_size_changes_the_groups(n: int, seed: int, text: float, block: int) -> None:
     U, T = pairs(n, seed)
     whole = near_leaders(U, T, 0.5, text)
     np.testing.assert_array_equal(near_leaders(U, T, 0.5, text, block), whole)

@@ -17,7 +17,7 @@ from influencespace.core.select import (
     KEPT,
     OVER_SIZE,
     REDUNDANT,
-    SelectConfig,
+    SelectionConfig,
     below_threshold,
     best_candidate,
     capped_weights,
@@ -43,7 +43,7 @@ def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_what_is_below_the_threshold_goes(pairs: tuple[np.ndarray, ...], unit: float, tau_low: float) -> None:
     score, se, predicted = pairs
     assume((score >= tau_low * unit).any())
-    subset = select(score, se, unit, predicted, SelectConfig(tau_low=tau_low, margin=0))
+    subset = select(score, se, unit, predicted, SelectionConfig(tau_low=tau_low, margin_se=0))
     np.testing.assert_array_equal(subset.kept, score >= tau_low * unit)
     np.testing.assert_array_equal(subset.reason, np.where(subset.kept, KEPT, HARMFUL))
     np.testing.assert_array_equal(subset.weight, subset.kept.astype(float))
@@ -54,7 +54,7 @@ def test_where_many_are_surely_harmful_some_less_sure_ones_go_along(
     pairs: tuple[np.ndarray, ...], rate: float
 ) -> None:
     score, se, _ = pairs
-    config = SelectConfig(false_share=rate)
+    config = SelectionConfig(max_false_discovery=rate)
     harmful = below_threshold(score, se, config)
     sure = score + config.margin * se < 0
     assert (harmful >= sure).all()
@@ -70,31 +70,31 @@ def test_the_more_are_surely_harmful_the_more_doubtful_ones_go_with_them() -> No
     doubtful, good = np.linspace(-0.25, -0.15, 10), np.full(10, 5.0)
     for sure, gone in ((0, 0), (10, 1), (60, 8), (600, 10)):
         score = np.concatenate([np.full(sure, -9.0), doubtful, good])
-        harmful = below_threshold(score, np.ones(len(score)), SelectConfig())
+        harmful = below_threshold(score, np.ones(len(score)), SelectionConfig())
         assert harmful[sure : sure + 10].tolist() == [True] * gone + [False] * (10 - gone)
         assert harmful[:sure].all()
         assert not harmful[sure + 10 :].any()
-        only = below_threshold(score, np.ones(len(score)), SelectConfig(false_share=0))
+        only = below_threshold(score, np.ones(len(score)), SelectionConfig(max_false_discovery=0))
         assert only.sum() == sure
-        held = margin_that_held(score, np.ones(len(score)), harmful, SelectConfig())
+        held = margin_that_held(score, np.ones(len(score)), harmful, SelectionConfig())
         np.testing.assert_array_equal(harmful, score < -held + 1e-12 if gone else score < -held)
-        assert held == pytest.approx(SelectConfig().margin if gone == 0 else -doubtful[gone - 1])
+        assert held == pytest.approx(SelectionConfig().margin if gone == 0 else -doubtful[gone - 1])
 
 
 def test_copies_of_a_harmful_pair_take_no_other_pair_along() -> None:
     score = np.concatenate([np.full(600, -9.0), np.linspace(-0.25, -0.15, 10), np.full(10, 5.0)])
     leader = np.arange(len(score)) == 0
     leader[600:] = True
-    harmful = below_threshold(score, np.ones(len(score)), SelectConfig(), leader)
+    harmful = below_threshold(score, np.ones(len(score)), SelectionConfig(), leader)
     assert harmful[:600].all()
     assert not harmful[600:].any()
-    copies = select(score, np.ones(len(score)), 1.0, score, SelectConfig(), redundant=~leader)
+    copies = select(score, np.ones(len(score)), 1.0, score, SelectionConfig(), redundant=~leader)
     np.testing.assert_array_equal(copies.reason == HARMFUL, harmful)
 
 
 def test_a_margin_is_kept_to_where_nothing_may_go_along() -> None:
     score = np.array([-40.0, 5.0])
-    assert not below_threshold(score, np.ones(2), SelectConfig(margin=100, false_share=0)).any()
+    assert not below_threshold(score, np.ones(2), SelectionConfig(margin_se=100, max_false_discovery=0)).any()
 
 
 @given(pairs=scored())
@@ -103,10 +103,10 @@ def test_caution_keeps_all_that_the_plain_rule_keeps_and_what_is_uncertain(
 ) -> None:
     score, se, predicted = pairs
     assume((score >= 0).any())
-    plain = select(score, se, 1.0, predicted, SelectConfig(margin=0))
-    cautious = select(score, se, 1.0, predicted, SelectConfig(cautious=True))
-    assert (cautious.kept >= plain.kept).all()
-    np.testing.assert_array_equal(cautious.kept, score + 1.96 * se >= 0)
+    plain = select(score, se, 1.0, predicted, SelectionConfig(margin_se=0))
+    conservative = select(score, se, 1.0, predicted, SelectionConfig(conservative=True))
+    assert (conservative.kept >= plain.kept).all()
+    np.testing.assert_array_equal(conservative.kept, score + 1.96 * se >= 0)
 
 
 @given(pairs=scored(), size=st.floats(0.01, 1))
@@ -115,7 +115,7 @@ def test_a_target_size_is_met_exactly_and_what_helps_least_goes(
 ) -> None:
     score, se, predicted = pairs
     assume((score >= 0).any())
-    subset = select(score, se, 1.0, predicted, SelectConfig(target_size=size, margin=0))
+    subset = select(score, se, 1.0, predicted, SelectionConfig(target_size=size, margin_se=0))
     helpful = score >= 0
     assert subset.kept.sum() == min(helpful.sum(), max(1, round(size * len(score))))
     assert not (subset.kept & ~helpful).any()
@@ -132,7 +132,7 @@ def test_copies_go_before_anything_that_helps(pairs: tuple[np.ndarray, ...], siz
     score = score[leader]  # copies have the score of their group
     copy = leader != np.arange(len(score))
     assume((score >= 0).any())
-    config = SelectConfig(target_size=size, margin=0)
+    config = SelectionConfig(target_size=size, margin_se=0)
     subset = select(score, np.zeros_like(score), 1.0, predicted, config, redundant=copy)
     np.testing.assert_array_equal(subset.reason == HARMFUL, score < 0)
     np.testing.assert_array_equal(subset.reason == REDUNDANT, (score >= 0) & copy)
@@ -143,7 +143,7 @@ def test_copies_go_before_anything_that_helps(pairs: tuple[np.ndarray, ...], siz
 def test_a_further_caption_of_an_image_counts_half_a_deviation_less() -> None:
     """The third pair is the second of its image, and too little above the first to stay before it."""
     predicted = np.array([0.0, 1.0, 0.2, 1.0])
-    config = SelectConfig(target_size=0.75)
+    config = SelectionConfig(target_size=0.75)
     nothing = np.zeros(4)
     subset = select(nothing, nothing, 1.0, predicted, config, image=np.array([0, 1, 1, 2]))
     assert subset.reason.tolist() == [KEPT, KEPT, OVER_SIZE, KEPT]
@@ -152,16 +152,16 @@ def test_a_further_caption_of_an_image_counts_half_a_deviation_less() -> None:
 
 def test_a_subset_without_pairs_is_refused() -> None:
     with pytest.raises(InputError, match=r"every pair scores below tau_low = 0\.0"):
-        select(np.array([-1.0, -2.0]), np.zeros(2), 1.0, np.zeros(2), SelectConfig())
+        select(np.array([-1.0, -2.0]), np.zeros(2), 1.0, np.zeros(2), SelectionConfig())
 
 
-@given(pairs=scored(), tau_high=st.floats(0.05, 10), cap=st.floats(1, 8))
+@given(pairs=scored(), temperature=st.floats(0.05, 10), cap=st.floats(1, 8))
 def test_influence_weights_have_mean_one_rise_with_what_is_predicted_and_stay_below_the_cap(
-    pairs: tuple[np.ndarray, ...], tau_high: float, cap: float
+    pairs: tuple[np.ndarray, ...], temperature: float, cap: float
 ) -> None:
     score, se, predicted = pairs
     assume((score >= 0).any())
-    config = SelectConfig(weights="influence", tau_high=tau_high, max_weight=cap, margin=0)
+    config = SelectionConfig(weighting="influence", temperature=temperature, max_weight=cap, margin_se=0)
     subset = select(score, se, 1.0, predicted, config)
     kept = subset.weight[subset.kept]
     assert kept.mean() == pytest.approx(1, rel=1e-4)
@@ -178,7 +178,7 @@ def test_weights_along_an_axis_follow_what_it_says_of_influence_in_any_unit(
     axes, other = generator.normal(size=(300, 2)), generator.normal(size=300)
     rows, stands_for = generator.permutation(300)[:200], generator.uniform(1, 3, 200)
     influence = slope * axes[rows, 0] + 0.1 * generator.normal(size=200)
-    rule = SelectConfig(tau_high=temperature, max_weight=cap, clip_score_share=0.3)
+    rule = SelectionConfig(temperature=temperature, max_weight=cap, clip_score_share=0.3)
     weight = weights_along(axes, rows, influence, stands_for, 5, rule, other)
     predicted, _ = fit_additive(axes, rows, influence, 5, stands_for).predict(axes)
     followed = predicted + 0.3 * spread_like(other, predicted)
@@ -195,7 +195,7 @@ def test_weights_along_an_axis_follow_what_it_says_of_influence_in_any_unit(
 def test_weights_are_equal_where_nothing_is_known(influence: list[float]) -> None:
     axes = np.random.default_rng(0).normal(size=(40, 2))
     rows, alike = np.arange(len(influence)), np.ones(len(influence))
-    rule = SelectConfig(clip_score_share=0.5)
+    rule = SelectionConfig(clip_score_share=0.5)
     weight = weights_along(axes, rows, np.array(influence), alike, 5, rule, np.arange(40.0))
     np.testing.assert_allclose(weight, 1.0, atol=1e-6)
 
@@ -231,7 +231,7 @@ def test_utilities_far_apart_have_weights(cap: float) -> None:
 
 def test_a_high_temperature_is_uniform() -> None:
     score = np.linspace(0, 2, 9)
-    subset = select(score, score, 1.0, score, SelectConfig(weights="influence", tau_high=1e9))
+    subset = select(score, score, 1.0, score, SelectionConfig(weighting="influence", temperature=1e9))
     np.testing.assert_allclose(subset.weight, 1)
 
 
@@ -252,19 +252,19 @@ def test_the_top_fraction_has_its_size_and_no_better_row_outside(
         {"target_size": 0},
         {"target_size": 1.1},
         {"max_weight": 0.5},
-        {"tau_high": 0},
+        {"temperature": 0},
         {"margin": -1},
         {"tau_low": float("nan")},
     ],
 )
 def test_wrong_options_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
-        SelectConfig(**wrong)
+        SelectionConfig(**wrong)
 
 
 @given(
     score=arrays(np.float64, 40, elements=st.floats(-1, 1)),
-    floor=st.floats(0, 1),
+    min_group_share=st.floats(0, 1),
     size=st.none() | st.floats(0.1, 1),
     seed=st.integers(0, 99),
 )
@@ -274,9 +274,11 @@ def test_every_group_keeps_its_floor_and_no_copy_comes_back(
     generator = np.random.default_rng(seed)
     group, copy = generator.integers(0, 3, 40), generator.random(40) < 0.2
     score[0], copy[0] = 1.0, False
-    config = SelectConfig(margin=0, target_size=size, weights="uniform")
+    config = SelectionConfig(margin_se=0, target_size=size, weighting="uniform")
     before = select(score, np.zeros(40), 1.0, score, config, redundant=copy, group=group)
-    after = select(score, np.zeros(40), 1.0, score, replace(config, floor=floor), redundant=copy, group=group)
+    after = select(
+        score, np.zeros(40), 1.0, score, replace(config, min_group_share=floor), redundant=copy, group=group
+    )
     assert (after.kept >= before.kept).all()
     assert not after.kept[copy].any()
     np.testing.assert_array_equal(after.reason == KEPT, after.kept)
@@ -312,17 +314,17 @@ def test_a_score_that_tells_nothing_adds_nothing() -> None:
 
 
 def test_influences_that_are_all_alike_leave_weights_equal() -> None:
-    config = SelectConfig(weights="influence", margin=0)
+    config = SelectionConfig(weighting="influence", margin_se=0)
     weight = select(np.full(9, 0.5), np.full(9, 0.1), 0.0, np.full(9, 0.5), config).weight
     np.testing.assert_array_equal(weight, 1.0)
 
 
-def test_a_candidate_whose_student_diverged_is_never_the_best() -> None:
+def test_a_candidate_whose_proxy_diverged_is_never_the_best() -> None:
     assert best_candidate(np.array([[1.0, 1.0], [0.5, np.nan], [0.9, 0.9]])) == 2
 
 
 def test_pairs_of_one_image_are_no_subset() -> None:
     score, image = np.arange(1.0, 9.0), np.repeat(np.arange(4), 2)
-    config = SelectConfig(target_size=0.1)
+    config = SelectionConfig(target_size=0.1)
     with pytest.raises(InputError, match=r"only 1 of 8 pairs would be kept.*raise target_size"):
         select(score, np.full(8, 0.1), 1.0, score, config, image=image)

@@ -11,11 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from influencespace.data import consolidate as module
+from influencespace.data import merge as module
 from influencespace.data.artifacts import Manifest, write_manifest
-from influencespace.data.consolidate import Consolidated, Given, consolidate
-from influencespace.data.embeddings import EmbeddingTable, read_rejected
-from influencespace.data.parts import (
+from influencespace.data.chunks import (
     DIGEST,
     Digests,
     Embedded,
@@ -31,6 +29,8 @@ from influencespace.data.parts import (
     write_index,
     write_owned,
 )
+from influencespace.data.embeddings import EmbeddingTable, read_rejected
+from influencespace.data.merge import MergeReport, ProvidedEmbeddings, merge
 from influencespace.data.schema import ImageRef, Rejection, Sample
 from influencespace.data.uids import digest
 from influencespace.errors import InputError
@@ -67,8 +67,8 @@ def build(
     folder: Path,
     shards: Sequence[Sequence[Sample | Rejection]],
     failures: dict[bytes, str] | None = None,
-    given: Given | None = None,
-) -> Consolidated:
+    given: ProvidedEmbeddings | None = None,
+) -> MergeReport:
     """The artifact of these samples, a part for each shard, as the embed stage would make it."""
     parts = [folder / f"{i}.index.arrow" for i in range(len(shards))]
     for i, items in enumerate(shards):
@@ -78,7 +78,7 @@ def build(
     for i, path in enumerate(embeds):
         images, texts = read_owned(folder / "owned.arrow", i)
         write_embedded(path, "mark", embedded(images, failures), embedded(texts, failures))
-    done = consolidate(folder, parts, embeds, given)
+    done = merge(folder, parts, embeds, given)
     write_manifest(
         folder,
         Manifest(
@@ -132,7 +132,7 @@ def test_an_index_part_has_a_row_for_each_pair_and_rejection(tmp_path: Path) -> 
 
 
 def test_an_index_part_is_written_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("influencespace.data.parts.ROWS_A_BATCH", 3)
+    monkeypatch.setattr("influencespace.data.chunks.ROWS_A_BATCH", 3)
     write_index(tmp_path / "a", "mark", pair_rows("0.tar", SAMPLES))
     assert len(read_index(tmp_path / "a")) == 8
     assert read_index(tmp_path / "a", ["key"])["key"].num_chunks == 3
@@ -248,7 +248,7 @@ def test_small_blocks_give_the_same_files(tmp_path: Path, monkeypatch: pytest.Mo
 def test_pairs_without_a_given_embedding_are_rejected(tmp_path: Path) -> None:
     uids = as_digests(sorted(digest(uid) for uid in (b"u1#0", b"u3")))
     refused = {digest(b"u1#1"): "the embedding is zero"}
-    done = build(tmp_path, [SAMPLES[:2], SAMPLES[6:]], given=Given(keys=uids, refused=refused))
+    done = build(tmp_path, [SAMPLES[:2], SAMPLES[6:]], given=ProvidedEmbeddings(keys=uids, refused=refused))
     assert (done.rows_in, done.rows_out, done.rejected) == (4, 2, 2)
     rejected = {row["uid"]: row["reason"] for row in read_rejected(tmp_path).to_pylist()}
     assert rejected == {"u1#1": "the embedding is zero", "u2": "no embedding given"}

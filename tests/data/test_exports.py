@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from influencespace.data import exports
 from influencespace.data.artifacts import Manifest, read_manifest, write_json, write_manifest
-from influencespace.data.consolidate import PAIRS_SCHEMA
 from influencespace.data.exports import export, folder, parquet, pictures
 from influencespace.data.exports.npy import hash_of, to_numbers
+from influencespace.data.merge import PAIRS_SCHEMA
 from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import ImageRef, Sample
 from influencespace.data.uids import digest, pair_uids

@@ -12,20 +12,20 @@ import pytest
 from influencespace import pipeline
 from influencespace.config import load_config
 from influencespace.data.synthetic import WorldConfig, write_world
-from influencespace.stages.fit_encoder import FitEncoder
-from influencespace.stages.runtime import LocalRuntime
+from influencespace.engine.local import LocalEngine
+from influencespace.stages.ingest.fit_encoder import FitEncoder
 
 # Settings under which every stage still has work to do, but little.
 SMALL = (
-    "student.train.batch_size=48",
-    "student.train.steps=40",
-    "student.train.dimension=32",
-    "student.choose_steps=false",
-    "student.folds=2",
-    "student.contexts=2",
+    "proxy.train.batch_size=48",
+    "proxy.train.steps=40",
+    "proxy.train.dimension=32",
+    "proxy.choose_steps=false",
+    "proxy.folds=2",
+    "proxy.contexts=2",
     "curvature.rank=8",
     "attribute.quantiles=8",
-    "attribute.placebo=60",
+    "attribute.caption_control=60",
     "train.seeds=[0]",
 )
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -115,4 +115,4 @@ def run_here(world: Path, out: Path, **settings: Any) -> dict[str, Any]:
     data = {f"data.{role}": str(world / role) for role in pipeline.ROLES}
     given = {key.replace("__", "."): value for key, value in settings.items()}
     config = load_config(None, small | data | {"embed.encoder": str(world / "encoder")} | given)
-    return pipeline.run(config, out, LocalRuntime())
+    return pipeline.run(config, out, LocalEngine())

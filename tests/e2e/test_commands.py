@@ -19,7 +19,7 @@ from influencespace.data.pair_set import PairSet
 
 pytestmark = pytest.mark.e2e
 STAGES = (
-    "student",
+    "proxy",
     "cluster",
     "redundancy",
     "curvature",
@@ -95,7 +95,7 @@ def test_a_plan_is_calibrated_on_a_slice_and_leaves_nothing(
     for stage in ("embed", "split", *STAGES):
         assert stage in rows
         assert "?" not in rows[stage], "a time is unknown"
-    assert "300" in rows["student"]
+    assert "300" in rows["proxy"]
     said = " ".join(done.stdout.split())
     assert "pool 300, target 80, test 80" in said
     assert "extrapolated from 150 pairs" in said
@@ -117,7 +117,7 @@ def test_a_sweep_finds_settings_for_a_run(influencespace: Command, finished: Pat
     path = finished / "sweep" / "best.yaml"
     assert f"influencespace run {path} --out {finished}" in done.stdout
     chosen, own = load_config(path, {}), load_config(config, {})
-    for name in ("weights", "tau_low", "tau_high", "target_size"):
+    for name in ("weights", "tau_low", "temperature", "target_size"):
         assert getattr(chosen.curate, name) == best[name]
     assert replace(chosen, curate=own.curate) == own
     again = influencespace("sweep", config, "--out", finished, "--trials", 3)

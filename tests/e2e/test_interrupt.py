@@ -62,7 +62,7 @@ def test_an_interrupted_run_says_so(environment: dict[str, str], world: Path, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["embed/pool", "student", "train"])
+@pytest.mark.parametrize("stage", ["embed/pool", "proxy", "train"])
 def test_an_interrupted_run_continues_to_the_same_subset(
     influencespace: Command,
     environment: dict[str, str],

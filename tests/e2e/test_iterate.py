@@ -12,19 +12,19 @@ from conftest import run_here
 
 from influencespace import pipeline
 from influencespace.data.artifacts import file_digest, read_manifest
-from influencespace.data.blocks import read_columns
+from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
-from influencespace.stages.curate import KeptRows
-from influencespace.stages.runtime import LocalRuntime
+from influencespace.engine.local import LocalEngine
+from influencespace.stages.selection.selection import KeptRows
 
 pytestmark = pytest.mark.e2e
 # A threshold amid the scores, and no margin, so that every round prunes some pairs.
-SETTINGS = {"iterate": 3, "student__train__steps": 100, "curate__tau_low": 0.3, "curate__margin": 0.0}
+SETTINGS = {"iterate": 3, "proxy__train__steps": 100, "curate__tau_low": 0.3, "curate__margin": 0.0}
 FOLDERS = ("", "round-1", "round-2")
 
 
-class Idle(LocalRuntime):
-    """A runtime that is given no work but to look up which pairs a round kept."""
+class Idle(LocalEngine):
+    """A engine that is given no work but to look up which pairs a round kept."""
 
     def map(self, recipe: Any, tasks: Any, **options: Any) -> Iterator[Any]:
         assert all(isinstance(task, KeptRows) for task in tasks)
@@ -61,7 +61,7 @@ def test_each_round_curates_what_the_one_before_kept(rounds: Path) -> None:
     left = everything
     for folder in FOLDERS:
         curate, size = rounds / folder / "curate", len(left)
-        for stage in ("student", "cluster", "attribute"):
+        for stage in ("proxy", "cluster", "attribute"):
             manifest = read_manifest(rounds / folder / stage)
             assert manifest is not None
             assert manifest.rows_out == size
@@ -137,7 +137,7 @@ def test_rounds_end_when_the_target_loss_stops_falling(
     assert ("evaluate (round 3)" in summary["stages"]) == (made == 3)
 
 
-def test_the_losses_are_those_of_the_curated_students(world: Path, rounds: Path) -> None:
+def test_the_losses_are_those_of_the_curated_proxies(world: Path, rounds: Path) -> None:
     """The same run by its own losses: they fall up to the last round but one."""
     summary = run_here(world, rounds, **SETTINGS)
     losses = [each["target_loss"] for each in summary["rounds"]]
@@ -155,13 +155,13 @@ def test_the_losses_are_those_of_the_curated_students(world: Path, rounds: Path)
 def test_a_second_call_does_nothing(world: Path, rounds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifests = sorted(rounds.rglob("manifest.json"))
     before = [path.stat().st_mtime_ns for path in manifests]
-    monkeypatch.setattr("conftest.LocalRuntime", Idle)
+    monkeypatch.setattr("conftest.LocalEngine", Idle)
     again = run_with_losses(world, rounds, (3.0, 2.0, 1.0), monkeypatch)
     assert len(again["rounds"]) == 3
     assert [path.stat().st_mtime_ns for path in manifests] == before
 
 
-def test_dynamic_students_of_a_later_round_weigh_what_it_has_scored(
+def test_dynamic_proxies_of_a_later_round_weigh_what_it_has_scored(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"iterate": 2, "train__methods": ["curated", "dynamic"], "train__refresh": 40}

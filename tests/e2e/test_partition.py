@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 pytestmark = pytest.mark.e2e
 
 # A threshold amid the scores.
-PRUNED = {"student__train__steps": 100, "curate__tau_low": 0.2}
+PRUNED = {"proxy__train__steps": 100, "curate__tau_low": 0.2}
 # number of shards, seed of the order, and settings of who computes what at once
 DEALS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "two shards": (2, 1, {}),
@@ -24,9 +24,9 @@ DEALS: dict[str, tuple[int, int, dict[str, Any]]] = {
         3,
         {
             "embed__batch_size": 13,
-            "student__block_size": 37,
-            "cluster__block_size": 41,
-            "attribute__block_size": 29,
+            "proxy__bucket_size": 37,
+            "cluster__bucket_size": 41,
+            "attribute__bucket_size": 29,
         },
     ),
 }

@@ -18,13 +18,13 @@ from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import Sample
 
 pytestmark = pytest.mark.e2e
-METHODS = {"curated", "everything", "random", "clip_score", "student_clip_score", "neg_clip_loss"}
+METHODS = {"curated", "everything", "random", "clip_score", "proxy_clip_score", "neg_clip_loss"}
 STAGES = (
     "embed/pool",
     "embed/target",
     "embed/test",
     "split",
-    "student",
+    "proxy",
     "cluster",
     "redundancy",
     "curvature",
@@ -65,7 +65,7 @@ def test_the_same_command_again_does_nothing(influencespace: Command, world: Pat
 
 
 @pytest.mark.slow
-def test_a_dynamic_student_is_trained_where_it_is_asked_for(
+def test_a_dynamic_proxy_is_trained_where_it_is_asked_for(
     influencespace: Command, world: Path, finished: Path, tmp_path: Path
 ) -> None:
     """In a copy of the finished run, of which only the training and what follows are done anew."""
@@ -83,9 +83,9 @@ def test_a_dynamic_student_is_trained_where_it_is_asked_for(
     assert found["dynamic"]["kept_fraction"] == found["curated"]["kept_fraction"] < 1
     assert found["dynamic"]["steps"] == 40
     assert found["dynamic"]["mean_recall"] > 0
-    students = {method: file_digest(out / "train" / f"{method}-0.safetensors") for method in found}
-    assert len(set(students.values())) == 3
-    assert students["curated"] == file_digest(finished / "train" / "curated-0.safetensors")
+    proxies = {method: file_digest(out / "train" / f"{method}-0.safetensors") for method in found}
+    assert len(set(proxies.values())) == 3
+    assert proxies["curated"] == file_digest(finished / "train" / "curated-0.safetensors")
 
 
 def test_a_changed_decision_recomputes_only_what_follows(world: Path, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_killed_run_continues_to_the_same_subset(
     influencespace: Command, environment: dict[str, str], world: Path, finished: Path, tmp_path: Path
 ) -> None:
     arguments = run_arguments(world, tmp_path / "killed")
-    assert killed_in("student", arguments, tmp_path / "killed", environment)
+    assert killed_in("proxy", arguments, tmp_path / "killed", environment)
     done = influencespace(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert file_digest(tmp_path / "killed" / "curated.parquet") == file_digest(finished / "curated.parquet")

@@ -21,8 +21,8 @@ from influencespace.data.synthetic.dirt import scene_at
 from influencespace.data.synthetic.scenes import BACKGROUNDS
 from influencespace.errors import InputError
 from influencespace.models.encoders import load_encoder
-from influencespace.stages.curate import METHODS
-from influencespace.stages.fit_encoder import FitEncoder
+from influencespace.stages.ingest.fit_encoder import FitEncoder
+from influencespace.stages.selection.selection import METHODS
 
 pytestmark = pytest.mark.e2e
 CLASSES = tuple(BACKGROUNDS)

@@ -10,7 +10,7 @@ import torch
 from problems import Small
 from torch import Tensor
 
-from influencespace.estimators.nystrom import InfluenceScorer
+from influencespace.estimators.influence import InfluenceScorer
 from influencespace.estimators.problem import Batch, Estimator, Fold, Problem, Scorer, fitted, scores
 from influencespace.models.projected import ReducedSpace
 
@@ -22,7 +22,7 @@ def dense_gradients(problem: Problem, batch: Batch) -> Tensor:
     """Centred gradients of F_z (n, p), one forward-mode direction for each parameter; nan where no context judges."""
     eye = torch.eye(problem.space.size, dtype=torch.float64)
     scorer = InfluenceScorer(problem.space, eye, problem.bank, problem.objective, problem.batch_size)
-    return torch.from_numpy(np.nanmean(scorer(batch.inputs, batch.image).by_context, -1).T)
+    return torch.from_numpy(np.nanmean(scorer(batch.inputs, batch.image).by_batch, -1).T)
 
 
 def projection_matrix(reduced: ReducedSpace) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from influencespace.core.batches import disjoint_contexts, training_batches
-from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext, damping_of, floored
+from influencespace.core.batches import disjoint_batches, training_batches
+from influencespace.estimators.influence import CurvatureConfig, NegativeBatch, damping_of, floored
 from influencespace.estimators.problem import Batch, Checkpoint, Problem
 from influencespace.models.heads import Heads, initial_heads
 from influencespace.models.space import Inputs, Space
-from influencespace.models.training import StudentConfig, train_heads
+from influencespace.models.training import HeadsConfig, train_heads
 from influencespace.models.trajectory import Trajectory
 
 MEANINGS, INPUT, OUTPUT = 4, 6, 4
@@ -23,7 +23,7 @@ MEANINGS, INPUT, OUTPUT = 4, 6, 4
 
 @dataclass(frozen=True, kw_only=True)
 class Small:
-    """A pool of which a share is wrong, a clean target, and a student trained on all of the pool."""
+    """A pool of which a share is wrong, a clean target, and a proxy trained on all of the pool."""
 
     pairs: int = 96
     wrong_share: float = 0.25
@@ -35,10 +35,10 @@ class Small:
     temperature: float = 0.2
     loss: Literal["info_nce", "sigmoid"] = "info_nce"
     seed: int = 0
-    config: StudentConfig = field(init=False)
+    config: HeadsConfig = field(init=False)
 
     def __post_init__(self) -> None:
-        config = StudentConfig(
+        config = HeadsConfig(
             dimension=OUTPUT,
             steps=self.steps,
             batch_size=self.batch_size,
@@ -75,18 +75,18 @@ class Small:
         return list(training_batches(weights, image, self.batch_size, self.steps, seed))
 
     def train(self, weights: np.ndarray | None = None, seed: int = 0) -> Heads:
-        """A student trained by weight, from the same initial parameters for the same seed."""
+        """A proxy trained by weight, from the same initial parameters for the same seed."""
         weights = np.ones(self.pairs) if weights is None else weights
         heads = initial_heads(INPUT, INPUT, OUTPUT, seed).double()
         return train_heads(self.rows, self.batches(weights, seed), heads, self.config).heads
 
     @property
-    def target_contexts(self) -> list[RecordedContext]:
+    def target_contexts(self) -> list[NegativeBatch]:
         """One for InfoNCE. The sigmoid loss adds negatives up: as many as in training, or its bias is wrong for the target."""
         size = self.targets if self.loss == "info_nce" else self.batch_size
         chosen = torch.arange(self.targets).split(size)
         return [
-            RecordedContext(inputs=(self.target[0][rows], self.target[1][rows]), image=rows.numpy())
+            NegativeBatch(inputs=(self.target[0][rows], self.target[1][rows]), image=rows.numpy())
             for rows in chosen
         ]
 
@@ -109,13 +109,13 @@ class Small:
         trained = train_heads(
             self.rows, self.batches(np.ones(self.pairs), 0), heads, self.config, on_step=keep
         )
-        contexts = disjoint_contexts(np.arange(self.pairs), self.batch_size - 1, 4, seed=7)
+        contexts = disjoint_batches(np.arange(self.pairs), self.batch_size - 1, 4, seed=7)
         return Problem(
             space=Space(trained.heads),
             objective=self.config.objective,
             batch_size=self.batch_size,
             pool_size=self.pairs,
-            bank=[RecordedContext(inputs=self.rows(rows), image=rows) for rows in contexts],
+            bank=[NegativeBatch(inputs=self.rows(rows), image=rows) for rows in contexts],
             target=self.target_contexts,
             preconditioner=floored(trained.preconditioner),
             damping=damping_of(CurvatureConfig(damping_factor=1.0), trained.sum_of_learning_rates, 0.0),

@@ -9,15 +9,15 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from influencespace.core.contrastive import Pointwise, cross_entropy
 from influencespace.core.metrics import auroc
-from influencespace.core.objective import Pointwise, cross_entropy
 from influencespace.estimators.datainf import DataInf
-from influencespace.estimators.nystrom import RecordedContext
+from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.problem import Problem, scores
-from influencespace.estimators.student_problem import batch_of, student_problem
+from influencespace.estimators.proxy_problem import batch_of, proxy_problem
 from influencespace.models.predictor import Predictor
 from influencespace.models.projected import reduced_space
-from influencespace.models.training import StudentConfig
+from influencespace.models.training import HeadsConfig
 
 PROBLEM = laws.SMALL.problem
 GRADIENTS = laws.dense_gradients(PROBLEM, laws.WHOLE[0])
@@ -71,20 +71,20 @@ def test_large_damping_is_the_gradient_dot_product() -> None:
 
 
 @cache
-def wide() -> tuple[Problem, RecordedContext]:
+def wide() -> tuple[Problem, NegativeBatch]:
     """A classifier of one block with five times more parameters than it is projected to."""
     torch.manual_seed(0)
     rule = torch.randn(64, 10, dtype=torch.float64)
     x = torch.randn(240, 64, dtype=torch.float64)
     y = torch.nn.functional.one_hot((x @ rule).argmax(1), 10).double()
     pool, target = (
-        RecordedContext(inputs=(x[rows], y[rows]), image=np.arange(len(x[rows])))
+        NegativeBatch(inputs=(x[rows], y[rows]), image=np.arange(len(x[rows])))
         for rows in (slice(0, 200), slice(200, 240))
     )
-    student = Predictor(torch.nn.Linear(64, 10, bias=False))
-    config = StudentConfig(steps=60, batch_size=20, learning_rate=0.1)
+    proxy = Predictor(torch.nn.Linear(64, 10, bias=False))
+    config = HeadsConfig(steps=60, batch_size=20, learning_rate=0.1)
     loss = Pointwise(cross_entropy)
-    return student_problem(pool, target, config, student=student, objective=loss, rule="sgd"), pool
+    return proxy_problem(pool, target, config, proxy=proxy, objective=loss, rule="sgd"), pool
 
 
 def test_projecting_hardly_changes_the_scores() -> None:

@@ -1,4 +1,4 @@
-"""An edit comes near the student really retrained on the same batches less the pairs, in float64."""
+"""An edit comes near the proxy really retrained on the same batches less the pairs, in float64."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -27,11 +27,11 @@ from influencespace.estimators.deletion import (
 )
 from influencespace.models.heads import initial_heads
 from influencespace.models.space import Inputs, Space
-from influencespace.models.training import StudentConfig
+from influencespace.models.training import HeadsConfig
 from influencespace.models.trajectory import Rule, State, Trajectory, loss_gradient, space_at, step
 
 PAIRS, INPUT = 60, 16
-CONFIG = StudentConfig(dimension=8, steps=80, batch_size=20, weight_decay=0.1, temperature=0.1)
+CONFIG = HeadsConfig(dimension=8, steps=80, batch_size=20, weight_decay=0.1, temperature=0.1)
 RATES: dict[Rule, float] = {"adamw": 1e-3, "sgd": 3e-3}
 IMAGES = np.arange(PAIRS) // 2  # two captions an image
 rules = pytest.mark.parametrize("rule", list(RATES))
@@ -109,7 +109,7 @@ def test_the_order_of_the_pairs_is_irrelevant() -> None:
     assert torch.equal(forward, backward)
 
 
-def test_a_deleted_pair_becomes_as_strange_as_to_the_retrained_student() -> None:
+def test_a_deleted_pair_becomes_as_strange_as_to_the_retrained_proxy() -> None:
     path, removed = path_of(), np.arange(0, 20, 2)
     ends = {
         "unedited": path.final,
@@ -181,7 +181,7 @@ def test_the_gradient_is_that_of_the_weighted_loss(weights: list[float]) -> None
     others = (w * torch.from_numpy(IMAGES[rows][:, None] != IMAGES[rows])) + torch.eye(len(w))
 
     def loss(theta: Tensor) -> Tensor:
-        u, t = functional_call(path.space.student, path.space.unflatten(theta), path.inputs(rows))
+        u, t = functional_call(path.space.proxy, path.space.unflatten(theta), path.inputs(rows))
         exponentials = (path.objective.scale * u @ t.T).exp()
         own = exponentials.diagonal()
         normalisers = (exponentials * others).sum(1).log() + (exponentials * others.T).sum(0).log()
@@ -213,7 +213,7 @@ def test_a_high_learning_rate_is_given_more_steps() -> None:
 
 def test_refusals() -> None:
     path = path_of()
-    with pytest.raises(InputError, match="train a student on the kept pairs instead"):
+    with pytest.raises(InputError, match="train a proxy on the kept pairs instead"):
         deletion_displacement(path, np.arange(PAIRS - 1), IMAGES)
     with pytest.raises(ValueError, match="one or more"):
         deletion_displacement(path, np.array([1]), IMAGES, steps=0)

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, hessian, jacrev
 from influencespace.core.info_nce import info_nce
 from influencespace.errors import InputError
 from influencespace.estimators.diff_in import DiffIn, interaction, presence
-from influencespace.estimators.nystrom import InfluenceScorer
+from influencespace.estimators.influence import InfluenceScorer
 from influencespace.estimators.problem import scores
 from influencespace.estimators.tracin import at_checkpoints
 from influencespace.models.space import Inputs, Space
@@ -29,7 +29,7 @@ def found() -> np.ndarray:
 
 
 def loss(theta: Tensor, space: Space, inputs: Inputs) -> Tensor:
-    u, t = functional_call(space.student, space.unflatten(theta), inputs)
+    u, t = functional_call(space.proxy, space.unflatten(theta), inputs)
     return info_nce(PROBLEM.objective.scale * u @ t.T)
 
 
@@ -38,7 +38,7 @@ def test_the_derivative_of_presence_is_what_the_influence_scorer_computes() -> N
     inputs = SMALL.rows(np.arange(9))
     scorer = InfluenceScorer(PROBLEM.space, v, PROBLEM.bank, PROBLEM.objective, PROBLEM.batch_size)
     jacobian = jacrev(presence(PROBLEM, inputs))(THETA)  # (C, 9, p)
-    truth = scorer(inputs, np.full(9, -1)).by_context  # (3, 9, C)
+    truth = scorer(inputs, np.full(9, -1)).by_batch  # (3, 9, C)
     np.testing.assert_allclose(torch.einsum("cnp,vp->vnc", jacobian, v), truth, atol=1e-10)
 
 

@@ -1,4 +1,4 @@
-"""EK-FAC against the whole curvature of a small student, in float64."""
+"""EK-FAC against the whole curvature of a small proxy, in float64."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ import torch
 from influencespace.errors import InputError
 from influencespace.estimators.ecif import Ecif, direction_of
 from influencespace.estimators.ekfac import EkFac, kronecker_blocks
-from influencespace.estimators.nystrom import CurvatureConfig, curvature_products
+from influencespace.estimators.influence import CurvatureConfig, curvature_products
 from influencespace.estimators.problem import scores
 from influencespace.models.projected import reduced_space
 
@@ -73,7 +73,7 @@ def test_heavy_damping_leaves_the_preconditioned_gradient() -> None:
     assert np.corrcoef(a, b)[0, 1] > 0.9
 
 
-def test_other_students_are_refused() -> None:
+def test_other_proxies_are_refused() -> None:
     reduced = reduced_space(PROBLEM.space, 4, 0).space
-    with pytest.raises(InputError, match="ekfac is for students that are linear heads"):
+    with pytest.raises(InputError, match="ekfac is for proxies that are linear heads"):
         scores(EkFac(), replace(PROBLEM, space=reduced), laws.WHOLE)

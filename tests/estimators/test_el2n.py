@@ -28,8 +28,8 @@ def loop(space: Space) -> list[float]:
             if z in context.image:
                 continue
             assert len(context.image) == PROBLEM.batch_size - 1
-            u, t = space.student(images[z : z + 1], texts[z : z + 1])
-            cu, ct = space.student(*context.inputs)
+            u, t = space.proxy(images[z : z + 1], texts[z : z + 1])
+            cu, ct = space.proxy(*context.inputs)
             rows = (
                 PROBLEM.objective.scale * u @ torch.cat([t, ct]).T,
                 PROBLEM.objective.scale * t @ torch.cat([u, cu]).T,
@@ -53,7 +53,7 @@ def test_early_is_at_the_first_checkpoint_where_there_is_one() -> None:
     np.testing.assert_array_equal(without, scores(El2n(), PROBLEM, laws.WHOLE))
 
 
-def test_early_reads_a_checkpoint_that_shares_its_module_with_the_trained_student() -> None:
+def test_early_reads_a_checkpoint_that_shares_its_module_with_the_trained_proxy() -> None:
     """As in a replayed training: the module holds the final parameters, the space those of the checkpoint."""
     own = PROBLEM.checkpoints[0].load()
     theta = own.flatten(own.parameters)

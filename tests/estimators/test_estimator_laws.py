@@ -11,7 +11,7 @@ from problems import Small
 
 from influencespace.core.metrics import auroc
 from influencespace.errors import InputError
-from influencespace.estimators.nystrom import RecordedContext
+from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.problem import scores
 from influencespace.estimators.table import TABLE
 from influencespace.models.trajectory import space_at
@@ -77,7 +77,7 @@ def test_wrong_captions_score_low(name: str, found: dict[str, np.ndarray]) -> No
 
 @pytest.mark.parametrize("name", sorted(set(TABLE) - BLIND))
 def test_the_sign_by_real_retraining(name: str, found: dict[str, np.ndarray]) -> None:
-    """Without the quarter that scores lowest a student has a lower target loss than without the quarter that scores highest."""
+    """Without the quarter that scores lowest a proxy has a lower target loss than without the quarter that scores highest."""
     order = np.argsort(found[name])
     quarter = SMALL.pairs // 4
 
@@ -94,9 +94,9 @@ def test_scores_are_linear_in_the_target(name: str, found: dict[str, np.ndarray]
     """The score for two halves of the target, each with its own negatives, is the mean of the scores for either."""
     half = SMALL.targets // 2
     rows = (torch.arange(half), torch.arange(half, SMALL.targets))
-    parts = [RecordedContext(inputs=(SMALL.target[0][r], SMALL.target[1][r]), image=r.numpy()) for r in rows]
+    parts = [NegativeBatch(inputs=(SMALL.target[0][r], SMALL.target[1][r]), image=r.numpy()) for r in rows]
 
-    def score(target: list[RecordedContext]) -> np.ndarray:
+    def score(target: list[NegativeBatch]) -> np.ndarray:
         return scores(TABLE[name](), replace(SMALL.problem, target=target), SMALL.cut())
 
     apart = (score(parts[:1]) + score(parts[1:])) / 2
@@ -123,7 +123,7 @@ def test_a_bad_pair_has_no_score_and_harms_no_other(name: str, value: float) -> 
 
 @pytest.mark.parametrize("name", sorted(set(TABLE) - {"random"}))
 def test_a_target_of_one_pair_is_an_error_for_people(name: str) -> None:
-    one = RecordedContext(inputs=(SMALL.target[0][:1], SMALL.target[1][:1]), image=np.arange(1))
+    one = NegativeBatch(inputs=(SMALL.target[0][:1], SMALL.target[1][:1]), image=np.arange(1))
     if name in BLIND_TO_TARGET:
         assert np.isfinite(scores(TABLE[name](), replace(SMALL.problem, target=[one]), SMALL.cut())).all()
         return

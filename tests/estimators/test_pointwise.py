@@ -8,32 +8,32 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian
 
+from influencespace.core.contrastive import Pointwise, cross_entropy, squared_error
 from influencespace.core.metrics import auroc
-from influencespace.core.objective import Pointwise, cross_entropy, squared_error
 from influencespace.errors import InputError
 from influencespace.estimators.datainf import DataInf
 from influencespace.estimators.ecif import Ecif
 from influencespace.estimators.el2n import El2n
 from influencespace.estimators.grad_dot import GradDot
-from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext
+from influencespace.estimators.influence import CurvatureConfig, NegativeBatch
 from influencespace.estimators.problem import FloatArray, Problem, scores
-from influencespace.estimators.student_problem import batch_of, student_problem
+from influencespace.estimators.proxy_problem import batch_of, proxy_problem
 from influencespace.estimators.table import TABLE
 from influencespace.estimators.tracin import TracIn
 from influencespace.estimators.trak import Trak
 from influencespace.estimators.unrolled import Unrolled
 from influencespace.models.predictor import Predictor
-from influencespace.models.training import StudentConfig
+from influencespace.models.training import HeadsConfig
 from influencespace.models.trajectory import Trajectory
 
 SAMPLES, CLASSES, FEATURES = 60, 3, 4
 FOR_PAIRS = {"ekfac", "clip_score", "neg_clip_loss", "norm_sim"}
 LOSSES = {"classes": cross_entropy, "numbers": squared_error}
-CONFIG = StudentConfig(steps=60, batch_size=16, learning_rate=0.02)
+CONFIG = HeadsConfig(steps=60, batch_size=16, learning_rate=0.02)
 kinds = pytest.mark.parametrize("kind", LOSSES)
 
 
-def samples(kind: str, count: int, seed: int, wrong: FloatArray | None = None) -> RecordedContext:
+def samples(kind: str, count: int, seed: int, wrong: FloatArray | None = None) -> NegativeBatch:
     """Inputs and the labels that a fixed linear rule gives them; wrong ones are another sample's."""
     rule = torch.from_numpy(np.random.default_rng(99).normal(size=(FEATURES, CLASSES)))
     x = torch.from_numpy(np.random.default_rng(seed).normal(size=(count, FEATURES)))
@@ -42,26 +42,26 @@ def samples(kind: str, count: int, seed: int, wrong: FloatArray | None = None) -
         y = nn.functional.one_hot(y.argmax(1), CLASSES).double()
     if wrong is not None:
         y = torch.where(torch.from_numpy(wrong)[:, None], y.roll(1, 1), y)
-    return RecordedContext(inputs=(x, y), image=np.arange(count))
+    return NegativeBatch(inputs=(x, y), image=np.arange(count))
 
 
 WRONG = np.random.default_rng(3).random(SAMPLES) < 0.2
 
 
 @cache
-def pool(kind: str) -> RecordedContext:
+def pool(kind: str) -> NegativeBatch:
     return samples(kind, SAMPLES, 1, WRONG)
 
 
 @cache
 def problem(kind: str) -> Problem:
     torch.manual_seed(0)
-    student = Predictor(nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES)))
-    return student_problem(
+    proxy = Predictor(nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES)))
+    return proxy_problem(
         pool(kind),
         samples(kind, 80, 2),
         CONFIG,
-        student=student,
+        proxy=proxy,
         objective=Pointwise(LOSSES[kind]),
         curvature=CurvatureConfig(damping_factor=1.0),
     )
@@ -71,9 +71,9 @@ def found(name: str, kind: str) -> FloatArray:
     return scores(TABLE[name](), problem(kind), [batch_of(pool(kind))])
 
 
-def losses(kind: str, theta: Tensor, data: RecordedContext) -> Tensor:
+def losses(kind: str, theta: Tensor, data: NegativeBatch) -> Tensor:
     space = problem(kind).space
-    u, y = functional_call(space.student, space.unflatten(theta), data.inputs)
+    u, y = functional_call(space.proxy, space.unflatten(theta), data.inputs)
     return LOSSES[kind](u, y)
 
 
@@ -89,7 +89,7 @@ def gradients(kind: str) -> Tensor:
     x, y = pool(kind).inputs
     rows = []
     for i in range(SAMPLES):
-        one = RecordedContext(inputs=(x[i : i + 1], y[i : i + 1]), image=np.arange(1))
+        one = NegativeBatch(inputs=(x[i : i + 1], y[i : i + 1]), image=np.arange(1))
         rows.append(grad(lambda q, one=one: losses(kind, q, one).sum())(theta(kind)))
     return torch.stack(rows)
 
@@ -113,8 +113,8 @@ def test_ecif_is_influence_through_the_dense_gauss_newton_matrix(kind: str) -> N
     G = torch.zeros(given.space.size, given.space.size, dtype=torch.float64)
     for context in given.bank:
 
-        def predictions(q: Tensor, data: RecordedContext = context) -> Tensor:
-            return functional_call(given.space.student, given.space.unflatten(q), data.inputs)[0]
+        def predictions(q: Tensor, data: NegativeBatch = context) -> Tensor:
+            return functional_call(given.space.proxy, given.space.unflatten(q), data.inputs)[0]
 
         u, y = predictions(theta(kind)), context.inputs[1]
         J = torch.autograd.functional.jacobian(predictions, theta(kind)).flatten(0, 1)
@@ -141,7 +141,7 @@ def test_datainf_is_its_papers_sum(kind: str) -> None:
 
 def test_trak_is_the_dense_kernel_of_log_odds() -> None:
     given, (x, y) = problem("classes"), pool("classes").inputs
-    probability = functional_call(given.space.student, given.space.unflatten(theta("classes")), (x, y))[
+    probability = functional_call(given.space.proxy, given.space.unflatten(theta("classes")), (x, y))[
         0
     ].softmax(1)
     right = (probability * y).sum(1)
@@ -154,7 +154,7 @@ def test_trak_is_the_dense_kernel_of_log_odds() -> None:
 
 def test_el2n_is_the_length_of_the_error() -> None:
     given, (x, y) = problem("classes"), pool("classes").inputs
-    u = functional_call(given.space.student, given.space.parameters, (x, y))[0]
+    u = functional_call(given.space.proxy, given.space.parameters, (x, y))[0]
     truth = -(u.softmax(1) - y).norm(dim=1).detach()
     np.testing.assert_allclose(scores(El2n(), given, [batch_of(pool("classes"))]), truth, rtol=1e-9)
 
@@ -168,7 +168,7 @@ def test_tracin_is_the_sum_over_checkpoints() -> None:
         at = space.flatten(space.parameters)
         v = grad(lambda q: losses("classes", q, target).mean())(at)
         for i in range(SAMPLES):
-            one = RecordedContext(inputs=(x[i : i + 1], y[i : i + 1]), image=np.arange(1))
+            one = NegativeBatch(inputs=(x[i : i + 1], y[i : i + 1]), image=np.arange(1))
             truth[i] += checkpoint.learning_rate * (
                 v @ grad(lambda q, one=one: losses("classes", q, one).sum())(at)
             )
@@ -178,7 +178,7 @@ def test_tracin_is_the_sum_over_checkpoints() -> None:
 
 @kinds
 def test_unrolled_is_leave_one_out_retraining(kind: str) -> None:
-    """Students really trained again on the same batches less one sample."""
+    """Proxies really trained again on the same batches less one sample."""
     given, target = problem(kind), samples(kind, 80, 2)
     path = given.trajectory
     assert path is not None
@@ -228,7 +228,7 @@ def test_a_bad_sample_has_no_score_and_harms_no_other(name: str) -> None:
     bad = x.clone()
     bad[3] = torch.nan
     good = np.delete(np.arange(SAMPLES), 3)
-    spoilt = RecordedContext(inputs=(bad, y), image=np.arange(SAMPLES))
+    spoilt = NegativeBatch(inputs=(bad, y), image=np.arange(SAMPLES))
     whole = scores(TABLE[name](), problem("classes"), [batch_of(spoilt)])
     alone = scores(TABLE[name](), problem("classes"), [batch_of(pool("classes"), good)])
     assert np.isnan(whole[3])

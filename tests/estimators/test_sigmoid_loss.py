@@ -5,10 +5,10 @@ import pytest
 import torch
 from problems import Small
 
+from influencespace.core.contrastive import Sigmoid
 from influencespace.core.metrics import auroc
-from influencespace.core.objective import Sigmoid
 from influencespace.errors import InputError
-from influencespace.estimators.nystrom import InfluenceScorer
+from influencespace.estimators.influence import InfluenceScorer
 from influencespace.estimators.problem import per_sample_gradients, scores
 from influencespace.estimators.table import TABLE
 from influencespace.estimators.unrolled import Unrolled
@@ -21,7 +21,7 @@ INFO_NCE_ONLY = {"ekfac", "trak", "el2n"}
 ABLE = sorted(set(TABLE) - INFO_NCE_ONLY - {"random", "norm_sim", "diff_in"})
 
 
-def test_the_problem_has_the_loss_of_its_student() -> None:
+def test_the_problem_has_the_loss_of_its_proxy() -> None:
     assert SMALL.problem.objective == Sigmoid(scale=10.0, bias=-10.0)
 
 
@@ -59,13 +59,13 @@ def test_per_sample_gradients_are_the_influences_along_every_direction() -> None
     problem, (batch,) = SMALL.problem, SMALL.cut()
     eye = torch.eye(problem.space.size, dtype=torch.float64)
     scorer = InfluenceScorer(problem.space, eye, problem.bank, problem.objective, problem.batch_size)
-    dense = np.nanmean(scorer(batch.inputs, batch.image).by_context, -1).T
+    dense = np.nanmean(scorer(batch.inputs, batch.image).by_batch, -1).T
     found = per_sample_gradients(problem, problem.space)(batch.inputs, batch.image)
     np.testing.assert_allclose(found, dense, rtol=1e-9, atol=1e-11)
 
 
 def test_unrolled_is_leave_one_out_retraining() -> None:
-    """Students really trained again on the same batches less one pair."""
+    """Proxies really trained again on the same batches less one pair."""
     small = Small(pairs=40, steps=30, learning_rate=0.01, temperature=0.1, loss="sigmoid")
 
     def retrained(pair: int) -> float:

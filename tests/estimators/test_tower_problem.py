@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, hessian, jacrev
 
+from influencespace.core.contrastive import InfoNce, added_loss, negative_loss
 from influencespace.core.info_nce import info_nce
-from influencespace.core.objective import InfoNce, added_loss, negative_loss
 from influencespace.errors import InputError
 from influencespace.estimators.ecif import Ecif, RoleScorer
 from influencespace.estimators.grad_dot import GradDot
-from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext
+from influencespace.estimators.influence import CurvatureConfig, NegativeBatch
 from influencespace.estimators.problem import Batch, Estimator, Problem, fitted
 from influencespace.estimators.tower_problem import tower_problem
 from influencespace.models.encoders import load_encoder
@@ -25,7 +25,7 @@ from influencespace.models.streamed import StreamedSpace
 from influencespace.models.tiny_clip import train_tiny_clip
 from influencespace.models.tower_parameters import tower_parameters
 from influencespace.models.tower_tangents import TowerTangents
-from influencespace.models.towers import TowerStudent
+from influencespace.models.towers import TowerModel
 
 SCALE, BATCH_SIZE = 4.0, 5
 LOSS = InfoNce(SCALE)
@@ -34,30 +34,30 @@ EXACT = CurvatureConfig(rank=40, max_rank=40, tolerance=1e-10, max_iterations=50
 
 
 @cache
-def student() -> TowerStudent:
+def proxy() -> TowerModel:
     """Trained for a few steps, so that no embedding is like all others."""
     images = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), np.uint8)
     captions = [" ".join(WORDS[(i * k) % 8] for k in (1, 3, 5)) for i in range(16)]
     with TemporaryDirectory() as folder:
         train_tiny_clip(images, captions, seed=0, out=Path(folder), steps=3, batch_size=8)
-        return TowerStudent(load_encoder(folder)).double()
+        return TowerModel(load_encoder(folder)).double()
 
 
 def some_pairs(count: int, seed: int) -> Inputs:
     random = np.random.default_rng(seed)
     pixels = torch.from_numpy(random.integers(0, 256, (count, 3, 64, 64), np.uint8))
-    return pixels, student().tokenize([" ".join(random.choice(WORDS, 3)) for _ in range(count)])
+    return pixels, proxy().tokenize([" ".join(random.choice(WORDS, 3)) for _ in range(count)])
 
 
-def recorded(count: int, seed: int) -> RecordedContext:
-    return RecordedContext(inputs=some_pairs(count, seed), image=np.arange(count) + 100 * seed)
+def recorded(count: int, seed: int) -> NegativeBatch:
+    return NegativeBatch(inputs=some_pairs(count, seed), image=np.arange(count) + 100 * seed)
 
 
 @cache
 def problem() -> Problem:
-    names = tower_parameters(student(), "*final_layer_norm*,*post_layernorm*")
+    names = tower_parameters(proxy(), "*final_layer_norm*,*post_layernorm*")
     return tower_problem(
-        StreamedSpace(student(), names, rows=3),
+        StreamedSpace(proxy(), names, rows=3),
         objective=LOSS,
         batch_size=BATCH_SIZE,
         pool_size=40,
@@ -70,7 +70,7 @@ BATCH = Batch(uid=list("abcd"), inputs=some_pairs(4, 9), image=np.arange(4), row
 
 
 def embedded(theta: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    u, t = functional_call(student(), problem().space.unflatten(theta), inputs)
+    u, t = functional_call(proxy(), problem().space.unflatten(theta), inputs)
     return u, t
 
 
@@ -110,7 +110,7 @@ def dense_curvature() -> Tensor:
     total = torch.zeros(problem().space.size, problem().space.size, dtype=torch.float64)
     for context in problem().bank:
 
-        def logits(theta: Tensor, context: RecordedContext = context) -> Tensor:
+        def logits(theta: Tensor, context: NegativeBatch = context) -> Tensor:
             u, t = embedded(theta, context.inputs)
             return (SCALE * u @ t.T).flatten()
 

@@ -15,9 +15,9 @@ from torch.func import functional_call, jacrev
 
 from influencespace.errors import InputError
 from influencespace.estimators.ecif import curvature_of
-from influencespace.estimators.nystrom import CurvatureConfig, RecordedContext
+from influencespace.estimators.influence import CurvatureConfig, NegativeBatch
 from influencespace.estimators.problem import Problem
-from influencespace.estimators.student_problem import batch_of, student_problem
+from influencespace.estimators.proxy_problem import batch_of, proxy_problem
 from influencespace.estimators.trace import (
     Candidates,
     Traced,
@@ -32,22 +32,22 @@ from influencespace.estimators.trace import (
     role_gradients,
 )
 from influencespace.models.projected import ReducedSpace, reduced_space
-from influencespace.models.training import StudentConfig
+from influencespace.models.training import HeadsConfig
 
 PROBLEM, BATCH = laws.SMALL.problem, laws.WHOLE[0]
-QUERIES = RecordedContext(inputs=embeddings(3, seed=9), image=np.array([-1, 4, -1]))
+QUERIES = NegativeBatch(inputs=embeddings(3, seed=9), image=np.array([-1, 4, -1]))
 SURE = CurvatureConfig(tolerance=1e-12, max_iterations=200)
 
 
-def roles(problem: Problem, queries: RecordedContext, query: int, parameters: dict[str, Tensor]) -> Tensor:
+def roles(problem: Problem, queries: NegativeBatch, query: int, parameters: dict[str, Tensor]) -> Tensor:
     """Pos_n and Neg_n as their definitions say, one context after another: (2,)."""
     images, texts = (side[query : query + 1] for side in queries.inputs)
     found = []
     for context in problem.bank:
         if queries.image[query] in context.image:
             continue
-        u, t = functional_call(problem.space.student, parameters, (images, texts))
-        cu, ct = functional_call(problem.space.student, parameters, context.inputs)
+        u, t = functional_call(problem.space.proxy, parameters, (images, texts))
+        cu, ct = functional_call(problem.space.proxy, parameters, context.inputs)
         S = problem.objective.scale * torch.cat([cu, u]) @ torch.cat([ct, t]).T  # the query comes last
         own = (S[-1].logsumexp(0) + S[:, -1].logsumexp(0)) / 2 - S[-1, -1]
         more = [s[:-1].logsumexp(1) - s[:-1, :-1].logsumexp(1) for s in (S, S.T)]
@@ -55,7 +55,7 @@ def roles(problem: Problem, queries: RecordedContext, query: int, parameters: di
     return torch.stack(found).mean(0)
 
 
-def dense_roles(problem: Problem, queries: RecordedContext) -> Tensor:
+def dense_roles(problem: Problem, queries: NegativeBatch) -> Tensor:
     """(2, Q, p) by autograd, one query at a time."""
     rows = []
     for query in range(len(queries.image)):
@@ -70,7 +70,7 @@ def dense_curvature(problem: Problem) -> Tensor:
     return torch.stack(products).mean(0) + problem.damping * torch.diag(problem.preconditioner)
 
 
-def directions_of(problem: Problem, queries: RecordedContext, config: CurvatureConfig = SURE) -> Tensor:
+def directions_of(problem: Problem, queries: NegativeBatch, config: CurvatureConfig = SURE) -> Tensor:
     return query_directions(problem, queries, curvature_of(problem, config), config)
 
 
@@ -118,7 +118,7 @@ def test_parallel_roles_leave_the_projection_on_their_line() -> None:
 def test_queries_do_not_meet() -> None:
     whole = traced()
     for query in range(3):
-        one = RecordedContext(
+        one = NegativeBatch(
             inputs=tuple(side[query : query + 1] for side in QUERIES.inputs), image=QUERIES.image[[query]]
         )
         alone = make_tracer(PROBLEM, directions_of(PROBLEM, one))(BATCH.inputs, BATCH.image)
@@ -154,8 +154,8 @@ def test_projecting_a_direction_is_the_projection_matrix(
     torch.testing.assert_close(gradients, dense, rtol=1e-7, atol=1e-10)
 
 
-def wide_problem() -> tuple[Problem, RecordedContext]:
-    """A student of 2 x 24 x 12 parameters over 240 pairs, a quarter of them wrong."""
+def wide_problem() -> tuple[Problem, NegativeBatch]:
+    """A proxy of 2 x 24 x 12 parameters over 240 pairs, a quarter of them wrong."""
     maps = np.random.default_rng(0).normal(size=(2, 8, 24))
     generator = np.random.default_rng(1)
     meaning = generator.normal(size=(400, 8))
@@ -167,17 +167,17 @@ def wide_problem() -> tuple[Problem, RecordedContext]:
     ]
     sides[1][:60] = sides[1][:60].roll(1, 0)
     pool, target = (
-        RecordedContext(inputs=(sides[0][rows], sides[1][rows]), image=np.arange(400)[rows])
+        NegativeBatch(inputs=(sides[0][rows], sides[1][rows]), image=np.arange(400)[rows])
         for rows in (slice(0, 240), slice(240, 400))
     )
-    config = StudentConfig(dimension=12, steps=60, batch_size=32, learning_rate=0.02, temperature=0.2)
-    return student_problem(pool, target, config), pool
+    config = HeadsConfig(dimension=12, steps=60, batch_size=32, learning_rate=0.02, temperature=0.2)
+    return proxy_problem(pool, target, config), pool
 
 
 def test_leading_sides_find_more_of_the_right_pairs_than_random_ones() -> None:
     problem, pool = wide_problem()
     batch = batch_of(pool)
-    queries = RecordedContext(
+    queries = NegativeBatch(
         inputs=(problem.target[0].inputs[0][:8], problem.target[0].inputs[1][:8]), image=np.full(8, -1)
     )
     directions = directions_of(problem, queries)
@@ -229,13 +229,13 @@ def test_the_most_influential_have_the_sign_that_is_asked_for() -> None:
     assert most_influential(found, 0, 1, candidates=6, top=6).tolist() == [4]
 
 
-def loss(problem: Problem, queries: RecordedContext, query: int, theta: Tensor) -> float:
-    """Pos + Neg of a query by the student with parameters theta (p,)."""
+def loss(problem: Problem, queries: NegativeBatch, query: int, theta: Tensor) -> float:
+    """Pos + Neg of a query by the proxy with parameters theta (p,)."""
     return float(roles(problem, queries, query, problem.space.unflatten(theta)).sum())
 
 
 def without(problem: Problem, pairs: np.ndarray) -> Tensor:
-    """Parameters of the student really trained again without some pairs: (p,)."""
+    """Parameters of the proxy really trained again without some pairs: (p,)."""
     path = problem.trajectory
     assert path is not None
     return replace(path, batches=[rows[~np.isin(rows, pairs)] for rows in path.batches]).final
@@ -260,11 +260,11 @@ def planted(number: int) -> tuple[float, float, bool]:
     images, texts = embeddings(160, seed=3)
     query = images[number : number + 1].clone(), texts[number : number + 1].clone()
     images[100], texts[100] = query[0][0], texts[(texts[:100] @ query[1][0]).argmin()]
-    pool = RecordedContext(inputs=(images[:101], texts[:101]), image=np.arange(101))
-    target = RecordedContext(inputs=embeddings(40, seed=4), image=np.arange(40))
-    config = StudentConfig(dimension=4, steps=60, batch_size=16, learning_rate=0.02, temperature=0.2)
-    problem = student_problem(pool, target, config)
-    queries = RecordedContext(inputs=query, image=images_in_bank(problem.bank, query[0]))
+    pool = NegativeBatch(inputs=(images[:101], texts[:101]), image=np.arange(101))
+    target = NegativeBatch(inputs=embeddings(40, seed=4), image=np.arange(40))
+    config = HeadsConfig(dimension=4, steps=60, batch_size=16, learning_rate=0.02, temperature=0.2)
+    problem = proxy_problem(pool, target, config)
+    queries = NegativeBatch(inputs=query, image=images_in_bank(problem.bank, query[0]))
     tracer = make_tracer(problem, directions_of(problem, queries, CurvatureConfig()))
     found = tracer(pool.inputs, pool.image)
     end = problem.space.flatten(problem.space.parameters)

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad
 
 from influencespace.core.info_nce import info_nce
 from influencespace.errors import InputError
-from influencespace.estimators.nystrom import InfluenceScorer
+from influencespace.estimators.influence import InfluenceScorer
 from influencespace.estimators.problem import Checkpoint, Problem, scores
 from influencespace.estimators.tracin import TracIn, at_checkpoints
 from influencespace.estimators.unrolled import Unrolled
@@ -28,7 +28,7 @@ def found(preconditioned: bool = True) -> np.ndarray:
 
 def loss_gradient(space: Space, inputs: Inputs) -> Tensor:
     def loss(theta: Tensor) -> Tensor:
-        u, t = functional_call(space.student, space.unflatten(theta), inputs)
+        u, t = functional_call(space.proxy, space.unflatten(theta), inputs)
         return info_nce(SMALL.problem.objective.scale * u @ t.T)
 
     gradient: Tensor = grad(loss)(space.flatten(space.parameters))
@@ -82,7 +82,7 @@ def test_one_checkpoint_is_in_memory_at_a_time() -> None:
 
     class Watched(Space):
         def __init__(self, of: Space):
-            super().__init__(of.student)
+            super().__init__(of.proxy)
             alive.append(1)
             assert len(alive) <= 2  # the loop's own and the one that takes its place
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from influencespace.core.bank import own_loss_of_logits, pair_logits
+from influencespace.core.contrastive_influence import own_loss_of_logits, pair_logits
 from influencespace.core.metrics import auroc
 from influencespace.estimators.problem import scores
 from influencespace.estimators.trak import Trak, margins
@@ -20,7 +20,7 @@ PROBLEM = laws.SMALL.problem
 
 def loop() -> tuple[Tensor, Tensor]:
     """Margin gradients (n, p) and weights 1 - p (n,), pair by pair, with sums of exponentials as they are defined."""
-    student = copy.deepcopy(PROBLEM.space.student).requires_grad_(True)
+    proxy = copy.deepcopy(PROBLEM.space.proxy).requires_grad_(True)
     images, texts = laws.SMALL.pool
     rows, weights = [], []
     for z in range(laws.SMALL.pairs):
@@ -28,15 +28,15 @@ def loop() -> tuple[Tensor, Tensor]:
         for context in PROBLEM.bank:
             if z in context.image:
                 continue
-            u, t = student(images[z : z + 1], texts[z : z + 1])
-            cu, ct = student(*context.inputs)
+            u, t = proxy(images[z : z + 1], texts[z : z + 1])
+            cu, ct = proxy(*context.inputs)
             r = (PROBLEM.batch_size - 1) / len(cu)
             own = PROBLEM.objective.scale * u[0] @ t[0]
             for others in (ct @ u[0], cu @ t[0]):
                 odds = own.exp() / (r * (PROBLEM.objective.scale * others).exp().sum())
                 values.append(odds.log())
                 wrong.append(float(1 / (1 + odds.detach())))
-        g = torch.autograd.grad(torch.stack(values).mean(), list(student.parameters()))
+        g = torch.autograd.grad(torch.stack(values).mean(), list(proxy.parameters()))
         rows.append(torch.cat([part.flatten() for part in g]))
         weights.append(np.mean(wrong))
     return torch.stack(rows), torch.tensor(weights)
@@ -61,8 +61,8 @@ def test_the_loss_is_the_softplus_of_minus_the_margin() -> None:
     """So that its gradient is the margin's, weighted by the probability of a wrong match."""
     images, texts = laws.SMALL.pool
     with torch.no_grad():
-        u, t = PROBLEM.space.student(images, texts)
-        cu, ct = PROBLEM.space.student(*PROBLEM.bank[0].inputs)
+        u, t = PROBLEM.space.proxy(images, texts)
+        cu, ct = PROBLEM.space.proxy(*PROBLEM.bank[0].inputs)
     logits = pair_logits(u, t, cu, ct, PROBLEM.objective.scale)
     found = torch.nn.functional.softplus(-margins(*logits, 2.5)).mean(0)
     torch.testing.assert_close(found, own_loss_of_logits(*logits, 2.5))

@@ -1,4 +1,4 @@
-"""Unrolled influence against students that are really trained again, in float64."""
+"""Unrolled influence against proxies that are really trained again, in float64."""
 
 from dataclasses import replace
 from functools import cache
@@ -112,7 +112,7 @@ def test_removals_are_those_of_gradients_pair_by_pair() -> None:
 
     def slope(w: Tensor) -> Tensor:
         x = theta.clone().requires_grad_()
-        u, t = torch.func.functional_call(space.student, space.unflatten(x), inputs)
+        u, t = torch.func.functional_call(space.proxy, space.unflatten(x), inputs)
         loss = path.objective.weighted_loss(u, t, w)
         return torch.autograd.grad(loss, x, create_graph=True)[0] @ c
 

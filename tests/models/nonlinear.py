@@ -1,4 +1,4 @@
-"""A student that is not linear: a Space does not need heads."""
+"""A proxy that is not linear: a Space does not need heads."""
 
 import torch
 import torch.nn.functional as F

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from nonlinear import towers
 from torch import Tensor
 
-from influencespace.core.objective import InfoNce, added_loss
-from influencespace.estimators.nystrom import InfluenceScorer, RecordedContext
+from influencespace.core.contrastive import InfoNce, added_loss
+from influencespace.estimators.influence import InfluenceScorer, NegativeBatch
 from influencespace.models.gradients import PairGradients
 from influencespace.models.heads import initial_heads
 from influencespace.models.projected import reduced_space
@@ -22,7 +22,7 @@ SCALE, BATCH = 5.0, 12
 LOSS = InfoNce(SCALE)
 
 
-STUDENTS = {
+PROXYS = {
     "heads": lambda: Space(initial_heads(3, 5, 2, seed=0).double()),
     "one head": lambda: Space(initial_heads(3, 5, 2, seed=0).double(), ["text"]),
     "towers": lambda: Space(towers()),
@@ -30,9 +30,9 @@ STUDENTS = {
 }
 
 
-@pytest.fixture(params=STUDENTS)
+@pytest.fixture(params=PROXYS)
 def space(request: pytest.FixtureRequest) -> Space:
-    return STUDENTS[request.param]()
+    return PROXYS[request.param]()
 
 
 def random(n: int, seed: int) -> Inputs:
@@ -42,7 +42,7 @@ def random(n: int, seed: int) -> Inputs:
 
 
 BANK = [
-    RecordedContext(inputs=random(size, seed), image=np.arange(10 * seed, 10 * seed + size))
+    NegativeBatch(inputs=random(size, seed), image=np.arange(10 * seed, 10 * seed + size))
     for seed, size in ((1, 6), (2, 4), (3, 6))
 ]
 PAIRS = random(7, 9)
@@ -55,14 +55,14 @@ def gradients(space: Space, **options: object) -> PairGradients:
 
 def loop(space: Space) -> Tensor:
     """Gradients of the mean of F_z over the contexts without the pair's image, one autograd call each."""
-    student = copy.deepcopy(space.student).requires_grad_(True)
-    named = dict(student.named_parameters())
+    proxy = copy.deepcopy(space.proxy).requires_grad_(True)
+    named = dict(proxy.named_parameters())
     chosen = [named[name] for name in space.parameters]
     rows = []
     for z, image in enumerate(IMAGES):
-        u, t = student(PAIRS[0][z : z + 1], PAIRS[1][z : z + 1])
+        u, t = proxy(PAIRS[0][z : z + 1], PAIRS[1][z : z + 1])
         allowed = [context for context in BANK if image not in context.image]
-        values = [added_loss(LOSS, u, t, *student(*c.inputs), BATCH)[0] for c in allowed]
+        values = [added_loss(LOSS, u, t, *proxy(*c.inputs), BATCH)[0] for c in allowed]
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(torch.stack(values).mean(), chosen)]))
     return torch.stack(rows)
 
@@ -78,7 +78,7 @@ def test_along_a_direction_they_are_the_influences(space: Space) -> None:
     v = torch.randn(3, space.size, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     scorer = InfluenceScorer(space, v, BANK, LOSS, BATCH)
     found = gradients(space)
-    influence = np.nanmean(scorer(PAIRS, IMAGES).by_context, -1)
+    influence = np.nanmean(scorer(PAIRS, IMAGES).by_batch, -1)
     np.testing.assert_allclose((found(PAIRS, IMAGES) @ v.T).T, influence, rtol=1e-9, atol=1e-10)
     np.testing.assert_allclose(found.offset @ v.T, scorer.offset, rtol=1e-9, atol=1e-10)
     raw = gradients(space, centred=False)(PAIRS, IMAGES) - found(PAIRS, IMAGES)
@@ -88,7 +88,7 @@ def test_along_a_direction_they_are_the_influences(space: Space) -> None:
 @settings(max_examples=10, deadline=None)
 @given(cuts=st.lists(st.integers(0, 7), max_size=3), seed=st.integers(0, 1000))
 def test_any_partition_in_any_order_gives_the_same_gradients(cuts: list[int], seed: int) -> None:
-    found = gradients(STUDENTS["heads"]())
+    found = gradients(PROXYS["heads"]())
     whole, order = found(PAIRS, IMAGES), np.random.default_rng(seed).permutation(7)
     for rows in np.split(order, sorted(cuts)):
         part = found((PAIRS[0][rows], PAIRS[1][rows]), IMAGES[rows])
@@ -98,7 +98,7 @@ def test_any_partition_in_any_order_gives_the_same_gradients(cuts: list[int], se
 def test_a_bad_pair_is_a_row_of_nan_and_touches_no_other() -> None:
     images, texts = PAIRS[0].clone(), PAIRS[1].clone()
     images[1, 0], texts[4] = torch.inf, torch.nan
-    found = gradients(STUDENTS["heads"]())
+    found = gradients(PROXYS["heads"]())
     rows = found((images, texts), IMAGES)
     whole = found(PAIRS, IMAGES)
     bad = torch.isnan(rows).all(1)
@@ -109,14 +109,14 @@ def test_a_bad_pair_is_a_row_of_nan_and_touches_no_other() -> None:
 
 def test_a_batch_can_lie_in_one_context_or_be_empty() -> None:
     """Its pairs are judged by the others."""
-    found, inside = gradients(STUDENTS["heads"]()), np.full(7, 10)
+    found, inside = gradients(PROXYS["heads"]()), np.full(7, 10)
     assert torch.isfinite(found(PAIRS, inside)).all()
     assert found((PAIRS[0][:0], PAIRS[1][:0]), inside[:0]).shape == (0, 16)
 
 
 def test_a_pair_that_no_context_can_judge_is_a_row_of_nan() -> None:
-    shared = [RecordedContext(inputs=c.inputs, image=np.append(c.image[1:], 104)) for c in BANK]
-    found = PairGradients(space=STUDENTS["heads"](), bank=shared, objective=LOSS, batch_size=BATCH)
+    shared = [NegativeBatch(inputs=c.inputs, image=np.append(c.image[1:], 104)) for c in BANK]
+    found = PairGradients(space=PROXYS["heads"](), bank=shared, objective=LOSS, batch_size=BATCH)
     rows = found(PAIRS, IMAGES)
     assert torch.isnan(rows).all(1).nonzero().flatten().tolist() == [4]
     assert not torch.isnan(rows[[0, 1, 2, 3, 5, 6]]).any()
@@ -153,14 +153,14 @@ def test_the_projected_curvature_is_the_projection_of_the_curvature(space: Space
 
 
 def test_small_parameters_stay_whole_and_the_space_is_the_same() -> None:
-    space = STUDENTS["heads"]()
+    space = PROXYS["heads"]()
     reduced = reduced_space(space, 10, seed=0)
     assert reduced.space is space
     assert reduced.sizes == reduced.original_sizes == [6, 10]
 
 
 def test_a_projected_space_depends_on_its_seed_and_can_be_sent_away() -> None:
-    space = STUDENTS["towers"]()
+    space = PROXYS["towers"]()
 
     def rows(seed: int) -> Tensor:
         sent = pickle.loads(pickle.dumps(gradients(reduced_space(space, 2, seed).space)))

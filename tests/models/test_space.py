@@ -10,8 +10,8 @@ from nonlinear import towers
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev
 
+from influencespace.core.contrastive import InfoNce
 from influencespace.core.info_nce import info_nce, info_nce_terms
-from influencespace.core.objective import InfoNce
 from influencespace.models.heads import initial_heads
 from influencespace.models.space import Inputs, Space
 
@@ -23,7 +23,7 @@ def heads() -> nn.Module:
     return initial_heads(3, 5, 2, seed=0).double()
 
 
-STUDENTS = {
+PROXYS = {
     "heads": lambda: Space(heads()),
     "one head": lambda: Space(heads(), ["text"]),
     "towers": lambda: Space(towers()),
@@ -31,9 +31,9 @@ STUDENTS = {
 }
 
 
-@pytest.fixture(params=STUDENTS)
+@pytest.fixture(params=PROXYS)
 def space(request: pytest.FixtureRequest) -> Space:
-    return STUDENTS[request.param]()
+    return PROXYS[request.param]()
 
 
 def random(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -45,8 +45,8 @@ def context(n: int = 6) -> Inputs:
 
 
 def as_function(space: Space, inputs: Inputs) -> Callable[[Tensor], Inputs]:
-    """The student's outputs as a function of the flat vector: the slow truth."""
-    return lambda vector: functional_call(space.student, space.unflatten(vector), inputs)
+    """The proxy's outputs as a function of the flat vector: the slow truth."""
+    return lambda vector: functional_call(space.proxy, space.unflatten(vector), inputs)
 
 
 def position(space: Space) -> Tensor:
@@ -68,9 +68,9 @@ def test_size_counts_the_named_parameters(space: Space) -> None:
 
 
 @settings(max_examples=10, deadline=None)
-@given(name=st.sampled_from(sorted(STUDENTS)), directions=st.integers(1, 4), seed=st.integers(0, 1000))
+@given(name=st.sampled_from(sorted(PROXYS)), directions=st.integers(1, 4), seed=st.integers(0, 1000))
 def test_flatten_and_unflatten_are_inverse(name: str, directions: int, seed: int) -> None:
-    space = STUDENTS[name]()
+    space = PROXYS[name]()
     for vector in (random((space.size,), seed), random((directions, space.size), seed)):
         tree = space.unflatten(vector)
         for key, value in space.parameters.items():

@@ -15,14 +15,14 @@ from influencespace.core.info_nce import info_nce
 from influencespace.models.heads import Heads, initial_heads
 from influencespace.models.training import (
     Exchange,
-    StudentConfig,
+    HeadsConfig,
     Trained,
     adam_preconditioner,
     cosine_factor,
     train_heads,
 )
 
-CONFIG = StudentConfig(dimension=4, steps=8, batch_size=10, learning_rate=0.02, weight_decay=0.01)
+CONFIG = HeadsConfig(dimension=4, steps=8, batch_size=10, learning_rate=0.02, weight_decay=0.01)
 N = 40
 
 
@@ -33,11 +33,11 @@ def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return F.normalize(common + noise[0], dim=-1).to(dtype), F.normalize(common + noise[1], dim=-1).to(dtype)
 
 
-def batches(config: StudentConfig = CONFIG) -> list[np.ndarray]:
+def batches(config: HeadsConfig = CONFIG) -> list[np.ndarray]:
     return list(training_batches(np.ones(N), np.arange(N), config.batch_size, config.steps, seed=1))
 
 
-def fit(config: StudentConfig = CONFIG, exchange: Exchange | None = None) -> Trained:
+def fit(config: HeadsConfig = CONFIG, exchange: Exchange | None = None) -> Trained:
     images, texts = data()
     heads = initial_heads(6, 6, config.dimension, seed=2).double()
     return train_heads(
@@ -170,7 +170,7 @@ class Threads:
 
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("batch_size", [10, 7])
-def test_workers_that_share_every_batch_train_the_same_student(workers: int, batch_size: int) -> None:
+def test_workers_that_share_every_batch_train_the_same_proxy(workers: int, batch_size: int) -> None:
     config = replace(CONFIG, batch_size=batch_size)
     alone = fit(config)
     board = Board(workers)

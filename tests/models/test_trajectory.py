@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian
 
 from influencespace.core.batches import training_batches
+from influencespace.core.contrastive import InfoNce
 from influencespace.core.info_nce import info_nce
-from influencespace.core.objective import InfoNce
 from influencespace.models.heads import Heads, initial_heads
 from influencespace.models.space import Inputs, Space
-from influencespace.models.training import StudentConfig, cosine_factor, train_heads
+from influencespace.models.training import HeadsConfig, cosine_factor, train_heads
 from influencespace.models.trajectory import (
     Rule,
     State,
@@ -28,7 +28,7 @@ from influencespace.models.trajectory import (
 )
 
 N, D_IN = 30, 5
-CONFIG = StudentConfig(
+CONFIG = HeadsConfig(
     dimension=3, steps=11, batch_size=8, learning_rate=0.03, weight_decay=0.1, temperature=0.3
 )
 RULES: list[Rule] = ["adamw", "sgd"]
@@ -56,8 +56,8 @@ def heads() -> Heads:
     return initial_heads(D_IN, D_IN, CONFIG.dimension, seed=2).double()
 
 
-def flat(student: Heads) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
+def flat(proxy: Heads) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in proxy.parameters()])
 
 
 def trajectory(rule: Rule = "adamw") -> Trajectory:
@@ -74,20 +74,18 @@ def trajectory(rule: Rule = "adamw") -> Trajectory:
 
 def trained_by_torch(rule: Rule) -> list[Tensor]:
     """Parameters after each step, by the trainer or by torch.optim.SGD."""
-    student, path = heads(), []
+    proxy, path = heads(), []
     if rule == "adamw":
-        train_heads(rows, batches(), student, CONFIG, on_step=lambda step, loss: path.append(flat(student)))
+        train_heads(rows, batches(), proxy, CONFIG, on_step=lambda step, loss: path.append(flat(proxy)))
         return path
-    optimizer = torch.optim.SGD(
-        student.parameters(), lr=CONFIG.learning_rate, weight_decay=CONFIG.weight_decay
-    )
+    optimizer = torch.optim.SGD(proxy.parameters(), lr=CONFIG.learning_rate, weight_decay=CONFIG.weight_decay)
     for index, batch in enumerate(batches()):
         optimizer.param_groups[0]["lr"] = CONFIG.learning_rate * cosine_factor(index, CONFIG.steps)
-        u, t = student(*rows(batch))
+        u, t = proxy(*rows(batch))
         optimizer.zero_grad()
         info_nce(u @ t.T / CONFIG.temperature).backward()
         optimizer.step()
-        path.append(flat(student))
+        path.append(flat(proxy))
     return path
 
 
@@ -95,7 +93,7 @@ SPACE = Space(heads())
 
 
 def target_loss(theta: Tensor) -> Tensor:
-    u, t = functional_call(SPACE.student, SPACE.unflatten(theta), TARGET)
+    u, t = functional_call(SPACE.proxy, SPACE.unflatten(theta), TARGET)
     return info_nce(u @ t.T / CONFIG.temperature)
 
 
@@ -121,10 +119,10 @@ def test_paths_of_any_length_are_walked_back(steps: int) -> None:
     assert [index for index, _ in path.backwards()] == list(reversed(range(steps)))
 
 
-def test_a_student_trained_in_place_does_not_move_its_path() -> None:
-    student = heads()
-    path = replace(trajectory(), space=Space(student))
-    train_heads(rows, batches(), student, CONFIG)
+def test_a_proxy_trained_in_place_does_not_move_its_path() -> None:
+    proxy = heads()
+    path = replace(trajectory(), space=Space(proxy))
+    train_heads(rows, batches(), proxy, CONFIG)
     torch.testing.assert_close(path.final, trajectory().final, rtol=0, atol=0)
 
 
@@ -132,7 +130,7 @@ def test_products_with_the_hessian_are_those_of_the_dense_one() -> None:
     space, inputs = Space(heads()), rows(batches()[0])
 
     def loss(theta: Tensor) -> Tensor:
-        u, t = functional_call(space.student, space.unflatten(theta), inputs)
+        u, t = functional_call(space.proxy, space.unflatten(theta), inputs)
         return info_nce(4.0 * u @ t.T)
 
     theta = flat(heads())

@@ -11,7 +11,7 @@ from tiny_encoders import CAPTIONS, FAMILY_MAKERS
 from torch import Tensor, nn
 
 from influencespace.core.batches import training_batches
-from influencespace.core.objective import InfoNce, Sigmoid
+from influencespace.core.contrastive import InfoNce, Sigmoid
 from influencespace.errors import InputError
 from influencespace.models.dual_encoder import DualEncoder
 from influencespace.models.encoders import load_encoder

@@ -20,9 +20,9 @@ from influencespace.data.embeddings import EmbeddingTable, read_rejected
 from influencespace.data.readers import list_shards
 from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.data.uids import digest
-from influencespace.stages.embed import embed
-from influencespace.stages.runtime import LocalRuntime
-from influencespace.stages.towers import EmbedConfig
+from influencespace.engine.local import LocalEngine
+from influencespace.stages.ingest.embed import embed
+from influencespace.stages.ingest.encode import EmbedConfig
 
 HOSTILE = (
     '<script>alert(1)</script><img src=https://evil.example/x.png onerror=alert(2)> & "quoted" {{ 7 * 7 }}'
@@ -30,7 +30,7 @@ HOSTILE = (
 HOSTILE_UID = "\"><script>alert('uid')</script>"
 QUANTILES = 20
 UNIT = 1e-5
-WARNING = "the student is not at rest: its mean in-training influence is 0.14 standard deviations"
+WARNING = "the proxy is not at rest: its mean in-training influence is 0.14 standard deviations"
 
 
 @dataclass
@@ -65,7 +65,7 @@ def write_run(run: Path, data: Path, images: int = 120, clusters: int = 6) -> di
         shards,
         config,
         run / "embed" / "pool",
-        LocalRuntime(),
+        LocalEngine(),
         load_encoder=lambda config, device: FakeEncoder(),
     )
     write_decisions(run, clusters)
@@ -146,19 +146,19 @@ def write_decisions(run: Path, clusters: int) -> None:
             "rule": "T < 0",
             "threshold": 0.0,
             "kept_fraction": float(keep.mean()),
-            "placebo": placebo(),
+            "caption_control": caption_control(),
             "warnings": [WARNING],
         },
     )
     write_manifest(run / "curate", manifest)
 
 
-def placebo() -> dict[str, float]:
+def caption_control() -> dict[str, float]:
     return {
         "estimated_wrong_share": 0.2431,
         "influence_top_half": 1.62 * UNIT,
         "influence_mean": 0.71 * UNIT,
-        "influence_placebo": -2.13 * UNIT,
+        "influence_permuted": -2.13 * UNIT,
     }
 
 
@@ -200,7 +200,7 @@ def invented_summary(run: Path) -> dict[str, Any]:
         "truncated_captions": 7,
         "stages": {
             "embed pool": {"seconds": 48.21, "rows_in": len(kept) + 2, "rows_out": len(kept), "rejected": 2},
-            "student": {"seconds": 9.7, "rows_in": len(kept)},
+            "proxy": {"seconds": 9.7, "rows_in": len(kept)},
             "cluster": {"seconds": 3.2, "rows_in": len(kept)},
             "curvature": {"seconds": 5.5, "rows_in": 4096},
             "attribute": {"seconds": 21.4, "rows_in": len(kept)},
@@ -210,7 +210,7 @@ def invented_summary(run: Path) -> dict[str, Any]:
         },
         "versions": {"python": "3.11.9", "influencespace": "0.1.0", "torch": "2.6.0", "ray": "2.50.0"},
         "seeds": [0, 1, 2],
-        "placebo": placebo(),
+        "caption_control": caption_control(),
         "notes": [
             "no target was given: the better half of 1,000 pairs of the pool, drawn by seed, is the target",
             WARNING,

@@ -97,7 +97,7 @@ def test_nothing_to_draw_draws_nothing() -> None:
     assert charts.influence_chart([empty]) == ""
     assert charts.recall_chart({}) == ""
     assert charts.recall_chart({"methods": {"curated": {"mean_recall": None}}}) == ""
-    assert charts.placebo_chart({"influence_mean": 1.0}) == ""
+    assert charts.caption_control_chart({"influence_mean": 1.0}) == ""
 
 
 def test_a_recall_without_interval_is_a_point() -> None:

@@ -172,9 +172,9 @@ def test_rejections_have_reasons_and_examples(page: Page) -> None:
     assert row[2] == "empty in dirt.tar"
 
 
-def test_notes_warnings_and_placebo_are_told(page: Page, summary: dict[str, Any]) -> None:
+def test_notes_warnings_and_caption_control_are_told(page: Page, summary: dict[str, Any]) -> None:
     assert summary["notes"][0] in page.text
-    assert page.text.count("the student is not at rest") == 1
+    assert page.text.count("the proxy is not at rest") == 1
     assert "24.3 %" in page.text
 
 
@@ -227,7 +227,7 @@ def test_numbers_that_are_not_known_are_not_invented(
     with_summary: Callable[[dict[str, Any]], Page], summary: dict[str, Any]
 ) -> None:
     summary["methods"] = {"curated": {"mean_recall": None}, "<new>": {"mean_recall": float("nan")}}
-    summary["placebo"] = {"influence_mean": 1.0}
+    summary["caption_control"] = {"influence_mean": 1.0}
     page = with_summary(summary)
     assert page.row("<new>")[1] == "– –"
     assert "nan" not in page.text.lower()
@@ -276,10 +276,10 @@ def test_a_later_round_may_be_the_best(
     (run / "curate").rename(run / "round-1" / "curate")
     losses = {"elsewhere/mine": 2.0, "elsewhere/mine/round-1": 1.0}
     summary["rounds"] = [{"folder": folder, "target_loss": loss} for folder, loss in losses.items()]
-    summary["stages"] |= {"student (round 2)": {"seconds": 7.77}}
+    summary["stages"] |= {"proxy (round 2)": {"seconds": 7.77}}
     page = with_summary(summary)
     assert len(page.all("svg")) == 4
-    assert page.text.index("evaluate") < page.text.index("student (round 2)")
+    assert page.text.index("evaluate") < page.text.index("proxy (round 2)")
 
 
 def test_many_reasons_are_summed_up(

@@ -111,12 +111,12 @@ def test_numbers_as_people_read_them() -> None:
     )
 
 
-def chosen(weights: str, tau_high: float, losses: dict[tuple[str, float], float]) -> dict[str, Any]:
+def chosen(weights: str, temperature: float, losses: dict[tuple[str, float], float]) -> dict[str, Any]:
     trials = [
-        {"weights": w, "tau_high": t, "target_loss": x, "confirmed": (w, t) == (weights, tau_high)}
+        {"weights": w, "temperature": t, "target_loss": x, "confirmed": (w, t) == (weights, temperature)}
         for (w, t), x in losses.items()
     ]
-    return {"weights": {"weights": weights, "tau_high": tau_high, "trials": trials}}
+    return {"weights": {"weights": weights, "temperature": temperature, "trials": trials}}
 
 
 def test_the_weights_are_told_with_what_retraining_said() -> None:
@@ -136,4 +136,4 @@ def test_the_weights_are_told_with_what_retraining_said() -> None:
     assert "CLIP score" not in weights_told(fair)[0]
     fair["weights"]["trials"][2] |= {"clip_score_share": 0.5}
     assert "by influence and, 0.5 times as much, by the given encoder's CLIP score" in weights_told(fair)[0]
-    assert weights_told({"weights": {"weights": "uniform", "tau_high": 1.0, "trials": []}}) == []
+    assert weights_told({"weights": {"weights": "uniform", "temperature": 1.0, "trials": []}}) == []

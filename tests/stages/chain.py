@@ -12,29 +12,29 @@ import pyarrow.parquet as pq
 from planted import Planted
 from safetensors.numpy import load_file
 
-from influencespace.core.select import SelectConfig
+from influencespace.core.select import SelectionConfig
 from influencespace.data.artifacts import Manifest, read_manifest
-from influencespace.data.blocks import read_columns
+from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
-from influencespace.estimators.nystrom import CurvatureConfig
-from influencespace.models.training import StudentConfig
-from influencespace.stages.attribute import AttributeConfig, attribute
-from influencespace.stages.cluster import ClusterConfig, cluster
-from influencespace.stages.confirm import serves_groups, with_chosen
-from influencespace.stages.curate import curate
-from influencespace.stages.curvature import TargetConfig, curvature
-from influencespace.stages.decide import Scores
-from influencespace.stages.dynamic import Reweighting
-from influencespace.stages.evaluate import EvaluateConfig, evaluate
-from influencespace.stages.fairness import fairness
-from influencespace.stages.redundancy import RedundancyConfig, redundancy
-from influencespace.stages.runtime import LocalRuntime, Pool, Recipe, Runtime
-from influencespace.stages.student import ALL, Student, StudentsConfig, students
-from influencespace.stages.towers import EmbedConfig
-from influencespace.stages.train import TrainConfig, train
+from influencespace.engine.local import Engine, LocalEngine, Pool, WorkerFactory
+from influencespace.estimators.influence import CurvatureConfig
+from influencespace.models.training import HeadsConfig
+from influencespace.stages.ingest.encode import EmbedConfig
+from influencespace.stages.proxies.proxies import ALL, Proxy, ProxyConfig, proxies
+from influencespace.stages.scoring.cluster import ClusterConfig, cluster
+from influencespace.stages.scoring.curvature import TargetConfig, curvature
+from influencespace.stages.scoring.fairness import fairness
+from influencespace.stages.scoring.influence import InfluenceConfig, attribute
+from influencespace.stages.selection.evidence import Scores
+from influencespace.stages.selection.redundancy import RedundancyConfig, redundancy
+from influencespace.stages.selection.selection import curate
+from influencespace.stages.selection.weighting import serves_groups, with_chosen
+from influencespace.stages.training.dynamic import Reweighting
+from influencespace.stages.training.evaluate import EvaluateConfig, evaluate
+from influencespace.stages.training.train import TrainConfig, train
 
 STAGES = (
-    "student",
+    "proxy",
     "cluster",
     "redundancy",
     "curvature",
@@ -55,14 +55,14 @@ class World:
     test: Planted
 
 
-def student_config(**changes: Any) -> StudentsConfig:
+def proxy_config(**changes: Any) -> ProxyConfig:
     train = {"dimension": 8, "steps": 20, "batch_size": 32, "learning_rate": 0.02}
     train |= {key: changes.pop(key) for key in list(changes) if key in train}
-    defaults = {"choose_steps": False, "folds": 3, "contexts": 3, "block_size": 100}
-    return StudentsConfig(train=StudentConfig(**train), **defaults | changes)
+    defaults = {"choose_steps": False, "folds": 3, "contexts": 3, "bucket_size": 100}
+    return ProxyConfig(train=HeadsConfig(**train), **defaults | changes)
 
 
-class Careful(LocalRuntime):
+class Careful(LocalEngine):
     """The plain loop, that fails where a cluster might wait for ever: at workers beside a pool, or for too many cores."""
 
     def __init__(self) -> None:
@@ -73,14 +73,14 @@ class Careful(LocalRuntime):
         return max(1, self.cores - 1)
 
     def map(
-        self, recipe: Recipe, tasks: Sequence[Any], *, num_cpus: float = 1, **options: Any
+        self, recipe: WorkerFactory, tasks: Sequence[Any], *, num_cpus: float = 1, **options: Any
     ) -> Iterator[Any]:
         assert not self._pool_lives, "a pool may hold every core: give its workers the job, by pool.run"
         assert num_cpus <= self.cores_per_task
         yield from super().map(recipe, tasks, **options)
 
     @contextmanager
-    def pool(self, recipe: Recipe, **options: Any) -> Iterator[Pool]:
+    def pool(self, recipe: WorkerFactory, **options: Any) -> Iterator[Pool]:
         assert not self._pool_lives, "a pool may hold every core, and here is another"
         self._pool_lives = True
         try:
@@ -96,18 +96,20 @@ class Chain:
 
     out: Path
     world: World
-    runtime: Runtime = field(default_factory=Careful)
+    engine: Engine = field(default_factory=Careful)
     encoder: str = "unused"
     source_folder: Path | None = None
-    student: StudentsConfig = field(default_factory=student_config)
-    cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(k=2, batch_size=64, block_size=50))
+    proxy: ProxyConfig = field(default_factory=proxy_config)
+    cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(k=2, batch_size=64, bucket_size=50))
     redundancy: RedundancyConfig = field(default_factory=RedundancyConfig)
     curvature: CurvatureConfig = field(default_factory=lambda: CurvatureConfig(rank=16))
     target: TargetConfig = field(default_factory=lambda: TargetConfig(folds=3))
-    attribute: AttributeConfig = field(
-        default_factory=lambda: AttributeConfig(quantiles=6, target_budget=10, placebo=40, block_size=64)
+    attribute: InfluenceConfig = field(
+        default_factory=lambda: InfluenceConfig(
+            quantiles=6, target_budget=10, caption_control=40, bucket_size=64
+        )
     )
-    select: SelectConfig = field(default_factory=SelectConfig)
+    select: SelectionConfig = field(default_factory=SelectionConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(seeds=(0, 1)))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
@@ -135,64 +137,64 @@ class Chain:
         """Run stages in their order, all when none is named; the last one's manifest."""
         return [getattr(self, f"_{stage}")() for stage in STAGES if stage in (stages or STAGES)][-1]
 
-    def _student(self) -> Manifest:
+    def _proxy(self) -> Manifest:
         pool, target = self.sets["pool"], self.sets["target"]
-        return students(pool, target, self.given(), self.student, self.out / "student", self.runtime)
+        return proxies(pool, target, self.given(), self.proxy, self.out / "proxy", self.engine)
 
     def _cluster(self) -> Manifest:
         pool = self.sets["pool"]
-        return cluster(pool, len(pool), self.given(), self.cluster, self.out / "cluster", self.runtime)
+        return cluster(pool, len(pool), self.given(), self.cluster, self.out / "cluster", self.engine)
 
     def _redundancy(self) -> Manifest:
         return redundancy(
             self.sets["pool"],
-            self.source / "student",
+            self.source / "proxy",
             self.source / "cluster",
-            self.given("student", "cluster"),
+            self.given("proxy", "cluster"),
             self.redundancy,
             self.out / "redundancy",
-            self.runtime,
+            self.engine,
         )
 
     def _curvature(self) -> Manifest:
         return curvature(
             self.sets["pool"],
             self.sets["target"],
-            self.student,
-            self.source / "student",
-            self.given("student"),
+            self.proxy,
+            self.source / "proxy",
+            self.given("proxy"),
             self.curvature,
             self.target,
             self.out / "curvature",
-            self.runtime,
+            self.engine,
         )
 
     def _attribute(self) -> Manifest:
         return attribute(
             self.sets["pool"],
-            self.student,
-            {name: self.source / name for name in ("student", "cluster", "curvature")},
-            self.given("student", "cluster", "curvature"),
+            self.proxy,
+            {name: self.source / name for name in ("proxy", "cluster", "curvature")},
+            self.given("proxy", "cluster", "curvature"),
             self.attribute,
             self.out / "attribute",
-            self.runtime,
+            self.engine,
         )
 
     def _fairness(self) -> Manifest:
         return fairness(
             self.sets["pool"],
             self.sets["target"],
-            self.student,
+            self.proxy,
             self.curvature,
-            self.source / "student",
+            self.source / "proxy",
             self.source / "attribute",
             serves_groups(self.select),
             self.attribute.form,
-            self.attribute.block_size,
+            self.attribute.bucket_size,
             (len(self.sets["pool"]), self.manifest("attribute").details["sample"]),
-            self.given("student", "attribute"),
+            self.given("proxy", "attribute"),
             self.out / "fairness",
-            self.runtime,
+            self.engine,
         )
 
     def _curate(self) -> Manifest:
@@ -202,26 +204,26 @@ class Chain:
             self.source / "attribute",
             self.source / "redundancy",
             self.source / "fairness",
-            self.source / "student",
-            self.given("student", "redundancy", "attribute", "fairness"),
+            self.source / "proxy",
+            self.given("proxy", "redundancy", "attribute", "fairness"),
             self.select,
-            self.student,
-            self.manifest("student").details["steps"],
+            self.proxy,
+            self.manifest("proxy").details["steps"],
             0,
             self.out / "curate",
-            self.runtime,
+            self.engine,
         )
 
     def _train(self) -> Manifest:
         return train(
             self.sets["pool"],
             self.source / "curate" / "weights.parquet",
-            self.student.train,
-            self.manifest("student").details["steps"],
+            self.proxy.train,
+            self.manifest("proxy").details["steps"],
             self.given("curate"),
             self.train,
             self.out / "train",
-            self.runtime,
+            self.engine,
             self.reweighting,
         )
 
@@ -230,8 +232,8 @@ class Chain:
         return Reweighting(
             pool=self.sets["pool"],
             target=self.sets["target"],
-            students=self.student,
-            student=Student(self.source / "student", ALL),
+            proxies=self.proxy,
+            proxy=Proxy(self.source / "proxy", ALL),
             scores=Scores(self.source / "attribute"),
             decided=with_chosen(self.select, self.manifest("curate").details),
         )
@@ -240,7 +242,7 @@ class Chain:
         return evaluate(
             self.sets["test"],
             self.sets["target"],
-            self.student,
+            self.proxy,
             self.source / "train",
             self.manifest("train").details["runs"],
             self.source / "curate" / "weights.parquet",
@@ -248,7 +250,7 @@ class Chain:
             self.given("train"),
             self.evaluate,
             self.out / "evaluate",
-            self.runtime,
+            self.engine,
         )
 
 
@@ -257,7 +259,7 @@ class Killed(BaseException):
 
 
 @dataclass
-class Counting(LocalRuntime):
+class Counting(LocalEngine):
     """The plain loop, that counts the tasks of its maps and may be killed after some of them."""
 
     most: float = float("inf")
@@ -271,17 +273,17 @@ class Counting(LocalRuntime):
                 raise Killed
 
 
-class Losing(LocalRuntime):
+class Losing(LocalEngine):
     """The plain loop on a bad cluster: the worker of every mapped task is lost as it ends, and the task is begun again."""
 
-    def map(self, recipe: Recipe, tasks: Sequence[Any], **options: Any) -> Iterator[Any]:
+    def map(self, recipe: WorkerFactory, tasks: Sequence[Any], **options: Any) -> Iterator[Any]:
         for task in tasks:
             _, answer = super().map(recipe, [task, task], **options)
             yield answer
 
 
-class Idle(LocalRuntime):
-    """A runtime that must not be given any work."""
+class Idle(LocalEngine):
+    """A engine that must not be given any work."""
 
     def map(self, *arguments: Any, **options: Any) -> Iterator[Any]:
         raise AssertionError("there was nothing to do")

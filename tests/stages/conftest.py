@@ -9,13 +9,13 @@ import pytest
 from chain import Chain, World
 from planted import plant
 
-from influencespace.stages.ray_runtime import RayRuntime
-from influencespace.stages.ray_session import start_ray
-from influencespace.stages.runtime import LocalRuntime
+from influencespace.engine.local import LocalEngine
+from influencespace.engine.ray_engine import RayEngine
+from influencespace.engine.session import start_ray
 
 
 @pytest.fixture(scope="session")
-def ray_runtime() -> Iterator[RayRuntime]:
+def ray_engine() -> Iterator[RayEngine]:
     """A Ray of 8 logical CPUs with its own home and a short temporary folder."""
     with tempfile.TemporaryDirectory(prefix="is-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         settings = {"HOME": folder, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled"}
@@ -27,8 +27,8 @@ def ray_runtime() -> Iterator[RayRuntime]:
         os.environ.pop("RAY_ADDRESS", None)
         os.environ.update(settings)
         try:
-            with start_ray(num_cpus=8) as runtime:
-                yield runtime
+            with start_ray(num_cpus=8) as engine:
+                yield engine
         finally:
             for name, value in before.items():
                 os.environ.pop(name, None)
@@ -37,8 +37,8 @@ def ray_runtime() -> Iterator[RayRuntime]:
 
 
 @pytest.fixture
-def local_runtime() -> LocalRuntime:
-    return LocalRuntime()
+def local_engine() -> LocalEngine:
+    return LocalEngine()
 
 
 @pytest.fixture(scope="session")

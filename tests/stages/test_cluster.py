@@ -9,10 +9,10 @@ import torch
 from chain import Chain, assert_equal_results
 from sklearn.metrics import adjusted_rand_score
 
-from influencespace.data.blocks import read_columns
+from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.models.fusion import fuse
-from influencespace.stages.cluster import ClusterConfig
+from influencespace.stages.scoring.cluster import ClusterConfig
 
 
 def cluster_by(truth: Chain, out: Path, **settings: object) -> Chain:
@@ -37,9 +37,9 @@ def test_every_pair_lies_at_its_nearest_centroid(truth: Chain) -> None:
     np.testing.assert_allclose(found["cosine"], cosine, atol=1e-6)
 
 
-@pytest.mark.parametrize("block_size", [16, 256])
-def test_blocks_change_nothing(truth: Chain, tmp_path: Path, block_size: int) -> None:
-    cluster_by(truth, tmp_path, k=2, batch_size=64, block_size=block_size)
+@pytest.mark.parametrize("bucket_size", [16, 256])
+def test_blocks_change_nothing(truth: Chain, tmp_path: Path, bucket_size: int) -> None:
+    cluster_by(truth, tmp_path, k=2, batch_size=64, bucket_size=bucket_size)
     assert_equal_results(truth.out / "cluster", tmp_path / "cluster", spreads=1e-5)
 
 

@@ -5,32 +5,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from chain import Chain, Counting, Killed, assert_equal_results, student_config
+from chain import Chain, Counting, Killed, assert_equal_results, proxy_config
 from safetensors.torch import load_file
 
-from influencespace.estimators.nystrom import CurvatureConfig, curvature_products
-from influencespace.stages.curvature import StudentSpace, TargetConfig, directions_of
-from influencespace.stages.student import Student, student_name
+from influencespace.estimators.influence import CurvatureConfig, curvature_products
+from influencespace.stages.proxies.proxies import Proxy, proxy_name
+from influencespace.stages.scoring.curvature import ProxySpace, TargetConfig, directions_of
 
 NAMES = ("all", "without_fold_0", "without_fold_1", "without_fold_2")
 
 
-def space(chain: Chain, name: str) -> StudentSpace:
-    return StudentSpace(
+def space(chain: Chain, name: str) -> ProxySpace:
+    return ProxySpace(
         pool=chain.sets["pool"],
         target=chain.sets["target"],
-        students=chain.student,
+        proxies=chain.proxy,
         config=chain.curvature,
         target_config=chain.target,
-        student=Student(chain.source / "student", name),
+        proxy=Proxy(chain.source / "proxy", name),
     )
 
 
 def curvature_by(truth: Chain, out: Path, **settings: object) -> dict[str, dict[str, float]]:
-    """What the curvature stage says about each student with other settings."""
+    """What the curvature stage says about each proxy with other settings."""
     chain = replace(truth, out=out, source_folder=truth.out, curvature=CurvatureConfig(**settings))
-    students: dict[str, dict[str, float]] = chain.run("curvature").details["students"]
-    return students
+    proxies: dict[str, dict[str, float]] = chain.run("curvature").details["proxies"]
+    return proxies
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,17 +43,17 @@ def test_directions_solve_the_damped_curvature_for_every_fold_of_the_target(trut
     left = curvature_products(s.space, s.contexts, x, s.objective, s.preconditioner) + s.damping * x
     residual = (left - g / root).norm(dim=1) / (g / root).norm(dim=1)
     assert float(residual.max()) < 2 * truth.curvature.tolerance
-    note = truth.manifest("curvature").details["students"][name]
+    note = truth.manifest("curvature").details["proxies"][name]
     assert note["residual"] == pytest.approx(float(residual.max()), rel=0.1, abs=1e-5)
     assert note["damping"] == pytest.approx(
-        truth.curvature.damping_factor / s.student.sum_of_learning_rates + truth.student.train.weight_decay
+        truth.curvature.damping_factor / s.proxy.sum_of_learning_rates + truth.proxy.train.weight_decay
     )
 
 
-def test_the_manifest_tells_of_every_student(truth: Chain) -> None:
-    students = truth.manifest("curvature").details["students"]
-    assert set(students) == set(NAMES) == {student_name(fold) for fold in (None, 0, 1, 2)}
-    for note in students.values():
+def test_the_manifest_tells_of_every_proxy(truth: Chain) -> None:
+    proxies = truth.manifest("curvature").details["proxies"]
+    assert set(proxies) == set(NAMES) == {proxy_name(fold) for fold in (None, 0, 1, 2)}
+    for note in proxies.values():
         assert 0 < note["effective_dimension"] <= note["rank"]
         assert note["residual"] <= truth.curvature.tolerance or note["iterations"] == 50
 
@@ -84,15 +84,15 @@ def test_the_result_does_not_depend_on_the_rank(truth: Chain, tmp_path: Path) ->
 def test_a_sketch_is_no_larger_than_the_space(
     truth: Chain, tmp_path: Path, settings: dict[str, float]
 ) -> None:
-    """A student of 16 x 2 + 16 x 2 parameters: more probes than these are not asked for."""
+    """A proxy of 16 x 2 + 16 x 2 parameters: more probes than these are not asked for."""
     chain = replace(
         truth,
         out=tmp_path,
-        student=student_config(dimension=2, steps=5),
+        proxy=proxy_config(dimension=2, steps=5),
         curvature=CurvatureConfig(max_rank=256, max_iterations=5, **settings),
     )
-    chain.run("student", "curvature")
-    assert {n["rank"] for n in chain.manifest("curvature").details["students"].values()} <= {20, 40, 64}
+    chain.run("proxy", "curvature")
+    assert {n["rank"] for n in chain.manifest("curvature").details["proxies"].values()} <= {20, 40, 64}
     eigenvalues = load_file(tmp_path / "curvature" / "all.safetensors")["eigenvalues"]
     assert len(eigenvalues) <= 64
 
@@ -136,8 +136,8 @@ class Cores(Counting):
 def test_a_run_killed_amid_the_probes_continues_with_another_number_of_cores(
     truth: Chain, tmp_path: Path
 ) -> None:
-    chain = replace(truth, out=tmp_path, source_folder=truth.out, runtime=Cores(most=2))
+    chain = replace(truth, out=tmp_path, source_folder=truth.out, engine=Cores(most=2))
     with pytest.raises(Killed):
         chain.run("curvature")
-    replace(chain, runtime=Cores(number=8)).run("curvature")
+    replace(chain, engine=Cores(number=8)).run("curvature")
     assert_equal_results(truth.out / "curvature", tmp_path / "curvature", spreads=1e-3)

@@ -1,4 +1,4 @@
-"""Dynamic curation: the curated student until the first refresh, then weights by what pairs are worth to it by now."""
+"""Dynamic curation: the curated proxy until the first refresh, then weights by what pairs are worth to it by now."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from influencespace.config import load_config
 from influencespace.core.additive import fit_additive
-from influencespace.core.select import SelectConfig, capped_weights
-from influencespace.data.blocks import read_columns
+from influencespace.core.select import SelectionConfig, capped_weights
+from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import InputError
 from influencespace.estimators.similarity import neg_clip_loss
 from influencespace.models.gradients import PairGradients
 from influencespace.models.heads import Heads
 from influencespace.models.space import Space
-from influencespace.stages import dynamic
-from influencespace.stages.decide import KNOTS, VALUE_AXES
-from influencespace.stages.dynamic import Reweighting, train_dynamically
-from influencespace.stages.student import TargetHalves
-from influencespace.stages.train import TrainConfig
+from influencespace.stages.proxies.proxies import TargetHalves
+from influencespace.stages.selection.evidence import KNOTS, VALUE_AXES
+from influencespace.stages.training import dynamic
+from influencespace.stages.training.dynamic import Reweighting, train_dynamically
+from influencespace.stages.training.train import TrainConfig
 
 BOTH = ("curated", "dynamic")
 
@@ -39,7 +39,7 @@ def train_by(truth: Chain, out: Path, **settings: Any) -> Chain:
     return chain
 
 
-def student(folder: Path, name: str) -> dict[str, Tensor]:
+def proxy(folder: Path, name: str) -> dict[str, Tensor]:
     return load_file(folder / "train" / f"{name}.safetensors")
 
 
@@ -48,19 +48,19 @@ def curated_weights(truth: Chain) -> np.ndarray:
 
 
 @pytest.mark.parametrize("refresh", [20, 1000])
-def test_without_a_refresh_it_is_the_curated_student(truth: Chain, tmp_path: Path, refresh: int) -> None:
+def test_without_a_refresh_it_is_the_curated_proxy(truth: Chain, tmp_path: Path, refresh: int) -> None:
     train_by(truth, tmp_path, refresh=refresh)
-    torch.testing.assert_close(student(tmp_path, "dynamic-0"), student(tmp_path, "curated-0"), rtol=0, atol=0)
+    torch.testing.assert_close(proxy(tmp_path, "dynamic-0"), proxy(tmp_path, "curated-0"), rtol=0, atol=0)
 
 
-def test_a_refresh_changes_the_student_from_then_on(truth: Chain, tmp_path: Path) -> None:
-    students = []
+def test_a_refresh_changes_the_proxy_from_then_on(truth: Chain, tmp_path: Path) -> None:
+    proxies = []
     for refresh in (5, 15):
         train_by(truth, tmp_path / str(refresh), refresh=refresh)
-        students.append(student(tmp_path / str(refresh), "dynamic-0")["text"])
-    students.append(student(tmp_path / "5", "curated-0")["text"])
-    for k, left in enumerate(students):
-        for right in students[:k]:
+        proxies.append(proxy(tmp_path / str(refresh), "dynamic-0")["text"])
+    proxies.append(proxy(tmp_path / "5", "curated-0")["text"])
+    for k, left in enumerate(proxies):
+        for right in proxies[:k]:
             assert not torch.equal(left, right)
 
 
@@ -95,11 +95,11 @@ def test_pairs_that_are_not_kept_are_never_drawn_and_others_by_other_weights(
     assert (weights[np.concatenate(drawn)] > 0).all()
 
 
-CHOSEN = SelectConfig(weights="influence", tau_high=0.5, clip_score_share=0.5)
+CHOSEN = SelectionConfig(weighting="influence", temperature=0.5, clip_score_share=0.5)
 
 
 def trained_so_far(truth: Chain, steps: int) -> tuple[Heads, Tensor]:
-    """Heads and preconditioner of the curated student in the midst of its training."""
+    """Heads and preconditioner of the curated proxy in the midst of its training."""
     seen: list[tuple[Heads, Tensor]] = []
 
     class Stopped(Exception):
@@ -118,9 +118,9 @@ def trained_so_far(truth: Chain, steps: int) -> tuple[Heads, Tensor]:
 
 def test_the_weights_are_those_of_their_definition(truth: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of every pair by autograd, in place of tangents; the target's gradient half alone."""
-    monkeypatch.setattr(dynamic, "MOST_SCORED", 50)
+    monkeypatch.setattr(dynamic, "MAX_SCORED", 50)
     heads, D = trained_so_far(truth, 7)
-    pool, target, config = truth.sets["pool"], truth.sets["target"], truth.student
+    pool, target, config = truth.sets["pool"], truth.sets["target"], truth.proxy
     reweighting = replace(truth.reweighting, decided=CHOSEN)
     kept = np.flatnonzero(curated_weights(truth) > 0)
     found = reweighting.weights(kept, heads, D)
@@ -135,7 +135,7 @@ def test_the_weights_are_those_of_their_definition(truth: Chain, monkeypatch: py
 
     scored = read_columns(truth.out / "attribute" / "influence.parquet", "pair")["pair"]
     sample = np.array([row for row in scored if row in set(kept)][:50])
-    bank = reweighting.student.recorded_bank(pool)
+    bank = reweighting.proxy.reference_bank(pool)
     gradients = PairGradients(
         space=Space(heads), bank=bank, objective=config.train.objective, batch_size=config.train.batch_size
     )
@@ -163,12 +163,12 @@ def test_the_weights_are_those_of_their_definition(truth: Chain, monkeypatch: py
 
 @pytest.mark.parametrize(("weights", "temperature"), [("uniform", 1.0), ("influence", 0.25)])
 def test_the_temperature_is_the_confirmed_one(truth: Chain, weights: Any, temperature: float) -> None:
-    decided = SelectConfig(weights=weights, tau_high=0.25)
-    assert replace(truth.reweighting, decided=decided).rule.tau_high == temperature
+    decided = SelectionConfig(weights=weights, temperature=0.25)
+    assert replace(truth.reweighting, decided=decided).rule.temperature == temperature
 
 
 def test_a_later_rounds_pool_is_part_of_what_is_trained_on(truth: Chain, tmp_path: Path) -> None:
-    """The scored pairs lie elsewhere among all pairs: the same student, its rows named otherwise."""
+    """The scored pairs lie elsewhere among all pairs: the same proxy, its rows named otherwise."""
     pool, weights = truth.sets["pool"], curated_weights(truth)
     rows = np.sort(np.random.default_rng(0).permutation(len(pool))[: len(pool) - 40])
     seen: list[np.ndarray] = []
@@ -187,24 +187,24 @@ def test_a_later_rounds_pool_is_part_of_what_is_trained_on(truth: Chain, tmp_pat
     np.testing.assert_array_equal(part.rows[seen[0]], pool.rows[inside > 0])
 
 
-def test_a_finished_student_is_not_trained_again_and_a_killed_one_is(truth: Chain, tmp_path: Path) -> None:
+def test_a_finished_proxy_is_not_trained_again_and_a_killed_one_is(truth: Chain, tmp_path: Path) -> None:
     settings = {"seeds": (0, 1), "refresh": 6}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train_by(truth, whole, **settings)
     before = times(whole)
-    train_by(replace(truth, runtime=Idle()), whole, **settings)
+    train_by(replace(truth, engine=Idle()), whole, **settings)
     assert times(whole) == before
     with pytest.raises(Killed):
-        train_by(replace(truth, runtime=Counting(most=2)), cut, **settings)
+        train_by(replace(truth, engine=Counting(most=2)), cut, **settings)
     again = Counting()
-    train_by(replace(truth, runtime=again), cut, **settings)
+    train_by(replace(truth, engine=again), cut, **settings)
     assert again.tasks == 2
     assert_equal_results(whole / "train", cut / "train")
 
 
 def test_evaluation_counts_the_pairs_it_begins_with(truth: Chain, tmp_path: Path) -> None:
     chain = replace(train_by(truth, tmp_path, refresh=5), source_folder=None)
-    for name in ("student", "curate"):
+    for name in ("proxy", "curate"):
         (tmp_path / name).symlink_to(truth.out / name)
     details = chain.run("evaluate").details
     assert set(details["comparisons"]) == {"dynamic"}

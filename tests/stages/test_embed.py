@@ -1,4 +1,4 @@
-"""Embedding: any shards, any runtime, any interruption give the same artifact, and nothing disappears."""
+"""Embedding: any shards, any engine, any interruption give the same artifact, and nothing disappears."""
 
 import io
 import json
@@ -27,11 +27,11 @@ from influencespace.data.embeddings import EmbeddingTable, read_rejected, reject
 from influencespace.data.readers import list_shards
 from influencespace.data.schema import ReadOptions
 from influencespace.data.uids import digest
+from influencespace.engine.local import Engine, LocalEngine
 from influencespace.errors import InputError
-from influencespace.stages.embed import Workers, embed, share
-from influencespace.stages.importing import import_embeddings
-from influencespace.stages.runtime import LocalRuntime, Runtime
-from influencespace.stages.towers import EmbedConfig
+from influencespace.stages.ingest.embed import Workers, embed, share
+from influencespace.stages.ingest.encode import EmbedConfig
+from influencespace.stages.ingest.imports import import_embeddings
 
 SIDE = 4
 DIMENSION = SIDE * SIDE * 3
@@ -77,12 +77,12 @@ def load_fake(log: Path, config: EmbedConfig, device: str, **options: Any) -> Fa
 def run(
     data: str | list[str],
     out: Path,
-    runtime: Runtime | None = None,
+    engine: Engine | None = None,
     config: EmbedConfig = CONFIG,
     **options: Any,
 ) -> Manifest:
     loader = partial(load_fake, out.with_suffix(".log"), **options)
-    return embed(list_shards(data), config, out, runtime or LocalRuntime(), load_encoder=loader)
+    return embed(list_shards(data), config, out, engine or LocalEngine(), load_encoder=loader)
 
 
 def calls(out: Path, kind: str) -> int:
@@ -227,9 +227,9 @@ def test_batch_size_changes_nothing_and_needs_no_new_run(world: tuple[str, Path]
 @pytest.mark.ray
 @pytest.mark.parametrize("actors", [1, 2])
 def test_ray_equals_the_plain_loop(
-    world: tuple[str, Path], tmp_path: Path, ray_runtime: Runtime, actors: int
+    world: tuple[str, Path], tmp_path: Path, ray_engine: Engine, actors: int
 ) -> None:
-    manifest = run(world[0], tmp_path / "out", ray_runtime, replace(CONFIG, num_actors=actors))
+    manifest = run(world[0], tmp_path / "out", ray_engine, replace(CONFIG, num_actors=actors))
     assert_same(tmp_path / "out", world[1])
     assert manifest.details["workers"] >= 1
     assert manifest.details["startup_seconds"] >= 0
@@ -371,8 +371,8 @@ def test_bad_input_is_listed_and_everything_else_is_there(
     write_tar(
         data / "2.tar", [bad("text", b"no image, words"), good(20), bad("bomb", bomb(), extension="png")]
     )
-    runtime = LocalRuntime() if kind == "local" else request.getfixturevalue("ray_runtime")
-    manifest = run(str(data), tmp_path / "out", runtime)
+    engine = LocalEngine() if kind == "local" else request.getfixturevalue("ray_engine")
+    manifest = run(str(data), tmp_path / "out", engine)
 
     reasons = {row["uid"]: row["reason"] for row in read_rejected(tmp_path / "out").to_pylist()}
     broken = reasons.keys() - {"cut", "blank", "text", "bomb"}
@@ -415,21 +415,21 @@ def test_an_embedding_that_is_not_finite_is_a_rejection(
 
 def test_what_cannot_be_read_at_all_is_an_error_for_people(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no shards"):
-        embed([], CONFIG, tmp_path / "out", LocalRuntime())
+        embed([], CONFIG, tmp_path / "out", LocalEngine())
     data = write_world(tmp_path / "data", 2)
     shards = list_shards(data)
     (tmp_path / "data" / "1.tar").unlink()
     with pytest.raises(InputError, match=r"1\.tar is gone"):
-        embed(shards, CONFIG, tmp_path / "out", LocalRuntime())
+        embed(shards, CONFIG, tmp_path / "out", LocalEngine())
     with pytest.raises(InputError, match="does not exist"):
-        embed(shards[:1], replace(CONFIG, encoder="/no/such/encoder"), tmp_path / "out", LocalRuntime())
+        embed(shards[:1], replace(CONFIG, encoder="/no/such/encoder"), tmp_path / "out", LocalEngine())
 
 
 GIGABYTE = 2**30
 
 
 @dataclass
-class Machine(LocalRuntime):
+class Machine(LocalEngine):
     cores: int = 2
     gpus: int = 0
     memory: int = 1000 * GIGABYTE
@@ -471,9 +471,9 @@ def write_imported(path: Path, uids: Sequence[str | None], seed: int = 0) -> Non
 def test_imported_embeddings_alone_make_the_artifact(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    runtime = LocalRuntime() if kind == "local" else request.getfixturevalue("ray_runtime")
+    engine = LocalEngine() if kind == "local" else request.getfixturevalue("ray_engine")
     write_imported(tmp_path / "a.parquet", ["x", "y", "z", "y"])
-    manifest = import_embeddings(str(tmp_path / "a.parquet"), tmp_path / "out", runtime)
+    manifest = import_embeddings(str(tmp_path / "a.parquet"), tmp_path / "out", engine)
     assert (manifest.rows_in, manifest.rows_out, manifest.rejected) == (4, 3, 1)
     table = EmbeddingTable.open(tmp_path / "out")
     assert dict(
@@ -481,7 +481,7 @@ def test_imported_embeddings_alone_make_the_artifact(
     ) == {uid: f"about {uid}" for uid in "xyz"}
     images, texts = table.images[table.column("image")], table.texts[table.column("text")]
     np.testing.assert_allclose(table.column("clip_score"), (images * texts).sum(1), atol=1e-6)
-    assert import_embeddings(str(tmp_path / "a.parquet"), tmp_path / "out", runtime) == manifest
+    assert import_embeddings(str(tmp_path / "a.parquet"), tmp_path / "out", engine) == manifest
 
 
 def test_imported_embeddings_are_joined_by_uid_and_the_missing_are_listed(tmp_path: Path) -> None:
@@ -491,7 +491,7 @@ def test_imported_embeddings_are_joined_by_uid_and_the_missing_are_listed(tmp_pa
     manifest = import_embeddings(
         str(tmp_path / "a.parquet"),
         tmp_path / "out",
-        LocalRuntime(),
+        LocalEngine(),
         shards=list_shards(str(tmp_path / "data")),
     )
     assert (manifest.rows_in, manifest.rows_out, manifest.rejected) == (5, 3, 2)
@@ -516,7 +516,7 @@ def test_joined_rows_that_name_no_pair_are_listed_too(tmp_path: Path) -> None:
     manifest = import_embeddings(
         str(tmp_path / "a.parquet"),
         tmp_path / "out",
-        LocalRuntime(),
+        LocalEngine(),
         shards=list_shards(str(tmp_path / "data")),
     )
     assert (manifest.rows_in, manifest.rows_out, manifest.rejected) == (4, 2, 2)
@@ -542,7 +542,7 @@ def test_the_column_that_identifies_imported_pairs_can_be_named(tmp_path: Path) 
     table = pq.read_table(tmp_path / "a.parquet")
     pq.write_table(table.rename_columns({"uid": "name"}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"no column uid .* as embed\.read\.uid_column"):
-        import_embeddings(str(tmp_path / "a.parquet"), tmp_path / "out", LocalRuntime())
+        import_embeddings(str(tmp_path / "a.parquet"), tmp_path / "out", LocalEngine())
     read = ReadOptions(uid_column="name")
-    import_embeddings(str(tmp_path / "a.parquet"), tmp_path / "out", LocalRuntime(), read=read)
+    import_embeddings(str(tmp_path / "a.parquet"), tmp_path / "out", LocalEngine(), read=read)
     assert EmbeddingTable.open(tmp_path / "out").pairs("uid")["uid"].to_pylist() == ["x", "y"]

@@ -1,4 +1,4 @@
-"""Measures of retrained students against direct counting, and paired comparisons of methods."""
+"""Measures of retrained proxies against direct counting, and paired comparisons of methods."""
 
 import json
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ import torch
 from chain import Chain
 from safetensors.torch import load_file
 
-from influencespace.data.blocks import read_columns
-from influencespace.stages import evaluate
-from influencespace.stages.curate import METHODS
-from influencespace.stages.evaluate import EvaluateConfig, Measure, recall_by_group, summarise
-from influencespace.stages.runtime import LocalRuntime
-from influencespace.stages.student import TargetHalves, choosing_loss
-from influencespace.stages.towers import EmbedConfig
+from influencespace.data.buckets import read_columns
+from influencespace.engine.local import LocalEngine
+from influencespace.stages.ingest.encode import EmbedConfig
+from influencespace.stages.proxies.proxies import TargetHalves, choosing_loss
+from influencespace.stages.selection.selection import METHODS
+from influencespace.stages.training import evaluate
+from influencespace.stages.training.evaluate import EvaluateConfig, Measure, recall_by_group, summarise
 
 BASELINES = [method for method in METHODS if method != "curated"]
 
@@ -28,9 +28,9 @@ def measure(
 ) -> Measure:
     return Measure(
         test=truth.sets["test"],
-        halves=TargetHalves(truth.sets["target"], truth.student.seed),
-        config=truth.student.train,
-        student=truth.out / "train" / f"{method}-{seed}.safetensors",
+        halves=TargetHalves(truth.sets["target"], truth.proxy.seed),
+        config=truth.proxy.train,
+        proxy=truth.out / "train" / f"{method}-{seed}.safetensors",
         classes=classes,
         prompts=prompts,
     )
@@ -102,11 +102,11 @@ def test_curated_is_compared_with_every_baseline(truth: Chain) -> None:
 
 
 def test_the_target_loss_is_that_of_the_choosing_half(truth: Chain) -> None:
-    halves = TargetHalves(truth.sets["target"], truth.student.seed)
+    halves = TargetHalves(truth.sets["target"], truth.proxy.seed)
     found = truth.manifest("evaluate").details["target_loss"]
     for method in METHODS:
         heads = [measure(truth, method, seed).heads for seed in (0, 1)]
-        losses = [choosing_loss(head, halves, truth.student.train) for head in heads]
+        losses = [choosing_loss(head, halves, truth.proxy.train) for head in heads]
         assert found[method] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
@@ -174,7 +174,7 @@ def test_a_result_does_not_depend_on_the_folder(truth: Chain, tmp_path: Path) ->
         test=original.test,
         halves=original.halves,
         config=original.config,
-        student=moved,
+        proxy=moved,
         classes=(),
         prompts=None,
     )
@@ -231,7 +231,7 @@ def test_many_prompts_are_embedded_in_batches() -> None:
     assert sizes == [4, 4, 2]
 
 
-class Backwards(LocalRuntime):
+class Backwards(LocalEngine):
     """The plain loop, whose last task ends first."""
 
     def map(self, *arguments: Any, **options: Any) -> Iterator[Any]:
@@ -239,7 +239,7 @@ class Backwards(LocalRuntime):
 
 
 def test_it_does_not_matter_which_worker_ends_first(truth: Chain, tmp_path: Path) -> None:
-    chain = replace(truth, out=tmp_path, source_folder=truth.out, runtime=Backwards())
+    chain = replace(truth, out=tmp_path, source_folder=truth.out, engine=Backwards())
     found, expected = (c.run("evaluate").details["methods"] for c in (chain, truth))
     assert found == expected
 

@@ -17,13 +17,17 @@ from safetensors.torch import load_file
 
 from influencespace.core.fairness import group_means
 from influencespace.core.ridge import fit_ridge
-from influencespace.core.select import SelectConfig, best_candidate, fairest_candidate
-from influencespace.data.blocks import read_columns
+from influencespace.core.select import SelectionConfig, best_candidate, fairest_candidate
+from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
-from influencespace.estimators.nystrom import InfluenceScorer
+from influencespace.engine.ray_engine import RayEngine
+from influencespace.estimators.influence import InfluenceScorer
 from influencespace.models.space import Space
-from influencespace.stages import fairness as stage
-from influencespace.stages.confirm import (
+from influencespace.stages.proxies.proxies import TargetHalves
+from influencespace.stages.scoring import fairness as stage
+from influencespace.stages.scoring.fairness import Disadvantaged, PredictForGroups, features
+from influencespace.stages.selection.evidence import Scores, decide
+from influencespace.stages.selection.weighting import (
     CLIP_SCORE_SHARES,
     GROUP_SHARES,
     SEEDS,
@@ -32,19 +36,15 @@ from influencespace.stages.confirm import (
     chosen,
     serves_groups,
 )
-from influencespace.stages.decide import Scores, decide
-from influencespace.stages.fairness import Disadvantaged, PredictForGroups, features
-from influencespace.stages.ray_runtime import RayRuntime
-from influencespace.stages.student import TargetHalves
 
 
 def groups_of(chain: Chain) -> Disadvantaged:
     return Disadvantaged(
         pool=chain.sets["pool"],
         target=chain.sets["target"],
-        students=chain.student,
+        proxies=chain.proxy,
         curvature=chain.curvature,
-        student_folder=chain.out / "student",
+        proxy_folder=chain.out / "proxy",
     )
 
 
@@ -71,7 +71,7 @@ def test_captions_of_an_image_are_one_opinion(truth: Chain, tmp_path: Path) -> N
     assert len(loss) == len(np.unique(groups.target.image[rows])) < len(rows)
     terms = np.concatenate(
         [
-            truth.student.train.objective.terms(*groups.student.embed(groups.target.inputs(part))).numpy()
+            truth.proxy.train.objective.terms(*groups.proxy.embed(groups.target.inputs(part))).numpy()
             for part in groups.contexts
         ]
     )
@@ -82,7 +82,7 @@ def test_captions_of_an_image_are_one_opinion(truth: Chain, tmp_path: Path) -> N
 
 def test_the_gradient_is_autograds_of_the_groups_mean_losses_by_their_shares(truth: Chain) -> None:
     groups = groups_of(truth)
-    heads, objective = groups.student.heads, truth.student.train.objective
+    heads, objective = groups.proxy.heads, truth.proxy.train.objective
     groups.halves.group[:7] = -1  # of no group: they are negatives only
     groups.__dict__["share"] = np.array([0.3, 0.7])
     total, pairs = [torch.zeros(()), torch.zeros(())], [0, 0]
@@ -101,16 +101,16 @@ def test_scores_are_the_estimators_and_all_pairs_follow_by_likeness(truth: Chain
     scored = read_columns(truth.out / "fairness" / "scored.parquet")
     direction = load_file(truth.out / "fairness" / "direction.safetensors")["direction"]
     torch.testing.assert_close(direction, groups.solution().x)
-    train = truth.student.train
+    train = truth.proxy.train
     scorer = InfluenceScorer(
-        Space(groups.student.heads),
+        Space(groups.proxy.heads),
         direction,
-        groups.student.recorded_bank(pool),
+        groups.proxy.reference_bank(pool),
         train.objective,
         train.batch_size,
     )
     rows = scored["pair"]
-    slow = np.nanmean(scorer(pool.inputs(rows), pool.image[rows]).by_context[0], 1)
+    slow = np.nanmean(scorer(pool.inputs(rows), pool.image[rows]).by_batch[0], 1)
     np.testing.assert_allclose(scored["influence"], slow, atol=1e-5 * slow.std())
     fitted = fit_ridge(features(pool, rows), slow)
     everything = fitted.predict(features(pool, np.arange(len(pool))))
@@ -129,12 +129,12 @@ def test_scores_have_the_form_of_those_of_the_whole_target(truth: Chain, tmp_pat
 
 def test_blocks_do_not_change_it(truth: Chain, tmp_path: Path) -> None:
     chain = replace(truth, out=tmp_path, source_folder=truth.out)
-    replace(chain, attribute=replace(truth.attribute, block_size=37)).run("fairness")
+    replace(chain, attribute=replace(truth.attribute, bucket_size=37)).run("fairness")
     np.testing.assert_allclose(influence(chain), influence(truth), atol=1e-4 * influence(truth).std())
 
 
-def test_ray_gives_what_the_plain_loop_gives(truth: Chain, tmp_path: Path, ray_runtime: RayRuntime) -> None:
-    replace(truth, out=tmp_path, source_folder=truth.out, runtime=ray_runtime).run("fairness")
+def test_ray_gives_what_the_plain_loop_gives(truth: Chain, tmp_path: Path, ray_engine: RayEngine) -> None:
+    replace(truth, out=tmp_path, source_folder=truth.out, engine=ray_engine).run("fairness")
     assert_equal_results(truth.out / "fairness", tmp_path / "fairness", spreads=1e-4)
 
 
@@ -151,14 +151,14 @@ def test_a_kill_after_the_scores_costs_none(
         with pytest.raises(RuntimeError, match="killed"):
             chain.run("fairness")
     monkeypatch.setattr(InfluenceScorer, "__call__", killed)  # nothing is scored again
-    join = stage.join_blocks
+    join = stage.join_buckets
     for killed_at in ("groups", "scored"):
 
         def joins(folder: Path, name: str, starts: list[int], last: str = killed_at) -> int:
             return killed() if name == last else join(folder, name, starts)
 
         with monkeypatch.context() as patch:
-            patch.setattr(stage, "join_blocks", joins)
+            patch.setattr(stage, "join_buckets", joins)
             with pytest.raises(RuntimeError, match="killed"):
                 chain.run("fairness")
     chain.run("fairness")
@@ -167,8 +167,8 @@ def test_a_kill_after_the_scores_costs_none(
 
 def test_weights_follow_what_serves_the_groups(truth: Chain) -> None:
     scores = Scores(truth.out / "attribute", groups=truth.out / "fairness")
-    plain = decide(scores, SelectConfig(weights="influence"))
-    fair = decide(scores, SelectConfig(weights="influence", group_share=0.5))
+    plain = decide(scores, SelectionConfig(weighting="influence"))
+    fair = decide(scores, SelectionConfig(weighting="influence", group_share=0.5))
     gain = np.log(fair.weight[fair.kept]) - np.log(plain.weight[plain.kept])
     free = np.maximum(fair.weight, plain.weight)[fair.kept] < 4.9  # under the cap
     assert np.corrcoef(gain[free], scores.for_groups[fair.kept][free])[0, 1] == pytest.approx(1, abs=1e-6)
@@ -179,10 +179,10 @@ def test_the_choice_is_that_of_the_trials_notes(truth: Chain) -> None:
     trials = details["trials"]
     assert len(trials) == 1 + (len(CLIP_SCORE_SHARES) + len(GROUP_SHARES)) * len(TEMPERATURES)
     notes = [json.loads(path.read_text()) for path in (truth.out / "curate" / "trials").glob("*.json")]
-    choices = candidates(SelectConfig(), True)
+    choices = candidates(SelectionConfig(), True)
     scores = Scores(truth.out / "attribute", groups=truth.out / "fairness")
 
-    def mean_over_seeds(choice: SelectConfig, name: str) -> np.ndarray:
+    def mean_over_seeds(choice: SelectionConfig, name: str) -> np.ndarray:
         mine = [n for n in notes if n | chosen(choice) == n]
         assert len(mine) == len(SEEDS)
         values = [n["target_loss"] if name == "whole" else n["by_group"][scores.worst_off] for n in mine]
@@ -209,12 +209,12 @@ def test_a_target_without_groups_or_with_small_ones_asks_for_nothing(truth: Chai
 
 
 def test_who_ignores_groups_spends_nothing_on_them(truth: Chain, tmp_path: Path) -> None:
-    for number, select in enumerate((SelectConfig(groups="ignored"), SelectConfig(weights="uniform"))):
+    for number, select in enumerate((SelectionConfig(fairness="off"), SelectionConfig(weighting="uniform"))):
         chain = replace(
-            truth, out=tmp_path / str(number), source_folder=truth.out, select=select, runtime=Idle()
+            truth, out=tmp_path / str(number), source_folder=truth.out, select=select, engine=Idle()
         )
         with pytest.raises(AssertionError, match="nothing to do"):
-            replace(chain, select=SelectConfig()).run("fairness")
+            replace(chain, select=SelectionConfig()).run("fairness")
         assert chain.run("fairness").details == {"groups": []}
         assert not any(choice.group_share for choice in candidates(select, True))
 
@@ -250,17 +250,17 @@ def test_names_of_classes_are_no_groups_to_serve(tmp_path: Path) -> None:
 
 
 def test_groups_are_served_only_where_asked_for() -> None:
-    ignoring = SelectConfig(groups="ignored", group_share=0.3)
+    ignoring = SelectionConfig(fairness="off", group_share=0.3)
     assert len(candidates(ignoring, True)) == 1 + len(TEMPERATURES) * len(CLIP_SCORE_SHARES)
-    assert candidates(replace(ignoring, groups="confirmed"), True)[0].group_share == 0
+    assert candidates(replace(ignoring, fairness="auto"), True)[0].group_share == 0
     assert not serves_groups(ignoring)
-    assert serves_groups(replace(ignoring, weights="influence"))
-    assert serves_groups(SelectConfig())
-    assert not serves_groups(SelectConfig(weights="uniform"))
+    assert serves_groups(replace(ignoring, weighting="influence"))
+    assert serves_groups(SelectionConfig())
+    assert not serves_groups(SelectionConfig(weighting="uniform"))
 
 
 def test_a_share_without_groups_is_warned_of(truth: Chain, tmp_path: Path) -> None:
-    select = SelectConfig(weights="influence", group_share=0.3)
+    select = SelectionConfig(weighting="influence", group_share=0.3)
     world = replace(truth.world, target=plant(tmp_path / "plain", 60, seed=2))
     source = tmp_path / "source"
     shutil.copytree(truth.out, source)

@@ -17,27 +17,29 @@ from chain import (
     Losing,
     World,
     assert_equal_results,
+    proxy_config,
     results,
-    student_config,
     times,
 )
 from planted import plant
 
-from influencespace.core.select import SelectConfig
+from influencespace.core.select import SelectionConfig
 from influencespace.data.artifacts import MANIFEST, read_manifest
-from influencespace.data.blocks import write_block
-from influencespace.estimators.nystrom import CurvatureConfig
-from influencespace.stages import attribute, cluster, redundancy, student
-from influencespace.stages.attribute import AttributeConfig
-from influencespace.stages.cluster import ClusterConfig
-from influencespace.stages.curvature import TargetConfig
-from influencespace.stages.ray_runtime import RayRuntime
-from influencespace.stages.redundancy import RedundancyConfig
-from influencespace.stages.runtime import call, run_once
-from influencespace.stages.train import TrainConfig
+from influencespace.data.buckets import write_bucket
+from influencespace.engine.local import run_once, run_task
+from influencespace.engine.ray_engine import RayEngine
+from influencespace.estimators.influence import CurvatureConfig
+from influencespace.stages.proxies import proxies
+from influencespace.stages.scoring import cluster, influence
+from influencespace.stages.scoring.cluster import ClusterConfig
+from influencespace.stages.scoring.curvature import TargetConfig
+from influencespace.stages.scoring.influence import InfluenceConfig
+from influencespace.stages.selection import redundancy
+from influencespace.stages.selection.redundancy import RedundancyConfig
+from influencespace.stages.training.train import TrainConfig
 
 OF_PAIRS = (
-    "student",
+    "proxy",
     "cluster",
     "redundancy",
     "attribute",
@@ -46,19 +48,19 @@ OF_PAIRS = (
 )  # stages with a row for every pair of the pool
 # what a changed setting leaves as it was
 CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "student": ({"student": student_config(steps=21)}, {"cluster"}),
-    "cluster": ({"cluster": ClusterConfig(k=3)}, {"student", "curvature"}),
+    "proxy": ({"proxy": proxy_config(steps=21)}, {"cluster"}),
+    "cluster": ({"cluster": ClusterConfig(k=3)}, {"proxy", "curvature"}),
     "curvature": (
         {"curvature": CurvatureConfig(rank=16, damping_factor=50)},
-        {"student", "cluster", "redundancy"},
+        {"proxy", "cluster", "redundancy"},
     ),
     "redundancy": (
         {"redundancy": RedundancyConfig(text=0.8)},
-        {"student", "cluster", "curvature", "attribute", "fairness"},
+        {"proxy", "cluster", "curvature", "attribute", "fairness"},
     ),
     "curate": (
-        {"select": SelectConfig(tau_low=0.1)},
-        {"student", "cluster", "redundancy", "curvature", "attribute", "fairness"},
+        {"select": SelectionConfig(tau_low=0.1)},
+        {"proxy", "cluster", "redundancy", "curvature", "attribute", "fairness"},
     ),
     "train": ({"train": TrainConfig(seeds=(5,))}, set(STAGES) - {"train", "evaluate"}),
 }
@@ -82,7 +84,7 @@ def test_every_row_is_accounted_for(truth: Chain, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_tasks_that_are_begun_again_change_nothing(truth: Chain, stage: str, tmp_path: Path) -> None:
-    chain = continued(truth, tmp_path, runtime=Losing())
+    chain = continued(truth, tmp_path, engine=Losing())
     chain.run(stage)
     assert_equal_results(tmp_path / stage, truth.out / stage)
 
@@ -90,8 +92,10 @@ def test_tasks_that_are_begun_again_change_nothing(truth: Chain, stage: str, tmp
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_second_call_does_nothing(truth: Chain, stage: str) -> None:
     before = times(truth.out / stage)
-    write_block(truth.out / stage, "of a run that was killed behind its manifest", 0, "", {"x": np.arange(2)})
-    again = replace(truth, runtime=Idle()).run(stage)
+    write_bucket(
+        truth.out / stage, "of a run that was killed behind its manifest", 0, "", {"x": np.arange(2)}
+    )
+    again = replace(truth, engine=Idle()).run(stage)
     assert again == truth.manifest(stage)
     assert times(truth.out / stage) == before
 
@@ -122,19 +126,19 @@ def blocks_written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     def note(*arguments: Any) -> None:
         written.append(arguments[:3])
-        write_block(*arguments)
+        write_bucket(*arguments)
 
-    for module in (student, cluster, redundancy, attribute):
-        monkeypatch.setattr(module, "write_block", note)
+    for module in (proxies, cluster, redundancy, influence):
+        monkeypatch.setattr(module, "write_bucket", note)
     return written
 
 
 @pytest.mark.parametrize(
     ("stage", "after"),
     [
-        ("student", 1),
-        ("student", 3),
-        ("student", 6),
+        ("proxy", 1),
+        ("proxy", 3),
+        ("proxy", 6),
         ("cluster", 2),
         ("redundancy", 2),
         ("curvature", 3),
@@ -150,17 +154,17 @@ def test_a_killed_stage_continues_to_an_identical_result(
     truth: Chain, stage: str, after: int, tmp_path: Path, blocks_written: list[tuple[Any, ...]]
 ) -> None:
     whole = Counting()
-    continued(truth, tmp_path / "whole", runtime=whole).run(stage)
-    killed = continued(truth, tmp_path / "killed", runtime=Counting(most=after))
+    continued(truth, tmp_path / "whole", engine=whole).run(stage)
+    killed = continued(truth, tmp_path / "killed", engine=Counting(most=after))
     with pytest.raises(Killed):
         killed.run(stage)
     assert after < whole.tasks
     folder = tmp_path / "killed" / stage
     assert read_manifest(folder) is None
-    trained = {name: time for name, time in times(folder).items() if stage in ("student", "train")}
-    replace(killed, runtime=Counting()).run(stage)
+    trained = {name: time for name, time in times(folder).items() if stage in ("proxy", "train")}
+    replace(killed, engine=Counting()).run(stage)
     assert_equal_results(tmp_path / "whole" / stage, folder)
-    # neither students nor blocks were made twice
+    # neither proxies nor blocks were made twice
     kept = times(folder)
     assert {name: time for name, time in trained.items() if "blocks" not in name}.items() <= kept.items()
     assert len(blocks_written) == len(set(blocks_written))
@@ -171,8 +175,8 @@ def test_a_killed_stage_continues_to_an_identical_result(
 @pytest.mark.parametrize(
     ("stage", "change"),
     [
-        ("student", {"student": student_config(learning_rate=0.01)}),
-        ("cluster", {"cluster": ClusterConfig(k=3, block_size=50)}),
+        ("proxy", {"proxy": proxy_config(learning_rate=0.01)}),
+        ("cluster", {"cluster": ClusterConfig(k=3, bucket_size=50)}),
         ("curvature", {"curvature": CurvatureConfig(rank=16, seed=3)}),
     ],
 )
@@ -180,7 +184,7 @@ def test_nothing_of_a_killed_run_with_other_settings_is_taken_over(
     truth: Chain, stage: str, change: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(Killed):
-        continued(truth, tmp_path / "killed", runtime=Counting(most=3)).run(stage)
+        continued(truth, tmp_path / "killed", engine=Counting(most=3)).run(stage)
     continued(truth, tmp_path / "killed", **change).run(stage)
     continued(truth, tmp_path / "fresh", **change).run(stage)
     assert_equal_results(tmp_path / "fresh" / stage, tmp_path / "killed" / stage)
@@ -210,9 +214,9 @@ def test_the_smallest_pool_runs_through(world: World, tmp_path: Path) -> None:
         target=plant(tmp_path / "target", 16, seed=2),
         test=plant(tmp_path / "test", 16, seed=3),
     )
-    settings = {"cluster": ClusterConfig(), "attribute": AttributeConfig(), "target": TargetConfig()}
-    students = student_config(batch_size=512, folds=5, contexts=4)
-    chain = Chain(out=tmp_path, world=small, student=students, **settings)
+    settings = {"cluster": ClusterConfig(), "attribute": InfluenceConfig(), "target": TargetConfig()}
+    proxies = proxy_config(batch_size=512, folds=5, contexts=4)
+    chain = Chain(out=tmp_path, world=small, proxy=proxies, **settings)
     chain.run()
     assert chain.manifest("curate").rows_out == 16
     assert all(
@@ -230,7 +234,7 @@ def test_modalities_may_differ_in_dimension(world: World, tmp_path: Path) -> Non
         np.save(roles[role].folder / "texts.npy", texts / np.linalg.norm(texts, axis=1, keepdims=True))
     chain = Chain(out=tmp_path, world=replace(world, **roles))
     chain.run()
-    assert results(tmp_path / "student")["all.safetensors/text"].shape == (11, 8)
+    assert results(tmp_path / "proxy")["all.safetensors/text"].shape == (11, 8)
 
 
 @pytest.mark.ray
@@ -240,9 +244,9 @@ def test_modalities_may_differ_in_dimension(world: World, tmp_path: Path) -> Non
     + [("attribute", 1), ("attribute", 3)],
 )
 def test_ray_equals_the_plain_loop(
-    truth: Chain, stage: str, cores: int, ray_runtime: RayRuntime, tmp_path: Path
+    truth: Chain, stage: str, cores: int, ray_engine: RayEngine, tmp_path: Path
 ) -> None:
-    chain = continued(truth, tmp_path, runtime=RayRuntime(cores))
+    chain = continued(truth, tmp_path, engine=RayEngine(cores))
     manifest = chain.run(stage)
     assert manifest.fingerprint == truth.manifest(stage).fingerprint
     assert_equal_results(truth.out / stage, tmp_path / stage, spreads=1e-5)
@@ -252,14 +256,14 @@ def test_results_are_compared_by_their_numbers(truth: Chain) -> None:
     """The comparison itself: it reads every array and finds a difference."""
     assert len(results(truth.out / "attribute")) > 10
     with pytest.raises(AssertionError):
-        assert_equal_results(truth.out / "attribute", truth.out / "student")
+        assert_equal_results(truth.out / "attribute", truth.out / "proxy")
 
 
 def test_a_map_beside_a_pool_is_noticed() -> None:
     """`Careful`, with which every chain here runs, notices what would be a deadlock on a full cluster."""
-    runtime = Careful()
-    with runtime.pool(call) as pool:
+    engine = Careful()
+    with engine.pool(run_task) as pool:
         assert pool.run(int) == 0
         with pytest.raises(AssertionError, match=r"by pool\.run"):
-            run_once(runtime, int)
-    assert run_once(runtime, int) == 0
+            run_once(engine, int)
+    assert run_once(engine, int) == 0

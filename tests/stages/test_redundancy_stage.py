@@ -11,11 +11,11 @@ import pytest
 from chain import Chain
 
 from influencespace.core.additive import fit_additive
-from influencespace.core.select import HARMFUL, KEPT, REDUNDANT, SelectConfig
+from influencespace.core.select import HARMFUL, KEPT, REDUNDANT, SelectionConfig
 from influencespace.data.artifacts import read_manifest
-from influencespace.data.blocks import read_columns
-from influencespace.stages.decide import KNOTS, PRUNING_AXES, Scores, decide
-from influencespace.stages.redundancy import RedundancyConfig
+from influencespace.data.buckets import read_columns
+from influencespace.stages.selection.evidence import KNOTS, PRUNING_AXES, Scores, decide
+from influencespace.stages.selection.redundancy import RedundancyConfig
 
 EXACT, NEAR, OTHER_CAPTION = 20, 15, 10
 
@@ -61,8 +61,8 @@ def copied(truth: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     (folder / "manifest.json").write_bytes((source / "manifest.json").read_bytes())
     np.save(folder / "old.npy", old)
     world = replace(truth.world, pool=replace(truth.world.pool, folder=folder, fingerprint="copied"))
-    chain = replace(truth, out=out, world=world, select=SelectConfig(weights="uniform"))
-    chain.run("student", "cluster", "redundancy", "curvature", "attribute", "fairness", "curate")
+    chain = replace(truth, out=out, world=world, select=SelectionConfig(weighting="uniform"))
+    chain.run("proxy", "cluster", "redundancy", "curvature", "attribute", "fairness", "curate")
     return chain
 
 
@@ -114,7 +114,7 @@ def test_one_of_each_group_is_kept_unless_it_is_harmful(copied: Chain) -> None:
     reasons = read_manifest(copied.out / "curate").details["reasons"]  # type: ignore[union-attr]
     assert reasons[REDUNDANT] == (reason == REDUNDANT).sum()
     scores = Scores(copied.out / "attribute", copied.out / "redundancy")
-    assert decide(scores, SelectConfig(weights="uniform")).reason.tolist() == reason.tolist()
+    assert decide(scores, SelectionConfig(weighting="uniform")).reason.tolist() == reason.tolist()
 
 
 def test_copies_are_one_piece_of_evidence(copied: Chain) -> None:

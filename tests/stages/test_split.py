@@ -11,9 +11,9 @@ from planted import Planted, plant
 
 from influencespace.data.artifacts import Manifest, read_manifest
 from influencespace.data.pair_set import PairSet
+from influencespace.engine.local import LocalEngine
 from influencespace.errors import InputError
-from influencespace.stages.runtime import LocalRuntime
-from influencespace.stages.split import SplitConfig, pair_sets, split
+from influencespace.stages.ingest.split import SplitConfig, pair_sets, split
 
 
 def cut(
@@ -25,7 +25,7 @@ def cut(
         {role: planted.fingerprint for role, planted in roles.items()},
         config or SplitConfig(),
         out,
-        LocalRuntime(),
+        LocalEngine(),
     )
     return manifest, pair_sets(out, manifest)
 
@@ -182,4 +182,4 @@ def test_a_role_that_was_set_apart_and_is_too_small_is_explained(
 
 def test_an_unfinished_artifact_is_refused(pool: Planted, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no finished embeddings"):
-        split({"pool": tmp_path}, {}, SplitConfig(), tmp_path / "out", LocalRuntime())
+        split({"pool": tmp_path}, {}, SplitConfig(), tmp_path / "out", LocalEngine())

@@ -1,4 +1,4 @@
-"""Scores through the towers: those of one whole batch by forward mode, by any runtime and batch size; what is wrong is said."""
+"""Scores through the towers: those of one whole batch by forward mode, by any engine and batch size; what is wrong is said."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,38 +7,38 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from chain import Counting, Idle, Killed, student_config, times
+from chain import Counting, Idle, Killed, proxy_config, times
 
 from influencespace.data.artifacts import Manifest
-from influencespace.data.originals import Originals
 from influencespace.data.pair_set import PairSet
+from influencespace.data.raw_media import RawMedia
 from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import Sample
 from influencespace.data.synthetic import WorldConfig, write_world
+from influencespace.engine.local import Engine, LocalEngine
 from influencespace.errors import InputError
 from influencespace.estimators.ecif import RoleScorer
 from influencespace.estimators.problem import Batch, fitted
-from influencespace.stages.embed import embed
-from influencespace.stages.fit_encoder import FitEncoder
-from influencespace.stages.runtime import LocalRuntime, Runtime
-from influencespace.stages.score import ScoreConfig
-from influencespace.stages.student import students
-from influencespace.stages.tower_score import (
+from influencespace.stages.ingest.embed import embed
+from influencespace.stages.ingest.encode import EmbedConfig
+from influencespace.stages.ingest.fit_encoder import FitEncoder
+from influencespace.stages.proxies.proxies import proxies
+from influencespace.stages.scoring.score import ScoreConfig
+from influencespace.stages.scoring.tower_score import (
     ThroughTowers,
     TowerWorker,
     check_tower_estimator,
     score_through_towers,
 )
-from influencespace.stages.towers import EmbedConfig
 
-BLOCKS = ScoreConfig(estimator="ecif", space="*layers.0.mlp.fc2.*,*projection*", block_size=17)
-INPUTS = {"student": "of these tests"}
-STUDENTS = student_config(batch_size=8, steps=5, folds=2, contexts=2)
+BLOCKS = ScoreConfig(estimator="ecif", space="*layers.0.mlp.fc2.*,*projection*", bucket_size=17)
+INPUTS = {"proxy": "of these tests"}
+PROXYS = proxy_config(batch_size=8, steps=5, folds=2, contexts=2)
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A small world with pictures, embedded by a tiny encoder, and students on it."""
+    """A small world with pictures, embedded by a tiny encoder, and proxies on it."""
 
     folder: Path
 
@@ -49,17 +49,17 @@ class Embedded:
     def pairs(self, role: str) -> PairSet:
         return PairSet(self.folder / f"embed-{role}")
 
-    def score(self, out: Path, runtime: Runtime, config: ScoreConfig, **embed: Any) -> Manifest:
+    def score(self, out: Path, engine: Engine, config: ScoreConfig, **embed: Any) -> Manifest:
         return score_through_towers(
             self.pairs("pool"),
             self.pairs("target"),
-            STUDENTS,
-            self.folder / "student",
+            PROXYS,
+            self.folder / "proxy",
             replace(self.encoder, **embed),
             INPUTS,
             config,
             out,
-            runtime,
+            engine,
         )
 
 
@@ -71,9 +71,9 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
     FitEncoder(shards=str(world.folder / "pretrain"), out=world.folder / "encoder", steps=3, seed=0)()
     for role in ("pool", "target"):
         shards = list_shards(str(world.folder / role))
-        embed(shards, world.encoder, world.folder / f"embed-{role}", LocalRuntime())
+        embed(shards, world.encoder, world.folder / f"embed-{role}", LocalEngine())
     pool, target = world.pairs("pool"), world.pairs("target")
-    students(pool, target, INPUTS, STUDENTS, world.folder / "student", LocalRuntime())
+    proxies(pool, target, INPUTS, PROXYS, world.folder / "proxy", LocalEngine())
     return world
 
 
@@ -89,8 +89,8 @@ def truth(embedded: Embedded) -> np.ndarray:
     given = ThroughTowers(
         pool=pool,
         target=embedded.pairs("target"),
-        students=STUDENTS,
-        student_folder=embedded.folder / "student",
+        proxies=PROXYS,
+        proxy_folder=embedded.folder / "proxy",
         embed=embedded.encoder,
         config=BLOCKS,
         parts=embedded.folder,
@@ -111,7 +111,7 @@ def test_scores_are_those_of_one_batch_by_forward_mode(
     assert np.std(truth) > 1e-4
     for size in (5, 64):
         out = tmp_path / str(size)
-        manifest = embedded.score(out, LocalRuntime(), BLOCKS, batch_size=size)
+        manifest = embedded.score(out, LocalEngine(), BLOCKS, batch_size=size)
         np.testing.assert_allclose(scores_of(out), truth, rtol=0, atol=2e-3 * np.std(truth))
         assert pq.read_table(out / "scores.parquet")["uid"].to_pylist() == list(
             embedded.pairs("pool").column("uid")
@@ -122,14 +122,14 @@ def test_scores_are_those_of_one_batch_by_forward_mode(
 
 
 def test_ray_gives_the_same_scores(
-    embedded: Embedded, truth: np.ndarray, tmp_path: Path, ray_runtime: Runtime
+    embedded: Embedded, truth: np.ndarray, tmp_path: Path, ray_engine: Engine
 ) -> None:
-    embedded.score(tmp_path, ray_runtime, BLOCKS, num_actors=2, cpus_per_actor=1)
+    embedded.score(tmp_path, ray_engine, BLOCKS, num_actors=2, cpus_per_actor=1)
     np.testing.assert_allclose(scores_of(tmp_path), truth, rtol=0, atol=2e-3 * np.std(truth))
 
 
 def test_a_second_call_does_nothing(embedded: Embedded, tmp_path: Path) -> None:
-    first = embedded.score(tmp_path, LocalRuntime(), BLOCKS)
+    first = embedded.score(tmp_path, LocalEngine(), BLOCKS)
     assert embedded.score(tmp_path, Idle(), BLOCKS) == first
 
 
@@ -143,8 +143,8 @@ def test_a_killed_run_goes_on_where_it_was(embedded: Embedded, tmp_path: Path) -
         after = times(out)
         assert {path: after[path] for path in before} == before
         assert len(after) > len(before)
-    embedded.score(out, LocalRuntime(), quick, batch_size=1)
-    embedded.score(tmp_path / "whole", LocalRuntime(), quick, batch_size=1)
+    embedded.score(out, LocalEngine(), quick, batch_size=1)
+    embedded.score(tmp_path / "whole", LocalEngine(), quick, batch_size=1)
     np.testing.assert_array_equal(scores_of(out), scores_of(tmp_path / "whole"))
 
 
@@ -169,12 +169,12 @@ def test_what_cannot_be_scored_is_told(
     embedded: Embedded, tmp_path: Path, config: ScoreConfig, embed: dict[str, str], told: str
 ) -> None:
     with pytest.raises(InputError, match=told):
-        embedded.score(tmp_path, LocalRuntime(), config, **embed)
+        embedded.score(tmp_path, LocalEngine(), config, **embed)
 
 
 def test_originals_are_what_the_shards_hold(embedded: Embedded) -> None:
     pool = embedded.pairs("pool")
-    originals = Originals(pool)
+    originals = RawMedia(pool)
     held = {
         (sample.image, caption)
         for shard in list_shards(str(embedded.folder / "pool"))

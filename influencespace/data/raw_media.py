@@ -1,0 +1,74 @@
+"""What the pairs of a set were embedded from: each picture and each caption once, read again from where they lie."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from influencespace.data.exports.pictures import read_pictures
+from influencespace.data.pair_set import PairSet
+from influencespace.data.schema import ImageRef
+
+IntArray = NDArray[np.int64]
+PLACE = ("image_path", "image_offset", "image_length", "image_row")
+
+
+@dataclass(frozen=True)
+class RawMedia:
+    """The distinct images and captions of a set, by their numbers in the embedding artifact; cheap to pickle.
+
+    Keeps where all of the set's images lie, and all captions, once they are asked for: one for each worker.
+    """
+
+    pairs: PairSet
+
+    def __reduce__(self) -> tuple[type["RawMedia"], tuple[PairSet]]:
+        return RawMedia, (self.pairs,)
+
+    @cached_property
+    def images(self) -> IntArray:
+        """Distinct images (Ni,), in the order in which they lie in their files."""
+        order: IntArray = self._places.to_pandas().sort_values(list(PLACE)).index.to_numpy()
+        return self._image_numbers[order]
+
+    @cached_property
+    def texts(self) -> IntArray:
+        """Distinct captions (Nt,), short ones first, so that little of a batch is padded."""
+        length = pc.utf8_length(self._captions).to_numpy()
+        return self._text_numbers[np.argsort(length, kind="stable")]
+
+    def pictures(self, images: IntArray) -> list[bytes]:
+        """Encoded pictures of some of `images`, in their order; raises InputError where a file is gone or has changed."""
+        rows = self._places.take(np.searchsorted(self._image_numbers, images)).to_pylist()
+        refs = [ImageRef(**{key.removeprefix("image_"): row[key] for key in PLACE}) for row in rows]
+        order = sorted(range(len(refs)), key=lambda i: (refs[i].path, refs[i].offset, refs[i].row))
+        found = dict(zip(order, read_pictures([refs[i] for i in order])))
+        return [found[i] for i in range(len(refs))]
+
+    def captions(self, texts: IntArray) -> list[str]:
+        """Some of the captions, in the order asked for."""
+        found: list[str] = self._captions.take(np.searchsorted(self._text_numbers, texts)).to_pylist()
+        return found
+
+    @cached_property
+    def _image_numbers(self) -> IntArray:
+        return np.unique(self.pairs.image)
+
+    @cached_property
+    def _text_numbers(self) -> IntArray:
+        return np.unique(self.pairs.text)
+
+    @cached_property
+    def _places(self) -> Any:
+        """Where each of `_image_numbers` lies."""
+        first = np.unique(self.pairs.image, return_index=True)[1]
+        return self.pairs.table.pairs(*PLACE).take(self.pairs.rows[first])
+
+    @cached_property
+    def _captions(self) -> Any:
+        """Each of `_text_numbers` in words."""
+        first = np.unique(self.pairs.text, return_index=True)[1]
+        return self.pairs.table.pairs("caption")["caption"].take(self.pairs.rows[first])

@@ -1,0 +1,225 @@
+"""The only two verbs of the stages: *map* tasks over workers, and *fold* tasks into one state.
+
+A recipe crosses the wire and the worker is born where it works: `recipe()` returns the callable that is then
+given one task after another. Folded states are merged in the order of the tasks, whatever the order in which
+they finish, so that any number of actors gives the same bits. `LocalEngine` is the plain loop: the truth.
+"""
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from influencespace.errors import InputError
+
+WorkerFactory = Callable[[], Callable[..., Any]]
+Merge = Callable[[Any, Any], Any]
+
+# How far a worker may run ahead of the slowest task: bounds the states that wait to be merged in order.
+AHEAD = 4
+
+
+class TaskError(RuntimeError):
+    """A task raised an unexpected exception: names the task and carries the worker's traceback."""
+
+
+class Pool(Protocol):
+    """Persistent workers for repeated folds."""
+
+    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None) -> Any:
+        """Merge `worker(task, shared)` over `tasks`, in their order.
+
+        Raises ValueError without tasks, TaskError (or the worker's InputError) where a task fails.
+        """
+
+    def run(self, job: Callable[[], Any]) -> Any:
+        """One job on one of the workers. While a pool lives it may hold every core: a map would wait for ever."""
+
+
+class Engine(Protocol):
+    """Where the work of the stages is done."""
+
+    @property
+    def cores(self) -> int:
+        """CPU cores that there really are, in all machines together."""
+
+    @property
+    def cores_per_task(self) -> int:
+        """The most CPU cores that one task may ask for: a task that asks for more would wait for ever."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs, in all machines together."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory for workers, in all machines together."""
+
+    def map(
+        self,
+        recipe: WorkerFactory,
+        tasks: Sequence[Any],
+        *,
+        num_actors: int = 1,
+        num_cpus: float = 1,
+        num_gpus: float = 0,
+    ) -> Iterator[Any]:
+        """Yield `worker(task)` for each task, as they finish: small picklable results; big ones go to files.
+
+        Raises TaskError (or the worker's InputError) where a task fails.
+        """
+
+    def pool(
+        self, recipe: WorkerFactory, *, num_actors: int = 1, num_cpus: float = 1, num_gpus: float = 0
+    ) -> AbstractContextManager[Pool]:
+        """Workers that live until the block ends."""
+
+
+def run_task() -> Callable[..., Any]:
+    """The recipe for tasks that know themselves what to do: a task is called, and its result is the answer."""
+    return _call
+
+
+def _call(task: Callable[[], Any], *_shared: Any) -> Any:
+    return task()
+
+
+def run_once(engine: Engine, job: Callable[[], Any]) -> Any:
+    """Run one job on one worker, away from the driver."""
+    (result,) = engine.map(run_task, [job])
+    return result
+
+
+class LocalEngine:
+    """Everything in this process, one task after another: the truth that tests compare with."""
+
+    def __repr__(self) -> str:
+        return "LocalEngine()"
+
+    @property
+    def cores(self) -> int:
+        return machine_cores()
+
+    @property
+    def cores_per_task(self) -> int:
+        return self.cores
+
+    @property
+    def gpus(self) -> int:
+        import torch
+
+        return torch.cuda.device_count()
+
+    @property
+    def memory(self) -> int:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def map(
+        self,
+        recipe: WorkerFactory,
+        tasks: Sequence[Any],
+        *,
+        num_actors: int = 1,
+        num_cpus: float = 1,
+        num_gpus: float = 0,
+    ) -> Iterator[Any]:
+        worker = Worker(recipe)
+        for task in tasks:
+            yield worker.attempt(task).result()
+
+    @contextmanager
+    def pool(
+        self, recipe: WorkerFactory, *, num_actors: int = 1, num_cpus: float = 1, num_gpus: float = 0
+    ) -> Iterator[Pool]:
+        yield _LocalPool(Worker(recipe))
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a worker sends back; exceptions travel as values: Ray then retries lost workers, never errors."""
+
+    value: Any = None
+    error: str = ""
+    trace: str = ""
+
+    def result(self) -> Any:
+        if self.trace:
+            raise TaskError(f"{self.error}\n{self.trace}")
+        if self.error:
+            raise InputError(self.error)
+        return self.value
+
+
+class Worker:
+    """One worker: builds its callable at the first task, and turns exceptions into outcomes."""
+
+    def __init__(self, recipe: WorkerFactory) -> None:
+        self._recipe = recipe
+        self._call: Callable[..., Any] | None = None
+
+    def start(self) -> None:
+        """Answered as soon as there is a process."""
+
+    def attempt(self, task: Any, *shared: Any) -> TaskResult:
+        try:
+            self._call = self._call or self._recipe()
+            return TaskResult(self._call(task, *shared))
+        except InputError as error:
+            return TaskResult(error=str(error))
+        except Exception as error:
+            return TaskResult(
+                error=f"task {brief(task)} failed: {type(error).__name__}: {error}",
+                trace=traceback.format_exc(),
+            )
+
+    def run(self, job: Callable[[], Any]) -> TaskResult:
+        return attempt(job)
+
+
+def attempt(task: Any) -> TaskResult:
+    """The outcome of a task that knows itself what to do."""
+    return Worker(run_task).attempt(task)
+
+
+@dataclass(frozen=True)
+class _LocalPool:
+    worker: Worker
+
+    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None) -> Any:
+        states = (self.worker.attempt(task, shared).result() for task in tasks)
+        return merge_all(states, merge)
+
+    def run(self, job: Callable[[], Any]) -> Any:
+        return attempt(job).result()
+
+
+def merge_all(states: Iterator[Any], merge: Merge) -> Any:
+    """One state of all, merged in their order; raises ValueError where there is none."""
+    first = next(states, _NOTHING)
+    if first is _NOTHING:
+        raise ValueError("a fold needs at least one task")
+    total = first
+    for state in states:
+        total = merge(total, state)
+    return total
+
+
+_NOTHING = object()
+
+
+def brief(task: Any) -> str:
+    """What an error calls a task: its name, or its text, shortened."""
+    task = task.args[0] if isinstance(task, partial) and task.args else task
+    text = str(getattr(task, "name", task))
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def machine_cores() -> int:
+    """Cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1

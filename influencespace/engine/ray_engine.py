@@ -1,0 +1,216 @@
+"""The two verbs of the stages on Ray: Ray Data's actor pool for map, plain actors for folds."""
+
+import logging
+import pickle
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from influencespace.engine.local import (
+    AHEAD,
+    Merge,
+    Pool,
+    TaskError,
+    TaskResult,
+    Worker,
+    WorkerFactory,
+    attempt,
+    brief,
+    merge_all,
+    run_task,
+)
+
+# A worker that dies (killed node, out of memory) is always replaced, but a task may lose only so many.
+TASK_RETRIES = 3
+
+
+class RayEngine:
+    """Every core of the cluster, or so many of this machine's."""
+
+    def __init__(self, cores: int | None = None) -> None:
+        self._cores = cores
+
+    def __repr__(self) -> str:
+        return f"RayEngine(cores={self.cores})"
+
+    @property
+    def cores(self) -> int:
+        return self._cores or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    @property
+    def cores_per_task(self) -> int:
+        """On a cluster all but one of the largest machine's: a submitted job's driver may hold one itself."""
+        if self._cores:
+            return self._cores
+        machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+        return max(1, int(max(machines, default=1)) - 1)
+
+    @property
+    def gpus(self) -> int:
+        return int(ray.cluster_resources().get("GPU", 0))
+
+    @property
+    def memory(self) -> int:
+        return int(ray.cluster_resources().get("memory", 0))
+
+    def map(
+        self,
+        recipe: WorkerFactory,
+        tasks: Sequence[Any],
+        *,
+        num_actors: int = 1,
+        num_cpus: float = 1,
+        num_gpus: float = 0,
+    ) -> Iterator[Any]:
+        if not tasks:
+            return
+        if recipe is run_task:
+            yield from _call_all(tasks, max(1, num_actors), _resources(num_cpus, num_gpus))
+            return
+        # One row and one block a task: Ray Data then hands out single tasks and gives back single results.
+        items = [{"index": index, "task": pickle.dumps(task)} for index, task in enumerate(tasks)]
+        starts = ray.remote(_Starts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+        results = _data().from_items(items, override_num_blocks=len(items))
+        results = results.map_batches(
+            _MapWorker,
+            fn_constructor_args=(recipe, starts),
+            batch_size=1,
+            # Shards take long: a task that waited behind another would leave some other worker idle.
+            compute=_data().ActorPoolStrategy(
+                size=max(1, min(num_actors, len(items))), max_tasks_in_flight_per_actor=1
+            ),
+            **_resources(num_cpus, num_gpus),
+        )
+        for row in results.iter_rows():
+            outcome: TaskResult = pickle.loads(row["outcome"])
+            yield outcome.result()
+
+    @contextmanager
+    def pool(
+        self, recipe: WorkerFactory, *, num_actors: int = 1, num_cpus: float = 1, num_gpus: float = 0
+    ) -> Iterator[Pool]:
+        actor = ray.remote(Worker).options(
+            **_resources(num_cpus, num_gpus), max_restarts=-1, max_task_retries=TASK_RETRIES
+        )
+        actors = [actor.remote(recipe) for _ in range(max(1, num_actors))]
+        try:
+            yield _RayPool(actors)
+        finally:
+            for one in actors:
+                ray.kill(one)
+
+
+def _call_all(tasks: Sequence[Any], at_once: int, resources: dict[str, float]) -> Iterator[Any]:
+    """Tasks that know themselves what to do need no actor: Ray hands them to processes that are there already.
+
+    Starting a process costs seconds, mostly importing; a run has dozens of such calls.
+    """
+    worker = ray.remote(attempt).options(**resources, max_retries=TASK_RETRIES)
+    waiting = deque(tasks)
+    running: dict[Any, Any] = {}
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            task = waiting.popleft()
+            running[worker.remote(task)] = task
+        (reference, *_), _ = ray.wait(list(running), num_returns=1)
+        yield _result(reference, running.pop(reference))
+
+
+def _result(reference: Any, task: Any) -> Any:
+    """The worker's result; raises what it raised, and TaskError where no worker survived the task."""
+    try:
+        outcome: TaskResult = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        raise TaskError(f"{_lost(task)} Ray says: {error}") from error
+    return outcome.result()
+
+
+class _Starts:
+    """How often each task was begun, kept by an actor of its own: Ray Data itself would retry for ever."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def begin(self, index: int) -> int:
+        self._counts[index] += 1
+        return self._counts[index]
+
+
+class _MapWorker:
+    """A worker as Ray Data calls it: one row in, one row out."""
+
+    def __init__(self, recipe: WorkerFactory, starts: Any) -> None:
+        self._worker = Worker(recipe)
+        self._starts = starts
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        task = pickle.loads(batch["task"][0])
+        if ray.get(self._starts.begin.remote(int(batch["index"][0]))) > TASK_RETRIES + 1:
+            outcome = TaskResult(error=_lost(task), trace="(no traceback: the process was gone)")
+        else:
+            outcome = self._worker.attempt(task)
+        return {"outcome": [pickle.dumps(outcome)]}
+
+
+class _RayPool:
+    """Actors are given work as they start: on a busy cluster some may never find a place."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self._starting = {actor.start.remote(): actor for actor in actors}
+        self._idle: deque[Any] = deque()
+
+    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None) -> Any:
+        return merge_all(self._states(tasks, ray.put(shared)), merge)
+
+    def _states(self, tasks: Sequence[Any], shared: Any) -> Iterator[Any]:
+        """The states in the order of the tasks; an actor gets its next task as soon as it has done one."""
+        waiting = deque(range(len(tasks)))
+        running: dict[Any, tuple[int, Any]] = {}
+        finished: dict[int, Any] = {}
+        try:
+            for turn in range(len(tasks)):
+                while turn not in finished:
+                    most = turn + AHEAD * (len(self._idle) + len(running))
+                    while self._idle and waiting and waiting[0] < most:
+                        index, actor = waiting.popleft(), self._idle.popleft()
+                        running[actor.attempt.remote(tasks[index], shared)] = index, actor
+                    (reference, *_), _ = ray.wait([*running, *self._starting], num_returns=1)
+                    if reference in self._starting:
+                        self._idle.append(self._starting.pop(reference))
+                        continue
+                    index, actor = running.pop(reference)
+                    finished[index] = reference
+                    self._idle.append(actor)
+                yield _result(finished.pop(turn), tasks[turn])
+        finally:
+            self._idle.extend(actor for _, actor in running.values())
+
+    def run(self, job: Callable[[], Any]) -> Any:
+        while not self._idle:
+            (reference, *_), _ = ray.wait(list(self._starting), num_returns=1)
+            self._idle.append(self._starting.pop(reference))
+        return _result(self._idle[0].run.remote(job), job)
+
+
+def _lost(task: Any) -> str:
+    return (
+        f"task {brief(task)} lost its worker {TASK_RETRIES + 1} times. Likely causes: it ran out of memory, "
+        "a crash in native code on this input, or its node is gone."
+    )
+
+
+def _resources(num_cpus: float, num_gpus: float) -> dict[str, float]:
+    return {"num_cpus": num_cpus} | ({"num_gpus": num_gpus} if num_gpus else {})
+
+
+def _data() -> Any:
+    """Ray Data without its own progress and reports: the stages show theirs."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    # Here, because the import sets the level anew.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return ray.data

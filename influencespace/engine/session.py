@@ -1,0 +1,99 @@
+"""The Ray that a run works on: one that runs already, a cluster by its address, or a new one on this machine."""
+
+import logging
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from influencespace.engine.local import machine_cores
+from influencespace.engine.ray_engine import TASK_RETRIES, RayEngine
+from influencespace.errors import InputError
+
+# Ray puts sockets below its temporary folder, and Linux allows a socket's path no more than 107 bytes.
+LONGEST_TMPDIR = 40
+
+
+@contextmanager
+def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterator[RayEngine]:
+    """A RayEngine: on the Ray that runs already, else on the cluster at `address`, else on a new local Ray.
+
+    The address defaults to RAY_ADDRESS. What was started or joined here is left at the end. `num_cpus`
+    counts the logical CPUs of a new local Ray (default: the cores, but at least 8, so that a small machine
+    has room for a few waiting actors).
+    """
+    if ray.is_initialized():
+        yield RayEngine()
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address not in ("local", "auto"):
+        _knock(address)
+    _prepare()
+    cores = machine_cores()
+    options: dict[str, Any] = {}
+    if address == "local":
+        options = {"num_cpus": num_cpus or max(8, cores), "include_dashboard": False, **_short_folder()}
+    try:
+        with _native_stderr_held():
+            ray.init(address=address, logging_level="warning", log_to_driver=False, **options)
+    except ConnectionError as error:
+        raise InputError(
+            f"there is no Ray to join at {address} ({error}): start one with `ray start --head`, or leave the address out"
+        ) from None
+    try:
+        yield RayEngine(min(cores, num_cpus or cores) if address == "local" else None)
+    finally:
+        ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise InputError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        raise InputError(f"there is no address {address}: give host:port, such as ray://10.0.0.1:10001")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no Ray cluster answers at {address} ({error}): is `ray start --head` running there, "
+            "and is this the HOST:PORT that it told?"
+        ) from None
+
+
+def _prepare() -> None:
+    # Left to itself, a Ray that is started here begins a task that outgrows the machine's memory again for ever.
+    os.environ.setdefault("RAY_task_oom_retries", str(TASK_RETRIES))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray Data makes Ray's core complain on the driver's stderr about each of its actor pools.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _native_stderr_held() -> Iterator[None]:
+    """Leave out the line of Ray's core that it was told to be quiet; all else that is written meanwhile is shown after."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            for line in held:
+                if b"RAY_BACKEND_LOG_LEVEL" not in line:
+                    os.write(2, line)
+
+
+def _short_folder() -> dict[str, str]:
+    if "RAY_TMPDIR" in os.environ or len(tempfile.gettempdir()) <= LONGEST_TMPDIR:
+        return {}
+    return {"_temp_dir": "/tmp/ray"}

@@ -1,0 +1,206 @@
+"""What influence through the curvature is made of: contexts, damping, the Nystrom sketch, the solve, the scorer.
+
+H = G + mu D is the response of the trainer: G the Gauss-Newton matrix over recorded contexts, D AdamW's preconditioner,
+mu = c / sum of learning rates + weight decay. Everything is done in coordinates scaled by D^1/2, in which
+H = G~ + mu I. score(z) = grad L_target . H^-1 . grad l_z, so positive is a predicted fall of the target loss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass as options
+from torch import Tensor
+
+from influencespace.core.contrastive import Objective, Pointwise, contrastive
+from influencespace.core.contrastive_influence import Tangents
+from influencespace.core.linalg import Sketch, Solution, conjugate_gradients, nystrom, probes
+from influencespace.models.space import Inputs, Space
+
+IntArray = NDArray[np.int64]
+
+
+@options(frozen=True, kw_only=True)
+class CurvatureConfig:
+    """The Hessian's sketch and damping."""
+
+    rank: int = Field(default=32, ge=1)
+    """Probes of the sketch; doubled up to `max_rank` until the smallest kept eigenvalue is below the damping."""
+    max_rank: int = Field(default=256, ge=1)
+    damping_factor: float = Field(default=100.0, gt=0)
+    """c in mu = c / (sum of learning rates) + weight decay. 1 is early stopping's own response; larger values trust the
+    curvature less, and shrink all scores: only at 1 are they in the unit of the target loss. Too small a value amplifies the
+    sampling noise of the target gradient."""
+    tolerance: float = Field(default=1e-3, gt=0)
+    """Relative residual at which conjugate gradients stop."""
+    max_iterations: int = Field(default=50, ge=0)
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegativeBatch:
+    """Inputs of one recorded context, and the image of each of its pairs."""
+
+    inputs: Inputs  # two (M, D)
+    image: IntArray  # (M,)
+
+
+def target_gradients(
+    space: Space, contexts: Sequence[Inputs], folds: Sequence[IntArray], count: int, objective: Objective
+) -> Tensor:
+    """Gradient of the target loss by fold of the target's images: (F, p), whose mean is the gradient of the mean loss.
+
+    folds gives the fold of each pair of each context. Negatives are the whole context, whatever the fold.
+    """
+    pairs = sum(len(fold) for fold in folds)
+    total = torch.zeros(count, space.size, dtype=torch.float64)
+    for inputs, fold in zip(contexts, folds):
+        weights = torch.nn.functional.one_hot(torch.from_numpy(fold), count).T.double() * (count / pairs)
+        total += space.loss_gradients(inputs, weights.to(space.like), objective).double().cpu()
+    return total.to(space.like)
+
+
+def curvature_products(
+    space: Space, contexts: Sequence[Inputs], rows: Tensor, objective: Objective, D: Tensor
+) -> Tensor:
+    """G~ = D^-1/2 G D^-1/2 times rows (V, p), averaged over contexts in their order in float64: (V, p)."""
+    root = D.rsqrt()
+    total = torch.zeros(rows.shape, dtype=torch.float64)
+    for inputs in contexts:
+        total += space.gauss_newton(inputs, rows * root, objective).double().cpu()
+    return (total / len(contexts)).to(rows) * root
+
+
+def damping_of(config: CurvatureConfig, sum_of_learning_rates: float, weight_decay: float) -> float:
+    """mu = weight decay + c / sum of learning rates: weight decay and early stopping as the trainer applies them."""
+    return weight_decay + config.damping_factor / sum_of_learning_rates
+
+
+def floored(D: Tensor) -> Tensor:
+    """AdamW's preconditioner without near-zero entries, which would let parameters that hardly move dominate.
+
+    The floor, a thousandth of the mean, changes nothing for a proxy whose inputs are all alive.
+    """
+    return D.clamp_min(1e-3 * float(D.mean()))
+
+
+def sketch_curvature(
+    space: Space, contexts: Sequence[Inputs], objective: Objective, D: Tensor, rank: int, seed: int
+) -> Sketch:
+    """Nystrom sketch of G~ from `rank` seeded probes, sixteen in each pass over the contexts."""
+    Omega = probes(space.size, min(rank, space.size), seed, D.dtype).to(D.device)
+    Y = torch.cat(
+        [curvature_products(space, contexts, block, objective, D) for block in torch.split(Omega.T, 16)]
+    ).T
+    return nystrom(Omega, Y)
+
+
+def solve_directions(
+    space: Space,
+    contexts: Sequence[Inputs],
+    objective: Objective,
+    D: Tensor,
+    sketch: Sketch,
+    damping: float,
+    gradients: Tensor,
+    config: CurvatureConfig,
+) -> Solution:
+    """v = H^-1 g for each row of gradients (F, p), in the parameters' own coordinates."""
+    root = D.rsqrt()
+    solution = conjugate_gradients(
+        lambda x: curvature_products(space, contexts, x, objective, D),
+        sketch,
+        damping,
+        gradients * root,
+        tolerance=config.tolerance,
+        max_iterations=config.max_iterations,
+    )
+    return Solution(x=solution.x * root, iterations=solution.iterations, residual=solution.residual)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Influence:
+    """Influence of n pairs along V directions in each of C contexts; nan where the context holds the pair's image.
+
+    A pointwise loss asks no context: C is 1, and nothing is negative.
+    """
+
+    own: NDArray[np.float64]  # (V, n, C)
+    negative: NDArray[np.float64]  # (V, n, C), its mean over bank pairs subtracted
+
+    @property
+    def by_batch(self) -> NDArray[np.float64]:
+        return self.own + self.negative
+
+
+class HasTangents(Protocol):
+    """What a scorer asks of a Space."""
+
+    def tangents(self, inputs: Inputs, directions: Tensor) -> Tangents:
+        """Embeddings of n pairs and their derivatives along directions (V, p)."""
+
+
+@dataclass(frozen=True)
+class InfluenceScorer:
+    """Scores any pair against a recorded bank: frozen, row by row, whatever the partition of the rows."""
+
+    space: HasTangents
+    directions: Tensor  # (V, p)
+    bank: Sequence[NegativeBatch]
+    objective: Objective
+    batch_size: int
+    form: str = "exact"
+
+    @cached_property
+    def offset(self) -> NDArray[np.float64]:
+        """Mean negative influence of bank pairs in the contexts that are not theirs (V,).
+
+        One extra negative lifts every loss: an artefact of asking for z's presence rather than for another pair's.
+        Raises ValueError for a bank of one context.
+        """
+        if len(self.bank) < 2:
+            raise ValueError(
+                "a bank needs two contexts or more: what a pair is as a negative is told by the others"
+            )
+        means = []
+        for k in range(len(self.bank)):
+            others = [tangents for j, tangents in enumerate(self._bank_tangents) if j != k]
+            negative = [self._in_context(k, other)[1] for other in others]
+            means.append(torch.cat(negative, 1).double().mean(1))
+        return torch.stack(means).mean(0).cpu().numpy()
+
+    def __call__(self, inputs: Inputs, image: IntArray) -> Influence:
+        """Influence of pairs given by their inputs (two (n, D)) and the image of each (n,)."""
+        pairs = self._tangents(inputs)
+        if isinstance(self.objective, Pointwise):
+            alone = self.objective.influence(pairs).double().cpu().numpy()[..., None]
+            return Influence(own=alone, negative=np.zeros_like(alone))
+        own, negative = [], []
+        for k, recorded in enumerate(self.bank):
+            a, b = (x.double().cpu().numpy() for x in self._in_context(k, pairs))
+            shared = np.isin(image, recorded.image)
+            own.append(np.where(shared, np.nan, a))
+            negative.append(np.where(shared, np.nan, b - self.offset[:, None]))
+        return Influence(own=np.stack(own, -1), negative=np.stack(negative, -1))
+
+    @cached_property
+    def _bank_tangents(self) -> list[Tangents]:
+        return [self._tangents(context.inputs) for context in self.bank]
+
+    @cached_property
+    def _contexts(self) -> list[Any]:
+        """What scores against each context need, computed once."""
+        objective = contrastive(self.objective, "a bank")
+        return [objective.context(tangents, self.batch_size) for tangents in self._bank_tangents]
+
+    def _in_context(self, k: int, pairs: Tangents) -> tuple[Tensor, Tensor]:
+        return contrastive(self.objective, "a bank").influence(pairs, self._contexts[k], self.form)
+
+    @torch.no_grad()
+    def _tangents(self, inputs: Inputs) -> Tangents:
+        return self.space.tangents(inputs, self.directions)

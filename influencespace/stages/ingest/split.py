@@ -1,0 +1,156 @@
+"""The split stage: which pairs are the pool, the target and the test set."""
+
+import os
+import time
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass as options
+
+from influencespace.core.batches import folds_by_image
+from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
+from influencespace.data.pair_set import PairSet
+from influencespace.engine.local import Engine, run_once
+from influencespace.errors import InputError
+from influencespace.stages.finish import finish_stage, finished_stage
+
+IntArray = NDArray[np.int64]
+MIN_IMAGES = 16
+
+
+@options(frozen=True, kw_only=True)
+class SplitConfig:
+    """What is done where no target or no test set is given."""
+
+    target_share: float = Field(default=0.1, gt=0, lt=0.5)
+    """Without a target: this share of the pool's images, rounded to one part in a whole number, is drawn, and its better half by
+    quality becomes the target."""
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def parts(self) -> int:
+        """The pool's images are cut into so many parts, one of which is drawn."""
+        return max(2, round(1 / self.target_share))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Task: write the rows of every role."""
+
+    embeddings: dict[str, Path]  # role -> artifact, for the roles that have data of their own
+    config: SplitConfig
+    folder: Path
+
+    def __call__(self) -> dict[str, Any]:
+        source = dict(self.embeddings)
+        dimensions = {role: PairSet(path).table.dimension for role, path in source.items()}
+        if len(set(dimensions.values())) > 1:
+            told = ", ".join(f"{role} {dimension}" for role, dimension in dimensions.items())
+            raise InputError(
+                f"embeddings of different dimensions cannot be compared ({told}): embed pool, target and test with the encoder "
+                "that made the imported embeddings"
+            )
+        rows: dict[str, IntArray] = {role: np.arange(len(PairSet(path))) for role, path in source.items()}
+        notes: list[str] = []
+        if "target" not in source:
+            source["target"] = source["pool"]
+            rows["target"], rows["pool"] = self._cut_target(PairSet(source["pool"]))
+            notes.append(
+                f"no target was given: {len(rows['target'])} pairs of the pool, the better half by the encoder's CLIP score of "
+                f"a seeded {1 / self.config.parts:.0%} of its images, were set apart as target, and the other half left "
+                "out; figures on it are optimistic"
+            )
+        if "test" not in source:
+            source["test"] = source["target"]
+            images = PairSet(source["target"]).image[rows["target"]]
+            half = folds_by_image(images, 2, self.config.seed + 1)
+            rows["target"], rows["test"] = rows["target"][half == 0], rows["target"][half == 1]
+            notes.append("no test set was given: half of the target's images were set apart as test set")
+        notes += self._overlaps()
+        counts = {}
+        for role, chosen in rows.items():
+            distinct = len(np.unique(PairSet(source[role]).image[chosen]))
+            if distinct < MIN_IMAGES:
+                raise InputError(
+                    f"the {role} has {len(chosen)} pair(s) of {distinct} image(s); {MIN_IMAGES} images or more are needed. "
+                    + self._advice(role)
+                )
+            counts[role] = len(chosen)
+            with atomic_path(self.folder / f"{role}.npy") as aside, aside.open("wb") as file:
+                np.save(file, chosen)
+        return {
+            # relative: a run folder may be moved or copied
+            "source": {role: os.path.relpath(path, self.folder) for role, path in source.items()},
+            "rows": counts,
+            "notes": notes,
+            "total": sum(len(PairSet(path)) for path in self.embeddings.values()),
+        }
+
+    def _overlaps(self) -> list[str]:
+        """Roles with data of their own that share pairs, by uid."""
+        uids = {role: PairSet(path).table.pairs("uid")["uid"] for role, path in self.embeddings.items()}
+        notes = []
+        for first, second in combinations(uids, 2):
+            shared = pc.sum(pc.is_in(uids[second], value_set=uids[first].combine_chunks())).as_py() or 0
+            if shared:
+                notes.append(
+                    f"{shared:,} of the {len(uids[second]):,} pairs of the {second} are in the {first} too (by uid): "
+                    "the comparison is no proof until they are apart"
+                )
+        return notes
+
+    def _advice(self, role: str) -> str:
+        missing = [name for name in ("target", "test") if name not in self.embeddings]
+        if role == "pool" or not missing:
+            return "Were most pairs rejected? See rejected.parquet in the run's embed folder"
+        more = "split.target_share" if "target" in missing else "the target"
+        return (
+            f"No {' and no '.join(missing)} was given, so that it was set apart: give one, or enlarge {more}"
+        )
+
+    def _cut_target(self, pool: PairSet) -> tuple[IntArray, IntArray]:
+        """Rows of the target and of what is left of the pool: whole images, so that no image is in both."""
+        drawn = folds_by_image(pool.image, self.config.parts, self.config.seed) == 0
+        candidates = np.flatnonzero(drawn)
+        score = pool.clip_score[candidates]
+        best = candidates[score >= np.median(score)]
+        return best, np.flatnonzero(~drawn)
+
+
+def split(
+    embeddings: dict[str, Path], inputs: dict[str, str], config: SplitConfig, out: Path, engine: Engine
+) -> Manifest:
+    """Write pool.npy, target.npy and test.npy: rows of the embedding artifacts named in the manifest."""
+    mark = fingerprint({"stage": "split", "config": config, "inputs": inputs})
+    if (done := finished_stage(out, mark)) is not None:
+        return done
+    began = time.monotonic()
+    reopen(out)
+    details = run_once(engine, Split(embeddings=embeddings, config=config, folder=out))
+    rows_in, rows_out = details.pop("total"), sum(details["rows"].values())
+    manifest = Manifest(
+        stage="split",
+        fingerprint=mark,
+        inputs=inputs,
+        rows_in=rows_in,
+        rows_out=rows_out,
+        rejected=rows_in
+        - rows_out,  # the worse half of what was drawn for a target: set aside, neither pool nor target
+        details=details,
+    )
+    return finish_stage(out, manifest, began)
+
+
+def pair_sets(out: Path, manifest: Manifest) -> dict[str, PairSet]:
+    """The pool, target and test set that a finished split describes."""
+    source = manifest.details["source"]
+    return {
+        role: PairSet(Path(os.path.abspath(out / source[role])), out / f"{role}.npy")
+        for role in ("pool", "target", "test")
+    }

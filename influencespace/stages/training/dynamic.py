@@ -1,0 +1,138 @@
+"""Dynamic curation: a proxy whose sampler is re-weighted, while it trains, by what pairs are worth to it by then."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from influencespace.core.batches import reweighted_batches
+from influencespace.core.select import SelectionConfig, weights_along
+from influencespace.core.strata import pairs_stood_for
+from influencespace.data.buckets import buckets_of
+from influencespace.data.pair_set import PairSet
+from influencespace.estimators.influence import NegativeBatch
+from influencespace.estimators.online_influence import online_scorer
+from influencespace.estimators.problem import mean_of_known
+from influencespace.estimators.similarity import neg_clip_loss
+from influencespace.models.heads import Heads
+from influencespace.models.space import Inputs, Space
+from influencespace.models.training import (
+    Alone,
+    Exchange,
+    Trained,
+    adam_preconditioner,
+    adamw_of,
+    train_heads,
+)
+from influencespace.stages.proxies.proxies import Proxy, ProxyConfig, TargetHalves, beginning
+from influencespace.stages.selection.evidence import KNOTS, VALUE_AXES, Scores
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+MAX_SCORED = 4096  # pairs at each refresh, so that its time grows with the axes of the pool alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reweighting:
+    """What pairs are re-weighted by; opened where a proxy trains."""
+
+    pool: PairSet
+    """The pairs that the attribute stage has scored: of a later round those that the one before kept."""
+    target: PairSet
+    proxies: ProxyConfig
+    proxy: Proxy
+    """Of all pairs, for its bank."""
+    scores: Scores
+    decided: SelectionConfig
+    """With the weights that were confirmed."""
+
+    @property
+    def rule(self) -> SelectionConfig:
+        """How weights follow influence: as was confirmed, at one standard deviation where that is not at all."""
+        return (
+            self.decided if self.decided.weighting == "influence" else replace(self.decided, temperature=1.0)
+        )
+
+    @cached_property
+    def _target(self) -> list[Inputs]:
+        halves = TargetHalves(self.target, self.proxies.seed)
+        contexts = halves.contexts(halves.gradient, self.proxies.train.batch_size)
+        return [self.target.inputs(rows) for rows in contexts]
+
+    @cached_property
+    def _bank(self) -> list[NegativeBatch]:
+        return self.proxy.reference_bank(self.pool)
+
+    def weights(self, kept: IntArray, heads: Heads, preconditioner: Tensor) -> FloatArray:
+        """Weights of the pool's `kept` pairs (m,), of mean 1, by heads and AdamW's preconditioner as they are now."""
+        sample, influence = self._influence(kept, heads, preconditioner)
+        axes = [self.scores.strata[name][kept] for name in VALUE_AXES]
+        axes[VALUE_AXES.index("seen")] = self._seen(kept, heads)
+        rows = np.searchsorted(kept, sample)
+        return weights_along(
+            np.stack(axes, 1),
+            rows,
+            influence,
+            pairs_stood_for(self.scores.stratum[kept], rows),
+            KNOTS,
+            self.rule,
+            self.scores.strata["given"][kept],
+        )
+
+    def _influence(self, kept: IntArray, heads: Heads, preconditioner: Tensor) -> tuple[IntArray, FloatArray]:
+        """Some pairs of the pool that are kept, and the influence of each."""
+        scored = self.scores.influence["pair"]
+        # the first of the first look: it has some of every stratum, in canonical order, which is random
+        sample = scored[np.isin(scored, kept)][:MAX_SCORED]
+        train = self.proxies.train
+        scorer = online_scorer(
+            Space(heads), self._target, self._bank, train.objective, train.batch_size, preconditioner
+        )
+        found = scorer(self.pool.inputs(sample), self.pool.image[sample])
+        influence = mean_of_known(found.by_batch[0])
+        known = np.isfinite(influence)
+        return sample[known], influence[known]
+
+    @torch.no_grad()
+    def _seen(self, kept: IntArray, heads: Heads) -> FloatArray:
+        """negCLIPLoss of the kept pairs by these heads."""
+        contexts = [(*heads(*context.inputs), context.image) for context in self._bank]
+        scale = 1 / self.proxies.train.temperature
+        found = []
+        for start, stop in buckets_of(len(kept), self.proxies.bucket_size):
+            rows = kept[start:stop]
+            u, t = heads(*self.pool.inputs(rows))
+            found.append(neg_clip_loss(u, t, self.pool.image[rows], contexts, scale))
+        return np.concatenate(found)
+
+
+def train_dynamically(
+    pool: PairSet,
+    weights: FloatArray,
+    reweighting: Reweighting,
+    refresh: int,
+    steps: int,
+    seed: int,
+    exchange: Exchange | None = None,
+) -> Trained:
+    """As `train_subset`, but every `refresh` steps the pairs that have weight (n,) are weighed anew, the others never."""
+    config = replace(reweighting.proxies.train, steps=steps)
+    exchange = exchange or Alone()
+    heads, _ = beginning(pool, weights, config, seed)
+    optimizer = adamw_of(heads, config)
+    # the rows of the pool that have weight, among the pairs that were scored
+    kept = np.searchsorted(reweighting.pool.rows, pool.rows[weights > 0])
+
+    def reweigh() -> FloatArray:
+        found = reweighting.weights(kept, heads, adam_preconditioner(optimizer))
+        # workers that differ in a last bit would part their batches, so all take the first one's
+        first = exchange.gather(torch.from_numpy(found)[:, None])[0]
+        anew = np.zeros(len(weights))
+        anew[weights > 0] = first[:, 0].numpy()
+        return anew
+
+    batches = reweighted_batches(weights, pool.image, config.batch_size, steps, seed, refresh, reweigh)
+    return train_heads(pool.inputs, batches, heads, config, exchange=exchange, optimizer=optimizer)

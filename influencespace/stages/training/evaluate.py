@@ -1,0 +1,281 @@
+"""The evaluate stage: every retrained proxy on the test set, and curated against each baseline, paired."""
+
+import time
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic.dataclasses import dataclass as options
+from safetensors.torch import load_file
+
+from influencespace.core.fairness import group_means
+from influencespace.core.metrics import (
+    RECALL_LEVELS,
+    bootstrap_means,
+    interval,
+    mean_recall_by_image,
+    recall_at,
+    retrieval_ranks,
+)
+from influencespace.data.artifacts import Manifest, fingerprint, reopen, write_json
+from influencespace.data.buckets import read_columns, write_columns
+from influencespace.data.pair_set import PairSet
+from influencespace.engine.local import Engine, run_once, run_task
+from influencespace.engine.progress import progress
+from influencespace.models.heads import Heads
+from influencespace.models.training import HeadsConfig
+from influencespace.stages.finish import finish_stage, finished_stage
+from influencespace.stages.ingest.embed import encoder_identity
+from influencespace.stages.ingest.encode import EmbedConfig, EncoderLoader, load
+from influencespace.stages.proxies.proxies import ProxyConfig, TargetHalves, choosing_loss
+from influencespace.stages.selection.selection import weights_of
+
+FloatArray = NDArray[np.float64]
+
+
+@options(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured beside recall."""
+
+    classes: tuple[str, ...] = ()
+    """Class names; a test image whose pair has one of them as its group is classified zero-shot."""
+    templates: tuple[str, ...] = ("a photo of a {}.", "a picture of a {}.", "{}")
+    """Prompts of a class, averaged."""
+
+    def __post_init__(self) -> None:
+        if not self.templates or not all(self._fits(template) for template in self.templates):
+            raise ValueError(
+                f"templates = {self.templates}: give one or more, each with {{}} for the name of a class"
+            )
+
+    @staticmethod
+    def _fits(template: str) -> bool:
+        try:
+            return template.format("x") != template
+        except (IndexError, KeyError, ValueError):
+            return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Task: embeddings of every class's prompts by the given encoder, (classes, templates, D)."""
+
+    embed: EmbedConfig
+    config: EvaluateConfig
+    load_encoder: EncoderLoader = load
+
+    def __call__(self) -> torch.Tensor:
+        encoder = self.load_encoder(self.embed, "cpu")
+        texts = [template.format(name) for name in self.config.classes for template in self.config.templates]
+        size = self.embed.batch_size  # a thousand classes in eighty templates are no batch
+        batches = [texts[start : start + size] for start in range(0, len(texts), size)]
+        embedded = torch.cat([encoder.encode_text(encoder.tokenize(batch)[0]) for batch in batches])
+        return embedded.reshape(len(self.config.classes), len(self.config.templates), -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Task: recall of one retrained proxy, by image of the test set."""
+
+    test: PairSet
+    halves: TargetHalves
+    config: HeadsConfig
+    proxy: Path
+    classes: tuple[str, ...]
+    prompts: torch.Tensor | None
+
+    @property
+    def name(self) -> str:
+        return f"measures of {self.proxy.stem}"
+
+    @cached_property
+    def heads(self) -> Heads:
+        state = load_file(self.proxy)
+        heads = Heads(state["image"].shape[0], state["text"].shape[0], state["image"].shape[1])
+        heads.load_state_dict(state)
+        return heads
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, Any]:
+        _, first, image_of_text = np.unique(self.test.image, return_index=True, return_inverse=True)
+        u, _ = self.heads(*self.test.inputs(first))
+        _, t = self.heads(*self.test.inputs(slice(None)))
+        own = torch.from_numpy(image_of_text)
+        image_ranks, text_ranks = retrieval_ranks(u, t, own)
+        method, seed = self.proxy.stem.rsplit("-", 1)
+        return {
+            "method": method,
+            "seed": int(seed),
+            "by_image": mean_recall_by_image(image_ranks, text_ranks, own).numpy(),
+            "recall": {
+                "image_to_text": {
+                    str(k): 100 * float(recall_at(image_ranks, k).mean()) for k in RECALL_LEVELS
+                },
+                "text_to_image": {
+                    str(k): 100 * float(recall_at(text_ranks, k).mean()) for k in RECALL_LEVELS
+                },
+            },
+            "zero_shot_accuracy": self._zero_shot(u, first),
+            "target_loss": choosing_loss(self.heads, self.halves, self.config),
+        }
+
+    def _zero_shot(self, u: torch.Tensor, first: NDArray[np.int64]) -> float | None:
+        if self.prompts is None:
+            return None
+        groups = self.test.column("group")
+        labels = [self.classes.index(str(groups[i])) if groups[i] in self.classes else -1 for i in first]
+        known = torch.tensor(labels) >= 0
+        if not bool(known.any()):
+            return None
+        width = self.prompts.shape[2]
+        _, t = self.heads(u.new_zeros(1, self.heads.image.shape[0]), self.prompts.reshape(-1, width))
+        names = torch.nn.functional.normalize(t.unflatten(0, self.prompts.shape[:2]).mean(1), dim=-1)
+        right = (u[known] @ names.T).argmax(1) == torch.tensor(labels)[known]
+        return 100 * float(right.double().mean())
+
+
+def summarise(
+    results: list[dict[str, Any]], methods: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Means and intervals of every method, and paired differences of `curated` to each other method."""
+    shares: dict[str, FloatArray] = {}
+    table: dict[str, Any] = {}
+    for method in methods:
+        runs = sorted((r for r in results if r["method"] == method), key=lambda r: r["seed"])
+        shares[method] = np.stack([run["by_image"] for run in runs])
+        accuracies = [run["zero_shot_accuracy"] for run in runs if run["zero_shot_accuracy"] is not None]
+        table[method] = {
+            "mean_recall": float(shares[method].mean()),
+            "mean_recall_ci": list(interval(bootstrap_means(shares[method]).clip(0, 100))),
+            "recall": _mean_recalls([run["recall"] for run in runs]),
+            "zero_shot_accuracy": float(np.mean(accuracies)) if accuracies else None,
+            "seeds": [run["seed"] for run in runs],
+        }
+    comparisons = {
+        method: {
+            "difference": float(shares["curated"].mean() - shares[method].mean()),
+            "ci": list(interval(bootstrap_means(shares["curated"]) - bootstrap_means(shares[method]))),
+        }
+        for method in methods
+        if method != "curated" and "curated" in shares
+    }
+    return table, comparisons
+
+
+def _mean_recalls(recalls: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    return {
+        way: {k: float(np.mean([recall[way][k] for recall in recalls])) for k in recalls[0][way]}
+        for way in recalls[0]
+    }
+
+
+@dataclass(frozen=True)
+class ImageGroups:
+    """Task: the group of each image of the test set, None for one without."""
+
+    test: PairSet
+
+    def __call__(self) -> list[str | None]:
+        _, first = np.unique(self.test.image, return_index=True)
+        groups = self.test.column("group")
+        return [None if groups[i] is None else str(groups[i]) for i in first]
+
+
+def recall_by_group(shares: FloatArray, groups: list[str | None]) -> dict[str, Any] | None:
+    """Mean recall of each group, of the worst, and how far that is below the best, with intervals over seeds and images.
+
+    Recall by seed and image (R, n); None for one group. Which groups are worst and best is taken as it was found.
+    """
+    known = np.array([group is not None for group in groups])
+    names = np.array([group for group in groups if group is not None])
+    if len(np.unique(names)) < 2:
+        return None
+    means = group_means(shares.mean(0)[known], names)
+    found = dict(zip(np.unique(names).tolist(), means.tolist(), strict=True))
+    worst, best = min(found, key=lambda name: found[name]), max(found, key=lambda name: found[name])
+    low, high = (bootstrap_means(shares[:, known][:, names == name]) for name in (worst, best))
+    return {
+        "by_group": found,
+        "worst_group": worst,
+        "worst_group_recall": found[worst],
+        "worst_group_recall_ci": list(interval(low.clip(0, 100))),
+        "group_gap": found[best] - found[worst],
+        "group_gap_ci": list(interval(high - low)),
+    }
+
+
+@dataclass(frozen=True)
+class KeptFractions:
+    """Task: the share of the pool that each method trains on."""
+
+    weights: Path
+
+    def __call__(self) -> dict[str, float]:
+        return {name: float((weight > 0).mean()) for name, weight in read_columns(self.weights).items()}
+
+
+def evaluate(
+    test: PairSet,
+    target: PairSet,
+    proxies: ProxyConfig,
+    train_folder: Path,
+    runs: list[dict[str, Any]],
+    weights: Path,
+    embed: EmbedConfig,
+    inputs: dict[str, str],
+    config: EvaluateConfig,
+    out: Path,
+    engine: Engine,
+) -> Manifest:
+    """Measure every retrained proxy; writes methods.json and by_image.parquet."""
+    # prompts are of the encoder, which is no part of the inputs where embeddings were given
+    prompted = None
+    if config.classes:
+        prompted = [run_once(engine, partial(encoder_identity, embed.encoder)), embed.content()]
+    mark = fingerprint({"stage": "evaluate", "config": config, "prompts": prompted, "inputs": inputs})
+    if (done := finished_stage(out, mark)) is not None:
+        return done
+    began = time.monotonic()
+    reopen(out)
+    prompts = run_once(engine, Prompts(embed=embed, config=config)) if config.classes else None
+    make = partial(
+        Measure,
+        test=test,
+        halves=TargetHalves(target, proxies.seed),
+        config=proxies.train,
+        classes=config.classes,
+        prompts=prompts,
+    )
+    tasks = [make(proxy=train_folder / f"{run['method']}-{run['seed']}.safetensors") for run in runs]
+    results = []
+    with progress("evaluate", len(tasks), "proxies") as bar:
+        for result in engine.map(run_task, tasks, num_actors=engine.cores):
+            results.append(result)
+            bar.advance()
+    results.sort(key=lambda result: (result["method"], result["seed"]))  # they come as workers end
+    methods = tuple(dict.fromkeys(run["method"] for run in runs))
+    table, comparisons = summarise(results, methods)
+    kept = run_once(engine, KeptFractions(weights))
+    groups = run_once(engine, ImageGroups(test))
+    for method in methods:
+        mine = [run for run in runs if run["method"] == method]
+        shares = np.stack([result["by_image"] for result in results if result["method"] == method])
+        table[method]["groups"] = recall_by_group(shares, groups)
+        table[method]["kept_fraction"] = kept[weights_of(method)]
+        table[method]["steps"] = mine[0]["steps"]
+        table[method]["seconds"] = float(np.mean([run["seconds"] for run in mine]))
+    by_image = {f"{result['method']}-{result['seed']}": result["by_image"] for result in results}
+    write_columns(out / "by_image.parquet", dict(sorted(by_image.items())))
+    write_json(out / "methods.json", {"methods": table, "comparisons": comparisons})
+    losses = {
+        method: float(np.mean([r["target_loss"] for r in results if r["method"] == method]))
+        for method in methods
+    }
+    details = {"methods": table, "comparisons": comparisons, "target_loss": losses}
+    return finish_stage(
+        out, Manifest(stage="evaluate", fingerprint=mark, inputs=inputs, details=details), began
+    )

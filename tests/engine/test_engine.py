@@ -1,0 +1,242 @@
+"""Map and fold on Ray equal the plain loop: in any order, with any number of actors, with lost workers."""
+
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from influencespace.engine import ray_engine as module
+from influencespace.engine.local import Engine, LocalEngine, TaskError, run_once
+from influencespace.engine.progress import duration, progress
+from influencespace.engine.ray_engine import RayEngine
+from influencespace.engine.session import _knock, start_ray
+from influencespace.errors import InputError
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return LocalEngine() if request.param == "local" else request.getfixturevalue("ray_engine")
+
+
+@dataclass(frozen=True)
+class Square:
+    """A recipe; its worker dies, raises or complains at chosen tasks."""
+
+    fail_at: int = -1
+    complain_at: int = -1
+    die_at: int = -1
+    marker: Path | None = None
+
+    def __call__(self) -> Callable[..., int]:
+        return self.work
+
+    def work(self, task: int, shared: int | None = None) -> int:
+        if task == self.fail_at:
+            raise ZeroDivisionError("no such number")
+        if task == self.complain_at:
+            raise InputError("this number is not allowed")
+        if task == self.die_at and (self.marker is None or not self.marker.exists()):
+            if self.marker is not None:
+                self.marker.touch()
+            os._exit(1)
+        return task * task + (shared or 0)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A recipe whose states are floats, where the order of a sum shows in the last bits."""
+
+    def __call__(self) -> Callable[..., np.ndarray]:
+        return lambda task, shared: np.random.default_rng(task).normal(size=100) * 10.0 ** (task % 7) + shared
+
+
+def in_a_list(left: int | list[int], right: int) -> list[int]:
+    return [*(left if isinstance(left, list) else [left]), right]
+
+
+def add(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return left + right
+
+
+def test_map_gives_every_result_once(engine: Engine) -> None:
+    assert sorted(engine.map(Square(), range(5), num_actors=2)) == [0, 1, 4, 9, 16]
+    assert list(engine.map(Square(), [])) == []
+
+
+def test_fold_merges_in_the_order_of_the_tasks(engine: Engine) -> None:
+    with engine.pool(Square(), num_actors=2) as pool:
+        assert pool.fold([3, 1, 2], in_a_list) == [9, 1, 4]
+        assert pool.fold([3], add, shared=100) == 109
+        with pytest.raises(ValueError, match="at least one task"):
+            pool.fold([], add)
+
+
+@pytest.mark.ray
+def test_any_number_of_actors_gives_the_same_bits(ray_engine: Engine) -> None:
+    tasks = list(range(12))
+    with LocalEngine().pool(Noise()) as pool:
+        truth = pool.fold(tasks, add, shared=0.1)
+    for actors in (1, 3):
+        with ray_engine.pool(Noise(), num_actors=actors) as pool:
+            for _ in range(2):
+                np.testing.assert_array_equal(pool.fold(tasks, add, shared=0.1), truth)
+
+
+def test_an_unexpected_error_names_the_task(engine: Engine) -> None:
+    with pytest.raises(TaskError, match=r"task 2 failed: ZeroDivisionError: no such number"):
+        list(engine.map(Square(fail_at=2), range(4), num_actors=2))
+    with (
+        engine.pool(Square(fail_at=2)) as pool,
+        pytest.raises(TaskError, match=r"task 2 failed: ZeroDivisionError"),
+    ):
+        pool.fold(range(4), add)
+
+
+def test_an_error_for_people_stays_one(engine: Engine) -> None:
+    with pytest.raises(InputError, match=r"^this number is not allowed$"):
+        list(engine.map(Square(complain_at=1), range(2)))
+
+
+@pytest.mark.ray
+def test_a_killed_worker_is_replaced_and_its_task_done_again(ray_engine: Engine, tmp_path: Path) -> None:
+    mapped = ray_engine.map(Square(die_at=2, marker=tmp_path / "map"), range(4), num_actors=2)
+    assert sorted(mapped) == [0, 1, 4, 9]
+    assert (tmp_path / "map").exists()
+    with ray_engine.pool(Square(die_at=2, marker=tmp_path / "fold"), num_actors=2) as pool:
+        assert pool.fold(range(4), add) == 14
+    assert (tmp_path / "fold").exists()
+
+
+@pytest.mark.ray
+def test_a_task_that_kills_every_worker_ends_the_run(
+    ray_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TaskError, match=r"task 2 lost its worker 4 times"):
+        list(ray_engine.map(Square(die_at=2), range(4)))
+    monkeypatch.setattr(module, "TASK_RETRIES", 1)
+    with (
+        ray_engine.pool(Square(die_at=2)) as pool,
+        pytest.raises(TaskError, match=r"task 2 lost its worker 2 times"),
+    ):
+        pool.fold(range(4), add)
+
+
+@pytest.mark.ray
+def test_a_pool_may_hold_every_core_and_still_run_a_job(ray_engine: Engine) -> None:
+    with ray_engine.pool(Square(), num_actors=8) as pool:
+        assert pool.fold(range(32), add) == sum(n * n for n in range(32))
+        assert pool.run(Job(20)) == 22
+
+
+@pytest.mark.ray
+def test_a_pool_works_with_the_actors_that_find_a_place(ray_engine: Engine) -> None:
+    with ray_engine.pool(Square(), num_actors=7) as most:
+        assert most.fold(range(7), add) == 91
+        with ray_engine.pool(Square(), num_actors=3) as pool:  # one core is left for them
+            assert pool.fold([3, 1, 2], in_a_list) == [9, 1, 4]
+            assert pool.run(Job(20)) == 22
+        assert sorted(ray_engine.map(Square(), range(5), num_actors=3)) == [0, 1, 4, 9, 16]
+
+
+def test_a_job_of_a_pool_may_fail(engine: Engine) -> None:
+    with engine.pool(Square()) as pool:
+        with pytest.raises(TaskError, match=r"failed: TypeError"):
+            pool.run(Job("nothing"))  # type: ignore[arg-type]
+        assert pool.fold([3, 1, 2], in_a_list) == [9, 1, 4]
+
+
+@pytest.mark.ray
+def test_no_task_may_ask_for_more_than_a_machine_has(ray_engine: Engine) -> None:
+    assert RayEngine().cores_per_task == 7  # of 8: a submitted job's driver may hold one
+    assert RayEngine(2).cores_per_task == 2
+
+
+def test_one_job_runs_on_one_worker(engine: Engine) -> None:
+    assert run_once(engine, Job(20)) == 22
+
+
+def wait_policy() -> str:
+    return os.environ["OMP_WAIT_POLICY"]
+
+
+def test_workers_are_told_that_threads_sleep_while_they_wait(engine: Engine) -> None:
+    """OpenMP reads it from the environment. Spinning threads make a training on a busy machine several times slower."""
+    assert run_once(engine, wait_policy) == "PASSIVE"
+
+
+@dataclass(frozen=True)
+class Job:
+    number: int
+
+    def __call__(self) -> int:
+        return self.number + 2
+
+
+@pytest.mark.ray
+def test_starting_ray_twice_uses_the_first_and_leaves_it_running(ray_engine: Engine) -> None:
+    import ray
+
+    with start_ray() as again:
+        assert again.cores == 8
+    assert ray.is_initialized()
+
+
+def test_progress_without_a_terminal_writes_plain_lines() -> None:
+    stream = io.StringIO()
+    with progress("embed", 1500, unit="pairs", stream=stream) as bar:
+        bar.advance(1000)
+        bar.advance(500)
+    (line,) = stream.getvalue().splitlines()
+    assert line.startswith("embed: 1,500 of 1,500 pairs, ")
+    assert line.endswith("/s, done")
+
+
+def test_progress_says_when_it_stopped_early() -> None:
+    stream = io.StringIO()
+    with pytest.raises(ValueError, match="broken"), progress("embed", 3, stream=stream):
+        raise ValueError("broken")
+    assert stream.getvalue().rstrip().endswith("stopped")
+
+
+def test_progress_on_a_terminal_shows_rate_and_total() -> None:
+    stream = Terminal()
+    with progress("embed", 3, stream=stream) as bar:
+        bar.advance(3)
+    assert "3/3" in stream.getvalue()
+    assert "/s" in stream.getvalue()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(8.2, "8s"), (185, "3m05s"), (7620, "2h07m"), (float("inf"), "unknown time")]
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_no_ray_to_join_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", alone)
+    with pytest.raises(InputError, match="no Ray to join at auto"), start_ray("auto"):
+        pass
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
+        with pytest.raises(InputError, match="no Ray cluster answers at"):
+            _knock(address)
+    for address in ("nowhere", "nowhere:port", ":6379"):
+        with pytest.raises(InputError, match=f"there is no address {address}: give host:port"):
+            _knock(address)
