@@ -11,7 +11,7 @@ from torch import nn
 
 from influencespace.core.contrastive import Pointwise, squared_error
 from influencespace.core.fairness import minimax_weights, shrunken_group_means, squared_gap
-from influencespace.data.faircv import Profiles
+from benchmarks.data.faircv import Profiles
 from influencespace.estimators.ecif import Ecif
 from influencespace.estimators.influence import CurvatureConfig, NegativeBatch
 from influencespace.estimators.problem import Problem, scores

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from sources import BOILERPLATE, PLACEHOLDERS, Sources
 
-from influencespace.data.dirt import shuffle_captions
+from benchmarks.data.shuffle import shuffle_captions
 
 CLEAN, COPY = "", "copy"
 

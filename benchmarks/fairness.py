@@ -34,7 +34,7 @@ from study import FloatArray
 from influencespace.core.fairness import demographic_parity, equalised_odds, with_floors, worst_group
 from influencespace.core.metrics import interval
 from influencespace.core.select import top_fraction
-from influencespace.data.faircv import read_profiles
+from benchmarks.data.faircv import read_profiles
 
 CHOSEN = (
     0.2  # decided for: this share of the highest scores; truly good: this share of the highest blind labels

@@ -22,7 +22,7 @@ from influencespace.core.contrastive import Contrastive
 from influencespace.data.artifacts import fingerprint
 from influencespace.data.pair_set import PairSet
 from influencespace.models.encoders import load_encoder
-from influencespace.models.tuning import TunedTower, TuningConfig, adapt_text_tower, tune
+from benchmarks.methods.tuning import TunedTower, TuningConfig, adapt_text_tower, tune
 from influencespace.stages.proxies.proxies import TargetHalves
 
 BEATEN = ("everything", "random", "clip_score")

@@ -22,7 +22,7 @@ from influencespace.data.artifacts import (
     read_manifest,
     reopen,
 )
-from influencespace.data.dirt import shuffle_captions
+from benchmarks.data.shuffle import shuffle_captions
 from influencespace.data.pair_set import PairSet
 from influencespace.data.readers import list_shards
 from influencespace.data.synthetic import WorldConfig, write_world

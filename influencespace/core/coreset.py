@@ -1,4 +1,4 @@
-"""Choosing sets, where what a pair is worth depends on what is chosen already: coverage, coresets, duplicates.
+"""Choosing sets, where what a pair is worth depends on what is chosen already: coverage and coresets.
 
 Rows X (n, d) are of unit length, similarity is their cosine and distance is Euclidean. Orders list rows, the most wanted
 first, so that any size is a prefix. Ties go to the first row.
@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from influencespace.core.kmeans import unit_rows
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -70,23 +68,6 @@ def diversity(X: Tensor, size: int) -> IntArray:
         chosen.append(row)
         covered = torch.maximum(covered, X @ X[row])
     return np.array(chosen)
-
-
-def semdedup(X: Tensor, cluster: IntArray, threshold: float) -> NDArray[np.bool_]:
-    """What is kept when pairs of cosine above `threshold` within a cluster (n,) are one: (n,) (Abbas et al. 2023).
-
-    Of duplicates the row farthest from the centroid stays, as in the paper. Memory: the largest cluster's rows squared.
-    """
-    kept = np.ones(len(X), bool)
-    for label in np.unique(cluster):
-        rows = np.flatnonzero(cluster == label)
-        members = X[torch.from_numpy(rows).to(X.device)]
-        centroid = unit_rows(members.mean(0, keepdim=True))[0]
-        order = torch.argsort(members @ centroid, stable=True)
-        S = (members[order] @ members[order].T).triu(1)  # of each row with those that lie farther out
-        again = (threshold < S).any(0).cpu().numpy()
-        kept[rows[order.cpu().numpy()[again]]] = False
-    return kept
 
 
 def d2(

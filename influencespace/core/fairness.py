@@ -1,16 +1,12 @@
-"""Groups: the gaps between them, weights that serve the worst of them, and floors below which none may fall.
+"""Groups: their means, how far each is worse off than the rest, and floors below which none may fall.
 
-Measures follow the definitions of fairlearn (Weerts et al. 2023): a gap is the largest difference between two groups, 0 is none.
-What is decided (the k highest scores, or all above a cut-off) is the caller's to say: the same scores have other gaps by another
-rule. Group labels are of any kind that sorts.
+Group labels are of any kind that sorts. Gap measures and minimax weights are in `benchmarks/fairness`.
 """
 
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq, minimize
-from scipy.special import wrightomega
 
 from influencespace.core.strata import between_variance, means_by, rank_within
 from influencespace.errors import InputError
@@ -19,9 +15,6 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 Labels = NDArray[Any]
-
-# The dual's search stops where its rounded value moves no more, which can be 1e-5 from a constraint; begun anew, it goes on.
-RESTARTS = 3
 
 
 def _numbered(group: Labels) -> tuple[IntArray, int]:
@@ -34,47 +27,6 @@ def group_means(values: FloatArray | BoolArray, group: Labels) -> FloatArray:
     """Mean of values (n,) in each group (n,), in sorted order of the groups: (A,)."""
     number, groups = _numbered(group)
     return means_by(number, values.astype(np.float64), groups).mean
-
-
-def demographic_parity(values: FloatArray | BoolArray, group: Labels) -> float:
-    """Largest difference between group means of predictions, or between selection rates of decisions (n,): >= 0."""
-    return float(np.ptp(group_means(values, group)))
-
-
-def equalised_odds(decided: FloatArray | BoolArray, positive: BoolArray, group: Labels) -> float:
-    """The larger of the gaps of true and of false positive rates (Hardt, Price and Srebro 2016): decisions, truth (n,).
-
-    A decision by lot is the chance of a good one. nan where a group has no positives, or none but positives: it has no such rate.
-    """
-    names = len(np.unique(group))
-    gaps = []
-    for truth in (positive, ~positive):
-        if len(np.unique(group[truth])) < names:
-            return float("nan")
-        gaps.append(demographic_parity(decided[truth], group[truth]))
-    return max(gaps)
-
-
-def worst_group(loss: FloatArray, group: Labels) -> tuple[float, float]:
-    """Mean loss of the group that has the highest, and by how much it is above the lowest: losses or misses (n,)."""
-    means = group_means(loss, group)
-    return float(means.max()), float(np.ptp(means))
-
-
-def squared_gap(predictions: FloatArray, group: Labels) -> tuple[float, FloatArray]:
-    """Squared difference of group means, averaged over pairs of groups, and its derivative by the predictions (n,).
-
-    A smooth stand-in for `demographic_parity`: influence on the gap is influence on a target with this gradient. Raises
-    InputError where there is one group.
-    """
-    number, groups = _numbered(group)
-    if groups < 2:
-        raise InputError(f"a gap needs two groups and all {len(group)} rows are of one")
-    means = group_means(predictions, group)
-    differences = means[:, None] - means
-    pairs = groups * (groups - 1) / 2
-    slope = 2 * differences.sum(1) / pairs / np.bincount(number)
-    return float((differences**2).sum() / 2 / pairs), slope[number]
 
 
 def shrunken_group_means(values: FloatArray, group: Labels) -> FloatArray:
@@ -101,136 +53,6 @@ def disadvantage(loss: FloatArray, group: Labels) -> FloatArray:
     excess = np.maximum(shrunken_group_means(loss, group) - loss.mean(), 0.0)
     share: FloatArray = excess / (excess.sum() or 1.0)
     return share
-
-
-def minimax_weights(
-    loss: FloatArray,
-    influence: FloatArray,
-    counts: FloatArray | IntArray,
-    *,
-    temperature: float,
-    cap: float = np.inf,
-    floor: float = 0.0,
-    radius: float = np.inf,
-    start: FloatArray | None = None,
-) -> FloatArray:
-    """Weights of mean 1 that lower the worst group's predicted loss: loss (A,), influence (K, A), counts (K, G) -> (K,).
-
-    argmin_w max_a [ L_a - sum_k p_k (w_k - s_k) I_ka ] + temperature sum_k p_k w_k log(w_k / s_k), over 0 <= w <= cap with
-    sum_k p_k w_k = 1, p_k = n_k / N. I_ka > 0 helps: the fall of the target loss of group a when stratum (or pair) k
-    gets more weight, in units of that loss. counts are the pool's pairs of each of its groups in each stratum; each keeps at
-    least the share `floor` of its weight. Weights stay within `radius` of `start` (ones by default), in root mean square, as
-    influence is true near it only. Constraints hold to 1e-6.
-
-    Solved by its dual (group distributionally robust optimisation, Sagawa et al. 2020, over influences): given a distribution
-    lambda over the target's groups, prices of the floors and of the radius, weights are a closed form, so only these
-    few numbers are searched, by sequential quadratic programming. Raises InputError for constraints that `start` breaks and
-    for strata without influence.
-    """
-    n = counts.sum(1)
-    if bad := int((~np.isfinite(influence).all(1) | (n <= 0)).sum()):
-        raise InputError(
-            f"{bad} of {len(n)} strata have no pairs, or an influence that is not finite: leave them out"
-        )
-    p = n / n.sum()
-    s = np.ones(len(p)) if start is None else start
-    share = counts / n[:, None]  # (K, G) of a stratum's pairs that are of a group
-    _check(p, s, share, temperature, cap, floor, radius)
-    if cap <= 1 + 1e-9:  # nothing else has a mean of 1
-        return np.ones(len(p))
-    A, G = len(loss), share.shape[1]
-    # one for all sizes of influence; a constant influence moves nothing
-    unit = float(np.sqrt(np.max(p @ (influence - p @ influence) ** 2))) or 1.0
-    L, I, tau = loss / unit, influence / unit, temperature / unit  # noqa: E741
-    squared_radius = radius**2 if np.isfinite(radius) else 0.0
-
-    def weights(prices: FloatArray) -> FloatArray:
-        of_groups, of_floors, of_radius = np.split(prices, [A, A + G])
-        return _weights_at(I @ of_groups + share @ of_floors, p, s, tau, float(of_radius[0]), cap)
-
-    def negative_dual(prices: FloatArray) -> tuple[float, FloatArray]:
-        w = weights(prices)
-        predicted = L - (p * (w - s)) @ I  # (A,)
-        spare = (p * w) @ share - floor * (p @ share)  # (G,)
-        beyond = (p @ (w - s) ** 2 - squared_radius) / 2
-        slope = np.concatenate([predicted, -spare, [beyond]])
-        some = w > 0
-        entropy = tau * float((p * w)[some] @ np.log(w[some] / s[some]))
-        return -(float(prices @ slope) + entropy), -slope
-
-    prices = np.append(np.full(A, 1 / A), np.zeros(G + 1))
-    for _ in range(RESTARTS):
-        prices = minimize(
-            negative_dual,
-            prices,
-            jac=True,
-            method="SLSQP",
-            bounds=[(0, 1)] * A
-            + [(0, None if floor > 0 else 0)] * G
-            + [(0, None if np.isfinite(radius) else 0)],
-            constraints={
-                "type": "eq",
-                "fun": lambda x: x[:A].sum() - 1,
-                "jac": lambda x: np.repeat([1.0, 0.0], [A, G + 1]),
-            },
-            options={"ftol": 1e-14, "maxiter": 500},
-        ).x.clip(0)
-    return weights(prices)
-
-
-def _weights_at(
-    utility: FloatArray, p: FloatArray, s: FloatArray, tau: float, nu: float, cap: float
-) -> FloatArray:
-    """argmax_w sum_k p_k [w_k u_k - tau w_k log(w_k / s_k) - nu (w_k - s_k)^2 / 2] with sum p w = 1, w <= cap: (K,).
-
-    At the optimum tau log w + nu w = level_k - eta, one eta for all, so w is Wright's omega function of it.
-    """
-    alive = s > 0
-    level = utility[alive] + tau * np.log(s[alive]) + nu * s[alive]
-    p_alive = p[alive]
-
-    def at(eta: float) -> FloatArray:
-        with np.errstate(over="ignore"):
-            x = (level - eta) / tau
-            free = np.exp(x) if nu == 0 else wrightomega(x + np.log(nu / tau)) * (tau / nu)
-        return np.minimum(free, cap)
-
-    # with this weight everywhere the mean is 1; each stratum gets just this weight at some eta, and the answer lies among those
-    even = 1 / p_alive.sum()
-    bounds = level - tau * np.log(even) - nu * even
-    low, high = float(bounds.min()), float(bounds.max())
-    margin = 1e-9 * (1 + abs(low) + abs(high))
-    eta = brentq(lambda x: p_alive @ at(x) - 1, low - margin, high + margin, xtol=1e-14, rtol=1e-14)
-    w = np.zeros(len(s))
-    w[alive] = at(eta)
-    return w
-
-
-def _check(
-    p: FloatArray,
-    s: FloatArray,
-    share: FloatArray,
-    temperature: float,
-    cap: float,
-    floor: float,
-    radius: float,
-) -> None:
-    """Raises InputError for what has no solution, or none by the dual."""
-    if not temperature > 0:
-        raise InputError(f"temperature = {temperature}: it must be above 0; a small one is nearly no entropy")
-    if not radius > 0:
-        raise InputError(f"radius = {radius}: no weight may move; give one above 0")
-    if s.min() < 0 or s.max() > cap + 1e-6 or abs(p @ s - 1) > 1e-6:
-        raise InputError(
-            f"weights from {s.min():.3g} to {s.max():.3g} of mean {p @ s:.3g} are no start below the cap {cap}: they must be "
-            "0 or more, at most the cap and 1 on average"
-        )
-    held = (p * s) @ share
-    if (held < floor * (p @ share) - 1e-6).any():
-        raise InputError(
-            f"a group holds {float((held / (p @ share)).min()):.3g} of its weight at the start, below the floor of {floor}: "
-            "lower the floor, or start from even weights"
-        )
 
 
 def with_floors(kept: BoolArray, score: FloatArray, group: Labels, floor: float) -> BoolArray:

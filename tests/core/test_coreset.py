@@ -103,31 +103,6 @@ def test_the_means_of_herding_are_near_the_mean_of_all(seed: int) -> None:
     assert found < np.mean(chance)
 
 
-@given(n=st.integers(2, 20), copies=st.integers(1, 3), seed=seeds)
-def test_semdedup_keeps_one_of_exact_copies(n: int, copies: int, seed: int) -> None:
-    X = rows(n, seed).repeat(copies, 1)
-    kept = coreset.semdedup(X, np.zeros(len(X), np.int64), threshold=1 - 1e-9)
-    assert np.bincount(np.arange(len(X)) % n, weights=kept).tolist() == [1] * n
-
-
-@given(seed=seeds, threshold=st.floats(0.3, 0.99))
-def test_semdedup_is_its_definition(seed: int, threshold: float) -> None:
-    """Dropped is who has a near one farther from the centroid; clusters do not meet."""
-    X = rows(30, seed)
-    cluster = np.random.default_rng(seed).integers(0, 3, 30)
-    kept = coreset.semdedup(X, cluster, threshold)
-    for i in range(30):
-        members = X[cluster == cluster[i]]
-        centre = unit_rows(members.mean(0, keepdim=True))[0]
-        # rows are ordered by closeness to the centroid: one that lies farther out replaces those nearer
-        farther = [
-            j
-            for j in range(30)
-            if cluster[j] == cluster[i] and j != i and float(X[j] @ centre) < float(X[i] @ centre)
-        ]
-        assert kept[i] == (not any(float(X[i] @ X[j]) > threshold for j in farther))
-
-
 def test_d2_spreads_over_what_is_alike() -> None:
     """Two bunches: by score alone all of the first would come before the second."""
     first, second = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])

@@ -10,12 +10,12 @@ import torch
 from tiny_encoders import CAPTIONS, FAMILY_MAKERS
 from torch import Tensor, nn
 
+from benchmarks.methods.tuning import TunedTower, TuningConfig, adapt_text_tower, load_tuned, tune
 from influencespace.core.batches import training_batches
 from influencespace.core.contrastive import InfoNce, Sigmoid
 from influencespace.errors import InputError
 from influencespace.models.dual_encoder import DualEncoder
 from influencespace.models.encoders import load_encoder
-from influencespace.models.tuning import TunedTower, TuningConfig, adapt_text_tower, load_tuned, tune
 
 pytest.importorskip("peft")
 
@@ -137,7 +137,7 @@ def test_parts_of_like_length_change_nothing(
         with torch.no_grad():
             alone = torch.cat([tower.embed([text]) for text in said])
             for part in (5, 100):
-                monkeypatch.setattr("influencespace.models.tuning.PART", part)
+                monkeypatch.setattr("benchmarks.methods.tuning.PART", part)
                 torch.testing.assert_close(tower.embed(said), alone, rtol=1e-9, atol=1e-9)
 
 

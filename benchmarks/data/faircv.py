@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from influencespace.data.plain_pickle import read_pickled_array
+from benchmarks.data.plain_pickle import read_pickled_array
 from influencespace.errors import InputError
 
 FloatArray = NDArray[np.float64]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from influencespace.data.dirt import _derange, shuffle_captions
+from benchmarks.data.shuffle import _derange, shuffle_captions
 from influencespace.errors import InputError
 
 # Few images and few texts, so that clashes are the rule and impossible lists occur.

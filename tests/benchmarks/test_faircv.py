@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from influencespace.data.faircv import read_faircv_db, read_profiles
-from influencespace.data.plain_pickle import read_pickled_array
+from benchmarks.data.faircv import read_faircv_db, read_profiles
+from benchmarks.data.plain_pickle import read_pickled_array
 from influencespace.errors import InputError
 
 DATA = Path(os.environ.get("INFLUENCESPACE_DATA", Path(__file__).parents[3] / "shared" / "data")) / "faircv"
