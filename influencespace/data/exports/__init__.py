@@ -9,6 +9,7 @@ from influencespace.data.exports.folder import DEFAULT_SHARD_SIZE, Advance, igno
 from influencespace.data.exports.npy import export_npy
 from influencespace.data.exports.parquet import export_parquet
 from influencespace.data.exports.webdataset import export_webdataset
+from influencespace.data.locations import local_folder
 from influencespace.errors import InputError
 
 __all__ = ["FORMATS", "export", "export_npy", "export_parquet", "export_webdataset"]
@@ -40,4 +41,4 @@ def export(
         near = get_close_matches(to, FORMATS, n=1, cutoff=0.3)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise InputError(f"unknown export format {to!r}, expected one of {', '.join(FORMATS)}.{hint}")
-    return FORMATS[to](Path(run), Path(out), shard_size, advance)
+    return FORMATS[to](Path(run), local_folder(out, "--out"), shard_size, advance)
