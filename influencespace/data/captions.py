@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Sample
+from influencespace.data.schema import CaptionChoice, ImageRef, Rejection, Sample
 from influencespace.data.uids import digest, pair_uid
 
 
@@ -74,7 +74,7 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def assemble(raw: RawSample, options: ReadOptions) -> Iterator[Sample | Rejection]:
+def assemble(raw: RawSample, choice: CaptionChoice = "all", seed: int = 0) -> Iterator[Sample | Rejection]:
     """The Sample of the usable captions of `raw`, if any, then one Rejection for each unusable pair."""
     name = printable(raw.key)
 
@@ -108,7 +108,7 @@ def assemble(raw: RawSample, options: ReadOptions) -> Iterator[Sample | Rejectio
         except RejectedCaption as error:
             problems[position] = str(error)
     if usable:
-        chosen = _choose(list(usable), uid or digest(raw.image).hex(), options)
+        chosen = _choose(list(usable), choice, f"{seed}:{uid or digest(raw.image).hex()}")
         yield Sample(
             image=raw.image,
             captions=tuple(usable[position] for position in chosen),
@@ -120,13 +120,11 @@ def assemble(raw: RawSample, options: ReadOptions) -> Iterator[Sample | Rejectio
     yield from (reject(reason, names[position]) for position, reason in problems.items())
 
 
-def _choose(positions: list[int], identity: str, options: ReadOptions) -> tuple[int, ...]:
+def _choose(positions: list[int], choice: CaptionChoice, drawn_by: str) -> tuple[int, ...]:
     """The positions to use. A draw depends on the seed and the image alone, not on where it was read."""
-    if options.captions == "all":
+    if choice == "all":
         return tuple(positions)
-    if options.captions == "first":
-        return (positions[0],)
-    draw = int.from_bytes(digest(f"{options.seed}:{identity}".encode()))
+    draw = int.from_bytes(digest(drawn_by.encode())) if choice == "choice" else 0
     return (positions[draw % len(positions)],)
 
 

@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass as validated_dataclass
 
+CaptionChoice = Literal["all", "first", "choice"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
@@ -32,10 +34,8 @@ class Shard:
 class ReadOptions:
     """How pairs are taken from the samples of a shard."""
 
-    captions: Literal["all", "first", "choice"] = "all"
-    """Which captions of an image to use: all, the first usable one, or one drawn by `seed` and the image."""
-    seed: int = 0
-    """Seed of `captions="choice"`."""
+    captions: CaptionChoice = "all"
+    """Which captions of an image to use: all, the first usable one, or one drawn by the run's seed and the image."""
     uid_column: str = "uid"
     """JSON field or Parquet column with the data's own identifier of an image."""
     group_column: str = "group"

@@ -14,15 +14,17 @@ from influencespace.data.captions import (
     original_captions,
     printable,
 )
-from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Sample
+from influencespace.data.schema import CaptionChoice, ImageRef, Rejection, Sample
 from influencespace.data.uids import pair_uids
 
 anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
 
 
-def results(options: ReadOptions | None = None, **what: Any) -> tuple[list[Sample], list[Rejection]]:
+def results(
+    choice: CaptionChoice = "all", seed: int = 0, **what: Any
+) -> tuple[list[Sample], list[Rejection]]:
     raw = RawSample(**{"shard": "s", "key": "k", "image": b"i", "ref": ImageRef(path="s"), **what})
-    found = list(assemble(raw, options or ReadOptions()))
+    found = list(assemble(raw, choice, seed))
     return [r for r in found if isinstance(r, Sample)], [r for r in found if isinstance(r, Rejection)]
 
 
@@ -115,15 +117,14 @@ def test_rejections_name_pair_and_reason(what: dict[str, Any], uids: list[str], 
 
 
 def test_first_takes_the_first_usable_caption() -> None:
-    (sample,), rejections = results(ReadOptions(captions="first"), captions=["", "b", "c"], uid="7")
+    (sample,), rejections = results("first", captions=["", "b", "c"], uid="7")
     assert pair_uids(sample) == ["7#1"]
     assert len(rejections) == 1
 
 
 def test_a_draw_is_fair_and_depends_on_image_and_seed_alone() -> None:
     def draw(seed: int, uid: int, key: str = "k") -> str:
-        options = ReadOptions(captions="choice", seed=seed)
-        (sample,), _ = results(options, captions=list("abcde"), uid=uid, key=key)
+        (sample,), _ = results("choice", seed, captions=list("abcde"), uid=uid, key=key)
         return sample.captions[0]
 
     assert draw(1, 5, key="one place") == draw(1, 5, key="another")

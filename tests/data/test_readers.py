@@ -199,10 +199,21 @@ def test_links_and_devices_are_refused(kind: bytes, tmp_path: Path) -> None:
 
 def test_a_sparse_file_is_refused(tmp_path: Path) -> None:
     sparse = tarfile.TarInfo("0.jpg")
-    sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
-    samples, rejections = read_tar(tar_bytes([(sparse, IMAGE), ("0.txt", b"a")]), tmp_path)
-    assert not samples
+    sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "3"}
+    pieces = b"1\n0\n3\n".ljust(512, b"\0") + b"abc"
+    files = [(sparse, pieces), ("0.txt", b"a"), *sample_files("1", b"1", text="b")]
+    samples, rejections = read_tar(tar_bytes(files), tmp_path)
+    assert [s.captions for s in samples] == [("b",)]
     assert "sparse" in rejections[0].reason
+
+
+def test_an_invalid_sparse_file_ends_the_tar(tmp_path: Path) -> None:
+    sparse = tarfile.TarInfo("1.jpg")
+    sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    files = [*sample_files("0", b"0", text="a"), *sample_files("x", b"x", text="x"), (sparse, IMAGE)]
+    samples, rejections = read_tar(tar_bytes(files), tmp_path)
+    assert [s.captions for s in samples] == [("a",)]
+    assert len(rejections) == 1
 
 
 def test_an_image_too_big_to_be_one_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

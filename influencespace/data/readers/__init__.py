@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from influencespace.data.captions import RawSample, assemble
 from influencespace.data.readers.class_folders import find_classes, read_class_folder, split_pictures
 from influencespace.data.readers.coco import image_folder, read_coco, split_images
 from influencespace.data.readers.parquet import read_parquet, split_row_groups
@@ -19,7 +20,7 @@ from influencespace.errors import InputError
 
 __all__ = ["ReadOptions", "filesystem_of", "list_files", "list_shards", "read_shard"]
 
-_READERS: dict[str, Callable[[Shard, ReadOptions], Iterator[Sample | Rejection]]] = {
+_READERS: dict[str, Callable[[Shard, ReadOptions], Iterator[RawSample | Rejection]]] = {
     "webdataset": read_webdataset,
     "parquet": read_parquet,
     "coco": read_coco,
@@ -32,12 +33,20 @@ LISTING_THREADS = 16
 _PACKED = (".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst")
 
 
-def read_shard(shard: Shard, options: ReadOptions | None = None) -> Iterator[Sample | Rejection]:
+def read_shard(
+    shard: Shard, options: ReadOptions | None = None, *, seed: int = 0
+) -> Iterator[Sample | Rejection]:
     """The samples of `shard`, images still encoded, and a Rejection for each pair that cannot be used.
 
-    Raises InputError when the options do not fit the file, OSError when the file cannot be read at all.
+    `seed` decides the draws of `captions="choice"`. Raises InputError when the options do not fit the file, OSError
+    when the file cannot be read at all.
     """
-    return _READERS[shard.format](shard, options or ReadOptions())
+    options = options or ReadOptions()
+    for result in _READERS[shard.format](shard, options):
+        if isinstance(result, Rejection):
+            yield result
+        else:
+            yield from assemble(result, options.captions, seed)
 
 
 def list_shards(spec: str | Sequence[str], images: str | None = None) -> list[Shard]:

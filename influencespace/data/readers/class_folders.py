@@ -9,9 +9,9 @@ from typing import Any
 
 import fsspec
 
-from influencespace.data.captions import RawSample, assemble
+from influencespace.data.captions import RawSample
 from influencespace.data.images import read_image_file
-from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Sample, Shard
+from influencespace.data.schema import ImageRef, ReadOptions, Shard
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 CAPTION = "a photo of a {}"  # CLIP's own prompt (Radford et al. 2021)
@@ -44,14 +44,14 @@ def split_pictures(folder: str) -> list[tuple[int, int]]:
     return [(start, min(start + SHARD_IMAGES, count)) for start in range(0, count, SHARD_IMAGES)]
 
 
-def read_class_folder(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejection]:
+def read_class_folder(shard: Shard, options: ReadOptions) -> Iterator[RawSample]:
     """The samples of a range of the pictures of one class; underscores in its name are read as spaces."""
     folder = PurePosixPath(shard.path).name
     name = folder.replace("_", " ")
     for picture in pictures(*fsspec.url_to_fs(shard.path))[slice(*(shard.rows or (None,)))]:
         path = f"{shard.path}/{picture}"
         data, missing = read_image_file(path)
-        raw = RawSample(
+        yield RawSample(
             shard=shard.path,
             key=f"{folder}/{picture}",
             image=data,
@@ -61,4 +61,3 @@ def read_class_folder(shard: Shard, options: ReadOptions) -> Iterator[Sample | R
             ref=ImageRef(path=path, length=len(data or b"")),
             missing=missing,
         )
-        yield from assemble(raw, options)

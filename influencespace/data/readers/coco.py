@@ -9,9 +9,9 @@ from typing import Any
 
 import fsspec
 
-from influencespace.data.captions import RawSample, assemble, printable
+from influencespace.data.captions import RawSample, printable
 from influencespace.data.images import escapes, read_image_file
-from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Sample, Shard
+from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Shard
 from influencespace.errors import InputError
 
 # Images to a shard: minutes of work, so that little is repeated after an interruption.
@@ -49,7 +49,7 @@ def image_folder(path: str) -> str:
     raise InputError(f"{path}: where are its images? Give their folder as `images`, e.g. coco/val2017.")
 
 
-def read_coco(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejection]:
+def read_coco(shard: Shard, options: ReadOptions) -> Iterator[RawSample | Rejection]:
     """The samples of a range of images; the last range also rejects the annotations of unknown images.
 
     Raises InputError when the file is no annotation file of captions.
@@ -62,7 +62,7 @@ def read_coco(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejection
             reason = "an earlier image of the file has the same id"
             yield Rejection(shard=shard.path, uid=printable(str(image["id"])), reason=reason)
         else:
-            yield from assemble(_raw_sample(shard, image, annotations, options), options)
+            yield _raw_sample(shard, image, annotations, options)
     if stop == len(annotations.images):
         known = {_image_id(image) for image in annotations.images} - {None}
         for key, captions in annotations.captions.items():

@@ -9,7 +9,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from influencespace.data.captions import RawSample, assemble, original_captions, printable
+from influencespace.data.captions import RawSample, original_captions, printable
 from influencespace.data.images import (
     MAX_ENCODED_BYTES,
     encoded_bytes,
@@ -17,7 +17,7 @@ from influencespace.data.images import (
     image_column,
     open_parquet,
 )
-from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Sample, Shard
+from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Shard
 from influencespace.errors import InputError
 
 # A bigger file becomes several shards: minutes of work, so that little is repeated after an interruption.
@@ -68,7 +68,7 @@ def split_row_groups(path: str) -> list[tuple[int, ...] | None]:
     return [None] if len(runs) == 1 else [tuple(run) for run in runs]
 
 
-def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejection]:
+def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[RawSample | Rejection]:
     """The samples of a shard, a few rows in memory; of a damaged row group those before the damage.
 
     Raises InputError when there is no image or caption column, OSError when the file cannot be read at all.
@@ -88,8 +88,7 @@ def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[Sample | Reject
             batches = parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns.names())
             try:
                 for batch in batches:
-                    for raw in _raw_samples(batch, columns, shard.path, row):
-                        yield from assemble(raw, options)
+                    yield from _raw_samples(batch, columns, shard.path, row)
                     row += len(batch)
             except (pa.ArrowException, OSError) as error:
                 raise_unless_damage(error)
