@@ -2,7 +2,9 @@
 
 import errno
 import io
-from itertools import accumulate
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -22,6 +24,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 # An encoded image above this is a mistake or an attack; reading it would only fill the memory of a worker.
 MAX_ENCODED_BYTES = 256 * 2**20
+
+# Rows of a Parquet file whose images are in memory at once.
+BATCH_ROWS = 32
 
 # What is wrong with a name; other errors of reading are the machine's, and may pass.
 UNREADABLE = (errno.ENAMETOOLONG, errno.ELOOP)
@@ -69,14 +74,38 @@ def sharpness(image: Image.Image) -> float:
 
 def read_image_bytes(ref: ImageRef) -> bytes:
     """The encoded image at `ref`, by a range read; raises RejectedImage when the file no longer holds it."""
+    data: bytes | None
     if ref.row >= 0:
-        return _read_row(ref)
-    filesystem, path = fsspec.url_to_fs(ref.path)
-    end = None if ref.length < 0 else ref.offset + ref.length
-    data: bytes = filesystem.cat_file(path, start=ref.offset, end=end)
+        data = next(read_rows(ref.path, [ref.row]))
+    else:
+        filesystem, path = fsspec.url_to_fs(ref.path)
+        end = None if ref.length < 0 else ref.offset + ref.length
+        data = filesystem.cat_file(path, start=ref.offset, end=end)
     if not data or len(data) < ref.length:
-        raise RejectedImage(f"{ref.path} ends before the image at byte {ref.offset}: has it changed?")
+        place = f"row {ref.row}" if ref.row >= 0 else f"byte {ref.offset}"
+        raise RejectedImage(f"{ref.path} holds no whole image at {place}: has it changed?")
     return data
+
+
+def read_rows(path: str, rows: Sequence[int]) -> Iterator[bytes | None]:
+    """The encoded images of ascending `rows` of a Parquet file, None for a missing one; each row group is read once.
+
+    Raises RejectedImage when the file has fewer rows.
+    """
+    with fsspec.open(path, "rb") as file, open_parquet(file) as parquet:
+        starts = first_rows(parquet.metadata)
+        if rows[-1] >= starts[-1]:
+            raise RejectedImage(f"{path} has {starts[-1]} rows, no row {rows[-1]}: has it changed?")
+        name = image_column(parquet.schema_arrow, path)
+        for group, (first, end) in enumerate(pairwise(starts)):
+            some = rows[bisect_left(rows, first) : bisect_left(rows, end)]
+            for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=[name]) if some else ():
+                here = some[: bisect_left(some, first + len(batch))]
+                yield from (encoded_bytes(batch[name])[row - first].as_py() for row in here)
+                some = some[len(here) :]
+                if not some:
+                    break
+                first += len(batch)
 
 
 def read_image_file(path: str) -> tuple[bytes | None, str]:
@@ -148,23 +177,3 @@ def _holds_bytes(kind: Any) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _read_row(ref: ImageRef) -> bytes:
-    with fsspec.open(ref.path, "rb") as file, open_parquet(file) as parquet:
-        starts = first_rows(parquet.metadata)
-        if ref.row >= starts[-1]:
-            raise RejectedImage(f"{ref.path} has {starts[-1]} rows, no row {ref.row}: has it changed?")
-        group = max(i for i, start in enumerate(starts[:-1]) if start <= ref.row)
-        name = image_column(parquet.schema_arrow, ref.path)
-        seen = starts[group]
-        for batch in parquet.iter_batches(batch_size=64, row_groups=[group], columns=[name]):
-            if ref.row < seen + len(batch):
-                data: bytes | None = encoded_bytes(batch.column(0))[ref.row - seen].as_py()
-                break
-            seen += len(batch)
-        else:
-            data = None
-    if not data:
-        raise RejectedImage(f"{ref.path} has no image bytes in row {ref.row}: has it changed?")
-    return data

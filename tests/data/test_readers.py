@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from influencespace.data import readers
 from influencespace.data.images import RejectedImage, decode_image, open_parquet, read_image_bytes
-from influencespace.data.readers import ReadOptions, class_folders, coco, list_shards, parquet, read_shard
+from influencespace.data.readers import ReadOptions, list_shards, parquet, read_shard
 from influencespace.data.schema import Rejection, Sample, Shard
 from influencespace.data.uids import pair_uids
 from influencespace.errors import InputError
@@ -518,7 +519,7 @@ def test_coco_is_sliced_and_slices_are_the_whole(tmp_path: Path, monkeypatch: py
     annotations = [entry for i in range(26) for entry in coco_captions(i, f"a {i}", f"b {i}")]
     path = write_coco(tmp_path, images, annotations)
     whole = read_all(path)
-    monkeypatch.setattr(coco, "SHARD_IMAGES", 10)
+    monkeypatch.setattr(readers, "SHARD_IMAGES", 10)
     assert [shard.rows for shard in list_shards(str(path))] == [(0, 10), (10, 20), (20, 25)]
     assert read_all(path) == whole
     assert len(whole[1]) == 1
@@ -665,7 +666,7 @@ def test_class_folders_on_an_object_store(tmp_path: Path, memory: Any) -> None:
 def test_a_large_class_is_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_classes(tmp_path, cat=[f"{i}.jpg" for i in range(5)], dog=["0.jpg"])
     whole, _ = read_all(tmp_path)
-    monkeypatch.setattr(class_folders, "SHARD_IMAGES", 2)
+    monkeypatch.setattr(readers, "SHARD_IMAGES", 2)
     assert [shard.rows for shard in list_shards(str(tmp_path))] == [(0, 2), (2, 4), (4, 5), (0, 1)]
     assert read_all(tmp_path)[0] == whole
 

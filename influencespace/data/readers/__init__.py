@@ -11,8 +11,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from influencespace.data.captions import RawSample, assemble
-from influencespace.data.readers.class_folders import find_classes, read_class_folder, split_pictures
-from influencespace.data.readers.coco import image_folder, read_coco, split_images
+from influencespace.data.readers.class_folders import count_pictures, find_classes, read_class_folder
+from influencespace.data.readers.coco import count_images, image_folder, read_coco
 from influencespace.data.readers.parquet import read_parquet, split_row_groups
 from influencespace.data.readers.webdataset import read_webdataset
 from influencespace.data.schema import ReadOptions, Rejection, Sample, Shard
@@ -26,6 +26,9 @@ _READERS: dict[str, Callable[[Shard, ReadOptions], Iterator[RawSample | Rejectio
     "coco": read_coco,
     "class_folder": read_class_folder,
 }
+
+# Images to a shard of COCO or of a class folder: minutes of work, so that little is repeated after an interruption.
+SHARD_IMAGES = 1000
 
 # Footers of Parquet files are read this many at a time: on object stores each is a round trip.
 LISTING_THREADS = 16
@@ -147,10 +150,13 @@ def _split(path: str, images: str | None) -> list[Shard]:
         return [Shard(path=path, format="webdataset", index=0)]
     if path.endswith(".parquet"):
         return [Shard(path=path, format="parquet", index=0, row_groups=run) for run in split_row_groups(path)]
-    if not path.endswith(".json"):
-        return [Shard(path=path, format="class_folder", index=0, rows=rows) for rows in split_pictures(path)]
-    folder = _image_folder(images) if images else image_folder(path)
-    return [Shard(path=path, format="coco", index=0, images=folder, rows=rows) for rows in split_images(path)]
+    if path.endswith(".json"):
+        folder = _image_folder(images) if images else image_folder(path)
+        shard, count = Shard(path=path, format="coco", index=0, images=folder), count_images(path)
+    else:
+        shard, count = Shard(path=path, format="class_folder", index=0), count_pictures(path)
+    starts = range(0, count, SHARD_IMAGES)
+    return [replace(shard, rows=(start, min(start + SHARD_IMAGES, count))) for start in starts]
 
 
 def _image_folder(images: str) -> str:

@@ -16,9 +16,6 @@ from influencespace.data.schema import ImageRef, ReadOptions, Shard
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 CAPTION = "a photo of a {}"  # CLIP's own prompt (Radford et al. 2021)
 
-# Pictures to a shard, as for COCO: a large class is several shards.
-SHARD_IMAGES = 1000
-
 
 def pictures(filesystem: Any, folder: str) -> list[str]:
     """Sorted names of the pictures that lie directly in a folder, hidden ones left out."""
@@ -38,10 +35,9 @@ def find_classes(filesystem: Any, paths: Sequence[str]) -> list[str]:
     return folders if classes else []
 
 
-def split_pictures(folder: str) -> list[tuple[int, int]]:
-    """Ranges of SHARD_IMAGES pictures that cover a class folder."""
-    count = len(pictures(*fsspec.url_to_fs(folder)))
-    return [(start, min(start + SHARD_IMAGES, count)) for start in range(0, count, SHARD_IMAGES)]
+def count_pictures(folder: str) -> int:
+    """Pictures of a class folder."""
+    return len(pictures(*fsspec.url_to_fs(folder)))
 
 
 def read_class_folder(shard: Shard, options: ReadOptions) -> Iterator[RawSample]:

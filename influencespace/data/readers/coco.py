@@ -14,9 +14,6 @@ from influencespace.data.images import escapes, read_image_file
 from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Shard
 from influencespace.errors import InputError
 
-# Images to a shard: minutes of work, so that little is repeated after an interruption.
-SHARD_IMAGES = 1000
-
 
 @dataclass(frozen=True)
 class _Annotations:
@@ -29,10 +26,9 @@ class _Annotations:
     """Positions of images whose id an earlier one has."""
 
 
-def split_images(path: str) -> list[tuple[int, int]]:
-    """Ranges of SHARD_IMAGES images that cover the annotation file; raises InputError when it is none."""
-    count = len(_load(path).images)
-    return [(start, min(start + SHARD_IMAGES, count)) for start in range(0, count, SHARD_IMAGES)]
+def count_images(path: str) -> int:
+    """Images that the annotation file lists; raises InputError when it is none."""
+    return len(_load(path).images)
 
 
 def image_folder(path: str) -> str:
@@ -76,7 +72,9 @@ def _raw_sample(
 ) -> RawSample:
     name, key = image.get("file_name"), _image_id(image)
     path = f"{shard.images}/{name}"
-    data, missing = _read_image(path, name)
+    data, missing = None, f"file_name {name!r} is not a path inside the image folder"
+    if isinstance(name, str) and name and not escapes(name):
+        data, missing = read_image_file(path)
     return RawSample(
         shard=shard.path,
         key=str(name),
@@ -87,13 +85,6 @@ def _raw_sample(
         ref=ImageRef(path=path, length=len(data or b"")),
         missing=missing,
     )
-
-
-def _read_image(path: str, name: object) -> tuple[bytes | None, str]:
-    """The bytes of an image file, or None and the reason."""
-    if not isinstance(name, str) or not name or escapes(name):
-        return None, f"file_name {name!r} is not a path inside the image folder"
-    return read_image_file(path)
 
 
 def _load(path: str) -> _Annotations:
@@ -119,18 +110,10 @@ def _parse(path: str, version: str) -> _Annotations:
     captions: dict[object, list[object]] = {}
     for key, caption in entries:
         captions.setdefault(key if isinstance(key, int | str) else None, []).append(caption)
-    return _Annotations(images, captions, _repeated(images))
-
-
-def _repeated(images: list[dict[str, Any]]) -> frozenset[int]:
-    seen: set[object] = set()
-    repeated = set()
-    for position, image in enumerate(images):
-        key = _image_id(image)
-        if key is not None and key in seen:
-            repeated.add(position)
-        seen.add(key)
-    return frozenset(repeated)
+    first: dict[object, int] = {}
+    keys = enumerate(map(_image_id, images))
+    repeated = {i for i, key in keys if key is not None and first.setdefault(key, i) != i}
+    return _Annotations(images, captions, frozenset(repeated))
 
 
 def _image_id(image: dict[str, Any]) -> int | str | None:

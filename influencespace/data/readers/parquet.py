@@ -1,7 +1,6 @@
 """Parquet files with image bytes and captions, as img2dataset and Hugging Face datasets write them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 
 from influencespace.data.captions import RawSample, original_captions, printable
 from influencespace.data.images import (
+    BATCH_ROWS,
     MAX_ENCODED_BYTES,
     encoded_bytes,
     first_rows,
@@ -23,26 +23,8 @@ from influencespace.errors import InputError
 # A bigger file becomes several shards: minutes of work, so that little is repeated after an interruption.
 SHARD_BYTES = 256 * 2**20
 
-# Rows in memory at a time, and the page of the file that they lie in: far below a gigabyte for usual images.
-BATCH_ROWS = 32
-
 # In order of preference, as for tars: a list of captions, the text file of img2dataset, its metadata.
 CAPTION_COLUMNS = ("captions", "txt", "caption", "text")
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Names of the columns that a file has of those that are read."""
-
-    image: str
-    captions: tuple[str, ...]
-    uid: str | None
-    group: str | None
-    key: str | None
-
-    def names(self) -> list[str]:
-        found = (self.image, *self.captions, self.uid, self.group, self.key)
-        return list(dict.fromkeys(name for name in found if name))
 
 
 def split_row_groups(path: str) -> list[tuple[int, ...] | None]:
@@ -85,10 +67,10 @@ def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[RawSample | Rej
         starts = first_rows(parquet.metadata)
         for group in shard.row_groups or range(len(starts) - 1):
             row = starts[group]
-            batches = parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns.names())
+            batches = parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
             try:
                 for batch in batches:
-                    yield from _raw_samples(batch, columns, shard.path, row)
+                    yield from _raw_samples(batch, columns[0], shard.path, row, options)
                     row += len(batch)
             except (pa.ArrowException, OSError) as error:
                 raise_unless_damage(error)
@@ -118,51 +100,41 @@ def _bytes_type(kind: Any) -> Any:
     return kind
 
 
-def _find_columns(schema: Any, path: str, options: ReadOptions) -> _Columns:
-    wanted = (options.caption_column,) if options.caption_column else CAPTION_COLUMNS
-    captions = tuple(name for name in wanted if name in schema.names)
+def _caption_columns(options: ReadOptions) -> tuple[str, ...]:
+    return (options.caption_column,) if options.caption_column else CAPTION_COLUMNS
+
+
+def _find_columns(schema: Any, path: str, options: ReadOptions) -> list[str]:
+    """The columns that are read of those that the file has, the image first."""
+    wanted = _caption_columns(options)
     present = ", ".join(schema.names)
-    if not captions:
+    if not any(name in schema.names for name in wanted):
         raise InputError(
             f"{path}: no caption column. It has {present}; expected {' or '.join(wanted)}. "
             "Give the name of yours as caption_column."
         )
     if options.uid_column not in schema.names and options.uid_column != ReadOptions.uid_column:
         raise InputError(f"{path}: no column {options.uid_column!r} (uid_column). It has {present}.")
-
-    def named(name: str) -> str | None:
-        return name if name in schema.names else None
-
-    return _Columns(
-        image=image_column(schema, path),
-        captions=captions,
-        uid=named(options.uid_column),
-        group=named(options.group_column),
-        key=named("key"),
-    )
+    names = (image_column(schema, path), *wanted, options.uid_column, options.group_column, "key")
+    return [name for name in dict.fromkeys(names) if name in schema.names]
 
 
-def _raw_samples(batch: Any, columns: _Columns, path: str, first_row: int) -> Iterator[RawSample]:
+def _raw_samples(
+    batch: Any, image: str, path: str, first_row: int, options: ReadOptions
+) -> Iterator[RawSample]:
     """The rows of a batch that begins at `first_row` of the file."""
-    images = encoded_bytes(batch.column(columns.image))
-    texts = {
-        name: as_bytes(batch.column(name)).to_pylist() for name in columns.names() if name != columns.image
-    }
-    for i in range(len(batch)):
-
-        def value(name: str | None, i: int = i) -> object:
-            return texts[name][i] if name else None
-
-        row = first_row + i
-        image, missing = _image(images[i])
+    texts = {name: as_bytes(batch[name]).to_pylist() for name in batch.schema.names if name != image}
+    for i, encoded in enumerate(encoded_bytes(batch[image])):
+        values = {name: column[i] for name, column in texts.items()}
+        data, missing = _image(encoded)
         yield RawSample(
             shard=path,
-            key=_key(value(columns.key), row),
-            image=image,
-            captions=original_captions(*map(value, columns.captions)),
-            uid=value(columns.uid),
-            group=value(columns.group),
-            ref=ImageRef(path=path, row=row),
+            key=_key(values.get("key"), first_row + i),
+            image=data,
+            captions=original_captions(*map(values.get, _caption_columns(options))),
+            uid=values.get(options.uid_column),
+            group=values.get(options.group_column),
+            ref=ImageRef(path=path, row=first_row + i),
             missing=missing,
         )
 
