@@ -1,9 +1,13 @@
 """The nouns of the data layer: what is read (Shard, ReadOptions) and what comes of it (Sample, Rejection)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass as validated_dataclass
+
+PLACE = ("image_path", "image_offset", "image_length", "image_row")
+"""Columns of a pair with the fields of its ImageRef."""
 
 CaptionChoice = Literal["all", "first", "choice"]
 
@@ -53,7 +57,16 @@ class ImageRef:
     length: int = -1
     """Bytes from `offset` on; -1 means to the end of the file."""
     row: int = -1
-    """Row of a Parquet file (then offset and length say nothing), or -1."""
+    """Row of a Parquet file (then offset and length mean nothing), or -1."""
+
+    @classmethod
+    def of(cls, pair: Mapping[str, Any]) -> "ImageRef":
+        """The place of a pair's image, from the columns PLACE."""
+        return cls(**{name.removeprefix("image_"): pair[name] for name in PLACE})
+
+    def columns(self) -> dict[str, str | int]:
+        """The columns PLACE of a pair."""
+        return {f"image_{name}": value for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -289,9 +289,9 @@ def test_an_interrupted_export_continues(
 def test_a_finished_export_is_left_alone(run: Path, tmp_path: Path, to: str) -> None:
     first = export(run, to, tmp_path / "out")
     before = {path: path.stat().st_ino for path in (tmp_path / "out").iterdir()}
-    told: list[int] = []
-    assert export(run, to, tmp_path / "out", advance=told.append) == first
-    assert sum(told) == first.rows_out
+    counted: list[int] = []
+    assert export(run, to, tmp_path / "out", advance=counted.append) == first
+    assert sum(counted) == first.rows_out
     assert {path: path.stat().st_ino for path in (tmp_path / "out").iterdir()} == before
 
 

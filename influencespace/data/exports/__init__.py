@@ -5,22 +5,16 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from influencespace.data.artifacts import Manifest
-from influencespace.data.exports.folder import DEFAULT_SHARD_SIZE, Advance, ignore
+from influencespace.data.exports.folder import write_shards
 from influencespace.data.exports.npy import export_npy
-from influencespace.data.exports.parquet import export_parquet
-from influencespace.data.exports.webdataset import export_webdataset
+from influencespace.data.exports.parquet import write_parquet
+from influencespace.data.exports.selection import FinishedRun
+from influencespace.data.exports.webdataset import write_webdataset
 from influencespace.data.locations import local_folder
 from influencespace.errors import InputError
 
-__all__ = ["FORMATS", "export", "export_npy", "export_parquet", "export_webdataset"]
-
-FORMATS: dict[str, Callable[[Path, Path, int, Advance], Manifest]] = {
-    "npy": lambda run, out, _, advance: export_npy(run, out, advance=advance),
-    "webdataset": lambda run, out, size, advance: export_webdataset(
-        run, out, shard_size=size, advance=advance
-    ),
-    "parquet": lambda run, out, size, advance: export_parquet(run, out, shard_size=size, advance=advance),
-}
+SHARDED = {"webdataset": (".tar", write_webdataset), "parquet": (".parquet", write_parquet)}
+FORMATS = ("npy", *SHARDED)
 
 
 def export(
@@ -28,17 +22,24 @@ def export(
     to: str,
     out: Path | str,
     *,
-    shard_size: int = DEFAULT_SHARD_SIZE,
-    advance: Advance = ignore,
+    shard_size: int = 10_000,  # as DataComp's resharder: files of some hundred megabytes
+    advance: Callable[[int], None] = lambda pairs: None,
 ) -> Manifest:
     """Write the kept pairs of a finished run to the folder `out` in format `to`; continues where it stopped.
 
-    `shard_size` is the number of pairs in a file, `advance` is told how many more pairs are written. Raises
-    InputError for an unknown format, a run that is missing or not finished, a folder that holds other files,
-    and source files that are gone.
+    `shard_size` is the number of pairs in a file, `advance` is called with how many more pairs are written. Raises
+    InputError for an unknown format, a run that is missing or not finished, a URL or a folder that holds other files
+    as `out`, and source files that are gone.
     """
     if to not in FORMATS:
         near = get_close_matches(to, FORMATS, n=1, cutoff=0.3)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise InputError(f"unknown export format {to!r}, expected one of {', '.join(FORMATS)}.{hint}")
-    return FORMATS[to](Path(run), local_folder(out, "--out"), shard_size, advance)
+    if shard_size < 1:
+        raise InputError(f"shard_size is {shard_size}: a file needs at least one pair")
+    folder = local_folder(out, "--out")
+    finished = FinishedRun.open(run)
+    if to == "npy":
+        return export_npy(finished, folder, advance)
+    suffix, write = SHARDED[to]
+    return write_shards(finished, folder, to, suffix, write, shard_size, advance=advance)

@@ -6,15 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from influencespace.data.artifacts import Manifest
-from influencespace.data.exports.folder import (
-    DEFAULT_SHARD_SIZE,
-    Advance,
-    KeptPair,
-    ShardFormat,
-    ignore,
-    write_shards,
-)
+from influencespace.data.exports.folder import KeptPair
 
 SCHEMA = pa.schema(
     [
@@ -32,19 +24,8 @@ GROUP_BYTES = 32 * 2**20
 GROUP_ROWS = 1_000
 
 
-def export_parquet(
-    run: Path | str,
-    out: Path | str,
-    *,
-    shard_size: int = DEFAULT_SHARD_SIZE,
-    advance: Advance = ignore,
-) -> Manifest:
-    """Write the kept pairs as files `00000000.parquet ...`, pictures as they came. Raises InputError as `export`."""
-    form = ShardFormat(name="parquet", suffix="parquet", write=_write)
-    return write_shards(Path(run), Path(out), form, shard_size, advance)
-
-
-def _write(path: Path, pairs: Iterator[KeptPair]) -> None:
+def write_parquet(path: Path, pairs: Iterator[KeptPair]) -> None:
+    """Write a file of SCHEMA, pictures as they came."""
     # Pictures are compressed already, and no two are alike.
     compression = {name: "none" if name == "image" else "zstd" for name in SCHEMA.names}
     with pq.ParquetWriter(path, SCHEMA, compression=compression, use_dictionary=["group"]) as writer:

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from influencespace.data.artifacts import file_digest, read_manifest
+from influencespace.data.merge import PAIRS_SCHEMA
+from influencespace.data.schema import PLACE
 from influencespace.errors import InputError
 
 Rows = npt.NDArray[np.int64]
@@ -19,20 +22,10 @@ Rows = npt.NDArray[np.int64]
 # Pairs in memory at a time; no pictures among them.
 BATCH_ROWS = 65_536
 
-DECISION = ("uid", "kept", "weight", "score")
-PLACE = ("image_path", "image_offset", "image_length", "image_row")
+PAIR = ("uid", "caption", *PLACE, "group")
+DECISION = ("weight", "score")
 SELECTED_SCHEMA = pa.schema(
-    [
-        ("uid", pa.large_string()),
-        ("caption", pa.large_string()),
-        ("image_path", pa.large_string()),
-        ("image_offset", pa.int64()),
-        ("image_length", pa.int64()),
-        ("image_row", pa.int64()),
-        ("group", pa.large_string()),
-        ("weight", pa.float32()),
-        ("score", pa.float32()),
-    ]
+    [*map(PAIRS_SCHEMA.field, PAIR), *(pa.field(name, pa.float32()) for name in DECISION)]
 )
 
 
@@ -69,7 +62,7 @@ class FinishedRun:
     def kept_uids(self) -> Iterator[list[str]]:
         """The uids of the kept pairs, in canonical order."""
         for batch in self._kept("uid", "kept"):
-            yield batch.column("uid").to_pylist()
+            yield batch["uid"].to_pylist()
 
     def kept_pairs(self) -> Iterator[Any]:
         """The kept pairs as record batches of SELECTED_SCHEMA, in canonical order.
@@ -77,20 +70,20 @@ class FinishedRun:
         Both files are in that order, so one walk through both joins them. Raises InputError when
         curated.parquet keeps pairs that the pool does not have.
         """
-        kept = (row for batch in self._kept(*DECISION) for row in batch.to_pylist())
+        kept = (row for batch in self._kept("uid", *DECISION, "kept") for row in batch.to_pylist())
         row = next(kept, None)
         pairs = pq.ParquetFile(self.pool / "pairs.parquet")
-        for batch in pairs.iter_batches(BATCH_ROWS, columns=["uid", "caption", *PLACE, "group"]):
+        for batch in pairs.iter_batches(BATCH_ROWS, columns=list(PAIR)):
             places, rows = [], []
-            for place, uid in enumerate(batch.column("uid").to_pylist()):
+            for place, uid in enumerate(batch["uid"].to_pylist()):
                 if row is not None and row["uid"] == uid:
                     places.append(place)
                     rows.append(row)
                     row = next(kept, None)
-            columns = dict(zip(batch.schema.names, batch.take(pa.array(places, pa.int64())).columns))
-            columns |= {name: pa.array([r[name] for r in rows], pa.float32()) for name in ("weight", "score")}
-            arrays = [columns[field.name].cast(field.type) for field in SELECTED_SCHEMA]
-            yield pa.record_batch(arrays, schema=SELECTED_SCHEMA)
+            found = batch.take(pa.array(places, pa.int64()))
+            columns = {name: found[name] for name in PAIR}
+            columns |= {name: pa.array([r[name] for r in rows], pa.float32()) for name in DECISION}
+            yield pa.record_batch([columns[f.name].cast(f.type) for f in SELECTED_SCHEMA], SELECTED_SCHEMA)
         if row is not None:
             raise InputError(
                 f"{self.curated} keeps {row['uid']!r}, which {self.pool} does not have in that place. "
@@ -105,7 +98,7 @@ class FinishedRun:
         if missing := [name for name in columns if name not in file.schema_arrow.names]:
             raise InputError(f"{self.curated} has no column {', '.join(missing)}: was it written by a run?")
         for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
-            yield batch.filter(batch.column("kept"))
+            yield batch.filter(batch["kept"])
 
 
 class Selection:
@@ -136,8 +129,7 @@ class Selection:
 def select(run: FinishedRun, scratch: Path) -> Iterator[Selection]:
     """The kept pairs of `run` by the order of their pictures; `scratch` is a file that exists meanwhile.
 
-    Sources are then read front to back, and each once. Row numbers and places of all kept pairs are in
-    memory (about 50 bytes a pair), and the distinct paths.
+    Sources are then read front to back, and each once. Row numbers and places of all kept pairs are in memory.
     """
     try:
         starts, order = _write(run, scratch)
@@ -148,19 +140,15 @@ def select(run: FinishedRun, scratch: Path) -> Iterator[Selection]:
 
 
 def _write(run: FinishedRun, scratch: Path) -> tuple[Rows, Rows]:
-    numbers: dict[str, int] = {}
-    paths, places, starts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [0]
+    """First row of each record batch written to `scratch`, and the rows in the order of their pictures."""
+    places, starts = [], [0]
     with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, SELECTED_SCHEMA) as file:
         for batch in run.kept_pairs():
-            if not len(batch):
-                continue
-            file.write_batch(batch)
-            named = batch.column("image_path").to_pylist()
-            paths.append(np.array([numbers.setdefault(path, len(numbers)) for path in named], np.int64))
-            row, offset = (batch.column(name).to_numpy() for name in ("image_row", "image_offset"))
-            places.append(np.where(row >= 0, row, offset))
-            starts.append(starts[-1] + len(batch))
-    rank = np.empty(len(numbers), np.int64)
-    rank[[numbers[path] for path in sorted(numbers)]] = np.arange(len(numbers))
-    order = np.lexsort((np.concatenate(places), rank[np.concatenate(paths)]))
+            if len(batch):
+                file.write_batch(batch)
+                places.append(batch.select(list(PLACE)).to_pandas())
+                starts.append(starts[-1] + len(batch))
+    if not places:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    order = pd.concat(places, ignore_index=True).sort_values(list(PLACE)).index.to_numpy()
     return np.array(starts[:-1], np.int64), order
