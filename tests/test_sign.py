@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from planted import Planted, plant
 
-from influencespace.core.info_nce import info_nce
+from influencespace.core.contrastive import info_nce
 from influencespace.core.metrics import auroc
 from influencespace.core.select import SelectionConfig
 from influencespace.data.pair_set import PairSet

@@ -1,116 +1,149 @@
-"""What a proxy is trained to minimise, in every form that influence asks of it.
+"""The losses that a proxy minimises: InfoNCE, the sigmoid loss, and losses of single samples.
 
-A proxy's outputs are two: embeddings (u, t) of images and texts where the loss is contrastive, predictions and labels
-(u, y) where it is pointwise. Losses of a batch are means of `terms`. All derivatives are along given directions.
+A proxy has two outputs: unit embeddings (u, t) of images and texts where the loss is contrastive, predictions and labels (u, y)
+where it is pointwise. S (B, B) are the logits of a batch: rows are images, columns are texts, pair n is S[n, n]. The loss of a
+batch is the mean of its `terms`. A negative batch of M pairs stands for the other B - 1 pairs of a training batch: each of its
+pairs counts for r = (B - 1) / M.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad
 
-from influencespace.core import contrastive_influence as bank
-from influencespace.core import info_nce, sigmoid
-from influencespace.core.contrastive_influence import Tangents
 from influencespace.errors import InputError
 
 Normalisers = tuple[Tensor, ...]
 PointwiseLoss = Callable[[Tensor, Tensor], Tensor]
 
 
+def info_nce(S: Tensor) -> Tensor:
+    """Symmetric InfoNCE loss of a batch: S (B, B) -> scalar, the mean over both directions (CLIP, Radford et al. 2021)."""
+    return info_nce_terms(S).mean()
+
+
+def info_nce_terms(S: Tensor) -> Tensor:
+    """Loss of each pair as an anchor: S (B, B) -> (B,), half image to text, half text to image."""
+    diagonal = S.diagonal(dim1=-2, dim2=-1)
+    return (S.logsumexp(-1) + S.logsumexp(-2)) / 2 - diagonal
+
+
 @dataclass(frozen=True)
 class InfoNce:
-    """Symmetric InfoNCE (CLIP, Radford et al. 2021), its logits `scale` = 1 / temperature times the cosines."""
+    """Symmetric InfoNCE, its logits `scale` = 1 / temperature times the cosines."""
 
     scale: float
 
+    def logits(self, u: Tensor, t: Tensor) -> Tensor:
+        """S (B, B) of a batch: u, t (B, d)."""
+        return self.scale * u @ t.T
+
     def terms(self, u: Tensor, t: Tensor) -> Tensor:
         """Loss of each pair of a batch as an anchor: u, t (B, d) -> (B,)."""
-        return info_nce.info_nce_terms(self.scale * u @ t.T)
+        return info_nce_terms(self.logits(u, t))
 
-    def curvature(self, outputs: Tangents) -> tuple[Tensor, Tensor]:
-        """Cotangents of u and t whose pullback is the Gauss-Newton matrix times the directions: two (V, B, d)."""
-        S, dS = bank.logits_along(outputs, self.scale)
-        R = self.scale * info_nce.gauss_newton_logits(S, dS)
-        return R @ outputs.t, R.mT @ outputs.u
+    def curvature_in_logits(self, S: Tensor, dS: Tensor) -> Tensor:
+        """Hessian of the batch loss in the logits times dS: (..., B, B) -> (..., B, B), positive semi-definite."""
+        P, Q = S.softmax(-1), S.softmax(-2)
+        rows = P * (dS - (P * dS).sum(-1, keepdim=True))
+        columns = Q * (dS - (Q * dS).sum(-2, keepdim=True))
+        return (rows + columns) / (2 * S.shape[-1])
 
     def weighted_loss(self, u: Tensor, t: Tensor, w: Tensor) -> Tensor:
-        """Loss of a batch with weights w (B,), two or more of them above zero: scalar; w_z = 0 is the batch without z."""
-        return info_nce.weighted_info_nce(self.scale * u @ t.T, w)
+        """sum_i w_i term_i(w) / sum_i w_i with weights w (B,) >= 0, two or more above zero: scalar.
 
-    def removal(self, outputs: Tangents, form: str) -> Tensor:
-        """Change of the batch loss's derivative when each pair in turn leaves: (V, B, d) along V directions -> (V, B)."""
-        return info_nce.info_nce_removal(*bank.logits_along(outputs, self.scale), form)
-
-    def context(self, outputs: Tangents, batch_size: int) -> bank.Context:
-        """A recorded context of batches of `batch_size`, summarised for `influence`."""
-        return bank.make_context(outputs, self.scale, batch_size)
-
-    def influence(self, pairs: Tangents, context: bank.Context, form: str) -> tuple[Tensor, Tensor]:
-        """Own and negative influence of pairs in one context: two (V, n) (`core.bank.bank_influence`)."""
-        return bank.bank_influence(pairs, context, form)
+        w_z multiplies z's term as an anchor and z's exponential in the normalisers of the others: w_z = 1 is the batch,
+        w_z = 0 the batch without z.
+        """
+        S = self.logits(u, t)
+        others = torch.eye(len(w), dtype=S.dtype, device=S.device) == 0
+        images = torch.where(others, S + w.log(), S).logsumexp(1)
+        texts = torch.where(others, S + w.log()[:, None], S).logsumexp(0)
+        return (w * ((images + texts) / 2 - S.diagonal())).sum() / w.sum()
 
     def normalisers(self, u: Tensor, t: Tensor, batch_size: int) -> Normalisers:
-        """log Z of a context's anchors, which `negative_loss` needs: u, t (M, d) -> two (M,)."""
-        return bank.anchor_normalisers(u, t, self.scale, batch_size)
+        """log Z of each image of a negative batch over its texts, and of each text over its images: u, t (M, d) -> two (M,).
 
-    def normaliser_weights(self, u: Tensor, t: Tensor, batch_size: int) -> tuple[Tensor, ...]:
-        """Derivatives of the `normalisers` by the context's logits, image by text: two (M, M)."""
-        S = bank.anchor_logits(u, t, self.scale, batch_size)
+        Raises ValueError below two pairs.
+        """
+        S = self._anchor_logits(u, t, batch_size)
+        return S.logsumexp(1), S.logsumexp(0)
+
+    def normaliser_slopes(self, u: Tensor, t: Tensor, batch_size: int) -> Normalisers:
+        """Derivatives of the `normalisers` by the batch's logits, image by text: two (M, M)."""
+        S = self._anchor_logits(u, t, batch_size)
         return S.softmax(1), S.softmax(0)
 
+    def _anchor_logits(self, u: Tensor, t: Tensor, batch_size: int) -> Tensor:
+        """Logits of a negative batch, those of other pairs weighted to the B - 2 others of a training batch: (M, M)."""
+        size = u.shape[0]
+        if size < 2:
+            raise ValueError(
+                f"a negative batch has {size} pair(s); it needs two, or the loss has no negatives"
+            )
+        S = self.logits(u, t)
+        factor = (batch_size - 2) / (size - 1)
+        log_factor = math.log(factor) if factor > 0 else -math.inf
+        others = torch.eye(size, dtype=S.dtype, device=S.device) == 0
+        return torch.where(others, S + log_factor, S)
+
     def own_loss(self, own: Tensor, S_image: Tensor, S_text: Tensor, factor: float) -> Tensor:
-        """Loss of pairs as anchors among a context, from their logits (`core.bank.pair_logits`): (n,)."""
-        return bank.own_loss_of_logits(own, S_image, S_text, factor)
+        """Loss of pairs as anchors among a negative batch, from their `pair_logits` and factor r: (n,)."""
+        images = torch.logaddexp(own, S_image.logsumexp(1) + math.log(factor))
+        texts = torch.logaddexp(own, S_text.logsumexp(1) + math.log(factor))
+        return (images + texts) / 2 - own
 
     def negative_loss(
         self, S_image: Tensor, S_text: Tensor, normalisers: Normalisers, factor: float
     ) -> Tensor:
-        """What pairs add to the losses of a context's anchors, from their logits: (n,)."""
+        """What pairs add to the losses of a negative batch's anchors, from their logits (n, M): (n,).
+
+        The sum over anchors k of log(Z_k + e^S_kz) - log Z_k, both ways, halved as the loss is.
+        """
         log_Z, log_Z_text = normalisers
-        return bank.negative_loss_of_logits(S_image, S_text, (log_Z, log_Z_text), factor)
+        return factor * (F.softplus(S_text - log_Z) + F.softplus(S_image - log_Z_text)).sum(1) / 2
 
 
 @dataclass(frozen=True)
 class Sigmoid:
-    """SigLIP's sigmoid loss (Zhai et al. 2023): every image and text of a batch, match or not, by itself.
+    """SigLIP's sigmoid loss (Zhai et al. 2023, arXiv 2303.15343): every image and text of a batch, match or not, by itself.
 
-    Logits are `scale` times the cosines, plus `bias`. The methods are those of InfoNce.
+    The mean over images of the sum over texts of softplus(-S_ii) for the match and softplus(S_ij) for all others. Logits are
+    `scale` times the cosines, plus `bias`. There is no normaliser. The methods are those of InfoNce.
     """
 
     scale: float
     bias: float
 
-    def _logits_along(self, outputs: Tangents) -> tuple[Tensor, Tensor]:
-        S, dS = bank.logits_along(outputs, self.scale)
-        return S + self.bias, dS
+    def logits(self, u: Tensor, t: Tensor) -> Tensor:
+        return self.scale * u @ t.T + self.bias
+
+    def _losses(self, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of every image with every text, and which of them match: two (B, B)."""
+        S = self.logits(u, t)
+        matches = torch.eye(len(S), dtype=S.dtype, device=S.device)
+        return F.softplus((1 - 2 * matches) * S), matches
 
     def terms(self, u: Tensor, t: Tensor) -> Tensor:
-        return sigmoid.sigmoid_terms(self.scale * u @ t.T + self.bias)
+        return self._losses(u, t)[0].sum(-1)
 
-    def curvature(self, outputs: Tangents) -> tuple[Tensor, Tensor]:
-        R = self.scale * sigmoid.gauss_newton_logits(*self._logits_along(outputs))
-        return R @ outputs.t, R.mT @ outputs.u
+    def curvature_in_logits(self, S: Tensor, dS: Tensor) -> Tensor:
+        p = S.sigmoid()
+        return p * (1 - p) * dS / S.shape[-1]
 
     def weighted_loss(self, u: Tensor, t: Tensor, w: Tensor) -> Tensor:
-        return sigmoid.weighted_sigmoid(self.scale * u @ t.T + self.bias, w)
-
-    def removal(self, outputs: Tangents, form: str) -> Tensor:
-        return sigmoid.sigmoid_removal(*self._logits_along(outputs), form)
-
-    def context(self, outputs: Tangents, batch_size: int) -> tuple[Tangents, float]:
-        return outputs, (batch_size - 1) / outputs.u.shape[0]
-
-    def influence(self, pairs: Tangents, context: tuple[Tangents, float], form: str) -> tuple[Tensor, Tensor]:
-        return sigmoid.sigmoid_influence(pairs, *context, self.scale, self.bias)
+        losses, matches = self._losses(u, t)
+        # a weight multiplies a pair's image and, for the other images, its text
+        return (w * (losses * torch.where(matches > 0, torch.ones_like(losses), w)).sum(-1)).sum() / w.sum()
 
     def normalisers(self, u: Tensor, t: Tensor, batch_size: int) -> Normalisers:
         return ()
 
-    def normaliser_weights(self, u: Tensor, t: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+    def normaliser_slopes(self, u: Tensor, t: Tensor, batch_size: int) -> Normalisers:
         return ()
 
     def own_loss(self, own: Tensor, S_image: Tensor, S_text: Tensor, factor: float) -> Tensor:
@@ -124,9 +157,9 @@ class Sigmoid:
 
 @dataclass(frozen=True)
 class Pointwise:
-    """A loss of each sample by itself: classification, VQA, regression. There are no negatives, so no bank is asked.
+    """A loss of each sample by itself: classification, VQA, regression. It has no negatives.
 
-    Proxies take (inputs, labels) and hand the labels through: outputs (u, y), u (n, K) predictions, y (n, K) labels.
+    Proxies take (inputs, labels) and return the labels as they are: outputs (u, y), u (n, K) predictions, y (n, K) labels.
     """
 
     loss: PointwiseLoss
@@ -141,25 +174,9 @@ class Pointwise:
         slopes: Tensor = grad(lambda x: self.loss(x, y).sum())(u)
         return slopes
 
-    def curvature(self, outputs: Tangents) -> tuple[Tensor, Tensor]:
-        """Cotangents whose pullback is the Gauss-Newton matrix of the mean loss times the directions: two (V, n, K)."""
-        along = [jvp(lambda x: self.slopes(x, outputs.t), (outputs.u,), (du,))[1] for du in outputs.du]
-        cotangent = torch.stack(along) / len(outputs.u)
-        return cotangent, torch.zeros_like(cotangent)
-
-    def influence(self, samples: Tangents) -> Tensor:
-        """Derivative of each sample's loss along V directions: (V, n)."""
-        return (self.slopes(samples.u, samples.t) * samples.du).sum(-1)
-
     def weighted_loss(self, u: Tensor, y: Tensor, w: Tensor) -> Tensor:
         """Mean loss by weight w (n,): scalar."""
         return (w * self.loss(u, y)).sum() / w.sum()
-
-    def removal(self, outputs: Tangents, form: str) -> Tensor:
-        """Change of the mean loss's derivative when each sample in turn leaves: (V, n)."""
-        own = self.influence(outputs)
-        left = own.shape[-1] - 1 if form == "exact" else own.shape[-1]
-        return (own.mean(-1, keepdim=True) - own) / left
 
 
 Contrastive = InfoNce | Sigmoid
@@ -171,20 +188,20 @@ def contrastive_loss(scale: float, bias: float | None) -> Contrastive:
     return InfoNce(scale) if bias is None else Sigmoid(scale, bias)
 
 
-def contrastive(objective: Objective, asking: str) -> Contrastive:
-    """The objective, which must have negatives; `asking` names what needs them. Raises InputError for a pointwise loss."""
+def contrastive(objective: Objective, user: str) -> Contrastive:
+    """The objective, which must have negatives; `user` names what needs them. Raises InputError for a pointwise loss."""
     if isinstance(objective, Pointwise):
         raise InputError(
-            f"{asking} is for contrastive losses (info_nce, sigmoid) and the problem's is pointwise: its samples never meet"
+            f"{user} is for contrastive losses (info_nce, sigmoid) and the problem's is pointwise: its samples never meet"
         )
     return objective
 
 
-def info_nce_only(objective: Objective, asking: str) -> InfoNce:
-    """The objective, which must be InfoNCE. Raises InputError for another."""
+def info_nce_only(objective: Objective, user: str) -> InfoNce:
+    """The objective, which must be InfoNCE; `user` names what needs it. Raises InputError for another."""
     if not isinstance(objective, InfoNce):
         raise InputError(
-            f"{asking} is for the InfoNCE loss and the problem's is {type(objective).__name__.lower()}"
+            f"{user} is for the InfoNCE loss and the problem's is {type(objective).__name__.lower()}"
         )
     return objective
 
@@ -199,37 +216,36 @@ def squared_error(predictions: Tensor, labels: Tensor) -> Tensor:
     return (predictions - labels).square().sum(-1) / 2
 
 
-def own_loss(
-    objective: Contrastive, u: Tensor, t: Tensor, context_u: Tensor, context_t: Tensor, batch_size: int
-) -> Tensor:
-    """Loss of pairs as anchors among a context: u, t (n, d), context (M, d) -> (n,)."""
-    factor = (batch_size - 1) / context_u.shape[0]
-    return objective.own_loss(*bank.pair_logits(u, t, context_u, context_t, objective.scale), factor)
+def pair_logits(
+    u: Tensor, t: Tensor, batch_u: Tensor, batch_t: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All that a pair's loss sees of a negative batch: u, t (n, d), batch (M, d) -> S_zz (n,), S_zk (n, M), S_kz (n, M)."""
+    return scale * (u * t).sum(-1), scale * u @ batch_t.T, scale * t @ batch_u.T
 
 
-def negative_loss(
-    objective: Contrastive,
-    u: Tensor,
-    t: Tensor,
-    context_u: Tensor,
-    context_t: Tensor,
-    normalisers: Normalisers,
-    batch_size: int,
-) -> Tensor:
-    """What pairs add to the losses of a context's anchors: u, t (n, d), context (M, d), its normalisers -> (n,)."""
-    _, S_image, S_text = bank.pair_logits(u, t, context_u, context_t, objective.scale)
-    factor = (batch_size - 1) / context_u.shape[0]
-    return objective.negative_loss(S_image, S_text, normalisers, factor)
+def role_losses(
+    objective: Contrastive, u: Tensor, t: Tensor, batch_u: Tensor, batch_t: Tensor, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Loss of pairs as anchors among a negative batch, and what they add to the losses of its anchors: two (n,).
+
+    u, t (n, d), batch (M, d).
+    """
+    own, S_image, S_text = pair_logits(u, t, batch_u, batch_t, objective.scale)
+    factor = (batch_size - 1) / batch_u.shape[0]
+    normalisers = objective.normalisers(batch_u, batch_t, batch_size)
+    return (
+        objective.own_loss(own, S_image, S_text, factor),
+        objective.negative_loss(S_image, S_text, normalisers, factor),
+    )
 
 
 def added_loss(
-    objective: Contrastive, u: Tensor, t: Tensor, context_u: Tensor, context_t: Tensor, batch_size: int
+    objective: Contrastive, u: Tensor, t: Tensor, batch_u: Tensor, batch_t: Tensor, batch_size: int
 ) -> Tensor:
-    """F_z = B l(C + z) - (B - 1) l(C): what a pair adds to a batch's summed loss. u, t (n, d), context (M, d) -> (n,).
+    """F_z = B l(batch + z) - (B - 1) l(batch), what a pair adds to a training batch's summed loss: as `role_losses` -> (n,).
 
-    Its derivative along a direction is own + negative of `influence` (`exact`), and its gradient the per-sample gradient
-    of every estimator that needs one. A smaller context stands for B - 1 pairs.
+    Its derivative along a direction is own + negative `influence` (`exact`), and its gradient is the per-sample gradient of
+    every estimator that needs one.
     """
-    normalisers = objective.normalisers(context_u, context_t, batch_size)
-    own = own_loss(objective, u, t, context_u, context_t, batch_size)
-    return own + negative_loss(objective, u, t, context_u, context_t, normalisers, batch_size)
+    own, negative = role_losses(objective, u, t, batch_u, batch_t, batch_size)
+    return own + negative

@@ -1,18 +1,29 @@
-"""Influence of single pairs against a recorded bank of contexts (ECIF's closed form, bank form).
+"""Derivatives of the losses along directions of the parameters, in closed form: influence, removal, curvature.
 
-A context holds M other pairs, one an image. Adding pair z to it makes a batch of B = M + 1 (or, where the bank is
-small, stands for a batch of B: the sums over its pairs are scaled). Symbols: u, t (n, d) unit embeddings of images and
-texts; du, dt (V, n, d) their derivatives along V directions; `scale` = 1 / temperature.
+Symbols: u, t (n, d) the outputs of a proxy; du, dt (V, n, d) their derivatives along V directions (`Tangents`); S logits, dS
+their derivatives; P row softmax, Q column softmax of S. With v = H^-1 grad L_target as the direction a positive influence is a
+predicted fall of the target loss: higher is more worth keeping.
 
-All results are derivatives of the batch loss along the directions, so with v = H^-1 grad L_target a positive value is
-a predicted fall of the target loss: higher is more worth keeping.
+Source: ECIF (arXiv 2411.11667), against recorded negative batches, with the loss's factor 1/2. Some digests print a sum of
+inverse probabilities for the negative role; the derivative is of the sum of probabilities.
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.func import jvp
+
+from influencespace.core.contrastive import (
+    Contrastive,
+    InfoNce,
+    Normalisers,
+    Objective,
+    Pointwise,
+    Sigmoid,
+    pair_logits,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,136 +39,160 @@ class Tangents:
         return Tangents(u=self.u[rows], t=self.t[rows], du=self.du[:, rows], dt=self.dt[:, rows])
 
 
-def logits_along(a: Tangents, scale: float) -> tuple[Tensor, Tensor]:
+def logits_along(objective: Contrastive, a: Tangents) -> tuple[Tensor, Tensor]:
     """Logits of a batch, and their derivatives along the directions: S (n, n), dS (V, n, n)."""
-    return scale * a.u @ a.t.T, scale * (a.du @ a.t.T + a.u @ a.dt.mT)
+    return objective.logits(a.u, a.t), objective.scale * (a.du @ a.t.T + a.u @ a.dt.mT)
+
+
+def curvature(objective: Objective, outputs: Tangents) -> tuple[Tensor, Tensor]:
+    """Cotangents of u and t whose pullback is the Gauss-Newton matrix of the batch loss times the directions: two (V, n, d)."""
+    if isinstance(objective, Pointwise):
+        slopes = lambda u: objective.slopes(u, outputs.t)  # noqa: E731
+        cotangent = torch.stack([jvp(slopes, (outputs.u,), (du,))[1] for du in outputs.du]) / len(outputs.u)
+        return cotangent, torch.zeros_like(cotangent)
+    R = objective.scale * objective.curvature_in_logits(*logits_along(objective, outputs))
+    return R @ outputs.t, R.mT @ outputs.u
+
+
+def pointwise_influence(objective: Pointwise, samples: Tangents) -> Tensor:
+    """Derivative of each sample's loss along V directions: (V, n)."""
+    return (objective.slopes(samples.u, samples.t) * samples.du).sum(-1)
+
+
+def removal(objective: Objective, outputs: Tangents, form: str) -> Tensor:
+    """Change of the batch loss's derivative when each pair in turn leaves the batch: (V, n).
+
+    `exact`: d [l(w_z = 0) - l(w_z = 1)], the whole removal. `taylor`: -d/dw_z dl at w_z = 1 (`weighted_loss`). Raises
+    ValueError for another form.
+    """
+    _check(form)
+    if isinstance(objective, Pointwise):
+        own = presence = pointwise_influence(objective, outputs)
+    elif isinstance(objective, InfoNce):
+        S, dS = logits_along(objective, outputs)
+        own = own_role_derivative(S, dS)
+        presence = own + negative_role_derivative(S, dS, form)
+    else:
+        own, presence = _sigmoid_roles(*logits_along(objective, outputs))
+    # `presence` is the derivative of B l(batch) - (B - 1) l(batch without the pair)
+    remaining = own.shape[-1] - 1 if form == "exact" else own.shape[-1]
+    return (own.mean(-1, keepdim=True) - presence) / remaining
+
+
+def own_role_derivative(S: Tensor, dS: Tensor) -> Tensor:
+    """Derivative of `info_nce_terms` along a direction: S (B, B), dS (..., B, B) -> (..., B)."""
+    P, Q = S.softmax(-1), S.softmax(-2)
+    return ((P * dS).sum(-1) + (Q * dS).sum(-2)) / 2 - dS.diagonal(dim1=-2, dim2=-1)
+
+
+def negative_role_derivative(S: Tensor, dS: Tensor, form: str = "exact") -> Tensor:
+    """Derivative of what pair n does to the others as their negative: S (B, B), dS (..., B, B) -> (..., B).
+
+    `exact` differentiates -1/2 sum_{k != n} [log(1 - P_kn) + log(1 - Q_nk)], so that own + negative is the derivative
+    of B L_B - (B-1) L_{B without n}; `taylor` is its first order in P and Q.
+    """
+    derivative = _log_odds_derivative if form == "exact" else _probability_derivative
+    others = torch.eye(S.shape[-1], device=S.device) == 0
+    images, texts = (torch.where(others, derivative(S, dS, dim), 0.0) for dim in (-1, -2))
+    return (images.sum(-2) + texts.sum(-1)) / 2
+
+
+def _probability_derivative(S: Tensor, dS: Tensor, dim: int) -> Tensor:
+    """dP = P (dS - E_P dS), with P the softmax along `dim`."""
+    P = S.softmax(dim)
+    return P * (dS - (P * dS).sum(dim, keepdim=True))
+
+
+def _log_odds_derivative(S: Tensor, dS: Tensor, dim: int) -> Tensor:
+    """-d log(1 - P) = P (dS - E_P dS) / (1 - P); for the largest P from the others alone, because 1 - P loses its digits."""
+    P, top = S.softmax(dim), S.argmax(dim, keepdim=True)
+    others = S.scatter(dim, top, -torch.inf).softmax(dim)
+    top = top.expand(*dS.shape[:-2], *top.shape)
+    best = P.max(dim, keepdim=True).values * (dS.gather(dim, top) - (others * dS).sum(dim, keepdim=True))
+    return (_probability_derivative(S, dS, dim) / (1 - P)).scatter(dim, top, best)
+
+
+def _sigmoid_roles(S: Tensor, dS: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives of the sigmoid loss's terms, and of what each pair adds to the summed loss: two (V, B)."""
+    # d softplus(S), and d softplus(-S) on the diagonal
+    derivative = (S.sigmoid() - torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)) * dS
+    rows, columns = derivative.sum(-1), derivative.sum(-2)
+    return rows, rows + columns - derivative.diagonal(dim1=-2, dim2=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context:
-    """One context of M pairs with what every score against it needs, computed once."""
+class BatchSummary:
+    """A negative batch of M pairs with what every score against it needs, computed once."""
 
     tangents: Tangents
-    scale: float
-    own_factor: float  # r = (B-1)/M: how many negatives of a real batch one pair of the context stands for
-    log_Z: Tensor  # (M,) log normaliser of image k over the texts of the context
-    log_Z_text: Tensor  # (M,) log normaliser of text k over the images of the context
-    d_log_Z: Tensor  # (V, M)
-    d_log_Z_text: Tensor  # (V, M)
+    factor: float  # r = (B-1)/M: how many negatives of a training batch one pair stands for
+    normalisers: Normalisers  # (M,) each
+    d_normalisers: Normalisers  # (V, M) each
 
 
-def make_context(tangents: Tangents, scale: float, batch_size: int) -> Context:
-    """Summarise a context for batches of `batch_size` pairs.
+def summarise(objective: Contrastive, a: Tangents, batch_size: int) -> BatchSummary:
+    """Summarise a negative batch for training batches of `batch_size` pairs.
 
-    With M = B - 1 pairs nothing is scaled. With fewer, own negatives are weighted by r = (B-1)/M and an anchor's
-    other negatives by (B-2)/(M-1), so that both see as many negatives as in a real batch.
-    Raises ValueError when the context has fewer than two pairs.
+    With M = B - 1 pairs nothing is scaled. With fewer, a pair's negatives are weighted by r = (B-1)/M and an anchor's
+    other negatives by (B-2)/(M-1), so that both see as many negatives as in a training batch. Raises ValueError for InfoNCE
+    and fewer than two pairs.
     """
-    S = anchor_logits(tangents.u, tangents.t, scale, batch_size)
-    dS = scale * (tangents.du @ tangents.t.T + tangents.u @ tangents.dt.mT)  # (V, M, M)
-    P, Q = S.softmax(1), S.softmax(0)
-    return Context(
-        tangents=tangents,
-        scale=scale,
-        own_factor=(batch_size - 1) / len(S),
-        log_Z=S.logsumexp(1),
-        log_Z_text=S.logsumexp(0),
-        d_log_Z=(P * dS).sum(-1),
-        d_log_Z_text=(Q * dS).sum(-2),
+    _, dS = logits_along(objective, a)
+    slopes = objective.normaliser_slopes(a.u, a.t, batch_size)
+    return BatchSummary(
+        tangents=a,
+        factor=(batch_size - 1) / len(a.u),
+        normalisers=objective.normalisers(a.u, a.t, batch_size),
+        d_normalisers=tuple((W * dS).sum(-1 - side) for side, W in enumerate(slopes)),
     )
 
 
-def bank_influence(pairs: Tangents, context: Context, form: str = "exact") -> tuple[Tensor, Tensor]:
-    """Own and negative influence of each pair in one context: -> two (V, n), in units of target loss per unit of batch weight.
+def influence(
+    objective: Contrastive, pairs: Tangents, batch: BatchSummary, form: str = "exact"
+) -> tuple[Tensor, Tensor]:
+    """Own and negative influence of each pair against one negative batch: two (V, n), in units of the loss per unit of weight.
 
-    own + negative is the derivative of B l(C + z) - (B - 1) l(C). `form`: 'exact' (default) or 'taylor', the first
-    order of the negative role in the probability that an anchor gives to z. The caller leaves out contexts that hold
-    z's image. Source: ECIF (arXiv 2411.11667), with the context as recorded data and the loss's factor 1/2.
+    own + negative is the derivative of B l(batch + z) - (B - 1) l(batch). `form`: `exact`, or `taylor`, the first
+    order of the negative role in the probability that an anchor gives to z. The caller leaves out batches that hold z's image.
+    Raises ValueError for another form.
     """
-    c, scale = context.tangents, context.scale
-    log_r = torch.tensor(context.own_factor, dtype=pairs.u.dtype, device=pairs.u.device).log()
-    S_own = scale * (pairs.u * pairs.t).sum(-1)  # (n,)
+    _check(form)
+    c, scale = batch.tangents, objective.scale
+    S_own, S_image, S_text = pair_logits(pairs.u, pairs.t, c.u, c.t, scale)
     dS_own = scale * (pairs.du * pairs.t + pairs.u * pairs.dt).sum(-1)  # (V, n)
-    S_image = scale * pairs.u @ c.t.T  # (n, M): image of z with the context's texts
-    S_text = scale * pairs.t @ c.u.T  # (n, M): text of z with the context's images
 
-    def own_side(S: Tensor, z: Tensor, dz: Tensor, w: Tensor, dw: Tensor) -> Tensor:
+    def image_side(weight: Tensor) -> Tensor:
+        """sum_k weight_zk dS_zk of the image of z with the batch's texts: (n, M) -> (V, n)."""
+        return scale * ((pairs.du * (weight @ c.t)).sum(-1) + (pairs.u * (weight @ c.dt)).sum(-1))
+
+    def text_side(weight: Tensor) -> Tensor:
+        """sum_k weight_kz dS_kz of the text of z with the batch's images: (n, M) -> (V, n)."""
+        return scale * ((pairs.dt * (weight @ c.u)).sum(-1) + (pairs.t * (weight @ c.du)).sum(-1))
+
+    if isinstance(objective, Sigmoid):
+        # the negative role is linear in the losses, so that both forms are one
+        p_own, p_image, p_text = ((S + objective.bias).sigmoid() for S in (S_own, S_image, S_text))
+        return (p_own - 1) * dS_own, batch.factor * (image_side(p_image) + text_side(p_text))
+
+    log_r = torch.tensor(batch.factor, dtype=S_own.dtype, device=S_own.device).log()
+
+    def as_anchor(S: Tensor, side: Callable[[Tensor], Tensor]) -> Tensor:
         log_normaliser = torch.logaddexp(S_own, (S + log_r).logsumexp(1))
         p = (S + log_r - log_normaliser[:, None]).exp()  # (n, M), sums to 1 - p_own
-        p_own = (S_own - log_normaliser).exp()
-        moved = scale * ((dz * (p @ w)).sum(-1) + (z * (p @ dw)).sum(-1))
-        return moved + p_own * dS_own
+        return side(p) + (S_own - log_normaliser).exp() * dS_own
 
-    own_image = own_side(S_image, pairs.u, pairs.du, c.t, c.dt)
-    own_text = own_side(S_text, pairs.t, pairs.dt, c.u, c.du)
-    own = (own_image + own_text - 2 * dS_own) / 2
+    def as_negative(S: Tensor, side: Callable[[Tensor], Tensor], log_Z: Tensor, d_log_Z: Tensor) -> Tensor:
+        p = (S - log_Z).sigmoid()  # (n, M): what anchor k gives to z
+        weight = p if form == "exact" else p * (1 - p)
+        return side(weight) - (weight @ d_log_Z.mT).mT
 
-    def negative_side(
-        S: Tensor, log_Z: Tensor, d_log_Z: Tensor, z: Tensor, dz: Tensor, w: Tensor, dw: Tensor
-    ) -> Tensor:
-        probability = (S - log_Z).sigmoid()  # (n, M): what anchor k gives to z
-        weight = probability if form == "exact" else probability * (1 - probability)
-        moved = scale * ((z * (weight @ dw)).sum(-1) + (dz * (weight @ w)).sum(-1))
-        return moved - (weight @ d_log_Z.mT).mT
+    own = (as_anchor(S_image, image_side) + as_anchor(S_text, text_side) - 2 * dS_own) / 2
+    (log_Z, log_Z_text), (d_log_Z, d_log_Z_text) = batch.normalisers, batch.d_normalisers
+    by_text = as_negative(S_text, text_side, log_Z, d_log_Z)
+    by_image = as_negative(S_image, image_side, log_Z_text, d_log_Z_text)
+    return own, batch.factor * (by_text + by_image) / 2
 
+
+def _check(form: str) -> None:
     if form not in ("exact", "taylor"):
         raise ValueError(f"form is {form!r}; it must be 'exact' or 'taylor'")
-    negative_text = negative_side(S_text, context.log_Z, context.d_log_Z, pairs.t, pairs.dt, c.u, c.du)
-    negative_image = negative_side(
-        S_image, context.log_Z_text, context.d_log_Z_text, pairs.u, pairs.du, c.t, c.dt
-    )
-    negative = context.own_factor * (negative_text + negative_image) / 2
-    return own, negative
-
-
-def anchor_logits(u: Tensor, t: Tensor, scale: float, batch_size: int) -> Tensor:
-    """Logits of a context with its others weighted to a real batch's number of negatives: u, t (M, d) -> (M, M).
-
-    Raises ValueError below two pairs.
-    """
-    size = u.shape[0]
-    if size < 2:
-        raise ValueError(f"a context has {size} pair(s); it needs two or more, or the loss has no negatives")
-    S = scale * u @ t.T
-    factor = (batch_size - 2) / (size - 1)
-    log_factor = math.log(factor) if factor > 0 else -math.inf
-    others = torch.eye(size, dtype=S.dtype, device=S.device) == 0
-    return torch.where(others, S + log_factor, S)
-
-
-def anchor_normalisers(u: Tensor, t: Tensor, scale: float, batch_size: int) -> tuple[Tensor, Tensor]:
-    """log Z of each image over the texts of its context, and of each text over the images: u, t (M, d) -> two (M,).
-
-    Those of `make_context`, as a function that can be differentiated.
-    """
-    S = anchor_logits(u, t, scale, batch_size)
-    return S.logsumexp(1), S.logsumexp(0)
-
-
-def pair_logits(
-    u: Tensor, t: Tensor, context_u: Tensor, context_t: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All that a pair's loss sees of it: u, t (n, d), context (M, d) -> S_zz (n,), S_zk (n, M), S_kz (n, M)."""
-    return scale * (u * t).sum(-1), scale * u @ context_t.T, scale * t @ context_u.T
-
-
-def own_loss_of_logits(own: Tensor, S_image: Tensor, S_text: Tensor, factor: float) -> Tensor:
-    """Loss of each pair as an anchor among a context, from its `pair_logits`: (n,), (n, M), (n, M) -> (n,).
-
-    factor is r = (B-1)/M, the negatives of a real batch that one pair of the context stands for.
-    """
-    images = torch.logaddexp(own, S_image.logsumexp(1) + math.log(factor))
-    texts = torch.logaddexp(own, S_text.logsumexp(1) + math.log(factor))
-    return (images + texts) / 2 - own
-
-
-def negative_loss_of_logits(
-    S_image: Tensor, S_text: Tensor, normalisers: tuple[Tensor, Tensor], factor: float
-) -> Tensor:
-    """What each pair adds to the losses of a context's anchors, from its logits (n, M) and theirs, two (M,): -> (n,).
-
-    The sum over anchors of log(Z_k + e^S_kz) - log Z_k, both ways, halved as the loss is.
-    """
-    log_Z, log_Z_text = normalisers
-    softplus = torch.nn.functional.softplus
-    return factor * (softplus(S_text - log_Z) + softplus(S_image - log_Z_text)).sum(1) / 2

@@ -2,7 +2,7 @@
 
 Source: arXiv 2508.14648. Its I(z, V) = sum_t a_t <grad L_V(theta_t), H_B G_z + H_z G_B> with a_t = -t eta_t^2 / (N m)
 is positive where a pair harms; the score is -I. G_z, H_z are gradient and Hessian of F_z, what the pair adds to its batch
-in both roles (bank form, `core.bank`); G_B, H_B those of the mean loss of a batch B; m is the number of checkpoints.
+in both roles (`core.contrastive.added_loss`); G_B, H_B those of the mean loss of a batch B; m is the number of checkpoints.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 from torch.func import jvp
 
-from influencespace.core.contrastive import Pointwise, negative_loss, own_loss
+from influencespace.core.contrastive import Pointwise, role_losses
 from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.problem import (
     Batch,
@@ -43,20 +43,15 @@ def presence(problem: Problem, inputs: Inputs) -> Callable[[Tensor], Tensor]:
 
     def values(theta: Tensor) -> Tensor:
         parameters = space.unflatten(theta)
-        u, t = space.embed_at(parameters, inputs)
-        bank = [space.embed_at(parameters, context.inputs) for context in problem.bank]
-        normalisers = [objective.normalisers(*context, size) for context in bank]
-        rows = [
-            own_loss(objective, u, t, *context, size)
-            + negative_loss(objective, u, t, *context, normaliser, size)
-            for context, normaliser in zip(bank, normalisers)
-        ]
-        strangers = []
-        for k, (context, normaliser) in enumerate(zip(bank, normalisers)):
-            others = [
-                negative_loss(objective, *x, *context, normaliser, size) for j, x in enumerate(bank) if j != k
-            ]
-            strangers.append(torch.cat(others).mean())
+        pairs = space.embed_at(parameters, inputs)
+        bank = [space.embed_at(parameters, batch.inputs) for batch in problem.bank]
+        rows, strangers = [], []
+        for k, batch in enumerate(bank):
+            others = [pairs, *bank[:k], *bank[k + 1 :]]
+            u, t = (torch.cat(side) for side in zip(*others))
+            own, negative = role_losses(objective, u, t, *batch, size)
+            rows.append((own + negative)[: len(pairs[0])])
+            strangers.append(negative[len(pairs[0]) :].mean())
         return torch.stack(rows) - torch.stack(strangers).mean()
 
     return values

@@ -63,7 +63,7 @@ class TracInScorer:
 class TracIn:
     """score_z = sum over checkpoints of eta_t grad L_target(theta_t) . D^-1 grad F_z(theta_t), positive = lowers the loss.
 
-    F_z is what the pair adds to its batch in both roles (bank form, `core.bank`): grad F_z . v is a derivative along v, so
+    F_z is what the pair adds to its batch in both roles (`core.contrastive.added_loss`): grad F_z . v is a derivative along v, so
     no per-sample gradients are taken. Checkpoints count alike: keep them at equal distances. In units of the target loss
     once multiplied by the steps between checkpoints over the pool's size.
     """

@@ -21,8 +21,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.core.contrastive import Normalisers, Pointwise, cross_entropy, info_nce_only
-from influencespace.core.contrastive_influence import pair_logits
+from influencespace.core.contrastive import Normalisers, Pointwise, cross_entropy, info_nce_only, pair_logits
 from influencespace.errors import InputError
 from influencespace.estimators.datainf import Sums, added, finite_rows
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, mean_of_known, where_strange

@@ -2,7 +2,7 @@
 
 The target loss at the end of the recorded training is differentiated backwards along the path (`models.trajectory`).
 
-A batch's loss with weights w (B,) is that of the objective (`core.objective`): w_z = 1 is the batch, w_z = 0 the batch
+A batch's loss with weights w (B,) is that of the objective (`core.contrastive`): w_z = 1 is the batch, w_z = 0 the batch
 without z.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from influencespace.core.contrastive import Objective
+from influencespace.core.contrastive_influence import removal
 from influencespace.errors import InputError
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
 from influencespace.models.space import Inputs, Space
@@ -35,7 +36,7 @@ def removal_derivative(
 
     `exact`: D_direction [l(w_z = 0) - l(w_z = 1)], the whole removal. `taylor`: -d/dw_z D_direction l at w_z = 1.
     """
-    return objective.removal(space.tangents(inputs, direction[None]), form)[0]
+    return removal(objective, space.tangents(inputs, direction[None]), form)[0]
 
 
 def gradients_without(space: Space, theta: Tensor, inputs: Inputs, objective: Objective) -> Iterator[Tensor]:

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call, grad, vjp, vmap
 
-from influencespace.core.contrastive import Contrastive, Normalisers, negative_loss
-from influencespace.core.contrastive_influence import pair_logits
+from influencespace.core.contrastive import Contrastive, Normalisers, pair_logits, role_losses
 from influencespace.models.projected import ProjectedHeads
 from influencespace.models.space import Inputs, Space
 
@@ -93,7 +92,7 @@ class PairGradients:
     objective: Contrastive
     batch_size: int
     value: Value | None = None
-    """None: F_z, what the pair adds to its batch's summed loss in both roles (`core.objective.added_loss`)."""
+    """None: F_z, what the pair adds to its batch's summed loss in both roles (`core.contrastive.added_loss`)."""
     centred: bool = True
     memory: int = 2**28
     """Bytes that intermediate results may take beside the gradients, where the space is not of projected heads."""
@@ -133,8 +132,7 @@ class PairGradients:
         def mean(parameters: dict[str, Tensor]) -> Tensor:
             cu, ct = self.space.embed_at(parameters, self.bank[index].inputs)
             u, t = self.space.embed_at(parameters, (images, texts))
-            normalisers = self.objective.normalisers(cu, ct, self.batch_size)
-            return negative_loss(self.objective, u, t, cu, ct, normalisers, self.batch_size).mean()
+            return role_losses(self.objective, u, t, cu, ct, self.batch_size)[1].mean()
 
         return self.space.flatten(grad(mean)(self.space.parameters))
 
@@ -145,7 +143,7 @@ class PairGradients:
         for context in self.bank:
             u, t = self.space.embed_at(self.space.parameters, context.inputs)
             jacobians = []
-            for side, W in enumerate(self.objective.normaliser_weights(u, t, self.batch_size)):
+            for side, W in enumerate(self.objective.normaliser_slopes(u, t, self.batch_size)):
                 jacobians.append(self._of_normalisers(context.inputs, u, t, self.objective.scale * W, side))
             found.append(
                 Summary(

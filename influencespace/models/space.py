@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
 from influencespace.core.contrastive import Objective
-from influencespace.core.contrastive_influence import Tangents
+from influencespace.core.contrastive_influence import Tangents, curvature
 
 Inputs = tuple[Tensor, Tensor]
 
@@ -71,7 +71,7 @@ class Space:
 
     def gauss_newton(self, inputs: Inputs, directions: Tensor, objective: Objective) -> Tensor:
         """Gauss-Newton matrix of the loss of one context times directions: (V, p) -> (V, p)."""
-        return self.pullback(inputs, *objective.curvature(self.tangents(inputs, directions)))
+        return self.pullback(inputs, *curvature(objective, self.tangents(inputs, directions)))
 
     def loss_gradients(self, inputs: Inputs, weights: Tensor, objective: Objective) -> Tensor:
         """Gradients of weighted loss terms of one context: weights (F, n) -> (F, p), the gradient of weights @ terms.

@@ -1,64 +1,28 @@
-"""Every objective against autograd and against losses written out, in float64: one set of laws for all."""
-
-from collections.abc import Callable
+"""Every loss against its textbook form and against autograd, in float64: one set of laws for all."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.func import grad, hessian, jvp
-
-from influencespace.core.contrastive import (
-    Contrastive,
-    InfoNce,
-    Objective,
-    Pointwise,
-    Sigmoid,
-    added_loss,
-    contrastive,
-    cross_entropy,
-    info_nce_only,
-    negative_loss,
-    own_loss,
-    squared_error,
+from objectives import (
+    CONTRASTIVE,
+    OBJECTIVES,
+    along,
+    every_contrastive,
+    every_objective,
+    few,
+    joined,
+    outputs,
+    seeds,
+    sizes,
+    without,
 )
-from influencespace.core.contrastive_influence import Tangents
+from torch import Tensor
+from torch.func import grad, jvp
+from torch.nn.functional import cross_entropy
+
+from influencespace.core.contrastive import InfoNce, contrastive, info_nce, info_nce_only, role_losses
 from influencespace.errors import InputError
-
-CONTRASTIVE: dict[str, Contrastive] = {"info_nce": InfoNce(4.0), "sigmoid": Sigmoid(4.0, -1.5)}
-POINTWISE: dict[str, Pointwise] = {
-    "cross_entropy": Pointwise(cross_entropy),
-    "squared_error": Pointwise(squared_error),
-}
-OBJECTIVES: dict[str, Objective] = {**CONTRASTIVE, **POINTWISE}
-every_objective = pytest.mark.parametrize("name", OBJECTIVES)
-every_contrastive = pytest.mark.parametrize("name", CONTRASTIVE)
-sizes = st.integers(3, 7)
-few = settings(max_examples=25)
-seeds = st.integers(0, 2**31)
-
-
-def outputs(name: str, n: int, seed: int, directions: int = 2, d: int = 4) -> Tangents:
-    """Embeddings of pairs, or predictions and labels, that move along two directions."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def free(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    u, t, du, dt = free(n, d), free(n, d), free(directions, n, d), free(directions, n, d)
-    if name in CONTRASTIVE:
-        u, t = (torch.nn.functional.normalize(x, dim=-1) for x in (u, t))
-    else:
-        dt = torch.zeros_like(dt)
-    if name == "cross_entropy":
-        t = torch.nn.functional.one_hot(t.argmax(1), d).double()
-    return Tangents(u=u, t=t, du=du, dt=dt)
-
-
-def along(function: Callable[[Tensor, Tensor], Tensor], a: Tangents) -> Tensor:
-    """Derivatives of a function of (u, t) along the directions, by autograd: (V, ...)."""
-    return torch.stack([jvp(function, (a.u, a.t), (du, dt))[1] for du, dt in zip(a.du, a.dt)])
 
 
 def written_out(name: str, u: Tensor, t: Tensor) -> Tensor:
@@ -75,12 +39,7 @@ def written_out(name: str, u: Tensor, t: Tensor) -> Tensor:
         entries = [torch.log1p(torch.exp(-signs[i][j] * (S[i, j] - 1.5))) for i in range(n) for j in range(n)]
         return torch.stack(entries).sum() / n
     labels = torch.arange(n)
-    both = torch.nn.functional.cross_entropy(S, labels) + torch.nn.functional.cross_entropy(S.T, labels)
-    return both / 2
-
-
-def without(a: Tangents, z: int) -> Tangents:
-    return a[torch.tensor([i for i in range(len(a.u)) if i != z])]
+    return (cross_entropy(S, labels) + cross_entropy(S.T, labels)) / 2
 
 
 @every_objective
@@ -91,6 +50,10 @@ def test_the_mean_term_is_the_batch_loss(name: str, size: int, seed: int) -> Non
     terms = OBJECTIVES[name].terms(a.u, a.t)
     assert terms.shape == (size,)
     torch.testing.assert_close(terms.mean(), written_out(name, a.u, a.t))
+
+
+def test_a_batch_of_one_has_no_info_nce() -> None:
+    assert float(info_nce(torch.tensor([[3.7]]))) == 0
 
 
 @every_objective
@@ -107,125 +70,57 @@ def test_weights_of_one_are_the_batch_and_a_weight_of_zero_is_the_batch_without(
     torch.testing.assert_close(objective.weighted_loss(a.u, a.t, w), objective.terms(rest.u, rest.t).mean())
 
 
-@every_objective
+@every_contrastive
 @few
 @given(size=sizes, seed=seeds)
-def test_removal_is_the_derivative_of_the_loss_without_less_that_of_the_whole(
-    name: str, size: int, seed: int
-) -> None:
-    a, objective = outputs(name, size, seed), OBJECTIVES[name]
-    found = objective.removal(a, "exact")
-    whole = along(lambda u, t: objective.terms(u, t).mean(), a)
-    for z in range(size):
-        less = along(lambda u, t: objective.terms(u, t).mean(), without(a, z))
-        torch.testing.assert_close(found[:, z], less - whole)
+def test_curvature_in_logits_is_the_hessian(name: str, size: int, seed: int) -> None:
+    a, objective = outputs(name, size, seed, d=size), CONTRASTIVE[name]
+    S, dS = objective.logits(a.u, a.t), a.du
 
+    def loss(S: Tensor) -> Tensor:
+        if isinstance(objective, InfoNce):
+            return info_nce(S)
+        return torch.nn.functional.softplus((1 - 2 * torch.eye(size)) * S).sum() / size
 
-@every_objective
-@few
-@given(size=sizes, seed=seeds)
-def test_taylor_removal_is_minus_the_derivative_in_the_weight(name: str, size: int, seed: int) -> None:
-    a, objective = outputs(name, size, seed), OBJECTIVES[name]
-    w = torch.ones(size, dtype=torch.float64)
-
-    def by_weight(u: Tensor, t: Tensor) -> Tensor:
-        return grad(lambda weights: objective.weighted_loss(u, t, weights))(w)
-
-    torch.testing.assert_close(objective.removal(a, "taylor"), -along(by_weight, a))
-
-
-@every_objective
-@few
-@given(seed=seeds)
-def test_curvature_is_the_gauss_newton_matrix_of_the_mean_loss(name: str, seed: int) -> None:
-    """J^T (Hessian in logits or predictions) J, with J the Jacobian of the logits by the outputs."""
-    a, objective = outputs(name, 4, seed), OBJECTIVES[name]
-    by_u, by_t = objective.curvature(a)
-    found = (by_u[:, None] * a.du[None]).sum((-1, -2)) + (by_t[:, None] * a.dt[None]).sum((-1, -2))
-    if isinstance(objective, Pointwise):
-        H = hessian(lambda u: objective.terms(u, a.t).mean())(a.u).reshape(a.u.numel(), -1)
-        moved = a.du.flatten(1)
-    else:
-        S = objective.scale * a.u @ a.t.T
-        unit = (
-            InfoNce(1.0) if isinstance(objective, InfoNce) else Sigmoid(1.0, CONTRASTIVE["sigmoid"].bias)  # type: ignore[union-attr]
-        )
-        H = hessian(lambda x: unit.terms(x, torch.eye(4, dtype=x.dtype)).mean())(S).reshape(16, 16)
-        moved = (objective.scale * (a.du @ a.t.T + a.u @ a.dt.mT)).flatten(1)
-    torch.testing.assert_close(found, moved @ H @ moved.T)
-    assert float(torch.linalg.eigvalsh((H + H.T) / 2)[0]) >= -1e-12
+    products = torch.stack([jvp(grad(loss), (S,), (one,))[1] for one in dS])
+    torch.testing.assert_close(objective.curvature_in_logits(S, dS), products)
+    assert bool(((dS * products).sum((-1, -2)) >= -1e-12).all())
 
 
 @every_contrastive
 @few
-@given(size=sizes, seed=seeds)
-def test_own_plus_negative_is_what_a_pair_adds_to_the_summed_loss(name: str, size: int, seed: int) -> None:
-    """Value and derivative, for a context of B - 1 pairs: B l(C + z) - (B - 1) l(C)."""
-    objective = CONTRASTIVE[name]
-    context, pairs = outputs(name, size, seed), outputs(name, 3, seed + 1)
-    own, negative = objective.influence(pairs, objective.context(context, size + 1), "exact")
-    value = added_loss(objective, pairs.u, pairs.t, context.u, context.t, size + 1)
+@given(size=st.integers(2, 8), seed=seeds)
+def test_both_roles_together_are_what_a_pair_adds_to_the_summed_loss(name: str, size: int, seed: int) -> None:
+    """B l(batch + z) - (B - 1) l(batch) for a negative batch of B - 1 pairs."""
+    objective, batch, pairs = CONTRASTIVE[name], outputs(name, size, seed), outputs(name, 3, seed + 1)
+    added = sum(role_losses(objective, pairs.u, pairs.t, batch.u, batch.t, size + 1))
+    alone = objective.terms(batch.u, batch.t).sum()
     for z in range(3):
-        pair = pairs[slice(z, z + 1)]
-        joined = Tangents(
-            u=torch.cat([context.u, pair.u]),
-            t=torch.cat([context.t, pair.t]),
-            du=torch.cat([context.du, pair.du], 1),
-            dt=torch.cat([context.dt, pair.dt], 1),
-        )
-        truth = objective.terms(joined.u, joined.t).sum() - objective.terms(context.u, context.t).sum()
-        torch.testing.assert_close(value[z], truth)
-        moved = along(lambda u, t: objective.terms(u, t).sum(), joined)
-        moved = moved - along(lambda u, t: objective.terms(u, t).sum(), context)
-        torch.testing.assert_close((own + negative)[:, z], moved)
-
-
-@every_contrastive
-@few
-@given(batch_size=st.integers(6, 40), seed=seeds)
-def test_both_roles_are_derivatives_of_their_losses_in_a_small_context(
-    name: str, batch_size: int, seed: int
-) -> None:
-    objective = CONTRASTIVE[name]
-    context, pairs = outputs(name, 5, seed), outputs(name, 2, seed + 1)
-    own, negative = objective.influence(pairs, objective.context(context, batch_size), "exact")
-    every = (pairs.u, pairs.t, context.u, context.t)
-
-    def negative_part(*at: Tensor) -> Tensor:
-        normalisers = objective.normalisers(*at[2:], batch_size)
-        return negative_loss(objective, *at, normalisers, batch_size)
-
-    for v in range(2):
-        moves = (pairs.du[v], pairs.dt[v], context.du[v], context.dt[v])
-        by_own = jvp(lambda *at: own_loss(objective, *at, batch_size), every, moves)[1]
-        torch.testing.assert_close(own[v], by_own)
-        torch.testing.assert_close(negative[v], jvp(negative_part, every, moves)[1])
+        whole = joined(batch, pairs[slice(z, z + 1)])
+        torch.testing.assert_close(added[z], objective.terms(whole.u, whole.t).sum() - alone)
 
 
 @every_contrastive
 @few
 @given(seed=seeds)
-def test_normaliser_weights_are_the_slopes_of_the_normalisers(name: str, seed: int) -> None:
+def test_normaliser_slopes_are_the_slopes_of_the_normalisers(name: str, seed: int) -> None:
     objective, a = CONTRASTIVE[name], outputs(name, 5, seed)
-    weights = objective.normaliser_weights(a.u, a.t, 9)
-    normalisers = objective.normalisers(a.u, a.t, 9)
-    assert len(weights) == len(normalisers)
-    for side, W in enumerate(weights):
-        dS = objective.scale * (a.du @ a.t.T + a.u @ a.dt.mT)
-        moved = along(lambda u, t, side=side: objective.normalisers(u, t, 9)[side], a)
-        torch.testing.assert_close((W * dS).sum(-1 - side), moved)
+    slopes = objective.normaliser_slopes(a.u, a.t, 9)
+    assert len(slopes) == len(objective.normalisers(a.u, a.t, 9))
+    dS = objective.scale * (a.du @ a.t.T + a.u @ a.dt.mT)
+    for side, W in enumerate(slopes):
+        derivative = along(lambda u, t, side=side: objective.normalisers(u, t, 9)[side], a)
+        torch.testing.assert_close((W * dS).sum(-1 - side), derivative)
 
 
-@pytest.mark.parametrize("name", POINTWISE)
-@few
-@given(size=sizes, seed=seeds)
-def test_pointwise_influence_is_the_derivative_of_each_loss(name: str, size: int, seed: int) -> None:
-    a, objective = outputs(name, size, seed), POINTWISE[name]
-    torch.testing.assert_close(objective.influence(a), along(objective.terms, a))
+def test_a_negative_batch_of_one_pair_is_refused() -> None:
+    one = outputs("info_nce", 1, 0)
+    with pytest.raises(ValueError, match="needs two"):
+        role_losses(CONTRASTIVE["info_nce"], one.u, one.t, one.u, one.t, 8)
 
 
 def test_what_needs_negatives_says_so() -> None:
     with pytest.raises(InputError, match="clip_score is for contrastive losses"):
-        contrastive(POINTWISE["cross_entropy"], "clip_score")
+        contrastive(OBJECTIVES["cross_entropy"], "clip_score")
     with pytest.raises(InputError, match="ekfac is for the InfoNCE loss and the problem's is sigmoid"):
-        info_nce_only(CONTRASTIVE["sigmoid"], "ekfac")
+        info_nce_only(OBJECTIVES["sigmoid"], "ekfac")

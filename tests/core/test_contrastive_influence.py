@@ -1,167 +1,216 @@
-"""The bank form against autograd on the batch loss, in float64."""
+"""Influence, removal and curvature in closed form against autograd on the losses, in float64."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import jvp
+from objectives import (
+    CONTRASTIVE,
+    OBJECTIVES,
+    POINTWISE,
+    along,
+    every_contrastive,
+    every_objective,
+    few,
+    joined,
+    outputs,
+    seeds,
+    sizes,
+    without,
+)
+from torch import Tensor
+from torch.func import grad, hessian, jvp
 
-from influencespace.core.contrastive import InfoNce, added_loss, negative_loss, own_loss
+from influencespace.core.contrastive import Objective, Pointwise, info_nce_terms, role_losses
 from influencespace.core.contrastive_influence import (
     Tangents,
-    anchor_normalisers,
-    bank_influence,
-    make_context,
+    curvature,
+    influence,
+    negative_role_derivative,
+    own_role_derivative,
+    pointwise_influence,
+    removal,
+    summarise,
 )
-from influencespace.core.info_nce import info_nce
-
-SCALE = 7.0
-LOSS = InfoNce(SCALE)
 
 
-def random_tangents(n: int, seed: int, directions: int = 2, d: int = 5) -> Tangents:
-    generator = torch.Generator().manual_seed(seed)
-
-    def unit(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.nn.functional.normalize(
-            torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1
-        )
-
-    def free(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    return Tangents(u=unit((n, d)), t=unit((n, d)), du=free((directions, n, d)), dt=free((directions, n, d)))
+def loss_along(objective: Objective, a: Tangents) -> Tensor:
+    """Derivatives of the batch's mean loss along the directions: (V,)."""
+    return along(lambda u, t: objective.terms(u, t).mean(), a)
 
 
-def joined(context: Tangents, pair: Tangents) -> Tangents:
-    return Tangents(
-        u=torch.cat([context.u, pair.u]),
-        t=torch.cat([context.t, pair.t]),
-        du=torch.cat([context.du, pair.du], 1),
-        dt=torch.cat([context.dt, pair.dt], 1),
-    )
+@every_objective
+@few
+@given(size=sizes, seed=seeds)
+def test_removal_is_the_derivative_of_the_loss_without_less_that_of_the_whole(
+    name: str, size: int, seed: int
+) -> None:
+    a, objective = outputs(name, size, seed), OBJECTIVES[name]
+    changes = removal(objective, a, "exact")
+    for z in range(size):
+        expected = loss_along(objective, without(a, z)) - loss_along(objective, a)
+        torch.testing.assert_close(changes[:, z], expected)
 
 
-def loss_derivative(a: Tangents, direction: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return jvp(
-        lambda u, t: len(a.u) * info_nce(SCALE * u @ t.T),
-        (a.u, a.t),
-        (a.du[direction], a.dt[direction]),
-    )
+@every_objective
+@few
+@given(size=sizes, seed=seeds)
+def test_taylor_removal_is_minus_the_derivative_in_the_weight(name: str, size: int, seed: int) -> None:
+    a, objective = outputs(name, size, seed), OBJECTIVES[name]
+    w = torch.ones(size, dtype=torch.float64)
+
+    def by_weight(u: Tensor, t: Tensor) -> Tensor:
+        return grad(lambda weights: objective.weighted_loss(u, t, weights))(w)
+
+    torch.testing.assert_close(removal(objective, a, "taylor"), -along(by_weight, a))
 
 
-@settings(max_examples=25, deadline=None)
-@given(size=st.integers(2, 8), seed=st.integers(0, 2**31))
-def test_own_plus_negative_is_the_change_of_the_summed_loss(size: int, seed: int) -> None:
-    """own + negative = D_v [B l(C + z) - (B - 1) l(C)] for a context of B - 1 pairs."""
-    context, pairs = random_tangents(size, seed), random_tangents(3, seed + 1)
-    own, negative = bank_influence(pairs, make_context(context, SCALE, batch_size=size + 1))
+@every_objective
+@few
+@given(seed=seeds)
+def test_curvature_is_the_gauss_newton_matrix_of_the_mean_loss(name: str, seed: int) -> None:
+    """J^T (Hessian in logits or predictions) J, with J the Jacobian of the logits by the outputs."""
+    a, objective = outputs(name, 4, seed), OBJECTIVES[name]
+    by_u, by_t = curvature(objective, a)
+    products = (by_u[:, None] * a.du[None]).sum((-1, -2)) + (by_t[:, None] * a.dt[None]).sum((-1, -2))
+    if isinstance(objective, Pointwise):
+        H = hessian(lambda u: objective.terms(u, a.t).mean())(a.u).reshape(a.u.numel(), -1)
+        derivative = a.du.flatten(1)
+        expected = derivative @ H @ derivative.T
+        assert float(torch.linalg.eigvalsh((H + H.T) / 2)[0]) >= -1e-12
+    else:
+        S = objective.logits(a.u, a.t)
+        dS = objective.scale * (a.du @ a.t.T + a.u @ a.dt.mT)
+        expected = dS.flatten(1) @ objective.curvature_in_logits(S, dS).flatten(1).T
+    torch.testing.assert_close(products, expected)
+
+
+@every_contrastive
+@few
+@given(size=st.integers(2, 8), batch_size=st.integers(2, 40), seed=seeds)
+def test_both_roles_are_the_derivatives_of_their_losses(
+    name: str, size: int, batch_size: int, seed: int
+) -> None:
+    """Whatever the training batch that the negative batch stands for."""
+    objective, batch, pairs = CONTRASTIVE[name], outputs(name, size, seed), outputs(name, 3, seed + 1)
+    own, negative = influence(objective, pairs, summarise(objective, batch, batch_size))
+    position = (pairs.u, pairs.t, batch.u, batch.t)
     for v in range(2):
-        _, without = loss_derivative(context, v)
-        for z in range(3):
-            _, together = loss_derivative(joined(context, pairs[slice(z, z + 1)]), v)
-            torch.testing.assert_close((own + negative)[v, z], together - without)
+        direction = (pairs.du[v], pairs.dt[v], batch.du[v], batch.dt[v])
+        by_own, by_negative = jvp(lambda *at: role_losses(objective, *at, batch_size), position, direction)[1]
+        torch.testing.assert_close(own[v], by_own, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(negative[v], by_negative, rtol=1e-10, atol=1e-10)
 
 
-def test_mean_own_over_a_batch_is_the_loss_derivative() -> None:
-    """Each pair of a batch against the rest of it: the mean of own is D_v L_B."""
-    batch = random_tangents(6, 3)
-    owns = []
-    for z in range(6):
-        rest = torch.tensor([k for k in range(6) if k != z])
-        own, _ = bank_influence(batch[slice(z, z + 1)], make_context(batch[rest], SCALE, batch_size=6))
-        owns.append(own)
-    for v in range(2):
-        _, derivative = loss_derivative(batch, v)
-        torch.testing.assert_close(torch.cat(owns, 1).mean(1)[v], derivative / 6)
+@every_contrastive
+@few
+@given(size=st.integers(2, 8), seed=seeds)
+def test_own_plus_negative_is_the_change_of_the_summed_loss(name: str, size: int, seed: int) -> None:
+    """D_v [B l(batch + z) - (B - 1) l(batch)] for a negative batch of B - 1 pairs."""
+    objective, batch, pairs = CONTRASTIVE[name], outputs(name, size, seed), outputs(name, 3, seed + 1)
+    own, negative = influence(objective, pairs, summarise(objective, batch, size + 1))
+    alone = size * loss_along(objective, batch)
+    for z in range(3):
+        together = (size + 1) * loss_along(objective, joined(batch, pairs[slice(z, z + 1)]))
+        torch.testing.assert_close((own + negative)[:, z], together - alone)
 
 
-def test_directions_are_linear() -> None:
-    context, pairs = random_tangents(5, 0), random_tangents(4, 1)
-    summed = Tangents(
-        u=pairs.u, t=pairs.t, du=pairs.du.sum(0, keepdim=True), dt=pairs.dt.sum(0, keepdim=True)
-    )
-    summed_context = Tangents(
-        u=context.u, t=context.t, du=context.du.sum(0, keepdim=True), dt=context.dt.sum(0, keepdim=True)
-    )
-    separate = bank_influence(pairs, make_context(context, SCALE, 20))
-    together = bank_influence(summed, make_context(summed_context, SCALE, 20))
+@every_contrastive
+def test_mean_own_over_a_batch_is_the_loss_derivative(name: str) -> None:
+    """Each pair of a batch against the rest of it; of the sigmoid loss the negatives are the other role."""
+    objective, batch = CONTRASTIVE[name], outputs(name, 6, 3)
+    roles = [
+        influence(objective, batch[slice(z, z + 1)], summarise(objective, without(batch, z), 6))
+        for z in range(6)
+    ]
+    own, negative = (torch.cat(role, 1).mean(1) for role in zip(*roles))
+    whole = own if name == "info_nce" else own + negative / 2
+    torch.testing.assert_close(whole, loss_along(objective, batch))
+
+
+@every_contrastive
+def test_directions_are_linear(name: str) -> None:
+    objective, batch, pairs = CONTRASTIVE[name], outputs(name, 5, 0), outputs(name, 4, 1)
+
+    def summed(a: Tangents) -> Tangents:
+        return Tangents(u=a.u, t=a.t, du=a.du.sum(0, keepdim=True), dt=a.dt.sum(0, keepdim=True))
+
+    separate = influence(objective, pairs, summarise(objective, batch, 20))
+    together = influence(objective, summed(pairs), summarise(objective, summed(batch), 20))
     for one, both in zip(separate, together):
         torch.testing.assert_close(one.sum(0, keepdim=True), both)
 
 
-def test_a_small_bank_stands_for_a_large_batch() -> None:
-    """Repeating a context k times is the same as weighting its pairs by k, where no anchor meets a copy of itself."""
-    context, pairs = random_tangents(4, 0), random_tangents(3, 1)
-    four_times = context[torch.arange(4).repeat(4)]
-    small, _ = bank_influence(pairs, make_context(context, SCALE, batch_size=17))
-    large, _ = bank_influence(pairs, make_context(four_times, SCALE, batch_size=17))
+@every_contrastive
+def test_a_small_batch_stands_for_a_large_one(name: str) -> None:
+    """Repeating a batch k times is the same as weighting its pairs by k, where no anchor meets a copy of itself."""
+    objective, batch, pairs = CONTRASTIVE[name], outputs(name, 4, 0), outputs(name, 3, 1)
+    small, _ = influence(objective, pairs, summarise(objective, batch, 17))
+    large, _ = influence(objective, pairs, summarise(objective, batch[torch.arange(4).repeat(4)], 17))
     torch.testing.assert_close(small, large)
 
 
-def test_any_partition_of_the_pairs_gives_the_same_scores() -> None:
-    context, pairs = make_context(random_tangents(6, 0), SCALE, 30), random_tangents(11, 1)
-    whole = sum(bank_influence(pairs, context))
-    parts = torch.cat([sum(bank_influence(pairs[slice(i, i + 3)], context)) for i in range(0, 11, 3)], 1)
-    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-12)
+@every_contrastive
+def test_any_partition_of_the_pairs_gives_the_same_scores(name: str) -> None:
+    objective, pairs = CONTRASTIVE[name], outputs(name, 11, 1)
+    batch = summarise(objective, outputs(name, 6, 0), 30)
+    whole = sum(influence(objective, pairs, batch))
+    chunks = [sum(influence(objective, pairs[slice(i, i + 3)], batch)) for i in range(0, 11, 3)]
+    torch.testing.assert_close(whole, torch.cat(chunks, 1), rtol=0, atol=1e-12)
 
 
 def test_taylor_is_the_first_order_in_small_probabilities() -> None:
     """With many negatives an anchor gives z little, and both forms agree."""
-    context, pairs = make_context(random_tangents(40, 0), 0.5, 40_000), random_tangents(5, 1)
-    exact = bank_influence(pairs, context, "exact")[1]
-    taylor = bank_influence(pairs, context, "taylor")[1]
+    objective, pairs = CONTRASTIVE["info_nce"], outputs("info_nce", 5, 1)
+    batch = summarise(objective, outputs("info_nce", 40, 0), 4_000_000)
+    exact, taylor = (influence(objective, pairs, batch, form)[1] for form in ("exact", "taylor"))
     torch.testing.assert_close(exact, taylor, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
 
 
-def test_a_context_of_one_pair_is_refused() -> None:
-    with pytest.raises(ValueError, match="two or more"):
-        make_context(random_tangents(1, 0), SCALE, 8)
+@pytest.mark.parametrize("name", POINTWISE)
+@few
+@given(size=sizes, seed=seeds)
+def test_pointwise_influence_is_the_derivative_of_each_loss(name: str, size: int, seed: int) -> None:
+    a, objective = outputs(name, size, seed), POINTWISE[name]
+    torch.testing.assert_close(pointwise_influence(objective, a), along(objective.terms, a))
 
 
-@settings(max_examples=25, deadline=None)
-@given(size=st.integers(2, 8), batch_size=st.integers(2, 40), seed=st.integers(0, 2**31))
-def test_the_derivative_of_the_bank_loss_is_own_plus_negative(size: int, batch_size: int, seed: int) -> None:
-    """In each role too, whatever the batch that the context stands for."""
-    context, pairs = random_tangents(size, seed), random_tangents(3, seed + 1)
-    own, negative = bank_influence(pairs, make_context(context, SCALE, batch_size))
-
-    def total(*at: torch.Tensor) -> torch.Tensor:
-        return added_loss(LOSS, *at, batch_size)
-
-    def as_anchor(*at: torch.Tensor) -> torch.Tensor:
-        return own_loss(LOSS, *at, batch_size)
-
-    def as_negative(*at: torch.Tensor) -> torch.Tensor:
-        normalisers = anchor_normalisers(*at[2:], SCALE, batch_size)
-        return negative_loss(LOSS, *at, normalisers, batch_size)
-
-    position = (pairs.u, pairs.t, context.u, context.t)
-    for v in range(2):
-        direction = (pairs.du[v], pairs.dt[v], context.du[v], context.dt[v])
-        for function, expected in ((total, own + negative), (as_anchor, own), (as_negative, negative)):
-            derivative = jvp(function, position, direction)[1]
-            torch.testing.assert_close(derivative, expected[v], rtol=1e-10, atol=1e-10)
+def random_logits(size: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    S, dS = 3 * torch.randn(2, size, size, generator=generator, dtype=torch.float64)
+    return S, dS
 
 
-def test_the_bank_loss_is_what_a_pair_adds_to_the_summed_loss() -> None:
-    context, pairs = random_tangents(5, 0), random_tangents(4, 1)
-    alone = 5 * info_nce(SCALE * context.u @ context.t.T)
-    found = added_loss(LOSS, pairs.u, pairs.t, context.u, context.t, batch_size=6)
-    for z in range(4):
-        batch = joined(context, pairs[slice(z, z + 1)])
-        torch.testing.assert_close(found[z], 6 * info_nce(SCALE * batch.u @ batch.t.T) - alone)
+@given(size=sizes, seed=seeds)
+def test_taylor_form_differentiates_the_sum_of_probabilities(size: int, seed: int) -> None:
+    S, dS = random_logits(size, seed)
+
+    def given_to_others(S: Tensor) -> Tensor:
+        mask = 1 - torch.eye(size, dtype=S.dtype)
+        return ((S.softmax(1) * mask).sum(0) + (S.softmax(0) * mask).sum(1)) / 2
+
+    own, by_others = (jvp(f, (S,), (dS,))[1] for f in (info_nce_terms, given_to_others))
+    torch.testing.assert_close(own_role_derivative(S, dS), own)
+    torch.testing.assert_close(negative_role_derivative(S, dS, "taylor"), by_others)
 
 
-def test_the_normalisers_are_those_of_the_context() -> None:
-    context = random_tangents(5, 0)
-    made = make_context(context, SCALE, 30)
-    images, texts = anchor_normalisers(context.u, context.t, SCALE, 30)
-    torch.testing.assert_close(images, made.log_Z)
-    torch.testing.assert_close(texts, made.log_Z_text)
+@given(size=sizes, seed=seeds, steepness=st.sampled_from([1.0, 30.0, 1000.0]))
+def test_a_certain_match_costs_no_digits(size: int, seed: int, steepness: float) -> None:
+    """Where a pair has all the probability of its row, what is left for the others is no number of the format."""
+    S, dS = (x.float() for x in random_logits(size, seed))
+    derivative = negative_role_derivative(steepness * S, dS)
+    others = torch.arange(1, size)
+
+    def of_others(S: Tensor) -> Tensor:
+        return (info_nce_terms(S)[others] - info_nce_terms(S[others][:, others])).sum()
+
+    expected = jvp(of_others, ((steepness * S).double(),), (dS.double(),))[1]
+    torch.testing.assert_close(derivative[0].double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_normalisers_of_a_context_of_one_pair_are_refused() -> None:
-    one = random_tangents(1, 0)
-    with pytest.raises(ValueError, match="two or more"):
-        added_loss(LOSS, one.u, one.t, one.u, one.t, 8)
+def test_an_unknown_form_is_named() -> None:
+    objective, a = CONTRASTIVE["info_nce"], outputs("info_nce", 3, 0)
+    with pytest.raises(ValueError, match="'tailor'"):
+        removal(objective, a, "tailor")
+    with pytest.raises(ValueError, match="'tailor'"):
+        influence(objective, a, summarise(objective, a, 8), "tailor")

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev
 
-from influencespace.core.contrastive import InfoNce
-from influencespace.core.info_nce import info_nce
+from influencespace.core.contrastive import InfoNce, info_nce
 from influencespace.estimators.ecif import Ecif
 from influencespace.estimators.influence import (
     CurvatureConfig,

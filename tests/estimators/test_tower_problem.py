@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, hessian, jacrev
 
-from influencespace.core.contrastive import InfoNce, added_loss, negative_loss
-from influencespace.core.info_nce import info_nce
+from influencespace.core.contrastive import InfoNce, added_loss, info_nce, role_losses
 from influencespace.errors import InputError
 from influencespace.estimators.ecif import Ecif, RoleScorer
 from influencespace.estimators.grad_dot import GradDot
@@ -94,9 +93,8 @@ def dense_gradients() -> Tensor:
 
         def offset(theta: Tensor) -> Tensor:
             context = embedded(theta, bank[k])
-            normalisers = LOSS.normalisers(*context, BATCH_SIZE)
             others = embedded(theta, bank[1 - k])
-            return negative_loss(LOSS, *others, *context, normalisers, BATCH_SIZE).mean()
+            return role_losses(LOSS, *others, *context, BATCH_SIZE)[1].mean()
 
         return derivative(added, position()) - derivative(offset, position())
 

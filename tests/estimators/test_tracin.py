@@ -10,7 +10,7 @@ from problems import Small
 from torch import Tensor
 from torch.func import functional_call, grad
 
-from influencespace.core.info_nce import info_nce
+from influencespace.core.contrastive import info_nce
 from influencespace.errors import InputError
 from influencespace.estimators.influence import InfluenceScorer
 from influencespace.estimators.problem import Checkpoint, Problem, scores

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from influencespace.core.contrastive_influence import own_loss_of_logits, pair_logits
+from influencespace.core.contrastive import InfoNce, pair_logits
 from influencespace.core.metrics import auroc
 from influencespace.estimators.problem import scores
 from influencespace.estimators.trak import Trak, margins
@@ -65,7 +65,7 @@ def test_the_loss_is_the_softplus_of_minus_the_margin() -> None:
         cu, ct = PROBLEM.space.proxy(*PROBLEM.bank[0].inputs)
     logits = pair_logits(u, t, cu, ct, PROBLEM.objective.scale)
     found = torch.nn.functional.softplus(-margins(*logits, 2.5)).mean(0)
-    torch.testing.assert_close(found, own_loss_of_logits(*logits, 2.5))
+    torch.testing.assert_close(found, InfoNce(1.0).own_loss(*logits, 2.5))
 
 
 def test_a_margin_of_equals_is_the_number_of_negatives() -> None:

@@ -9,7 +9,7 @@ import torch
 from problems import INPUT, OUTPUT, Small
 from torch import Tensor
 
-from influencespace.core.info_nce import info_nce, weighted_info_nce
+from influencespace.core.contrastive import InfoNce, info_nce
 from influencespace.errors import InputError
 from influencespace.estimators.problem import Problem, scores
 from influencespace.estimators.unrolled import (
@@ -91,11 +91,15 @@ def agreement(rule: Rule, form: Form, seed: int) -> tuple[float, float]:
 def test_a_weight_of_zero_is_the_batch_without_the_pair() -> None:
     S = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ones = torch.ones(6, dtype=torch.float64)
-    assert float(weighted_info_nce(S, ones)) == pytest.approx(float(info_nce(S)))
+    assert float(InfoNce(1.0).weighted_loss(S, torch.eye(len(S)).to(S), ones)) == pytest.approx(
+        float(info_nce(S))
+    )
     rest = torch.tensor([0, 1, 3, 4, 5])
     less = ones.clone()
     less[2] = 0
-    assert float(weighted_info_nce(S, less)) == pytest.approx(float(info_nce(S[rest][:, rest])))
+    assert float(InfoNce(1.0).weighted_loss(S, torch.eye(len(S)).to(S), less)) == pytest.approx(
+        float(info_nce(S[rest][:, rest]))
+    )
 
 
 def test_removals_are_those_of_gradients_pair_by_pair() -> None:

@@ -10,8 +10,7 @@ from nonlinear import towers
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev
 
-from influencespace.core.contrastive import InfoNce
-from influencespace.core.info_nce import info_nce, info_nce_terms
+from influencespace.core.contrastive import InfoNce, info_nce, info_nce_terms
 from influencespace.models.heads import initial_heads
 from influencespace.models.space import Inputs, Space
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from influencespace.core.batches import training_batches
-from influencespace.core.info_nce import info_nce
+from influencespace.core.contrastive import info_nce
 from influencespace.models.heads import Heads, initial_heads
 from influencespace.models.training import (
     Exchange,

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian
 
 from influencespace.core.batches import training_batches
-from influencespace.core.contrastive import InfoNce
-from influencespace.core.info_nce import info_nce
+from influencespace.core.contrastive import InfoNce, info_nce
 from influencespace.models.heads import Heads, initial_heads
 from influencespace.models.space import Inputs, Space
 from influencespace.models.training import HeadsConfig, cosine_factor, train_heads
