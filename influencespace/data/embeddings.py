@@ -1,7 +1,6 @@
 """The embedding artifact, opened: pairs in canonical order, embeddings by memory map."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 
 from influencespace.data.artifacts import MANIFEST, Manifest, read_manifest
 from influencespace.data.chunks import Floats
+from influencespace.data.images import first_rows
 from influencespace.errors import InputError
 
 
@@ -49,12 +49,14 @@ class EmbeddingTable:
     @cached_property
     def images(self) -> Floats:
         """Unit embeddings of the distinct images (Ni, D), memory-mapped."""
-        return self._map("images.npy")
+        array: Floats = np.load(self.folder / "images.npy", mmap_mode="r")
+        return array
 
     @cached_property
     def texts(self) -> Floats:
         """Unit embeddings of the distinct captions (Nt, D), memory-mapped."""
-        return self._map("texts.npy")
+        array: Floats = np.load(self.folder / "texts.npy", mmap_mode="r")
+        return array
 
     @property
     def dimension(self) -> int:
@@ -71,56 +73,15 @@ class EmbeddingTable:
 
     def rows(self, start: int, stop: int, *columns: str) -> Any:
         """The Arrow table of the pairs [start, stop); only the row groups that hold them are read."""
-        starts = self._starts
         stop = min(stop, len(self))
-        if start >= stop:
-            return self._file.schema_arrow.empty_table().select(
-                list(columns) or self._file.schema_arrow.names
-            )
-        first, last = np.searchsorted(starts, [start, stop - 1], side="right") - 1
-        table = self._file.read_row_groups(list(range(first, last + 1)), columns=list(columns) or None)
-        return table.slice(start - starts[first], stop - start)
-
-    def block(self, start: int, stop: int) -> "EmbeddingBlock":
-        """The pairs [start, stop) with their embeddings."""
-        table = self.rows(start, stop, "image", "text")
-        image, text = table["image"].to_numpy(), table["text"].to_numpy()
-        return EmbeddingBlock(
-            start=start, image=image, text=text, images=self.images[image], texts=self.texts[text]
-        )
-
-    def blocks(self, size: int) -> Iterator["EmbeddingBlock"]:
-        """All pairs as contiguous blocks of the canonical order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self.block(start, start + size)
+        starts = np.array(first_rows(self._file.metadata))
+        groups = np.flatnonzero((starts[1:] > start) & (starts[:-1] < stop) & (start < stop))
+        table = self._file.read_row_groups(groups.tolist(), columns=list(columns) or None)
+        return table.slice(start - starts[groups[0]], stop - start) if len(groups) else table
 
     @cached_property
     def _file(self) -> Any:
         return pq.ParquetFile(self.folder / "pairs.parquet")
-
-    @cached_property
-    def _starts(self) -> npt.NDArray[np.int64]:
-        metadata = self._file.metadata
-        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        return np.cumsum([0, *sizes])
-
-    def _map(self, name: str) -> Floats:
-        array: Floats = np.load(self.folder / name, mmap_mode="r")
-        return array
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingBlock:
-    """Contiguous pairs: `n` of them, from row `start` of the artifact on."""
-
-    start: int
-    image: npt.NDArray[np.int64]  # (n,) rows of images.npy
-    text: npt.NDArray[np.int64]  # (n,) rows of texts.npy
-    images: Floats  # (n, D)
-    texts: Floats  # (n, D)
-
-    def __len__(self) -> int:
-        return len(self.image)
 
 
 def rejected_reasons(folder: Path | str) -> Counter[str]:

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from influencespace.data.exports.pictures import read_pictures
 from influencespace.data.pair_set import PairSet
-from influencespace.data.schema import ImageRef
+from influencespace.data.schema import PLACE, ImageRef
 
 IntArray = NDArray[np.int64]
-PLACE = ("image_path", "image_offset", "image_length", "image_row")
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,15 @@ class RawMedia:
     def pictures(self, images: IntArray) -> list[bytes]:
         """Encoded pictures of some of `images`, in their order; raises InputError where a file is gone or has changed."""
         rows = self._places.take(np.searchsorted(self._image_numbers, images)).to_pylist()
-        refs = [ImageRef(**{key.removeprefix("image_"): row[key] for key in PLACE}) for row in rows]
+        refs = list(map(ImageRef.of, rows))
         order = sorted(range(len(refs)), key=lambda i: (refs[i].path, refs[i].offset, refs[i].row))
-        found = dict(zip(order, read_pictures([refs[i] for i in order])))
-        return [found[i] for i in range(len(refs))]
+        read = dict(zip(order, read_pictures([refs[i] for i in order])))
+        return [read[i] for i in range(len(refs))]
 
     def captions(self, texts: IntArray) -> list[str]:
         """Some of the captions, in the order asked for."""
-        found: list[str] = self._captions.take(np.searchsorted(self._text_numbers, texts)).to_pylist()
-        return found
+        captions: list[str] = self._captions.take(np.searchsorted(self._text_numbers, texts)).to_pylist()
+        return captions
 
     @cached_property
     def _image_numbers(self) -> IntArray:
@@ -69,6 +68,6 @@ class RawMedia:
 
     @cached_property
     def _captions(self) -> Any:
-        """Each of `_text_numbers` in words."""
+        """The caption of each of `_text_numbers`."""
         first = np.unique(self.pairs.text, return_index=True)[1]
         return self.pairs.table.pairs("caption")["caption"].take(self.pairs.rows[first])

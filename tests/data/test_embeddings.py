@@ -259,7 +259,6 @@ def test_nothing_usable_is_an_empty_table(tmp_path: Path) -> None:
     assert (done.rows_in, done.rows_out, done.rejected) == (1, 0, 1)
     table = EmbeddingTable.open(tmp_path)
     assert len(table) == 0
-    assert list(table.blocks(3)) == []
     assert table.rows(0, 10, "uid").num_rows == 0
 
 
@@ -269,17 +268,6 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddingTable:
     monkeypatch.setattr(module, "BLOCK_PAIRS", 7)
     build(tmp_path, [[sample(f"image {i % 9}", f"caption {i % 13}", uid=f"u{i}") for i in range(40)]])
     return EmbeddingTable.open(tmp_path)
-
-
-@pytest.mark.parametrize("size", [1, 6, 7, 40, 100])
-def test_blocks_are_the_table_cut_in_pieces(table: EmbeddingTable, size: int) -> None:
-    blocks = list(table.blocks(size))
-    assert [block.start for block in blocks] == list(range(0, 40, size))
-    assert sum(len(block) for block in blocks) == len(table) == 40
-    image, text = table.column("image"), table.column("text")
-    np.testing.assert_array_equal(np.concatenate([block.image for block in blocks]), image)
-    np.testing.assert_array_equal(np.concatenate([block.images for block in blocks]), table.images[image])
-    np.testing.assert_array_equal(np.concatenate([block.texts for block in blocks]), table.texts[text])
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 40), (3, 5), (6, 8), (7, 14), (13, 29), (39, 60), (5, 5)])

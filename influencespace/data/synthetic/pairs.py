@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -73,23 +72,6 @@ class Plan:
         buffer = io.BytesIO()
         self.render().save(buffer, "JPEG", quality=self.quality)
         return buffer.getvalue()
-
-
-class WorldImage(NamedTuple):
-    """One rendered image of the world; `truth` has one entry a caption."""
-
-    image: Image.Image
-    captions: tuple[str, ...]
-    uid: str
-    truth: tuple[PairTruth, ...]
-    group: str
-
-
-def scene_pairs(config: WorldConfig, split: Split, start: int, stop: int) -> Iterator[WorldImage]:
-    """Images start <= index < stop of a split, rendered in memory (before JPEG compression)."""
-    for index in range(start, stop):
-        plan = plan_image(config, split, index)
-        yield WorldImage(plan.render(), plan.captions, plan.uid, plan.truth, plan.group)
 
 
 def plan_image(config: WorldConfig, split: Split, index: int) -> Plan:

@@ -8,9 +8,7 @@ out/truth/<split>.parquet        one row a pair: uid, wrong, kind, original
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +17,8 @@ import pyarrow.parquet as pq
 
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.synthetic.config import SPLITS, Split, WorldConfig
-from influencespace.data.synthetic.pairs import Plan, plan_image
+from influencespace.data.synthetic.pairs import plan_image
+from influencespace.data.tars import add_sample, new_tar
 from influencespace.errors import InputError
 
 TRUTH_SCHEMA = pa.schema(
@@ -64,9 +63,12 @@ def write_shard(out: Path, config: WorldConfig, split: Split, shard: int) -> Pat
     if path.exists():
         return path
     start = shard * config.shard_size
-    with atomic_path(path) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with atomic_path(path) as aside, new_tar(aside) as tar:
         for index in range(start, min(start + config.shard_size, config.size(split))):
-            _add_sample(tar, f"{index:09d}", plan_image(config, split, index))
+            plan = plan_image(config, split, index)
+            described = {"uid": plan.uid, "captions": list(plan.captions), "group": plan.group}
+            texts = {"txt": plan.captions[0].encode(), "json": json.dumps(described).encode()}
+            add_sample(tar, f"{index:09d}", {"jpg": plan.jpeg(), **texts})
     return path
 
 
@@ -102,18 +104,3 @@ def _claim(out: Path, config: WorldConfig) -> None:
         raise InputError(
             f"{out} holds another synthetic world ({changes}): choose another folder or remove it."
         )
-
-
-def _add_sample(tar: tarfile.TarFile, key: str, plan: Plan) -> None:
-    described = {"uid": plan.uid, "captions": list(plan.captions), "group": plan.group}
-    members = {
-        "jpg": plan.jpeg(),
-        "txt": plan.captions[0].encode(),
-        "json": json.dumps(described).encode(),
-    }
-    for suffix, data in members.items():
-        member = tarfile.TarInfo(
-            f"{key}.{suffix}"
-        )  # its time and owner are zero: the same bytes on every run
-        member.size = len(data)
-        tar.addfile(member, io.BytesIO(data))
