@@ -44,9 +44,10 @@ class SelectionConfig:
     min_group_share: float = Field(default=0.0, ge=0, le=1)
     """At least this share of every group's pairs, copies left out, is kept, the least harmful ones, whatever the rule and the
     size say. A group is what the data's `group` says; pairs without any are one group."""
-    weighting: Literal["auto", "uniform", "influence"] = "auto"
-    """`influence`: entropy-regularised weights of mean 1. `auto`: what real retraining likes best on the choosing half of
-    the target, such weights at one of some temperatures or uniform ones: influence alone can order helpful pairs wrongly."""
+    weighting: Literal["uniform", "influence", "auto"] = "uniform"
+    """`uniform`: kept pairs count alike. `influence`: entropy-regularised weights of mean 1. `auto`: what real retraining
+    likes best on the choosing half of the target, such weights at one of some temperatures or uniform ones. Not the default:
+    weights that were confirmed on a target whose pictures the encoder knows were worth nothing on other pictures."""
     fairness: Literal["auto", "off"] = "auto"
     """`auto`: where the target names groups, weights are chosen that surely help the one that is worst off and leave the
     target as a whole no worse than uniform weights, if there are such; `off`: by the whole. Needs `weighting: auto`."""
@@ -60,6 +61,12 @@ class SelectionConfig:
     """Temperature of `influence` weights in standard deviations: larger is nearer to uniform. `auto` finds its own."""
     max_weight: float = Field(default=5.0, ge=1)
     """Cap of a weight."""
+
+    @property
+    def serves_groups(self) -> bool:
+        """Whether the decision may serve groups that are worse off."""
+        asked = self.weighting == "influence" and self.group_share > 0
+        return asked or self.weighting == self.fairness == "auto"
 
     @property
     def standard_errors(self) -> float:
@@ -82,6 +89,7 @@ def select(
     unit: float,
     predicted: FloatArray,
     config: SelectionConfig,
+    *,
     redundant: BoolArray | None = None,
     image: IntArray | None = None,
     group: IntArray | None = None,

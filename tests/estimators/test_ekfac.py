@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from influencespace.errors import InputError
-from influencespace.estimators.ecif import Ecif, direction_of
+from influencespace.estimators.ecif import Ecif
 from influencespace.estimators.ekfac import EkFac, kronecker_blocks
-from influencespace.estimators.influence import CurvatureConfig, curvature_products
+from influencespace.estimators.influence import CurvatureConfig
 from influencespace.estimators.problem import scores
 from influencespace.models.projected import reduced_space
 
@@ -22,7 +22,7 @@ CONTEXTS = [context.inputs for context in PROBLEM.bank]
 def curvature() -> torch.Tensor:
     """The Gauss-Newton matrix over the bank (p, p)."""
     eye = torch.eye(PROBLEM.space.size, dtype=torch.float64)
-    return curvature_products(PROBLEM.space, CONTEXTS, eye, PROBLEM.objective, torch.ones_like(eye[0]))
+    return replace(PROBLEM, preconditioner=torch.ones_like(eye[0])).curvature(eye)
 
 
 def rotation(draws: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +54,8 @@ def test_the_eigenbasis_is_nearer_to_diagonal_than_the_coordinates(curvature: to
 def test_the_direction_is_nearer_to_the_exact_one_than_the_gradient_is() -> None:
     """The exact one is by conjugate gradients to the end; at a damping that lets the curvature matter."""
     problem = replace(PROBLEM, damping=PROBLEM.damping / 30)
-    exact = direction_of(problem, CurvatureConfig(tolerance=1e-8, max_iterations=500))
+    estimator = Ecif(curvature=CurvatureConfig(tolerance=1e-8, max_iterations=500))
+    exact = estimator.solution(problem, problem.target_gradient[None]).x[0]
 
     def cosine(x: torch.Tensor) -> float:
         D = problem.preconditioner

@@ -16,15 +16,15 @@ from torch.func import functional_call, grad, hessian, jacrev
 from influencespace.core.contrastive import InfoNce, info_nce
 from influencespace.estimators.ecif import Ecif
 from influencespace.estimators.influence import (
+    Curvature,
     CurvatureConfig,
     Influence,
     InfluenceScorer,
     NegativeBatch,
-    curvature_products,
     damping_of,
     floored,
     sketch_curvature,
-    solve_directions,
+    solve,
     target_gradients,
 )
 from influencespace.models.heads import initial_heads
@@ -171,6 +171,7 @@ def test_scoring_leaves_the_proxy_as_it_was() -> None:
 
 CONTEXTS = [context.inputs for context in bank()]
 D = torch.rand(SPACE.size, generator=torch.Generator().manual_seed(8), dtype=torch.float64) + 0.1
+CURVATURE = Curvature(space=SPACE, batches=CONTEXTS, objective=LOSS, preconditioner=D)
 
 
 def dense_curvature() -> Tensor:
@@ -192,13 +193,13 @@ def dense_curvature() -> Tensor:
 def test_products_are_those_of_the_scaled_dense_curvature() -> None:
     rows = directions(3)
     scaled = dense_curvature() / torch.outer(D.sqrt(), D.sqrt())
-    torch.testing.assert_close(curvature_products(SPACE, CONTEXTS, rows, LOSS, D), rows @ scaled, **EXACT)
+    torch.testing.assert_close(CURVATURE(rows), rows @ scaled, **EXACT)
 
 
 def test_products_do_not_depend_on_what_is_multiplied_beside() -> None:
     rows = directions(5)
-    whole = curvature_products(SPACE, CONTEXTS, rows, LOSS, D)
-    parts = [curvature_products(SPACE, CONTEXTS, part, LOSS, D) for part in rows.split(2)]
+    whole = CURVATURE(rows)
+    parts = [CURVATURE(part) for part in rows.split(2)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-12)
 
 
@@ -208,15 +209,15 @@ def test_the_solved_direction_is_the_dense_solution_whatever_the_rank(rank: int,
     """(G + mu D) v = g."""
     g = directions(2)
     config = CurvatureConfig(tolerance=1e-12, max_iterations=300)
-    sketch = sketch_curvature(SPACE, CONTEXTS, LOSS, D, rank, seed=0)
-    solution = solve_directions(SPACE, CONTEXTS, LOSS, D, sketch, damping, g, config)
+    sketch = sketch_curvature(CURVATURE, rank, seed=0)
+    solution = solve(CURVATURE, D, sketch, damping, g, config)
     dense = torch.linalg.solve(dense_curvature() + damping * torch.diag(D), g.T).T
     assert solution.residual < 1e-12
     torch.testing.assert_close(solution.x, dense, rtol=1e-6, atol=1e-8)
 
 
 def test_a_sketch_of_full_rank_is_the_curvature() -> None:
-    sketch = sketch_curvature(SPACE, CONTEXTS, LOSS, D, rank=10 * SPACE.size, seed=0)
+    sketch = sketch_curvature(CURVATURE, rank=10 * SPACE.size, seed=0)
     scaled = dense_curvature() / torch.outer(D.sqrt(), D.sqrt())
     torch.testing.assert_close(sketch.U @ torch.diag(sketch.lam) @ sketch.U.T, scaled, rtol=0, atol=1e-8)
 

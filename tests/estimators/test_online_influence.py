@@ -6,7 +6,7 @@ import torch
 from problems import Small
 from torch import Tensor
 
-from influencespace.estimators.influence import InfluenceScorer, curvature_products
+from influencespace.estimators.influence import InfluenceScorer
 from influencespace.estimators.online_influence import online_direction, online_scorer
 from influencespace.estimators.problem import Problem, mean_of_known
 from influencespace.models.gradients import PairGradients
@@ -72,8 +72,7 @@ def test_influence_tends_to_it_at_large_damping(damping: float) -> None:
     problem = SMALL.problem
     D, root = problem.preconditioner, problem.preconditioner.sqrt()
     identity = torch.eye(problem.space.size, dtype=torch.float64)
-    inputs = [context.inputs for context in problem.bank]
-    G = curvature_products(problem.space, inputs, identity, problem.objective, D)
+    G = problem.curvature(identity)
     g = problem.target_gradient
     solved = damping * torch.linalg.solve(G + damping * identity, g / root) / root
     v = online_direction(problem.space, contexts(problem), problem.objective, D)[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call, jacrev
 
 from influencespace.errors import InputError
-from influencespace.estimators.ecif import curvature_of
+from influencespace.estimators.ecif import sketch_of
 from influencespace.estimators.influence import CurvatureConfig, NegativeBatch
 from influencespace.estimators.problem import Problem
 from influencespace.estimators.proxy_problem import batch_of, proxy_problem
@@ -71,7 +71,7 @@ def dense_curvature(problem: Problem) -> Tensor:
 
 
 def directions_of(problem: Problem, queries: NegativeBatch, config: CurvatureConfig = SURE) -> Tensor:
-    return query_directions(problem, queries, curvature_of(problem, config), config)
+    return query_directions(problem, queries, sketch_of(problem, config), config)
 
 
 def traced() -> Traced:
