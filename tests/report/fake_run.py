@@ -1,28 +1,17 @@
-"""A run folder as the pipeline leaves it: real shards and embeddings of a fake encoder, and invented results."""
+"""A run folder as the pipeline leaves it: real pictures in a real tar, and invented results."""
 
 import io
-import json
 import sys
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 
 from influencespace.data.artifacts import Manifest, write_json, write_manifest
-from influencespace.data.embeddings import EmbeddingTable, read_rejected
-from influencespace.data.readers import list_shards
-from influencespace.data.synthetic import WorldConfig, write_world
-from influencespace.data.uids import digest
-from influencespace.engine.local import LocalEngine
-from influencespace.stages.ingest.embed import embed
-from influencespace.stages.ingest.encode import EmbedConfig
 
 HOSTILE = (
     '<script>alert(1)</script><img src=https://evil.example/x.png onerror=alert(2)> & "quoted" {{ 7 * 7 }}'
@@ -30,74 +19,54 @@ HOSTILE = (
 HOSTILE_UID = "\"><script>alert('uid')</script>"
 QUANTILES = 20
 UNIT = 1e-5
-WARNING = "the proxy is not at rest: its mean in-training influence is 0.14 standard deviations"
-
-
-@dataclass
-class FakeEncoder:
-    """Embeds pixels by themselves and a text by its digest."""
-
-    dimension: int = 48
-    fingerprint: str = "fake"
-
-    def preprocess_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        pixels = [np.asarray(image.resize((4, 4)), np.float32).reshape(-1) for image in images]
-        return torch.tensor(np.stack(pixels)) - 127.3
-
-    def tokenize(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[bool]]:
-        rows = [np.frombuffer(digest(text.encode()), np.uint8).astype(np.float32) for text in texts]
-        return {"ids": torch.tensor(np.stack(rows))}, [len(text) > 80 for text in texts]
-
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(pixels, dim=1)
-
-    def encode_text(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.nn.functional.normalize(tokens["ids"].repeat(1, 3) - 127.3, dim=1)
+WARNING = "the proxy has not converged: its mean in-training influence is 0.14 standard deviations"
 
 
 def write_run(run: Path, data: Path, images: int = 120, clusters: int = 6) -> dict[str, Any]:
     """Write the folder of a finished run; returns its summary."""
-    write_world(data, WorldConfig(pretrain=0, pool=images, target=0, test=0, shard_size=50))
-    write_dirt(data / "pool" / "dirt.tar")
-    config = EmbedConfig(encoder="fake")
-    shards = list_shards(str(data / "pool"))
-    embed(
-        shards,
-        config,
-        run / "embed" / "pool",
-        LocalEngine(),
-        load_encoder=lambda config, device: FakeEncoder(),
-    )
-    write_decisions(run, clusters)
+    uids = write_pairs(run / "embed" / "pool", data / "pool.tar", images)
+    write_decisions(run, uids, clusters)
     summary = invented_summary(run)
     write_json(run / "summary.json", summary)
     (run / "config.yaml").write_text("# <b>resolved</b>\nencoder: fake\ncluster:\n  k: 6\n")
     return summary
 
 
-def write_dirt(path: Path) -> None:
-    """A pair with hostile text, and two that are rejected."""
-    picture = io.BytesIO()
-    Image.new("RGB", (400, 300), "teal").save(picture, "PNG")
-    fields = json.dumps({"uid": HOSTILE_UID, "caption": HOSTILE}).encode()
-    members = {
-        "hostile.png": picture.getvalue(),
-        "hostile.json": fields,
-        "<i>text</i>.jpg": b"only text",
-        "<i>text</i>.txt": b"a caption",
-        "empty.png": picture.getvalue(),
-        "empty.txt": b"  ",
+def write_pairs(folder: Path, shard: Path, images: int) -> list[str]:
+    """Pairs of pictures in a tar, the first with hostile text, and two that were rejected; returns their uids."""
+    folder.mkdir(parents=True)
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    uids = [HOSTILE_UID, *(f"{i:032x}" for i in range(1, images))]
+    with tarfile.open(shard, "w") as tar:
+        for i in range(images):
+            picture = io.BytesIO()
+            Image.new("RGB", (400, 300), (i % 256, 128, i // 256)).save(picture, "PNG")
+            member = tarfile.TarInfo(f"{i:06d}.png")
+            member.size = picture.tell()
+            tar.addfile(member, io.BytesIO(picture.getvalue()))
+    with tarfile.open(shard) as tar:
+        members = tar.getmembers()
+    pairs = {
+        "uid": uids,
+        "image": range(images),
+        "caption": [HOSTILE, *(f"a picture, number {i}" for i in range(1, images))],
+        "image_path": [str(shard)] * images,
+        "image_offset": [member.offset_data for member in members],
+        "image_length": [member.size for member in members],
+        "image_row": [-1] * images,
     }
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+    pq.write_table(pa.table(pairs), folder / "pairs.parquet")
+    rejected = {
+        "shard": [str(shard)] * 2,
+        "uid": ["<i>text</i>", "empty"],
+        "reason": ["no picture: <i>text</i>", "the caption is empty"],
+    }
+    pq.write_table(pa.table(rejected), folder / "rejected.parquet")
+    return uids
 
 
-def write_decisions(run: Path, clusters: int) -> None:
+def write_decisions(run: Path, uids: list[str], clusters: int) -> None:
     """Strata with a plausible shape, and a decision on each pair that agrees with them."""
-    uids = EmbeddingTable.open(run / "embed" / "pool").pairs("uid")["uid"].to_pylist()
     rng = np.random.default_rng(0)
     cluster, quantile = (axis.reshape(-1) for axis in np.indices((clusters, QUANTILES)))
     truth = UNIT * (0.55 + np.tanh((quantile - 6) / 3) + 0.25 * np.sin(2 * cluster))
@@ -106,7 +75,7 @@ def write_decisions(run: Path, clusters: int) -> None:
     pairs = rng.integers(20, 60, len(truth))
     names = [f"c{c:03d}/q{q:02d}" for c, q in zip(cluster, quantile)]
     kept = (truth >= 0).astype(float)
-    (run / "curate").mkdir(parents=True, exist_ok=True)
+    (run / "selection").mkdir(parents=True, exist_ok=True)
     columns = {
         "stratum": names,
         "cluster": cluster,
@@ -122,7 +91,7 @@ def write_decisions(run: Path, clusters: int) -> None:
         "pooled_se": se / 2,
         "kept": kept,
     }
-    pq.write_table(pa.table(columns), run / "curate" / "strata.parquet")
+    pq.write_table(pa.table(columns), run / "selection" / "strata.parquet")
     stratum = rng.integers(0, len(names), len(uids))
     stratum[uids.index(HOSTILE_UID)] = int(np.argmin(truth))
     keep = kept[stratum] > 0
@@ -140,7 +109,7 @@ def write_decisions(run: Path, clusters: int) -> None:
     }
     pq.write_table(pa.table(decisions), run / "curated.parquet")
     manifest = Manifest(
-        stage="curate",
+        stage="selection",
         fingerprint="c" * 32,
         details={
             "rule": "T < 0",
@@ -150,7 +119,7 @@ def write_decisions(run: Path, clusters: int) -> None:
             "warnings": [WARNING],
         },
     )
-    write_manifest(run / "curate", manifest)
+    write_manifest(run / "selection", manifest)
 
 
 def caption_control() -> dict[str, float]:
@@ -168,7 +137,7 @@ def invented_summary(run: Path) -> dict[str, Any]:
     recalls["neg_clip_loss"] = 41.871
     kept = pq.read_table(run / "curated.parquet")["kept"].to_numpy()
     share = float(kept.mean())
-    rejected = read_rejected(run / "embed" / "pool")["reason"].to_pylist()
+    rejected = ["no picture: <i>text</i>", "the caption is empty"]
     halves = {"curated": 0.71, "everything": 0.64, "random": 0.83, "clip_score": 0.77, "neg_clip_loss": 0.69}
     return {
         "methods": {
@@ -200,11 +169,12 @@ def invented_summary(run: Path) -> dict[str, Any]:
         "truncated_captions": 7,
         "stages": {
             "embed pool": {"seconds": 48.21, "rows_in": len(kept) + 2, "rows_out": len(kept), "rejected": 2},
-            "proxy": {"seconds": 9.7, "rows_in": len(kept)},
+            "split": {"seconds": 0.4, "rows_in": 3000, "rows_out": 2000, "rejected": 1000},
+            "proxies": {"seconds": 9.7, "rows_in": len(kept)},
             "cluster": {"seconds": 3.2, "rows_in": len(kept)},
             "curvature": {"seconds": 5.5, "rows_in": 4096},
-            "attribute": {"seconds": 21.4, "rows_in": len(kept)},
-            "curate": {"seconds": 0.8, "rows_in": len(kept)},
+            "influence": {"seconds": 21.4, "rows_in": len(kept)},
+            "selection": {"seconds": 0.8, "rows_in": len(kept)},
             "train": {"seconds": 95.3, "rows_in": len(kept)},
             "evaluate": {"seconds": 11.9, "rows_in": 1000},
         },

@@ -42,7 +42,7 @@ def write(run: Path, scores: list[float | None], images: int | None = None) -> N
 
 
 def uids(run: Path, threshold: float = 0.0) -> dict[str, list[str]]:
-    return {name: [pair.uid for pair in group] for name, group in examples(run, threshold).items()}
+    return {name: [pair.decision.uid for pair in group] for name, group in examples(run, threshold).items()}
 
 
 @given(scores=SCORES, threshold=st.integers(-3, 3), batch=st.integers(1, 70))
@@ -53,15 +53,15 @@ def test_the_best_the_worst_and_the_nearest(
     write(run, scores)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "BATCH_ROWS", batch)
-        found = uids(run, threshold)
+        shown = uids(run, threshold)
     known = [(i, s) for i, s in enumerate(scores) if s is not None and not math.isnan(s)]
 
     def first(rows: list[tuple[int, float]]) -> list[str]:
         return [f"u{i}" for i, _ in rows[:12]]
 
-    assert found["best"] == first(sorted((r for r in known if r[1] > 0), key=lambda r: -r[1]))
-    assert found["worst"] == first(sorted(known, key=lambda r: r[1]))
-    assert found["borderline"] == first(sorted(known, key=lambda r: abs(r[1] - threshold)))
+    assert shown["best"] == first(sorted((r for r in known if r[1] > 0), key=lambda r: -r[1]))
+    assert shown["worst"] == first(sorted(known, key=lambda r: r[1]))
+    assert shown["borderline"] == first(sorted(known, key=lambda r: abs(r[1] - threshold)))
 
 
 def test_each_image_is_shown_once(tmp_path: Path) -> None:

@@ -10,17 +10,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from influencespace.report import markdown_table, print_summary
-from influencespace.report.table import (
-    findings,
-    interval,
-    method_rows,
-    percent,
-    seconds,
-    signed,
-    title,
-    verdict,
-    weights_told,
-)
+from influencespace.report.findings import findings, methods, title, verdict, weighting_findings
+from influencespace.report.numbers import interval, percent, seconds, signed
+from influencespace.report.table import COLUMNS, Cell, Column, rows
 
 
 def printed(summary: dict[str, Any], width: int = 200) -> str:
@@ -31,15 +23,25 @@ def printed(summary: dict[str, Any], width: int = 200) -> str:
 
 def test_curated_comes_first_and_strangers_last(summary: dict[str, Any]) -> None:
     summary["methods"] = {"zzz": {}, "random": {}, "aaa": {}, "curated": {}}
-    assert [row.name for row in method_rows(summary)] == ["curated", "random", "aaa", "zzz"]
+    assert [method["name"] for method in methods(summary)] == ["curated", "random", "aaa", "zzz"]
 
 
 def test_markdown_holds_the_numbers(summary: dict[str, Any]) -> None:
     lines = markdown_table(summary).splitlines()
     assert len(lines) == 2 + len(summary["methods"])
-    assert {line.count("|") for line in lines} == {9}
+    assert {line.count("|") for line in lines} == {8 + 1}
     assert lines[2].startswith("| **Curated** | 41.24 (40.53 to 41.95) |  | 18.9 / 45.4 / 56.3 |")
     assert "| negCLIPLoss | 41.87 (41.18 to 42.56) | −0.63 (−1.11 to −0.15) |" in lines[6]
+
+
+def test_a_column_is_one_entry(summary: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shown everywhere once it is in COLUMNS; a column of which nothing is known is nowhere."""
+    own = Column("Kilowatt hours", lambda method: Cell(text=str(method.get("energy", ""))))
+    assert rows(summary, [*COLUMNS, own]) == rows(summary)
+    summary["methods"]["random"]["energy"] = 12
+    headings, lines = rows(summary, [*COLUMNS, own])
+    assert headings[-1] == "Kilowatt hours"
+    assert [cells[-1].text for _, cells in lines] == ["", "", "12", "", ""]
 
 
 def test_markdown_cannot_be_broken_by_a_name(summary: dict[str, Any]) -> None:
@@ -88,10 +90,10 @@ def test_the_verdict_follows_the_interval(middle: float, below: float, above: fl
     low, high = middle - below, middle + above
     compared = {"everything": {"difference": middle, "ci": [low, high]}}
     summary = {"kept_fraction": 0.5, "methods": {"curated": {}, "everything": {}}, "comparisons": compared}
-    told = f"{title(summary)} {' '.join(findings(summary))}"
-    assert ("got better" in told) == ("set beats" in told) == (low > 0)
-    assert ("got worse" in told) == ("set is worse" in told) == (high < 0)
-    assert ("did not clearly change" in told) == ("includes zero" in told) == (low <= 0 <= high)
+    sentence = f"{title(summary)} {' '.join(findings(summary))}"
+    assert ("got better" in sentence) == ("set is better" in sentence) == (low > 0)
+    assert ("got worse" in sentence) == ("set is worse" in sentence) == (high < 0)
+    assert ("did not clearly change" in sentence) == ("includes zero" in sentence) == (low <= 0 <= high)
 
 
 @pytest.mark.parametrize("ci", [None, [], [math.nan, 1.0], [None, None]])
@@ -111,29 +113,32 @@ def test_numbers_as_people_read_them() -> None:
     )
 
 
-def chosen(weights: str, temperature: float, losses: dict[tuple[str, float], float]) -> dict[str, Any]:
+def chosen(weighting: str, temperature: float, losses: dict[tuple[str, float], float]) -> dict[str, Any]:
     trials = [
-        {"weights": w, "temperature": t, "target_loss": x, "confirmed": (w, t) == (weights, temperature)}
+        {"weighting": w, "temperature": t, "target_loss": x, "confirmed": (w, t) == (weighting, temperature)}
         for (w, t), x in losses.items()
     ]
-    return {"weights": {"weights": weights, "temperature": temperature, "trials": trials}}
+    return {"weighting": {"weighting": weighting, "temperature": temperature, "trials": trials}}
 
 
-def test_the_weights_are_told_with_what_retraining_said() -> None:
+def test_the_weighting_is_reported_with_the_losses_of_its_trials() -> None:
     losses = {("uniform", 1.0): 3.0, ("influence", 1.0): 2.9, ("influence", 0.5): 2.8}
-    (told,) = weights_told(chosen("influence", 0.5, losses))
-    assert "temperature of 0.5" in told
-    assert "2.800 instead of 3.000" in told
-    (told,) = weights_told(
+    (sentence,) = weighting_findings(chosen("influence", 0.5, losses))
+    assert "temperature of 0.5" in sentence
+    assert "2.800 instead of 3.000" in sentence
+    (sentence,) = weighting_findings(
         chosen("uniform", 1.0, {("uniform", 1.0): 3.0, ("influence", 1.0): 3.2, ("influence", 0.5): 3.1})
     )
-    assert "equal weights" in told
-    assert "3.000 with equal ones, 3.100 with the best others" in told
+    assert "equal weights" in sentence
+    assert "3.000 with equal weights, 3.100 with the best others" in sentence
     fair = chosen("influence", 0.5, losses)
-    fair["weights"]["trials"][0] |= {"group_share": 0.0, "worst_group_loss": 5.0}
-    fair["weights"]["trials"][2] |= {"group_share": 0.3, "worst_group_loss": 4.5}
-    assert "worst group's loss is 4.500 instead of 5.000" in weights_told(fair)[1]
-    assert "CLIP score" not in weights_told(fair)[0]
-    fair["weights"]["trials"][2] |= {"clip_score_share": 0.5}
-    assert "by influence and, 0.5 times as much, by the given encoder's CLIP score" in weights_told(fair)[0]
-    assert weights_told({"weights": {"weights": "uniform", "temperature": 1.0, "trials": []}}) == []
+    fair["weighting"]["trials"][0] |= {"group_share": 0.0, "worst_group_loss": 5.0}
+    fair["weighting"]["trials"][2] |= {"group_share": 0.3, "worst_group_loss": 4.5}
+    assert "loss of the worst group is 4.500 instead of 5.000" in weighting_findings(fair)[1]
+    assert "CLIP score" not in weighting_findings(fair)[0]
+    fair["weighting"]["trials"][2] |= {"clip_score_share": 0.5}
+    assert (
+        "by influence and, 0.5 times as much, by the CLIP score of the pretrained encoder"
+        in weighting_findings(fair)[0]
+    )
+    assert weighting_findings({"weighting": {"weighting": "uniform", "temperature": 1.0, "trials": []}}) == []

@@ -1,0 +1,132 @@
+"""What a run gained or lost, in sentences made from `summary.json`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from influencespace.report.numbers import interval, is_number, number, percent, signed
+
+Summary = Mapping[str, Any]
+Method = Mapping[str, Any]
+Verdict = Literal["ahead", "behind", "unclear"]
+
+LABELS = {
+    "curated": "Curated",
+    "dynamic": "Dynamic",
+    "everything": "Everything",
+    "random": "Random",
+    "clip_score": "CLIP score",
+    "proxy_clip_score": "Proxy CLIP",
+    "neg_clip_loss": "negCLIPLoss",
+}
+"""Methods in the order in which they are shown; others follow by name."""
+
+
+def methods(summary: Summary) -> list[Method]:
+    """The record of each method, in order, with its `name`, its `label` and its `comparison` with curated."""
+    records: Mapping[str, Any] = summary.get("methods", {})
+    comparisons: Mapping[str, Any] = summary.get("comparisons", {})
+    ordered = [name for name in LABELS if name in records] + sorted(set(records) - set(LABELS))
+    return [
+        {
+            **records[name],
+            "name": name,
+            "label": LABELS.get(name, name),
+            "comparison": comparisons.get(name) or {},
+        }
+        for name in ordered
+    ]
+
+
+def verdict(ci: Sequence[float | None] | None) -> Verdict:
+    """Where curated stands by the interval of its difference; `unclear` when that includes zero."""
+    if not ci or not is_number(ci[0]) or not is_number(ci[1]):
+        return "unclear"
+    return "ahead" if ci[0] > 0 else "behind" if ci[1] < 0 else "unclear"
+
+
+def title(summary: Summary) -> str:
+    """What happened, in one line."""
+    kept = f"{percent(summary.get('kept_fraction'))} of the pairs were kept"
+    compared = summary.get("comparisons", {}).get("everything")
+    if not compared:
+        return kept
+    outcome = {
+        "ahead": "retrieval got better",
+        "behind": "retrieval got worse",
+        "unclear": "retrieval did not clearly change",
+    }
+    return f"{kept}, and {outcome[verdict(compared.get('ci'))]}"
+
+
+def findings(summary: Summary) -> list[str]:
+    """What was gained or lost, with intervals."""
+    records = {method["name"]: method for method in methods(summary)}
+    if "curated" not in records:
+        return ["Nothing was retrained, so it is not known whether the curation helped."]
+    curated = records.pop("curated")
+    everything = records.pop("everything", None)
+    sentences = [
+        f"Trained on the kept pairs, the proxy reaches a mean recall of {number(curated.get('mean_recall'))} % "
+        f"(95 % interval {interval(curated.get('mean_recall_ci'))})."
+    ]
+    if everything and everything["comparison"]:
+        sentences.append(_against_everything(everything))
+    return [*sentences, *_against_others(list(records.values())), *weighting_findings(summary)]
+
+
+def _against_everything(everything: Method) -> str:
+    compared = everything["comparison"]
+    recall = f"{number(everything.get('mean_recall'))} %"
+    points = f"{signed(compared.get('difference'))} points, 95 % interval {interval(compared.get('ci'), sign=True)}"
+    return {
+        "ahead": f"The curated set is better than training on everything ({recall}): {points}.",
+        "behind": f"The curated set is worse than training on everything ({recall}): {points}. "
+        "For this pool and target, do not use the curated set.",
+        "unclear": f"Training on everything reaches {recall}. The difference ({points}) includes zero: "
+        "neither is shown to be better.",
+    }[verdict(compared.get("ci"))]
+
+
+def _against_others(others: Sequence[Method]) -> list[str]:
+    words = {"ahead": "ahead of", "unclear": "not clearly different from", "behind": "behind"}
+    groups: dict[str, list[str]] = {name: [] for name in words}
+    for method in others:
+        if compared := method["comparison"]:
+            points = f"{signed(compared.get('difference'))} points, {interval(compared.get('ci'), sign=True)}"
+            groups[verdict(compared.get("ci"))].append(f"{method['label']} ({points})")
+    clauses = [f"{words[name]} {_listed(group)}" for name, group in groups.items() if group]
+    return [f"Among the other methods it is {'; '.join(clauses)}."] if clauses else []
+
+
+def weighting_findings(summary: Summary) -> list[str]:
+    """Which weights the kept pairs have, and the target losses of the trials, where there was a choice."""
+    chosen = summary.get("weighting") or {}
+    if not chosen.get("trials"):
+        return []
+    uniform, *weighted = chosen["trials"]
+    before = number(uniform["target_loss"], 3)
+    if chosen["weighting"] == "uniform":
+        best = number(min(trial["target_loss"] for trial in weighted), 3)
+        return [
+            "The kept pairs have equal weights: no other weights were better after retraining "
+            f"(target loss {before} with equal weights, {best} with the best others)."
+        ]
+    (taken,) = (trial for trial in weighted if trial["confirmed"])
+    basis = "influence"
+    if share := taken.get("clip_score_share"):
+        basis += f" and, {share:g} times as much, by the CLIP score of the pretrained encoder"
+    sentences = [
+        f"The kept pairs are weighted by {basis}, at a temperature of {chosen['temperature']:g} standard deviations: "
+        f"this gave the lowest target loss after retraining ({number(taken['target_loss'], 3)} instead of "
+        f"{before} with equal weights)."
+    ]
+    if taken.get("group_share"):
+        sentences.append(
+            "The weights also serve the groups of the target with the highest loss: the loss of the worst group is "
+            f"{number(taken['worst_group_loss'], 3)} instead of {number(uniform['worst_group_loss'], 3)}."
+        )
+    return sentences
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
