@@ -59,9 +59,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` as readable JSON, atomically."""
+    """Write `value` as readable JSON, keys in their order, atomically."""
     with atomic_path(path) as aside:
-        aside.write_text(json.dumps(value, indent=2, sort_keys=True, default=_plain) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(value, indent=2, default=_plain) + "\n", encoding="utf-8")
 
 
 def copy_file(source: Path | str, target: Path | str) -> None:

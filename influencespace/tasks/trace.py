@@ -272,7 +272,7 @@ def _written(
             for cause in ranked[name]
         ]
         shown = cards(sets["pool"].folder / "pairs.parquet", wanted)
-        sections.append(Section(cards=shown, heading=heading, told=() if shown else ["No pair of the pool."]))
+        sections.append(Section(cards=shown, heading=heading, sentences=() if shown else ["No pair of the pool."]))
     write_sheet(out / "trace.html", "Training pairs behind an error", told, sections)
     return found | {"paths": paths}
 
