@@ -19,7 +19,6 @@ from torch import Tensor
 from influencespace.core.batches import covering_batches
 from influencespace.core.contrastive import info_nce_only
 from influencespace.data.artifacts import atomic_path, fingerprint, write_json
-from influencespace.data.imported import missing_uids
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import InputError
 from influencespace.estimators.deletion import deletion_displacement, steps_for, without
@@ -196,7 +195,7 @@ def forget_run(
     given, inputs = valued(run)
     test = pair_sets(run / "split", stage_of(run, "split"))["test"]
     place = {str(uid): row for row, uid in enumerate(given.pool.column("uid"))}
-    unknown = missing_uids(uids, place)
+    unknown = sorted(set(uids).difference(place))
     removed = np.array(sorted(place[uid] for uid in set(uids) - set(unknown)), np.int64)
     if not len(removed):
         raise InputError(

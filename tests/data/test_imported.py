@@ -15,9 +15,8 @@ from influencespace.data.imported import (
     EmbeddingBatch,
     ImportOptions,
     list_parts,
-    missing_uids,
+    read_chunk,
     read_imported_embeddings,
-    read_part,
 )
 from influencespace.data.schema import Rejection
 from influencespace.errors import InputError
@@ -225,7 +224,7 @@ def test_parts_are_recipes_for_workers(tmp_path: Path) -> None:
         write_clip_retrieval(tmp_path, vectors(), number)
     parts = pickle.loads(pickle.dumps(list_parts(str(tmp_path))))
     assert len(parts) == 3
-    assert all(sum(len(b.uids) for b in read_part(part)) == ROWS for part in parts)  # type: ignore[union-attr]
+    assert all(sum(len(b.uids) for b in read_chunk(part)) == ROWS for part in parts)  # type: ignore[union-attr]
 
 
 class Trap:
@@ -321,10 +320,3 @@ def test_a_header_that_asks_for_all_memory_is_refused(tmp_path: Path) -> None:
     (folder / "img_emb" / "img_emb_0.npy").write_bytes(header.getvalue())
     with pytest.raises(InputError, match=r"expected [(]rows, dimension"):
         read(folder)
-
-
-@given(wanted=st.sets(st.text(max_size=2)), found=st.sets(st.text(max_size=2)))
-def test_missing_uids(wanted: set[str], found: set[str]) -> None:
-    missing = missing_uids(wanted, found)
-    assert missing == sorted(wanted - found)
-    assert missing_uids([*wanted, *wanted], iter(found)) == missing
