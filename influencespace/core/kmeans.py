@@ -1,14 +1,16 @@
-"""Spherical k-means as a mergeable statistic: any partition of the rows, any order of the parts, same centroids.
+"""Spherical k-means as a mergeable statistic: any partition of the rows, in any order, gives the same centroids.
 
-Symbols: X (n, d) unit rows, C (K, d) unit centroids. A mini-batch step folds the `Assignment` statistic over parts and
+Symbols: X (n, d) unit rows, C (K, d) unit centroids. A mini-batch step folds the `Assignment` statistic over chunks and
 moves each centroid towards the mean of its rows with the rate 1 / (rows it ever got) (Sculley 2010).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
 
@@ -54,26 +56,15 @@ def unit_rows(X: Tensor) -> Tensor:
 
 
 def seed_centroids(X: Tensor, K: int, seed: int) -> Tensor:
-    """k-means++ on a sample X (n, d) -> (K, d) (Arthur and Vassilvitskii 2007), cosine distances.
+    """Greedy k-means++ on a sample of unit rows: X (n, d) -> (K, d) (Arthur and Vassilvitskii 2007).
 
-    Raises ValueError when the sample has fewer than K rows.
+    Of 2 + log K candidates for each centroid, drawn by their squared distance, the one that lowers the sum of squared distances
+    most. Raises ValueError when the sample has fewer than K rows.
     """
     if len(X) < K:
         raise ValueError(f"{K} clusters were asked for, but there are only {len(X)} pairs to seed them from")
-    generator = np.random.default_rng(seed)
-    chosen = [int(generator.integers(len(X)))]
-    gap = (1 - X @ X[chosen[0]]).clamp_min(0).double()
-    for _ in range(K - 1):
-        mass = gap.cumsum(0)
-        # where all rows coincide with a centroid, any row will do
-        row = (
-            int(torch.searchsorted(mass, generator.random() * mass[-1]))
-            if mass[-1] > 0
-            else int(generator.integers(len(X)))
-        )
-        chosen.append(min(row, len(X) - 1))
-        gap = torch.minimum(gap, (1 - X @ X[chosen[-1]]).clamp_min(0).double())
-    return X[chosen].clone()
+    _, rows = kmeans_plusplus(X.cpu().numpy(), K, random_state=seed % 2**32)
+    return X[torch.from_numpy(rows).to(X.device)]
 
 
 def step(C: Tensor, seen: Tensor, batch: Assignment, spare: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,6 +98,17 @@ def davies_bouldin(C: Tensor, statistic: Assignment, block: int = 1024) -> float
         ratio.diagonal(start).zero_()
         worst[rows] = ratio.max(1).values
     return float(worst.mean())
+
+
+def stable_level(indices: Sequence[float], tolerance: float) -> int:
+    """The level of a tree to stop at, by the Davies-Bouldin indices of its levels: nan for a level without one.
+
+    The first level whose index differs from the next by less than the share `tolerance` of itself; the level of the lowest
+    index where there is none.
+    """
+    index = np.asarray(indices, np.float64)
+    settled = np.abs(np.diff(index)) < tolerance * index[:-1]  # nan is not settled
+    return int(settled.argmax() if settled.any() else np.nan_to_num(index, nan=np.inf).argmin())
 
 
 def split_centroids(C: Tensor, X: Tensor, seed: int) -> tuple[Tensor, NDArray[np.int64]]:

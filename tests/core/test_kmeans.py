@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from sklearn.cluster import kmeans_plusplus
 from sklearn.metrics import davies_bouldin_score
 
 from influencespace.core import kmeans
@@ -76,6 +78,43 @@ def test_seeds_are_rows_and_spread_over_the_bunches(seed: int, centres: int) -> 
     assert bool(same.any(1).all())
     assert sorted(own[same.int().argmax(1)].tolist()) == list(range(centres))
     torch.testing.assert_close(kmeans.seed_centroids(X, centres, seed), C, rtol=0, atol=0)
+
+
+def test_greedy_seeds_end_in_less_inertia_than_seeds_of_one_trial() -> None:
+    """Mean over ten seeds, after the same steps, on bunches of unequal size."""
+    generator = np.random.default_rng(0)
+    centres = unit_rows(50, 5, d=16)[generator.choice(50, 1000, p=generator.dirichlet(np.ones(50)))]
+    X = kmeans.unit_rows(centres + 0.05 * torch.from_numpy(generator.standard_normal((1000, 16))))
+
+    def inertia(C: torch.Tensor) -> float:
+        for _ in range(5):
+            C, _ = kmeans.step(C, torch.zeros(len(C), dtype=torch.float64), kmeans.assign(X, C), X)
+        return float((1 - kmeans.nearest(X, C)[1]).sum())
+
+    def one_trial(seed: int) -> torch.Tensor:
+        return torch.from_numpy(kmeans_plusplus(X.numpy(), 50, random_state=seed, n_local_trials=1)[0])
+
+    greedy = [inertia(kmeans.seed_centroids(X, 50, seed)) for seed in range(10)]
+    single = [inertia(one_trial(seed)) for seed in range(10)]
+    assert np.mean(greedy) < 0.85 * np.mean(single)
+
+
+@pytest.mark.parametrize(
+    ("indices", "level"),
+    [
+        ([1.957, 2.031, 2.125], 0),  # never settled: the best
+        ([2.125, 2.031, 1.957], 2),
+        ([3.0, 2.0, 1.99, 1.0], 1),  # settled before the best
+        ([3.0, 2.99], 0),
+        ([1.5], 0),
+        ([math.nan, 2.0, 1.0], 2),  # a single cluster has no index
+        ([math.nan], 0),
+    ],
+)
+def test_the_stable_level_is_the_first_that_settles_or_else_the_best(
+    indices: list[float], level: int
+) -> None:
+    assert kmeans.stable_level(indices, 0.02) == level
 
 
 def test_seeds_of_coinciding_rows_and_of_too_few() -> None:
