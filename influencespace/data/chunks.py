@@ -1,13 +1,13 @@
-"""Parts: what the workers of the embed stage leave for each shard, until all are consolidated.
+"""Chunks: what the workers of the embed stage write for each shard, until all are merged.
 
-An *index part* has a row for each pair of a shard (or for what was rejected instead), without any decoding.
-An *embed part* has the embeddings of the distinct images and captions that the shard owns: of all shards that
+An *index chunk* has a row for each pair of a shard (or for what was rejected instead), without any decoding.
+An *embed chunk* has the embeddings of the distinct images and captions that the shard owns: of all shards that
 hold an image, the first embeds it. Both are Arrow files, read by memory map; their metadata carries the
 fingerprint of what made them, so that a resumed run knows which to keep.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ Digests = npt.NDArray[np.bytes_]  # fixed 16 bytes each
 Floats = npt.NDArray[np.float32]
 
 DIGEST = np.dtype("S16")
-ROWS_A_BATCH = 8192
+BATCH_ROWS = 8192
 NO_DIGEST = bytes(16)
 
 INDEX_SCHEMA = pa.schema(
@@ -104,11 +104,8 @@ def pair_row(
         "caption": caption,
         "image": image,
         "text": text,
-        "image_path": ref.path,
-        "image_offset": ref.offset,
-        "image_length": ref.length,
-        "image_row": ref.row,
         "group": group,
+        **ref.columns(),
     }
 
 
@@ -118,64 +115,66 @@ def rejected_row(rejection: Rejection) -> dict[str, Any]:
     return {"shard": rejection.shard, "uid": rejection.uid, "reason": rejection.reason} | digests
 
 
-def write_index(path: Path, fingerprint: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Write an index part, a few rows in memory at a time."""
-    schema = INDEX_SCHEMA.with_metadata({"fingerprint": fingerprint})
+@contextmanager
+def _arrow_file(path: Path, schema: Any, fingerprint: str = "") -> Iterator[Any]:
+    """A writer of record batches to a file that appears when all are written."""
     with (
         atomic_path(path) as aside,
         pa.OSFile(str(aside), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as file,
+        pa.ipc.new_file(sink, schema.with_metadata({"fingerprint": fingerprint})) as file,
     ):
-        rows = iter(rows)
-        while some := list(islice(rows, ROWS_A_BATCH)):
-            file.write_batch(pa.RecordBatch.from_pylist(some, schema=schema))
+        yield file
+
+
+def write_index(path: Path, fingerprint: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Write an index chunk, a few rows in memory at a time."""
+    rows = iter(rows)
+    with _arrow_file(path, INDEX_SCHEMA, fingerprint) as file:
+        while some := list(islice(rows, BATCH_ROWS)):
+            file.write_batch(pa.RecordBatch.from_pylist(some, schema=INDEX_SCHEMA))
 
 
 def read_index(path: Path, columns: Sequence[str] | None = None) -> Any:
-    """The table of an index part, memory-mapped."""
+    """The table of an index chunk, memory-mapped."""
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_file(source).read_all()
     return table if columns is None else table.select(list(columns))
 
 
 def is_pair(table: Any) -> npt.NDArray[np.bool_]:
-    """Which rows of an index part are pairs, not rejections."""
+    """Which rows of an index chunk are pairs, not rejections."""
     mask: npt.NDArray[np.bool_] = pc.is_null(table["reason"]).to_numpy(zero_copy_only=False)
     return mask
 
 
 def write_embedded(path: Path, fingerprint: str, images: Embedded, texts: Embedded) -> None:
-    """Write an embed part: one record batch of images, one of texts."""
+    """Write an embed chunk: one record batch of images, one of texts."""
     dimension = images.embeddings.shape[1] or texts.embeddings.shape[1]
+    vector = pa.list_(pa.float32(), dimension)
     schema = pa.schema(
         [
             ("digest", pa.binary(16)),
-            ("embedding", pa.list_(pa.float32(), dimension)),
+            ("embedding", vector),
             ("truncated", pa.bool_()),
             ("reason", pa.large_string()),
             ("sharpness", pa.float32()),
-        ],
-        metadata={"fingerprint": fingerprint},
+        ]
     )
-    with (
-        atomic_path(path) as aside,
-        pa.OSFile(str(aside), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as file,
-    ):
-        for part in (images, texts):
-            vectors = pa.array(np.ascontiguousarray(part.embeddings).reshape(-1))
+    with _arrow_file(path, schema, fingerprint) as file:
+        for some in (images, texts):
+            numbers = pa.array(np.ascontiguousarray(some.embeddings).reshape(-1))
             columns = [
-                to_digests(part.digests),
-                pa.FixedSizeListArray.from_arrays(vectors, dimension) if dimension else _no_vectors(),
-                pa.array(part.truncated),
-                pa.array(part.reasons, pa.large_string()),
-                pa.array(part.sharpness),
+                to_digests(some.digests),
+                pa.FixedSizeListArray.from_arrays(numbers, dimension) if dimension else pa.array([], vector),
+                pa.array(some.truncated),
+                pa.array(some.reasons, pa.large_string()),
+                pa.array(some.sharpness),
             ]
             file.write_batch(pa.record_batch(columns, schema=schema))
 
 
 def read_embedded(path: Path, kind: int) -> Embedded:
-    """The images (kind 0) or texts (kind 1) of an embed part; the embeddings are memory-mapped."""
+    """The images (kind 0) or texts (kind 1) of an embed chunk; the embeddings are memory-mapped."""
     with pa.memory_map(str(path)) as source:
         batch = pa.ipc.open_file(source).get_batch(kind)
     dimension = batch.schema.field("embedding").type.list_size
@@ -189,33 +188,29 @@ def read_embedded(path: Path, kind: int) -> Embedded:
     )
 
 
-def write_owned(path: Path, index_parts: Sequence[Path]) -> None:
-    """Decide which part embeds each distinct image and caption: the first that has it.
+def write_owned(path: Path, index_chunks: Sequence[Path]) -> None:
+    """Decide which chunk embeds each distinct image and caption: the first that has it.
 
-    One file, for each part a record batch of images and one of texts, each sorted. Takes some 40 bytes of
-    memory for each distinct image or caption of a part.
+    One file, for each chunk a record batch of images and one of texts, each sorted. Takes some 40 bytes of
+    memory for each distinct image or caption of a chunk.
     """
-    owned = [_owned(index_parts, column) for column in ("image", "text")]
-    with (
-        atomic_path(path) as aside,
-        pa.OSFile(str(aside), "wb") as sink,
-        pa.ipc.new_file(sink, OWNED_SCHEMA) as file,
-    ):
+    owned = [_owned(index_chunks, column) for column in ("image", "text")]
+    with _arrow_file(path, OWNED_SCHEMA) as file:
         for images, texts in zip(*owned, strict=True):
             for digests in (images, texts):
                 file.write_batch(pa.record_batch([to_digests(digests)], schema=OWNED_SCHEMA))
 
 
-def read_owned(path: Path, part: int) -> tuple[Digests, Digests]:
-    """The digests of images and of texts that a part owns."""
+def read_owned(path: Path, chunk: int) -> tuple[Digests, Digests]:
+    """The digests of images and of texts that a chunk owns."""
     with pa.memory_map(str(path)) as source:
         file = pa.ipc.open_file(source)
-        images, texts = (digests_of(file.get_batch(2 * part + kind).column(0)) for kind in (0, 1))
+        images, texts = (digests_of(file.get_batch(2 * chunk + kind).column(0)) for kind in (0, 1))
     return images, texts
 
 
 def has_fingerprint(path: Path, fingerprint: str) -> bool:
-    """Whether `path` is a whole part that `fingerprint` made."""
+    """Whether `path` is a whole chunk that `fingerprint` made."""
     with suppress(FileNotFoundError, pa.ArrowInvalid), pa.memory_map(str(path)) as source:
         metadata = pa.ipc.open_file(source).schema.metadata or {}
         return bool(metadata.get(b"fingerprint") == fingerprint.encode())
@@ -244,25 +239,20 @@ def to_digests(digests: Digests) -> Any:
 
 def find(sorted_digests: Digests, wanted: Digests) -> npt.NDArray[np.int64]:
     """Place of each wanted digest among the sorted ones; -1 where it is not there."""
-    places = np.searchsorted(sorted_digests, wanted)
     if not len(sorted_digests):
         return np.full(len(wanted), -1)
+    places = np.searchsorted(sorted_digests, wanted)
     inside = np.minimum(places, len(sorted_digests) - 1)
     return np.where(sorted_digests[inside] == wanted, inside, -1)
 
 
-def _owned(index_parts: Sequence[Path], column: str) -> list[Digests]:
-    held = []
-    for path in index_parts:
+def _owned(index_chunks: Sequence[Path], column: str) -> list[Digests]:
+    per_chunk = []
+    for path in index_chunks:
         table = read_index(path, [column, "reason"])
-        held.append(np.unique(digests_of(table[column])[is_pair(table)]))
-    everything = np.concatenate([np.zeros(0, DIGEST), *held])
-    _, first = np.unique(everything, return_index=True)
+        per_chunk.append(np.unique(digests_of(table[column])[is_pair(table)]))
+    everything = np.concatenate([np.zeros(0, DIGEST), *per_chunk])
     owned = np.zeros(len(everything), bool)
-    owned[first] = True
-    ends = np.cumsum([len(part) for part in held])
-    return [part[mine] for part, mine in zip(held, np.split(owned, ends[:-1]), strict=True)]
-
-
-def _no_vectors() -> Any:
-    return pa.array([], pa.list_(pa.float32(), 0))
+    owned[np.unique(everything, return_index=True)[1]] = True
+    ends = np.cumsum([len(digests) for digests in per_chunk])
+    return [digests[mine] for digests, mine in zip(per_chunk, np.split(owned, ends[:-1]), strict=True)]

@@ -1,4 +1,4 @@
-"""From parts to the embedding artifact, in one canonical order that no shard, worker or order of work changes.
+"""From chunks to the embedding artifact, in one canonical order that no shard, worker or order of work changes.
 
 Only digests and row numbers of all pairs are in memory at once (about 100 bytes a pair); captions and
 embeddings pass through in blocks, and every file is written front to back.
@@ -61,7 +61,7 @@ BLOCK_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """What became of the rows of all parts."""
+    """What became of the rows of all chunks."""
 
     rows_in: int
     rows_out: int
@@ -90,7 +90,7 @@ class _Distinct:
 
 @dataclass(frozen=True, kw_only=True)
 class _Index:
-    """All rows of all index parts, in the order of the parts: digests and row numbers only."""
+    """All rows of all index chunks, in their order: digests and row numbers only."""
 
     pair: Mask  # False: rejected by the reader
     key: Digests  # the canonical order
@@ -98,14 +98,14 @@ class _Index:
     own: Mask
     image: Rows  # row of images.npy; -1: no embedding
     text: Rows
-    starts: Rows  # (parts + 1,) where each part begins
+    starts: Rows  # (chunks + 1,) where each chunk begins
 
 
 def merge(
     folder: Path,
-    index_parts: Sequence[Path],
-    embed_parts: Sequence[Path],
-    given: ProvidedEmbeddings | None = None,
+    index_chunks: Sequence[Path],
+    embed_chunks: Sequence[Path],
+    provided: ProvidedEmbeddings | None = None,
 ) -> MergeReport:
     """Write images.npy, texts.npy, pairs.parquet and rejected.parquet of the artifact `folder`.
 
@@ -113,19 +113,19 @@ def merge(
     that share a uid of their own, the first (by content) stays and the others are rejected; exact copies
     without a uid of their own get the endings ~1, ~2 and so on.
     """
-    images = _write_embeddings(folder / "images.npy", embed_parts, 0)
-    texts = _write_embeddings(folder / "texts.npy", embed_parts, 1)
-    index = _collect(index_parts, images, texts)
+    images = _write_embeddings(folder / "images.npy", embed_chunks, 0)
+    texts = _write_embeddings(folder / "texts.npy", embed_chunks, 1)
+    index = _collect(index_chunks, images, texts)
     usable = index.pair & (index.image >= 0) & (index.text >= 0)
-    if given is not None:
-        usable &= find(given.keys, index.key) >= 0
+    if provided is not None:
+        usable &= find(provided.keys, index.key) >= 0
     ordinals = _ordinals(index, usable)
     kept = usable & ~(index.own & (ordinals > 0))
-    keys = _renamed(index_parts, index, np.where(kept, ordinals, 0))
+    keys = _renamed(index_chunks, index, np.where(kept, ordinals, 0))
     order = np.flatnonzero(kept)
     order = order[np.argsort(keys[order], kind="stable")]
-    _write_pairs(folder, index_parts, index, order, ordinals, texts.truncated, images.sharpness)
-    _write_rejected(folder, index_parts, index, kept, ordinals, images.reasons | texts.reasons, given)
+    _write_pairs(folder, index_chunks, index, order, ordinals, texts.truncated, images.sharpness)
+    _write_rejected(folder, index_chunks, index, kept, ordinals, images.reasons | texts.reasons, provided)
     return MergeReport(
         rows_in=len(kept),
         rows_out=pq.read_metadata(folder / "pairs.parquet").num_rows,
@@ -140,13 +140,13 @@ def merge(
     )
 
 
-def _write_embeddings(path: Path, parts: Sequence[Path], kind: int) -> _Distinct:
+def _write_embeddings(path: Path, chunks: Sequence[Path], kind: int) -> _Distinct:
     held, flags, rows = [np.zeros(0, DIGEST)], [np.zeros(0, bool)], [np.zeros(0, np.int64)]
     sharpness = [np.zeros(0, np.float32)]
     reasons: dict[bytes, str] = {}
     starts, dimension = [0], 0
-    for part in parts:
-        embedded = read_embedded(part, kind)
+    for source in chunks:
+        embedded = read_embedded(source, kind)
         usable = np.array([reason is None for reason in embedded.reasons], bool)
         held.append(embedded.digests[usable])
         flags.append(embedded.truncated[usable])
@@ -164,8 +164,8 @@ def _write_embeddings(path: Path, parts: Sequence[Path], kind: int) -> _Distinct
         for start in range(0, len(order), block):
             some = order[start : start + block]
             values = np.empty((len(some), dimension), np.float32)
-            for part_number, places, local in _by_part(some, np.array(starts)):
-                values[places] = read_embedded(parts[part_number], kind).embeddings[local]
+            for chunk, places, local in _by_chunk(some, np.array(starts)):
+                values[places] = read_embedded(chunks[chunk], kind).embeddings[local]
             file.write(values.data)
     return _Distinct(
         digests=digests,
@@ -185,8 +185,8 @@ def _failures(embedded: Embedded) -> dict[bytes, str]:
     }
 
 
-def _collect(index_parts: Sequence[Path], images: _Distinct, texts: _Distinct) -> _Index:
-    tables = [_digests_and_rows(path, images, texts) for path in index_parts]
+def _collect(index_chunks: Sequence[Path], images: _Distinct, texts: _Distinct) -> _Index:
+    tables = [_digests_and_rows(path, images, texts) for path in index_chunks]
     lengths = [len(table["key"]) for table in tables]
     whole = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     return _Index(**whole, starts=np.cumsum([0, *lengths]))
@@ -217,12 +217,12 @@ def _ordinals(index: _Index, usable: Mask) -> Rows:
     return ordinals
 
 
-def _renamed(index_parts: Sequence[Path], index: _Index, ordinals: Rows) -> Digests:
+def _renamed(index_chunks: Sequence[Path], index: _Index, ordinals: Rows) -> Digests:
     """The keys of all rows, with those of renamed copies made from their new uids."""
     keys = index.key.copy()
     copies = np.flatnonzero(ordinals)
-    for part, places, local in _by_part(copies, index.starts):
-        uids = read_index(index_parts[part], ["uid"]).take(pa.array(local))["uid"].to_pylist()
+    for chunk, places, local in _by_chunk(copies, index.starts):
+        uids = read_index(index_chunks[chunk], ["uid"]).take(pa.array(local))["uid"].to_pylist()
         names = _final_uids(uids, ordinals[copies[places]])
         keys[copies[places]] = np.frombuffer(b"".join(digest(name.encode()) for name in names), DIGEST)
     return keys
@@ -234,7 +234,7 @@ def _final_uids(uids: Sequence[str], ordinals: Rows) -> list[str]:
 
 def _write_pairs(
     folder: Path,
-    index_parts: Sequence[Path],
+    index_chunks: Sequence[Path],
     index: _Index,
     order: Rows,
     ordinals: Rows,
@@ -248,7 +248,7 @@ def _write_pairs(
     ):
         for start in range(0, len(order), BLOCK_PAIRS):
             rows = order[start : start + BLOCK_PAIRS]
-            read = _gather(index_parts, index.starts, rows)
+            read = _gather(index_chunks, index.starts, rows)
             image, text = index.image[rows], index.text[rows]
             columns = {name: read[name] for name in read.column_names} | {
                 "uid": pa.array(_final_uids(read["uid"].to_pylist(), ordinals[rows])),
@@ -264,54 +264,54 @@ def _write_pairs(
 
 def _write_rejected(
     folder: Path,
-    index_parts: Sequence[Path],
+    index_chunks: Sequence[Path],
     index: _Index,
     kept: Mask,
     ordinals: Rows,
     failures: dict[bytes, str],
-    given: ProvidedEmbeddings | None,
+    provided: ProvidedEmbeddings | None,
 ) -> None:
     columns = ["shard", "uid", "key", "image", "text", "reason"]
     with (
         atomic_path(folder / "rejected.parquet") as aside,
         pq.ParquetWriter(aside, REJECTED_SCHEMA) as writer,
     ):
-        for part, start in enumerate(index.starts[:-1]):
-            rows = start + np.flatnonzero(~kept[start : index.starts[part + 1]])
-            lost = read_index(index_parts[part], columns).take(pa.array(rows - start)).to_pylist()
+        for chunk, start in enumerate(index.starts[:-1]):
+            rows = start + np.flatnonzero(~kept[start : index.starts[chunk + 1]])
+            lost = read_index(index_chunks[chunk], columns).take(pa.array(rows - start)).to_pylist()
             for row, ordinal in zip(lost, ordinals[rows], strict=True):
-                row["reason"] = row["reason"] or _reason(row, int(ordinal), failures, given)
+                row["reason"] = row["reason"] or _reason(row, int(ordinal), failures, provided)
             writer.write_table(pa.Table.from_pylist(lost, schema=REJECTED_SCHEMA))
 
 
 def _reason(
-    row: dict[str, bytes], ordinal: int, failures: dict[bytes, str], given: ProvidedEmbeddings | None
+    row: dict[str, bytes], ordinal: int, failures: dict[bytes, str], provided: ProvidedEmbeddings | None
 ) -> str:
     if ordinal:
         return "duplicate uid"
     unusable = failures.get(row["image"]) or failures.get(row["text"])
-    if given is not None:
-        return given.refused.get(row["key"]) or unusable or "no embedding given"
+    if provided is not None:
+        return provided.refused.get(row["key"]) or unusable or "no embedding given"
     assert unusable is not None, f"a pair without embedding and without a reason: {row}"
     return unusable
 
 
-def _gather(index_parts: Sequence[Path], starts: Rows, rows: Rows) -> Any:
-    """The rows of all index parts at `rows`, in that order."""
+def _gather(index_chunks: Sequence[Path], starts: Rows, rows: Rows) -> Any:
+    """The rows of all index chunks at `rows`, in that order."""
     pieces, places = [], []
-    for part, at, local in _by_part(rows, starts):
-        pieces.append(read_index(index_parts[part]).take(pa.array(local)))
+    for chunk, at, local in _by_chunk(rows, starts):
+        pieces.append(read_index(index_chunks[chunk]).take(pa.array(local)))
         places.append(at)
     return pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(places))))
 
 
-def _by_part(rows: Rows, starts: Rows) -> Iterator[tuple[int, Rows, Rows]]:
-    """For each part that holds some of `rows`: the part, their places in `rows`, their rows in the part."""
+def _by_chunk(rows: Rows, starts: Rows) -> Iterator[tuple[int, Rows, Rows]]:
+    """For each chunk that holds some of `rows`: the chunk, their places in `rows`, their rows in the chunk."""
     owner = np.searchsorted(starts, rows, side="right") - 1
     order = np.argsort(owner, kind="stable")
-    parts, first = np.unique(owner[order], return_index=True)
-    for part, places in zip(parts, np.split(order, first[1:]) if len(parts) else [], strict=True):
-        yield int(part), places, rows[places] - starts[part]
+    chunks, first = np.unique(owner[order], return_index=True)
+    for chunk, places in zip(chunks, np.split(order, first[1:]) if len(chunks) else [], strict=True):
+        yield int(chunk), places, rows[places] - starts[chunk]
 
 
 def _cosines(images: Any, texts: Any, image: Rows, text: Rows) -> npt.NDArray[np.float32]:

@@ -67,7 +67,7 @@ def build(
     folder: Path,
     shards: Sequence[Sequence[Sample | Rejection]],
     failures: dict[bytes, str] | None = None,
-    given: ProvidedEmbeddings | None = None,
+    provided: ProvidedEmbeddings | None = None,
 ) -> MergeReport:
     """The artifact of these samples, a part for each shard, as the embed stage would make it."""
     parts = [folder / f"{i}.index.arrow" for i in range(len(shards))]
@@ -78,7 +78,7 @@ def build(
     for i, path in enumerate(embeds):
         images, texts = read_owned(folder / "owned.arrow", i)
         write_embedded(path, "mark", embedded(images, failures), embedded(texts, failures))
-    done = merge(folder, parts, embeds, given)
+    done = merge(folder, parts, embeds, provided)
     write_manifest(
         folder,
         Manifest(
@@ -119,7 +119,7 @@ def test_find_gives_the_place_or_minus_one(held: list[bytes], wanted: list[bytes
     assert find(as_digests(held), as_digests([*wanted, *held])).tolist() == expected
 
 
-def test_an_index_part_has_a_row_for_each_pair_and_rejection(tmp_path: Path) -> None:
+def test_an_index_chunk_has_a_row_for_each_pair_and_rejection(tmp_path: Path) -> None:
     write_index(tmp_path / "a", "mark", pair_rows("0.tar", SAMPLES))
     table = read_index(tmp_path / "a")
     assert table["uid"].to_pylist()[:3] == ["u1#0", "u1#1", "u2"]
@@ -131,14 +131,14 @@ def test_an_index_part_has_a_row_for_each_pair_and_rejection(tmp_path: Path) -> 
     assert not has_fingerprint(tmp_path / "missing", "mark")
 
 
-def test_an_index_part_is_written_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("influencespace.data.chunks.ROWS_A_BATCH", 3)
+def test_an_index_chunk_is_written_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("influencespace.data.chunks.BATCH_ROWS", 3)
     write_index(tmp_path / "a", "mark", pair_rows("0.tar", SAMPLES))
     assert len(read_index(tmp_path / "a")) == 8
     assert read_index(tmp_path / "a", ["key"])["key"].num_chunks == 3
 
 
-def test_a_cut_part_counts_as_absent(tmp_path: Path) -> None:
+def test_a_cut_chunk_counts_as_absent(tmp_path: Path) -> None:
     write_index(tmp_path / "a", "mark", pair_rows("0.tar", SAMPLES))
     data = (tmp_path / "a").read_bytes()
     for length in (0, 8, len(data) // 2, len(data) - 1):
@@ -162,7 +162,7 @@ def test_each_image_and_caption_has_one_owner(tmp_path: Path) -> None:
     assert [len(texts) for _, texts in owned] == [2, 1, 1]
 
 
-def test_an_embed_part_reads_back(tmp_path: Path) -> None:
+def test_an_embed_chunk_reads_back(tmp_path: Path) -> None:
     images = embedded(as_digests(sorted(digest(bytes([i])) for i in range(4))))
     nothing = Embedded(
         digests=as_digests([]),
@@ -183,7 +183,7 @@ def test_an_embed_part_reads_back(tmp_path: Path) -> None:
     assert read_embedded(tmp_path / "b", 0).embeddings.shape == (0, 0)
 
 
-def test_consolidation_keeps_or_rejects_every_row(tmp_path: Path) -> None:
+def test_the_merge_keeps_or_rejects_every_row(tmp_path: Path) -> None:
     done = build(tmp_path, [SAMPLES], failures={digest(b"bus"): "damaged"})
     assert (done.rows_in, done.rows_out, done.rejected) == (8, 5, 3)
     assert done.details["exact_copies"] == 1
@@ -248,7 +248,7 @@ def test_small_blocks_give_the_same_files(tmp_path: Path, monkeypatch: pytest.Mo
 def test_pairs_without_a_given_embedding_are_rejected(tmp_path: Path) -> None:
     uids = as_digests(sorted(digest(uid) for uid in (b"u1#0", b"u3")))
     refused = {digest(b"u1#1"): "the embedding is zero"}
-    done = build(tmp_path, [SAMPLES[:2], SAMPLES[6:]], given=ProvidedEmbeddings(keys=uids, refused=refused))
+    done = build(tmp_path, [SAMPLES[:2], SAMPLES[6:]], provided=ProvidedEmbeddings(keys=uids, refused=refused))
     assert (done.rows_in, done.rows_out, done.rejected) == (4, 2, 2)
     rejected = {row["uid"]: row["reason"] for row in read_rejected(tmp_path).to_pylist()}
     assert rejected == {"u1#1": "the embedding is zero", "u2": "no embedding given"}

@@ -96,6 +96,7 @@ def _beside(path: str, other: str) -> str:
 
 
 def read_blocks(chunk: ImportedChunk, options: ImportOptions) -> Iterator[Block]:
+    """All rows of a chunk in order, `batch_rows` at a time; raises Damaged, or InputError for arrays that do not fit."""
     with ExitStack() as stack:
         parquet = stack.enter_context(open_parquet(stack.enter_context(fsspec.open(chunk.metadata, "rb"))))
         if chunk.layout == "parquet":
