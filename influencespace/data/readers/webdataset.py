@@ -66,17 +66,15 @@ def index_tar(file: BinaryIO) -> tuple[list[tarfile.TarInfo], str]:
             for member in tar:
                 members.append(member)
                 if member.size < 0:
-                    return members, f"{member.name!r} has a negative size"
+                    raise tarfile.ReadError(f"{member.name!r} has a negative size")
             # tarfile takes a header that it cannot read for the end of the tar.
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                return members, f"no end mark at byte {tar.offset}: cut or damaged"
+                raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
     except OSError:
         raise
-    except (
-        Exception
-    ) as error:  # of hostile bytes tarfile makes almost anything: ValueError, RecursionError, ...
-        return members, str(error)
+    except Exception as error:  # for hostile bytes tarfile raises ValueError, RecursionError, almost anything
+        return members, f"cut or damaged, {error}"
     return members, ""
 
 
