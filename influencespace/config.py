@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as options
 
 from influencespace.core.select import SelectionConfig
@@ -16,34 +16,17 @@ from influencespace.data.artifacts import atomic_path
 from influencespace.errors import InputError
 from influencespace.estimators.influence import CurvatureConfig
 from influencespace.stages.ingest.encode import EmbedConfig
+from influencespace.stages.ingest.shards import DataConfig
 from influencespace.stages.ingest.split import SplitConfig
-from influencespace.stages.proxies.proxies import ProxyConfig
+from influencespace.stages.proxies.proxy import ProxyConfig
 from influencespace.stages.scoring.cluster import ClusterConfig
-from influencespace.stages.scoring.curvature import TargetConfig
 from influencespace.stages.scoring.influence import InfluenceConfig
 from influencespace.stages.selection.redundancy import RedundancyConfig
 from influencespace.stages.training.evaluate import EvaluateConfig
 from influencespace.stages.training.train import TrainConfig
 
 
-@options(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the pairs are: paths, folders, globs or fsspec URLs of WebDataset tars, Parquet files, a COCO caption JSON or class
-    folders."""
-
-    pool: str | tuple[str, ...] = ""
-    """What is curated."""
-    target: str | tuple[str, ...] | None = None
-    """Pairs whose loss is to fall; without it a seeded part of the pool is set apart."""
-    test: str | tuple[str, ...] | None = None
-    """Pairs on which the result is judged; without it half of the target's images."""
-    images: str | None = None
-    """Image folder of a COCO caption file, where it is not in the official place."""
-    embeddings: str | None = None
-    """Embeddings of the pool that exist already (clip-retrieval, DataComp or Parquet), joined by uid."""
-
-
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class RunConfig:
     """Everything that a run depends on; `config.yaml` in the run folder replays it.
 
@@ -57,15 +40,14 @@ class RunConfig:
     cluster: ClusterConfig = plain_field(default_factory=ClusterConfig)
     redundancy: RedundancyConfig = plain_field(default_factory=RedundancyConfig)
     curvature: CurvatureConfig = plain_field(default_factory=CurvatureConfig)
-    target: TargetConfig = plain_field(default_factory=TargetConfig)
-    attribute: InfluenceConfig = plain_field(default_factory=InfluenceConfig)
-    curate: SelectionConfig = plain_field(default_factory=SelectionConfig)
+    influence: InfluenceConfig = plain_field(default_factory=InfluenceConfig)
+    selection: SelectionConfig = plain_field(default_factory=SelectionConfig)
     train: TrainConfig = plain_field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = plain_field(default_factory=EvaluateConfig)
     iterate: int = Field(default=1, ge=1)
-    """Rounds of proxy, cluster, score, curate and retrain at most; they end when the target loss stops falling."""
+    """Rounds of proxies, clusters, scores, selection and retraining at most; they end when the target loss stops falling."""
     seed: int = Field(default=0, ge=0)
-    """Of the random baseline."""
+    """From which every random choice of the run derives, but for the retraining's own `train.seeds`."""
 
 
 _ADAPTER = TypeAdapter(RunConfig)

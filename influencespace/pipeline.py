@@ -1,7 +1,8 @@
-"""The ordered stages of a run; what is finished is skipped, so the same command continues a killed run."""
+"""The pipeline: the stages in their order, the rounds, and the summary; what is finished is skipped, so that a run continues."""
 
+import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,72 +10,86 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from influencespace.config import RunConfig, save_config
+from influencespace.config import RunConfig, load_config, save_config
 from influencespace.data.artifacts import Manifest, copy_file, installed_versions, read_manifest, write_json
 from influencespace.data.embeddings import rejected_reasons
+from influencespace.data.locations import local_folder
 from influencespace.data.pair_set import PairSet
-from influencespace.data.readers import list_shards
-from influencespace.data.schema import Shard
 from influencespace.engine.local import Engine, run_once
 from influencespace.errors import InputError
 from influencespace.models.encoders import embedding_dimension
 from influencespace.report.page import write_report
-from influencespace.stages.finish import STAGES
-from influencespace.stages.ingest.embed import embed
-from influencespace.stages.ingest.imports import import_embeddings
-from influencespace.stages.ingest.split import pair_sets, split
-from influencespace.stages.proxies.proxies import ALL, Proxy, proxies
-from influencespace.stages.scoring.cluster import cluster
-from influencespace.stages.scoring.curvature import curvature
-from influencespace.stages.scoring.fairness import fairness
-from influencespace.stages.scoring.influence import attribute
-from influencespace.stages.selection.evidence import Scores
-from influencespace.stages.selection.redundancy import redundancy
-from influencespace.stages.selection.selection import Earlier, KeptRows, curate
-from influencespace.stages.selection.weighting import CONFIRMED, serves_groups, with_chosen
-from influencespace.stages.training.dynamic import Reweighting
-from influencespace.stages.training.evaluate import evaluate
-from influencespace.stages.training.train import train
+from influencespace.run import Run, Stage, carry_out
+from influencespace.stages.ingest.embed import Embed
+from influencespace.stages.ingest.shards import roles_of, shards_of
+from influencespace.stages.ingest.split import Split, pair_sets
+from influencespace.stages.proxies.proxies import Proxies
+from influencespace.stages.scoring.cluster import Cluster
+from influencespace.stages.scoring.curvature import Curvature
+from influencespace.stages.scoring.fairness import Fairness
+from influencespace.stages.scoring.influence import Influence
+from influencespace.stages.selection.redundancy import Redundancy
+from influencespace.stages.selection.selection import KeptRows, Selection
+from influencespace.stages.selection.weighting import CHOSEN
+from influencespace.stages.training.evaluate import Evaluate
+from influencespace.stages.training.train import Train
 
-ROLES = ("pool", "target", "test")
+STAGES: tuple[Stage, ...] = (
+    Proxies(),
+    Cluster(),
+    Redundancy(),
+    Curvature(),
+    Influence(),
+    Fairness(),
+    Selection(),
+    Train(),
+    Evaluate(),
+)
+"""What a round does once the data are embedded and split, in order: a new stage is an entry here."""
 MAX_REASONS = 100  # that are named apart in the summary
 RESULTS = ("curated.parquet", "summary.json", "report.html")
 
 
-def run(config: RunConfig, out: Path, engine: Engine) -> dict[str, Any]:
-    """Do the whole job into the folder `out` and return its summary.
+def data_stages(config: RunConfig) -> tuple[Stage, ...]:
+    """What comes before the first round: each role that has data is embedded, then all are split."""
+    return (*(Embed(role) for role in roles_of(config)), Split())
 
-    Raises InputError for data or settings that cannot be used, and where another run works in the folder.
+
+def curate(config: RunConfig, out: Path | str, engine: Engine, stages: tuple[Stage, ...] = STAGES) -> Run:
+    """Do the whole job into the folder `out`; the finished Run.
+
+    The same call continues a run that was killed. Raises InputError for data or settings that cannot be used, and where
+    another run works in the folder.
     """
-    out = out.expanduser().absolute()
+    folder = local_folder(out, "--out").expanduser().absolute()
     check(config)
-    with alone_in(out):
-        open_folder(config, out)
-        return _run(config, out, engine)
+    with alone_in(folder):
+        open_folder(config, folder)
+        return _curate(config, folder, engine, stages)
 
 
-def _run(config: RunConfig, out: Path, engine: Engine) -> dict[str, Any]:
-    embedded = embed_roles(config, out, engine)
-    roles_folder = out / "split"
-    inputs = {role: manifest.fingerprint for role, manifest in embedded.items()}
-    before = read_manifest(roles_folder)
-    if before is None or before.inputs != inputs:  # other data, by the same config
+def _curate(config: RunConfig, out: Path, engine: Engine, stages: tuple[Stage, ...]) -> Run:
+    data = Run(folder=out, config=config)
+    before = read_manifest(out / Split.name)
+    done = {str(stage.name): carry_out(stage, data, engine) for stage in data_stages(config)}
+    if before is None or before.inputs != done[Split.name].inputs:  # other data, by the same config
         _forget_results(out)
-    roles = split(
-        {role: out / "embed" / role for role in embedded},
-        inputs,
-        config.split,
-        roles_folder,
-        engine,
-    )
-    sets = pair_sets(roles_folder, roles)
-    rounds = list(_rounds(config, out, sets, roles, engine))
-    best = min(rounds, key=lambda r: r.target_loss)
-    summary = summarise(config, out, embedded, roles, rounds, best)
-    copy_file(best.folder / "curate" / "curated.parquet", out / "curated.parquet")
+    rounds = list(_rounds(replace(data, sets=pair_sets(data)), done[Split.name], engine, stages))
+    best = min(rounds, key=lambda one: one.target_loss)
+    summary = summarise(data, done, rounds, best)
+    copy_file(best.run.at("selection") / "curated.parquet", out / "curated.parquet")
     write_json(out / "summary.json", summary)
     write_report(out)
-    return summary
+    return rounds[0].run
+
+
+def load_run(folder: Path | str) -> Run:
+    """The Run of a folder whose data are embedded and split; raises InputError where it is not so far."""
+    folder = Path(folder).expanduser().absolute()
+    run = Run(folder=folder, config=None)
+    split = run.manifest(Split.name)
+    config = load_config(folder / "config.yaml")
+    return replace(run, config=config, sets=pair_sets(run), inputs={Split.name: split.fingerprint})
 
 
 @contextmanager
@@ -117,54 +132,30 @@ def _forget_results(out: Path) -> None:
 
 def check(config: RunConfig) -> None:
     """Refuse what cannot run before anything is read."""
-    if not config.data.pool and config.data.embeddings is None:
+    data, encoder = config.data, config.embed.encoder
+    if not data.pool and data.embeddings is None:
         raise InputError("no data was given: use --data 'shards/*.tar', or data.pool in the config file")
-    needs_encoder = (
-        config.data.embeddings is None or config.data.target or config.data.test or config.evaluate.classes
-    )
-    if needs_encoder and not config.embed.encoder:
+    needs_encoder = data.embeddings is None or data.target or data.test or config.evaluate.classes
+    if needs_encoder and not encoder:
         raise InputError(
             "no encoder was given: use --encoder with a folder or hub id, or embed.encoder in the config"
         )
-    if config.curate.min_group_share and config.iterate > 1:
+    if config.selection.min_group_share and config.iterate > 1:
         raise InputError(
-            f"curate.min_group_share = {config.curate.min_group_share:g} is a share of one round's pairs, and iterate = {config.iterate} would "
-            "prune what it left: set iterate to 1, or the floor to 0"
+            f"selection.min_group_share = {config.selection.min_group_share:g} is a share of one round's pairs, and iterate = "
+            f"{config.iterate} would prune what it left: set iterate to 1, or min_group_share to 0"
         )
     shards_of(config)
-    if config.embed.encoder:
-        embedding_dimension(config.embed.encoder, config.embed.trust_remote_code)
-
-
-def shards_of(config: RunConfig) -> dict[str, list[Shard]]:
-    """The shards of every role that has data of its own; all paths are looked up before the first is read."""
-    return {
-        role: list_shards(spec, config.data.images) for role in ROLES if (spec := getattr(config.data, role))
-    }
-
-
-def embed_roles(config: RunConfig, out: Path, engine: Engine) -> dict[str, Manifest]:
-    """Embed the pool, the target and the test set, as far as each has data of its own."""
-    listed = shards_of(config)
-    listed.setdefault("pool", [])  # embeddings without shards: pairs without pictures
-    done = {}
-    for role, shards in listed.items():
-        folder = out / "embed" / role
-        if role == "pool" and config.data.embeddings is not None:
-            done[role] = import_embeddings(
-                config.data.embeddings, folder, engine, shards=shards, read=config.embed.read
-            )
-        else:
-            done[role] = embed(shards, config.embed, folder, engine)
-    return done
+    if encoder:
+        embedding_dimension(encoder, config.embed.trust_remote_code)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One pass of proxy, cluster, score, curate, retrain and evaluate."""
+    """One pass over the stages."""
 
-    folder: Path
-    stages: dict[str, Manifest]
+    run: Run
+    stages: Mapping[str, Manifest]
 
     @property
     def target_loss(self) -> float:
@@ -173,169 +164,49 @@ class Round:
         return loss
 
 
-def _rounds(
-    config: RunConfig, out: Path, sets: dict[str, PairSet], roles: Manifest, engine: Engine
-) -> Iterator[Round]:
-    everything = sets["pool"]
-    pool, earlier = everything, None
-    inputs = {"split": roles.fingerprint}
+def _rounds(data: Run, split: Manifest, engine: Engine, stages: tuple[Stage, ...]) -> Iterator[Round]:
+    """Rounds until the target loss stops falling; each sees what the one before kept."""
+    config = data.config
+    run = replace(data, inputs={Split.name: split.fingerprint})
     best = float("inf")
-    given, given_rows = config, roles.details["rows"]["pool"]
     for number in range(config.iterate):
-        folder = out if number == 0 else out / f"round-{number}"
-        this = run_round(config, folder, {**sets, "pool": pool}, inputs, engine, earlier)
+        this = Round(run=run, stages={str(stage.name): carry_out(stage, run, engine) for stage in stages})
         yield this
         if this.target_loss >= best:
             return
         best = this.target_loss
         if number + 1 < config.iterate:
-            curated, kept = folder / "curate" / "curated.parquet", folder / "curate" / "kept.npy"
-            left = run_once(engine, KeptRows(everything, curated, kept))
-            config = _of_what_is_left(given, left / given_rows)
-            pool = PairSet(everything.folder, kept)
-            earlier = Earlier(pool=everything, quality=out / "proxy" / "quality.parquet", curated=curated)
-            inputs = {"split": roles.fingerprint, "curate": this.stages["curate"].fingerprint}
+            everything, kept = run.everything, run.at("selection").with_name("kept.npy")
+            left = run_once(engine, KeptRows(everything, run.at("selection") / "curated.parquet", kept))
+            run = Run(
+                folder=data.folder / f"round-{number + 1}",
+                config=_of_what_is_left(config, left / split.details["rows"]["pool"]),
+                sets={**run.sets, "everything": everything, "pool": PairSet(everything.folder, kept)},
+                inputs={Split.name: split.fingerprint, "selection": this.stages["selection"].fingerprint},
+                previous=run,
+            )
 
 
 def _of_what_is_left(config: RunConfig, share: float) -> RunConfig:
     """The config of a later round: a target size is of the whole pool, of which this share is left."""
-    size = config.curate.target_size
+    size = config.selection.target_size
     if size is None:
         return config
-    return replace(config, curate=replace(config.curate, target_size=min(1.0, size / share)))
-
-
-def run_round(
-    config: RunConfig,
-    folder: Path,
-    sets: dict[str, PairSet],
-    inputs: dict[str, str],
-    engine: Engine,
-    earlier: Earlier | None = None,
-) -> Round:
-    """The stages after the split, on one pool."""
-    pool, target, test = (sets[role] for role in ROLES)
-    at = {name: folder / name for name in STAGES}
-    done: dict[str, Manifest] = {}
-
-    def given(*names: str) -> dict[str, str]:
-        return inputs | {name: done[name].fingerprint for name in names}
-
-    done["proxy"] = proxies(pool, target, inputs, config.proxy, at["proxy"], engine)
-    rows = done["proxy"].rows_out
-    done["cluster"] = cluster(pool, rows, inputs, config.cluster, at["cluster"], engine)
-    done["redundancy"] = redundancy(
-        pool,
-        at["proxy"],
-        at["cluster"],
-        given("proxy", "cluster"),
-        config.redundancy,
-        at["redundancy"],
-        engine,
-    )
-    done["curvature"] = curvature(
-        pool,
-        target,
-        config.proxy,
-        at["proxy"],
-        given("proxy"),
-        config.curvature,
-        config.target,
-        at["curvature"],
-        engine,
-    )
-    done["attribute"] = attribute(
-        pool,
-        config.proxy,
-        at,
-        given("proxy", "cluster", "curvature"),
-        config.attribute,
-        at["attribute"],
-        engine,
-    )
-    done["fairness"] = fairness(
-        pool,
-        target,
-        config.proxy,
-        replace(config.curvature, rank=done["curvature"].details["proxies"][ALL]["rank"]),
-        at["proxy"],
-        at["attribute"],
-        serves_groups(config.curate),
-        config.attribute.form,
-        config.attribute.bucket_size,
-        (rows, done["attribute"].details["sample"]),
-        given("proxy", "attribute"),
-        at["fairness"],
-        engine,
-    )
-    steps = done["proxy"].details["steps"]
-    done["curate"] = curate(
-        pool,
-        target,
-        at["attribute"],
-        at["redundancy"],
-        at["fairness"],
-        at["proxy"],
-        given("proxy", "redundancy", "attribute", "fairness"),
-        config.curate,
-        config.proxy,
-        steps,
-        config.seed,
-        at["curate"],
-        engine,
-        earlier,
-    )
-    reweighting = Reweighting(
-        pool=pool,
-        target=target,
-        proxies=config.proxy,
-        proxy=Proxy(at["proxy"], ALL),
-        scores=Scores(at["attribute"]),
-        decided=with_chosen(config.curate, done["curate"].details),
-    )
-    done["train"] = train(
-        earlier.pool if earlier else pool,
-        at["curate"] / "weights.parquet",
-        config.proxy.train,
-        steps,
-        given("curate"),
-        config.train,
-        at["train"],
-        engine,
-        reweighting,
-    )
-    done["evaluate"] = evaluate(
-        test,
-        target,
-        config.proxy,
-        at["train"],
-        done["train"].details["runs"],
-        at["curate"] / "weights.parquet",
-        config.embed,
-        given("train"),
-        config.evaluate,
-        at["evaluate"],
-        engine,
-    )
-    return Round(folder=folder, stages=done)
+    return replace(config, selection=replace(config.selection, target_size=min(1.0, size / share)))
 
 
 def summarise(
-    config: RunConfig,
-    out: Path,
-    embedded: dict[str, Manifest],
-    roles: Manifest,
-    rounds: list[Round],
-    best: Round,
+    data: Run, embedded: Mapping[str, Manifest], rounds: list[Round], best: Round
 ) -> dict[str, Any]:
     """Every number of the table, from manifests alone."""
-    curated, evaluated = best.stages["curate"].details, best.stages["evaluate"].details
-    stages = {f"embed {role}": manifest for role, manifest in embedded.items()} | {"split": roles}
-    for number, each in enumerate(rounds):
+    selected, evaluated = best.stages["selection"].details, best.stages["evaluate"].details
+    stages = {name.replace("/", " "): manifest for name, manifest in embedded.items()}
+    for number, one in enumerate(rounds):
         stages |= {
-            name if number == 0 else f"{name} (round {number + 1})": m for name, m in each.stages.items()
+            name if number == 0 else f"{name} (round {number + 1})": m for name, m in one.stages.items()
         }
-    reasons = sum((rejected_reasons(out / "embed" / role) for role in embedded), Counter[str]())
+    split, roles = embedded[Split.name], {n: m for n, m in embedded.items() if n != Split.name}
+    reasons = sum((rejected_reasons(data.at(name)) for name in roles), Counter[str]())
     most_frequent = dict(reasons.most_common(MAX_REASONS))
     if rest := reasons.total() - sum(most_frequent.values()):
         most_frequent["other reasons: see rejected.parquet"] = rest
@@ -343,21 +214,21 @@ def summarise(
         "methods": evaluated["methods"],
         "comparisons": evaluated["comparisons"],
         "target_loss": evaluated["target_loss"],
-        "kept_fraction": curated["kept_fraction"],
-        "reasons": curated["reasons"],
-        "weights": {key: curated[key] for key in (*CONFIRMED, "trials")},
-        "rows": roles.details["rows"],
-        "rejected": {role: manifest.rejected for role, manifest in embedded.items()},
+        "kept_fraction": selected["kept_fraction"],
+        "reasons": selected["reasons"],
+        "weights": {key: selected[key] for key in (*CHOSEN, "trials")},
+        "rows": split.details["rows"],
+        "rejected": {name.removeprefix("embed/"): manifest.rejected for name, manifest in roles.items()},
         "rejected_reasons": most_frequent,
-        "truncated_captions": sum(int(m.details.get("truncated_captions", 0)) for m in embedded.values()),
-        "caption_control": curated["caption_control"],
-        "rounds": [{"folder": str(r.folder), "target_loss": r.target_loss} for r in rounds],
+        "truncated_captions": sum(int(m.details.get("truncated_captions", 0)) for m in roles.values()),
+        "caption_control": selected["caption_control"],
+        "rounds": [{"folder": str(one.run.folder), "target_loss": one.target_loss} for one in rounds],
         "stages": {
             name: {"seconds": m.seconds, "rows_in": m.rows_in, "rows_out": m.rows_out, "rejected": m.rejected}
             for name, m in stages.items()
         },
         "versions": installed_versions(),
-        "seeds": list(config.train.seeds),
-        "notes": [*roles.details["notes"], *curated["warnings"]],
-        "paths": {name: str(out / name) for name in RESULTS},
+        "seeds": list(data.config.train.seeds),
+        "notes": [*split.details["notes"], *selected["warnings"]],
+        "paths": {name: str(data.folder / name) for name in RESULTS},
     }

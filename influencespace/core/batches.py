@@ -84,6 +84,7 @@ def reweighted_batches(
     size: int,
     steps: int,
     seed: int,
+    *,
     every: int,
     reweigh: Callable[[], NDArray[np.float64]],
 ) -> Iterator[IntArray]:

@@ -1,7 +1,8 @@
-"""Results of a stage by block of the canonical order: one file a block, then one Parquet file in that order."""
+"""Results of a stage by bucket, a range of the canonical order: one file a bucket, then one Parquet file in that order."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from influencespace.data.artifacts import atomic_path
 
 Columns = dict[str, NDArray[Any]]
+ComputeColumns = Callable[[int, int], Columns]
+"""Gives the columns of the rows [start, stop)."""
 
 
 def buckets_of(rows: int, size: int) -> Iterator[tuple[int, int]]:
@@ -21,14 +24,33 @@ def buckets_of(rows: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def bucket_path(folder: Path, name: str, start: int) -> Path:
-    return folder / "blocks" / f"{name}-{start:012d}.arrow"
+    """Where a finished bucket lies; its presence means that it is done."""
+    return folder / "buckets" / f"{name}-{start:012d}.arrow"
 
 
-def write_bucket(folder: Path, name: str, start: int, mark: str, columns: Columns) -> None:
-    """Write one block's columns, (n,) or (n, k) each, atomically; `mark` says what they were computed from."""
-    table = pa.table({key: _to_arrow(value) for key, value in columns.items()}).replace_schema_metadata(
-        {"mark": mark}
-    )
+@dataclass(frozen=True, kw_only=True)
+class WriteBucket:
+    """Task: compute and write one bucket, unless it is there; returns its rows."""
+
+    folder: Path
+    table: str
+    start: int
+    stop: int
+    compute: ComputeColumns
+
+    @property
+    def name(self) -> str:
+        return f"{self.table} of rows {self.start} to {self.stop}"
+
+    def __call__(self) -> int:
+        if not bucket_path(self.folder, self.table, self.start).exists():
+            write_bucket(self.folder, self.table, self.start, self.compute(self.start, self.stop))
+        return self.stop - self.start
+
+
+def write_bucket(folder: Path, name: str, start: int, columns: Columns) -> None:
+    """Write one bucket's columns, (n,) or (n, k) each, atomically."""
+    table = pa.table({key: _to_arrow(value) for key, value in columns.items()})
     with (
         atomic_path(bucket_path(folder, name, start)) as aside,
         pa.OSFile(str(aside), "wb") as file,
@@ -37,46 +59,39 @@ def write_bucket(folder: Path, name: str, start: int, mark: str, columns: Column
         writer.write_table(table)
 
 
-def has_bucket(folder: Path, name: str, start: int, mark: str) -> bool:
-    """Whether the block is there already, computed from the same."""
-    try:
-        with pa.OSFile(str(bucket_path(folder, name, start)), "rb") as file:
-            metadata = pa.ipc.open_file(file).schema.metadata or {}
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return False
-    return bool(metadata.get(b"mark") == mark.encode())
+def open_bucket(folder: Path, name: str, start: int) -> pa.Table:
+    """One finished bucket, by memory map."""
+    with pa.memory_map(str(bucket_path(folder, name, start))) as source:
+        return pa.ipc.open_file(source).read_all()
 
 
 def read_bucket(folder: Path, name: str, start: int, *names: str) -> Columns:
-    """Columns of one finished block."""
-    with pa.OSFile(str(bucket_path(folder, name, start)), "rb") as file:
-        table = pa.ipc.open_file(file).read_all()
+    """Columns of one finished bucket."""
+    table = open_bucket(folder, name, start)
     return {key: _from_arrow(table[key]) for key in names}
 
 
 def join_buckets(folder: Path, name: str, starts: Sequence[int]) -> int:
-    """Write `name`.parquet from the blocks that begin at `starts`, in that order; the rows.
+    """Write `name`.parquet from the buckets that begin at `starts`, in that order; the rows.
 
-    The blocks stay, so that a task which is begun again, its worker lost, finds them.
+    The buckets stay, so that a task which is begun again, its worker lost, finds them.
     """
     rows = 0
-    paths = [bucket_path(folder, name, start) for start in starts]
     with atomic_path(folder / f"{name}.parquet") as aside:
         writer = None
-        for path in paths:
-            with pa.OSFile(str(path), "rb") as file:
-                table = pa.ipc.open_file(file).read_all().replace_schema_metadata(None)
+        for start in starts:
+            table = open_bucket(folder, name, start)
             writer = writer or pq.ParquetWriter(aside, table.schema)
             writer.write_table(table)
             rows += len(table)
-        assert writer is not None, f"{name} has no blocks"
+        assert writer is not None, f"{name} has no buckets"
         writer.close()
     return rows
 
 
 def remove_buckets(folder: Path) -> None:
-    """Remove all blocks, those too that a killed run with other settings left."""
-    shutil.rmtree(folder / "blocks", ignore_errors=True)
+    """Remove all buckets: their columns are in whole files now."""
+    shutil.rmtree(folder / "buckets", ignore_errors=True)
 
 
 def read_columns(path: Path, *names: str) -> Columns:

@@ -1,6 +1,6 @@
 """The only two verbs of the stages: *map* tasks over workers, and *fold* tasks into one state.
 
-A recipe crosses the wire and the worker is born where it works: `recipe()` returns the callable that is then
+A factory crosses the wire and the worker is born where it works: `factory()` returns the callable that is then
 given one task after another. Folded states are merged in the order of the tasks, whatever the order in which
 they finish, so that any number of actors gives the same bits. `LocalEngine` is the plain loop: the truth.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from influencespace.engine.placement import Machine, Resources
 from influencespace.errors import InputError
 
 WorkerFactory = Callable[[], Callable[..., Any]]
@@ -20,6 +21,7 @@ Merge = Callable[[Any, Any], Any]
 
 # How far a worker may run ahead of the slowest task: bounds the states that wait to be merged in order.
 AHEAD = 4
+ONE_CORE = Resources()
 
 
 class TaskError(RuntimeError):
@@ -51,35 +53,30 @@ class Engine(Protocol):
         """The most CPU cores that one task may ask for: a task that asks for more would wait for ever."""
 
     @property
-    def gpus(self) -> int:
-        """GPUs, in all machines together."""
-
-    @property
-    def memory(self) -> int:
-        """Bytes of memory for workers, in all machines together."""
+    def machines(self) -> Sequence[Machine]:
+        """What each machine has for workers."""
 
     def map(
         self,
-        recipe: WorkerFactory,
+        factory: WorkerFactory,
         tasks: Sequence[Any],
         *,
-        num_actors: int = 1,
-        num_cpus: float = 1,
-        num_gpus: float = 0,
+        workers: int = 1,
+        resources: Resources = ONE_CORE,
     ) -> Iterator[Any]:
         """Yield `worker(task)` for each task, as they finish: small picklable results; big ones go to files.
 
-        Raises TaskError (or the worker's InputError) where a task fails.
+        Raises TaskError (or the worker's InputError) where a task fails, and InputError where no machine has the resources.
         """
 
     def pool(
-        self, recipe: WorkerFactory, *, num_actors: int = 1, num_cpus: float = 1, num_gpus: float = 0
+        self, factory: WorkerFactory, *, workers: int = 1, resources: Resources = ONE_CORE
     ) -> AbstractContextManager[Pool]:
         """Workers that live until the block ends."""
 
 
 def run_task() -> Callable[..., Any]:
-    """The recipe for tasks that know themselves what to do: a task is called, and its result is the answer."""
+    """The factory for tasks that know themselves what to do: a task is called, and its result is the answer."""
     return _call
 
 
@@ -108,33 +105,29 @@ class LocalEngine:
         return self.cores
 
     @property
-    def gpus(self) -> int:
+    def machines(self) -> Sequence[Machine]:
         import torch
 
-        return torch.cuda.device_count()
-
-    @property
-    def memory(self) -> int:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return [Machine(cpus=self.cores, gpus=torch.cuda.device_count(), memory=memory)]
 
     def map(
         self,
-        recipe: WorkerFactory,
+        factory: WorkerFactory,
         tasks: Sequence[Any],
         *,
-        num_actors: int = 1,
-        num_cpus: float = 1,
-        num_gpus: float = 0,
+        workers: int = 1,
+        resources: Resources = ONE_CORE,
     ) -> Iterator[Any]:
-        worker = Worker(recipe)
+        worker = Worker(factory)
         for task in tasks:
             yield worker.attempt(task).result()
 
     @contextmanager
     def pool(
-        self, recipe: WorkerFactory, *, num_actors: int = 1, num_cpus: float = 1, num_gpus: float = 0
+        self, factory: WorkerFactory, *, workers: int = 1, resources: Resources = ONE_CORE
     ) -> Iterator[Pool]:
-        yield _LocalPool(Worker(recipe))
+        yield _LocalPool(Worker(factory))
 
 
 @dataclass(frozen=True)
@@ -156,8 +149,8 @@ class TaskResult:
 class Worker:
     """One worker: builds its callable at the first task, and turns exceptions into outcomes."""
 
-    def __init__(self, recipe: WorkerFactory) -> None:
-        self._recipe = recipe
+    def __init__(self, factory: WorkerFactory) -> None:
+        self._factory = factory
         self._call: Callable[..., Any] | None = None
 
     def start(self) -> None:
@@ -165,7 +158,7 @@ class Worker:
 
     def attempt(self, task: Any, *shared: Any) -> TaskResult:
         try:
-            self._call = self._call or self._recipe()
+            self._call = self._call or self._factory()
             return TaskResult(self._call(task, *shared))
         except InputError as error:
             return TaskResult(error=str(error))

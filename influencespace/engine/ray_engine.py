@@ -11,6 +11,7 @@ import ray
 
 from influencespace.engine.local import (
     AHEAD,
+    ONE_CORE,
     Merge,
     Pool,
     TaskError,
@@ -22,6 +23,7 @@ from influencespace.engine.local import (
     merge_all,
     run_task,
 )
+from influencespace.engine.placement import Machine, Resources, check_place
 
 # A worker that dies (killed node, out of memory) is always replaced, but a task may lose only so many.
 TASK_RETRIES = 3
@@ -45,30 +47,33 @@ class RayEngine:
         """On a cluster all but one of the largest machine's: a submitted job's driver may hold one itself."""
         if self._cores:
             return self._cores
-        machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-        return max(1, int(max(machines, default=1)) - 1)
+        return max(1, int(max((machine.cpus for machine in self.machines), default=1)) - 1)
 
     @property
-    def gpus(self) -> int:
-        return int(ray.cluster_resources().get("GPU", 0))
-
-    @property
-    def memory(self) -> int:
-        return int(ray.cluster_resources().get("memory", 0))
+    def machines(self) -> Sequence[Machine]:
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return [
+            Machine(
+                cpus=self._cores or has.get("CPU", 0),
+                gpus=has.get("GPU", 0),
+                memory=int(has.get("memory", 0)),
+            )
+            for has in alive
+        ]
 
     def map(
         self,
-        recipe: WorkerFactory,
+        factory: WorkerFactory,
         tasks: Sequence[Any],
         *,
-        num_actors: int = 1,
-        num_cpus: float = 1,
-        num_gpus: float = 0,
+        workers: int = 1,
+        resources: Resources = ONE_CORE,
     ) -> Iterator[Any]:
         if not tasks:
             return
-        if recipe is run_task:
-            yield from _call_all(tasks, max(1, num_actors), _resources(num_cpus, num_gpus))
+        check_place(self.machines, resources)
+        if factory is run_task:
+            yield from _call_all(tasks, max(1, workers), _options(resources))
             return
         # One row and one block a task: Ray Data then hands out single tasks and gives back single results.
         items = [{"index": index, "task": pickle.dumps(task)} for index, task in enumerate(tasks)]
@@ -76,26 +81,27 @@ class RayEngine:
         results = _data().from_items(items, override_num_blocks=len(items))
         results = results.map_batches(
             _MapWorker,
-            fn_constructor_args=(recipe, starts),
+            fn_constructor_args=(factory, starts),
             batch_size=1,
             # Shards take long: a task that waited behind another would leave some other worker idle.
             compute=_data().ActorPoolStrategy(
-                size=max(1, min(num_actors, len(items))), max_tasks_in_flight_per_actor=1
+                size=max(1, min(workers, len(items))), max_tasks_in_flight_per_actor=1
             ),
-            **_resources(num_cpus, num_gpus),
+            **_options(resources),
         )
         for row in results.iter_rows():
-            outcome: TaskResult = pickle.loads(row["outcome"])
-            yield outcome.result()
+            result: TaskResult = pickle.loads(row["result"])
+            yield result.result()
 
     @contextmanager
     def pool(
-        self, recipe: WorkerFactory, *, num_actors: int = 1, num_cpus: float = 1, num_gpus: float = 0
+        self, factory: WorkerFactory, *, workers: int = 1, resources: Resources = ONE_CORE
     ) -> Iterator[Pool]:
+        check_place(self.machines, resources)
         actor = ray.remote(Worker).options(
-            **_resources(num_cpus, num_gpus), max_restarts=-1, max_task_retries=TASK_RETRIES
+            **_options(resources), max_restarts=-1, max_task_retries=TASK_RETRIES
         )
-        actors = [actor.remote(recipe) for _ in range(max(1, num_actors))]
+        actors = [actor.remote(factory) for _ in range(max(1, workers))]
         try:
             yield _RayPool(actors)
         finally:
@@ -122,10 +128,10 @@ def _call_all(tasks: Sequence[Any], at_once: int, resources: dict[str, float]) -
 def _result(reference: Any, task: Any) -> Any:
     """The worker's result; raises what it raised, and TaskError where no worker survived the task."""
     try:
-        outcome: TaskResult = ray.get(reference)
+        result: TaskResult = ray.get(reference)
     except ray.exceptions.RayError as error:
         raise TaskError(f"{_lost(task)} Ray says: {error}") from error
-    return outcome.result()
+    return result.result()
 
 
 class _Starts:
@@ -142,17 +148,17 @@ class _Starts:
 class _MapWorker:
     """A worker as Ray Data calls it: one row in, one row out."""
 
-    def __init__(self, recipe: WorkerFactory, starts: Any) -> None:
-        self._worker = Worker(recipe)
+    def __init__(self, factory: WorkerFactory, starts: Any) -> None:
+        self._worker = Worker(factory)
         self._starts = starts
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         task = pickle.loads(batch["task"][0])
         if ray.get(self._starts.begin.remote(int(batch["index"][0]))) > TASK_RETRIES + 1:
-            outcome = TaskResult(error=_lost(task), trace="(no traceback: the process was gone)")
+            result = TaskResult(error=_lost(task), trace="(no traceback: the process was gone)")
         else:
-            outcome = self._worker.attempt(task)
-        return {"outcome": [pickle.dumps(outcome)]}
+            result = self._worker.attempt(task)
+        return {"result": [pickle.dumps(result)]}
 
 
 class _RayPool:
@@ -202,8 +208,9 @@ def _lost(task: Any) -> str:
     )
 
 
-def _resources(num_cpus: float, num_gpus: float) -> dict[str, float]:
-    return {"num_cpus": num_cpus} | ({"num_gpus": num_gpus} if num_gpus else {})
+def _options(resources: Resources) -> dict[str, float]:
+    optional = {"num_gpus": resources.gpus, "memory": resources.memory}
+    return {"num_cpus": resources.cpus} | {name: value for name, value in optional.items() if value}
 
 
 def _data() -> Any:

@@ -8,17 +8,20 @@ from dataclasses import dataclass, replace
 from dataclasses import field as plain_field
 from typing import Literal
 
+import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.core.linalg import Sketch, no_sketch, sketch_bytes
+from influencespace.core.conjugate_gradients import Solution
+from influencespace.core.nystrom import Sketch, no_sketch, sketch_bytes
 from influencespace.errors import InputError
 from influencespace.estimators.influence import (
     CurvatureConfig,
+    Influence,
     InfluenceScorer,
     sketch_curvature,
-    solve_directions,
+    solve,
 )
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately, mean_of_known
 
@@ -27,70 +30,56 @@ Role = Literal["both", "own", "negative"]
 
 @dataclass(frozen=True)
 class RoleScorer:
-    """Mean influence over the contexts that can judge a pair, in one role or both."""
+    """Mean influence over the negative batches that can judge a pair, in one role or both."""
 
     influence: InfluenceScorer
     role: Role = "both"
 
+    def by_batch(self, batch: Batch) -> tuple[Influence, FloatArray]:
+        """Influence in both roles, and that of the role asked for along V directions in each of C batches (V, n, C)."""
+        influence = self.influence(batch.inputs, batch.image)
+        values = {"both": influence.by_batch, "own": influence.own, "negative": influence.negative}
+        return influence, values[self.role]
+
     def __call__(self, batch: Batch) -> FloatArray:
-        found = self.influence(batch.inputs, batch.image)
-        values = {"both": found.by_batch, "own": found.own, "negative": found.negative}[self.role][0]
-        return mean_of_known(values)
+        return mean_of_known(self.by_batch(batch)[1][0])
 
 
-def along(problem: Problem, direction: Tensor, role: Role = "both", form: str = "exact") -> RoleScorer:
-    """The scorer of influences along one direction (p,) at the end of training."""
+def along(problem: Problem, directions: Tensor, role: Role = "both", form: str = "exact") -> RoleScorer:
+    """The scorer of influences along directions (V, p), or one (p,), at the end of training."""
+    directions = directions.reshape(-1, directions.shape[-1])
     scorer = InfluenceScorer(
-        problem.space, direction[None], problem.bank, problem.objective, problem.batch_size, form
+        problem.space, directions, problem.bank, problem.objective, problem.batch_size, form
     )
     return RoleScorer(scorer, role)
 
 
-def curvature_of(problem: Problem, config: CurvatureConfig) -> Sketch:
+def sketch_of(problem: Problem, config: CurvatureConfig) -> Sketch:
     """Sketch of the scaled Gauss-Newton matrix, doubled up to `max_rank` until its tail is below the damping.
 
     Raises InputError where the first one does not fit in the problem's memory; it is not doubled beyond it.
     """
-    contexts = [context.inputs for context in problem.bank]
     size = problem.space.size
-    rank, most = (min(wanted, size) for wanted in (config.rank, config.max_rank))
+    rank, limit = (min(wanted, size) for wanted in (config.rank, config.max_rank))
     if problem.memory is not None:
         if (need := sketch_bytes(size, rank)) > problem.memory:
             raise InputError(
                 f"a sketch of {size:,} parameters x rank {rank} takes {need / 1e9:,.3f} GB of memory and there are "
                 f"{problem.memory / 1e9:,.3f} GB; take fewer parameters, a lower rank, or ecif with solver=plain, without one"
             )
-        most = min(most, problem.memory // sketch_bytes(size, 1))
+        limit = min(limit, problem.memory // sketch_bytes(size, 1))
     while True:
-        sketch = sketch_curvature(
-            problem.space, contexts, problem.objective, problem.preconditioner, rank, config.seed
-        )
-        if sketch.tail_ratio(problem.damping) <= 1 or 2 * rank > most:
+        sketch = sketch_curvature(problem.curvature, rank, problem.seed)
+        if sketch.tail_ratio(problem.damping) <= 1 or 2 * rank > limit:
             return sketch
         rank *= 2
-
-
-def direction_of(problem: Problem, config: CurvatureConfig, sketched: bool = True) -> Tensor:
-    """v = (G + mu D)^-1 grad L_target (p,), by conjugate gradients on the bank's contexts, preconditioned by a sketch or not."""
-    gradient = problem.target_gradient  # first, because it says what is wrong with a broken proxy
-    solution = solve_directions(
-        problem.space,
-        [context.inputs for context in problem.bank],
-        problem.objective,
-        problem.preconditioner,
-        curvature_of(problem, config) if sketched else no_sketch(gradient),
-        problem.damping,
-        gradient[None],
-        config,
-    )
-    return solution.x[0]
 
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Ecif:
     """Influence through the curvature, in the roles and the form that are asked for: the default.
 
-    Positive: more weight on the pair lowers the target loss; nan where every context holds its image; in the unit that
+    Positive: more weight on the pair lowers the target loss; nan where every negative batch holds its image; in the unit that
     `CurvatureConfig.damping_factor` says. Raises ValueError for a damping of its own: it is the problem's.
     """
 
@@ -109,7 +98,22 @@ class Ecif:
                 "the damping is the problem's; give it as curvature.damping_factor of the run"
             )
 
-    def fit(self, problem: Problem) -> Fit:
+    @property
+    def sketched(self) -> bool:
+        """Whether `solution` uses a sketch of the curvature."""
+        return self.solver != "plain"
+
+    def solution(self, problem: Problem, gradients: Tensor, sketch: Sketch | None = None) -> Solution:
+        """(G + mu D)^-1 g for each row of gradients (V, p), by a sketch that may be there already."""
         config = self.curvature if self.solver != "woodbury" else replace(self.curvature, max_iterations=0)
-        direction = direction_of(problem, config, sketched=self.solver != "plain")
-        return immediately(along(problem, direction, self.role, self.form))
+        if sketch is None:
+            sketch = sketch_of(problem, config) if self.sketched else no_sketch(gradients[0])
+        return solve(problem.curvature, problem.preconditioner, sketch, problem.damping, gradients, config)
+
+    def scorer(self, problem: Problem, directions: Tensor) -> RoleScorer:
+        """Scores along solved directions (V, p)."""
+        return along(problem, directions, self.role, self.form)
+
+    def fit(self, problem: Problem) -> Fit:
+        gradient = problem.target_gradient  # first, because it says what is wrong with a broken proxy
+        return immediately(self.scorer(problem, self.solution(problem, gradient[None]).x))

@@ -7,14 +7,27 @@ the target gradient: no per-sample gradient.
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
+from torch import Tensor
 
-from influencespace.estimators.ecif import along
+from influencespace.core.conjugate_gradients import Solution
+from influencespace.core.nystrom import Sketch
+from influencespace.estimators.ecif import RoleScorer, along
 from influencespace.estimators.problem import Fit, Problem, immediately
 
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class GradDot:
     """Needs no pass over the pool."""
+
+    sketched = False
+
+    def solution(self, problem: Problem, gradients: Tensor, sketch: Sketch | None = None) -> Solution:
+        """The gradients (V, p) as they are."""
+        return Solution(x=gradients, iterations=0, residual=0.0)
+
+    def scorer(self, problem: Problem, directions: Tensor) -> RoleScorer:
+        """Scores along directions (V, p)."""
+        return along(problem, directions)
 
     def fit(self, problem: Problem) -> Fit:
         return immediately(along(problem, problem.target_gradient))

@@ -5,7 +5,7 @@ mu = c / sum of learning rates + weight decay. Everything is done in coordinates
 H = G~ + mu I. score(z) = grad L_target . H^-1 . grad l_z, so positive is a predicted fall of the target loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -18,11 +18,14 @@ from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.contrastive import Objective, Pointwise, contrastive
-from influencespace.core.contrastive_influence import Tangents
-from influencespace.core.linalg import Sketch, Solution, conjugate_gradients, nystrom, probes
+from influencespace.core.contrastive_influence import Tangents, influence, pointwise_influence, summarise
+from influencespace.core.conjugate_gradients import Solution, conjugate_gradients
+from influencespace.core.nystrom import Sketch, nystrom, probes
 from influencespace.models.space import Inputs, Space
 
 IntArray = NDArray[np.int64]
+Products = Callable[[Tensor], Tensor]
+"""Maps rows (V, p) to the scaled curvature times each of them (V, p)."""
 
 
 @options(frozen=True, kw_only=True)
@@ -39,7 +42,8 @@ class CurvatureConfig:
     tolerance: float = Field(default=1e-3, gt=0)
     """Relative residual at which conjugate gradients stop."""
     max_iterations: int = Field(default=50, ge=0)
-    seed: int = 0
+    target_folds: int = Field(default=10, ge=2)
+    """Folds of the target's images, one direction each: their spread is the target's standard error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +69,25 @@ def target_gradients(
     return total.to(space.like)
 
 
-def curvature_products(
-    space: Space, contexts: Sequence[Inputs], rows: Tensor, objective: Objective, D: Tensor
-) -> Tensor:
-    """G~ = D^-1/2 G D^-1/2 times rows (V, p), averaged over contexts in their order in float64: (V, p)."""
-    root = D.rsqrt()
-    total = torch.zeros(rows.shape, dtype=torch.float64)
-    for inputs in contexts:
-        total += space.gauss_newton(inputs, rows * root, objective).double().cpu()
-    return (total / len(contexts)).to(rows) * root
+@dataclass(frozen=True, kw_only=True)
+class Curvature:
+    """The map rows -> G~ rows for G~ = D^-1/2 G D^-1/2, G the Gauss-Newton matrix averaged over negative batches.
+
+    Batches are summed in their order in float64, so that any split of the rows gives the same products.
+    """
+
+    space: Space
+    batches: Sequence[Inputs]
+    objective: Objective
+    preconditioner: Tensor  # D (p,)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """G~ times rows (V, p): (V, p)."""
+        root = self.preconditioner.rsqrt()
+        total = torch.zeros(rows.shape, dtype=torch.float64)
+        for inputs in self.batches:
+            total += self.space.gauss_newton(inputs, rows * root, self.objective).double().cpu()
+        return (total / len(self.batches)).to(rows) * root
 
 
 def damping_of(config: CurvatureConfig, sum_of_learning_rates: float, weight_decay: float) -> float:
@@ -89,31 +103,23 @@ def floored(D: Tensor) -> Tensor:
     return D.clamp_min(1e-3 * float(D.mean()))
 
 
-def sketch_curvature(
-    space: Space, contexts: Sequence[Inputs], objective: Objective, D: Tensor, rank: int, seed: int
-) -> Sketch:
-    """Nystrom sketch of G~ from `rank` seeded probes, sixteen in each pass over the contexts."""
-    Omega = probes(space.size, min(rank, space.size), seed, D.dtype).to(D.device)
-    Y = torch.cat(
-        [curvature_products(space, contexts, block, objective, D) for block in torch.split(Omega.T, 16)]
-    ).T
-    return nystrom(Omega, Y)
+def sketch_curvature(curvature: Curvature, rank: int, seed: int) -> Sketch:
+    """Nystrom sketch of G~ from `rank` seeded probes, sixteen in each pass over the batches."""
+    D = curvature.preconditioner
+    Omega = probes(len(D), min(rank, len(D)), seed, D.dtype).to(D.device)
+    return nystrom(Omega, torch.cat([curvature(rows) for rows in torch.split(Omega.T, 16)]).T)
 
 
-def solve_directions(
-    space: Space,
-    contexts: Sequence[Inputs],
-    objective: Objective,
-    D: Tensor,
-    sketch: Sketch,
-    damping: float,
-    gradients: Tensor,
-    config: CurvatureConfig,
+def solve(
+    products: Products, D: Tensor, sketch: Sketch, damping: float, gradients: Tensor, config: CurvatureConfig
 ) -> Solution:
-    """v = H^-1 g for each row of gradients (F, p), in the parameters' own coordinates."""
+    """v = H^-1 g for each row of gradients (F, p), in the parameters' own coordinates.
+
+    `products` maps rows (V, p) to G~ rows: a `Curvature`, or the same spread over workers. D (p,) is the preconditioner.
+    """
     root = D.rsqrt()
     solution = conjugate_gradients(
-        lambda x: curvature_products(space, contexts, x, objective, D),
+        products,
         sketch,
         damping,
         gradients * root,
@@ -178,7 +184,7 @@ class InfluenceScorer:
         """Influence of pairs given by their inputs (two (n, D)) and the image of each (n,)."""
         pairs = self._tangents(inputs)
         if isinstance(self.objective, Pointwise):
-            alone = self.objective.influence(pairs).double().cpu().numpy()[..., None]
+            alone = pointwise_influence(self.objective, pairs).double().cpu().numpy()[..., None]
             return Influence(own=alone, negative=np.zeros_like(alone))
         own, negative = [], []
         for k, recorded in enumerate(self.bank):
@@ -196,10 +202,10 @@ class InfluenceScorer:
     def _contexts(self) -> list[Any]:
         """What scores against each context need, computed once."""
         objective = contrastive(self.objective, "a bank")
-        return [objective.context(tangents, self.batch_size) for tangents in self._bank_tangents]
+        return [summarise(objective, tangents, self.batch_size) for tangents in self._bank_tangents]
 
     def _in_context(self, k: int, pairs: Tangents) -> tuple[Tensor, Tensor]:
-        return contrastive(self.objective, "a bank").influence(pairs, self._contexts[k], self.form)
+        return influence(contrastive(self.objective, "a bank"), pairs, self._contexts[k], self.form)
 
     @torch.no_grad()
     def _tangents(self, inputs: Inputs) -> Tangents:

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.core.projection import Dense
+from influencespace.core.projection import random_projection
 from influencespace.estimators.influence import InfluenceScorer
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately, mean_of_known
 from influencespace.models.space import Space
@@ -28,7 +28,7 @@ def projection_rows(size: int, dimension: int, seed: int) -> Tensor:
     """Directions along which the derivatives' norm is the gradient's: (k, p), in expectation or, for k = p, exactly."""
     if size <= dimension:
         return torch.eye(size, dtype=torch.float64)
-    return Dense(size=size, dimension=dimension, seed=seed, kind="rademacher").rows(0, size).T
+    return random_projection(size, dimension, seed=seed, kind="rademacher").T
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ has to see the pool first asks for passes over it, each a mergeable statistic: o
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from influencespace.core.contrastive import Objective, Pointwise
+from influencespace.core.conjugate_gradients import Solution
+from influencespace.core.nystrom import Sketch
 from influencespace.errors import InputError
-from influencespace.estimators.influence import NegativeBatch, target_gradients
+from influencespace.estimators.influence import Curvature, NegativeBatch, target_gradients
 from influencespace.models.gradients import Gradients, PairGradients, Recorded, SampleGradients
 from influencespace.models.space import Inputs, Space
 from influencespace.models.trajectory import Trajectory
@@ -80,6 +82,16 @@ class Problem:
     """Bytes that a sketch of the curvature may take; None for all that there are."""
     seed: int = 0
 
+    @property
+    def curvature(self) -> Curvature:
+        """The scaled Gauss-Newton matrix over the bank, as a product map."""
+        return Curvature(
+            space=self.space,
+            batches=[batch.inputs for batch in self.bank],
+            objective=self.objective,
+            preconditioner=self.preconditioner,
+        )
+
     @cached_property
     def target_gradient(self) -> Tensor:
         """Gradient of the mean target loss (p,)."""
@@ -135,6 +147,24 @@ class Estimator(Protocol):
 
     def fit(self, problem: Problem) -> Fit:
         """Raises InputError where the problem lacks what the estimator needs."""
+
+
+@runtime_checkable
+class Directional(Protocol):
+    """An estimator whose score is the influence along solved directions: it has standard errors of target and negatives."""
+
+    @property
+    def sketched(self) -> bool:
+        """Whether `solution` uses a sketch of the curvature."""
+
+    def solution(self, problem: Problem, gradients: Tensor, sketch: Sketch | None = None) -> Solution:
+        """Directions for gradients of target losses: (V, p) -> (V, p)."""
+
+    def scorer(self, problem: Problem, directions: Tensor) -> Any:
+        """An `ecif.RoleScorer` along directions (V, p)."""
+
+    def fit(self, problem: Problem) -> Fit:
+        """As `Estimator.fit`, along the mean gradient of the target."""
 
 
 def fitted(fit: Fit, run: Callable[[Fold], Any]) -> Scorer:

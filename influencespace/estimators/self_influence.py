@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.estimators.influence import curvature_products
+from influencespace.estimators.influence import Curvature
 from influencespace.estimators.problem import (
     Batch,
     Fit,
@@ -29,12 +29,13 @@ def projected_curvature(problem: Problem, reduced: ReducedSpace) -> Tensor:
     """P^T (G + mu D) P over the bank's contexts (k, k), in float64."""
     like = problem.preconditioner
     rows = torch.eye(reduced.space.size, dtype=like.dtype, device=like.device)
-    ones = torch.ones_like(rows[0])
-    contexts = [context.inputs for context in problem.bank]
-    blocks = [
-        curvature_products(reduced.space, contexts, rows[start : start + 16], problem.objective, ones)
-        for start in range(0, len(rows), 16)
-    ]
+    curvature = Curvature(
+        space=reduced.space,
+        batches=[batch.inputs for batch in problem.bank],
+        objective=problem.objective,
+        preconditioner=torch.ones_like(rows[0]),
+    )
+    blocks = [curvature(rows[start : start + 16]) for start in range(0, len(rows), 16)]
     G = torch.cat(blocks).detach().double().cpu()
     return (G + G.T) / 2 + problem.damping * reduced.diagonal(like).double().cpu()
 

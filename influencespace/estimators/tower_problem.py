@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from influencespace.core.contrastive import Contrastive
-from influencespace.estimators.influence import NegativeBatch, curvature_products
+from influencespace.estimators.influence import Curvature, NegativeBatch
 from influencespace.estimators.problem import Problem
 from influencespace.models.space import Inputs, Space
 
@@ -53,5 +53,6 @@ def steepest_descent_damping(space: Space, context: Inputs, objective: Contrasti
     pairs = len(context[0])
     weights = torch.full((1, pairs), 1 / pairs, dtype=space.like.dtype, device=space.like.device)
     g = space.loss_gradients(context, weights, objective)
-    curvature = float((g * curvature_products(space, [context], g, objective, D)).sum() / g.square().sum())
+    products = Curvature(space=space, batches=[context], objective=objective, preconditioner=D)
+    curvature = float((g * products(g)).sum() / g.square().sum())
     return curvature / RESPONSE_STEPS if curvature > 0 else 1.0

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from influencespace.core.contrastive import InfoNce, contrastive, negative_loss, own_loss
-from influencespace.core.linalg import Sketch
+from influencespace.core.contrastive import InfoNce, contrastive, role_losses
+from influencespace.core.nystrom import Sketch
 from influencespace.core.projection import leading_sides
 from influencespace.errors import InputError
 from influencespace.estimators.ekfac import kronecker_blocks
@@ -28,7 +28,7 @@ from influencespace.estimators.influence import (
     CurvatureConfig,
     InfluenceScorer,
     NegativeBatch,
-    solve_directions,
+    solve,
 )
 from influencespace.estimators.problem import (
     FloatArray,
@@ -66,9 +66,7 @@ def role_gradients(problem: Problem, queries: NegativeBatch) -> Tensor:
     for context, share in zip(problem.bank, shares):
 
         def losses(u: Tensor, t: Tensor, cu: Tensor, ct: Tensor, share: Tensor = share) -> Tensor:
-            normalisers = objective.normalisers(cu, ct, problem.batch_size)
-            own = own_loss(objective, u, t, cu, ct, problem.batch_size)
-            negative = negative_loss(objective, u, t, cu, ct, normalisers, problem.batch_size)
+            own, negative = role_losses(objective, u, t, cu, ct, problem.batch_size)
             return torch.cat([share * own, share * negative])
 
         pull = vjp(losses, *space.embed(queries.inputs), *space.embed(context.inputs))[1]
@@ -87,13 +85,11 @@ def query_directions(
 ) -> Tensor:
     """M / |a + b| of each query: (Q, 2, p), whose sum over the two rows is the direction of the score.
 
-    `sketch` is that of `ecif.curvature_of`, one for any number of queries. Raises InputError as `role_gradients` does.
+    `sketch` is that of `ecif.sketch_of`, one for any number of queries. Raises InputError as `role_gradients` does.
     """
     gradients = role_gradients(problem, queries)
-    solution = solve_directions(
-        problem.space,
-        [context.inputs for context in problem.bank],
-        problem.objective,
+    solution = solve(
+        problem.curvature,
         problem.preconditioner,
         sketch,
         problem.damping,

@@ -26,7 +26,7 @@ from influencespace.data.chunks import (
 )
 from influencespace.data.images import RejectedImage, decode_image, sharpness
 from influencespace.data.readers import read_shard
-from influencespace.data.schema import ReadOptions, Sample, Shard
+from influencespace.data.schema import ReadOptions, Sample
 from influencespace.data.uids import digest
 from influencespace.engine.prefetch import prefetch
 from influencespace.errors import InputError
@@ -56,8 +56,8 @@ class EmbedConfig:
     """Larger images are rejected, unread."""
     trust_remote_code: bool = False
     """Run code that comes with the encoder."""
-    keep_parts: bool = False
-    """Keep the parts of the shards, the size of the result again, once it is complete."""
+    keep_chunks: bool = False
+    """Keep the chunks of the shards, the size of the result again, once it is complete."""
     read: ReadOptions = plain_field(default_factory=ReadOptions)
 
     def content(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class ShardResult:
     images: int = 0
     texts: int = 0
     began: float = 0.0
-    """Clock time when the encoder was ready and the shard was begun; 0 for a part that was there already."""
+    """Clock time when the encoder was ready and the shard was begun; 0 for a chunk that was there already."""
     ended: float = 0.0
     startup: float = 0.0
     """Seconds to build the encoder, where this task did it."""
@@ -121,14 +121,14 @@ class EmbedWorker:
     startup: float = 0.0
 
     def __call__(self, task: ShardTask) -> ShardResult:
-        images, texts = read_owned(task.parts / "owned.arrow", task.position)
+        images, texts = read_owned(task.chunks / "owned.arrow", task.position)
         owned = digest(images.tobytes() + b"|" + texts.tobytes()).hex()
         mark = fingerprint([task.fingerprint, self.encoder, self.config.content(), owned])
-        if has_fingerprint(task.embed_part, mark):
+        if has_fingerprint(task.embed_chunk, mark):
             return ShardResult(rows=task.rows)
         startup = self._start() if len(images) + len(texts) else 0.0
         began = time.time()
-        write_embedded(task.embed_part, mark, self._images(task, images), self._texts(task, texts))
+        write_embedded(task.embed_chunk, mark, self._images(task, images), self._texts(task, texts))
         return ShardResult(
             rows=task.rows,
             images=len(images),
@@ -152,7 +152,7 @@ class EmbedWorker:
     def _images(self, task: ShardTask, owned: Digests) -> Embedded:
         wanted = _rows_by_digest(owned)
         collected = _Collector(owned, self._dimension(owned))
-        batches = _encoded_images(task.shard, self.config.read, wanted, self.config.batch_size)
+        batches = _encoded_images(task, self.config.read, wanted, self.config.batch_size)
         for rows, sharp, pixels, failures in self._ahead(batches, self._decode):
             for row, reason in failures:
                 collected.fail(row, reason)
@@ -176,7 +176,7 @@ class EmbedWorker:
 
     def _texts(self, task: ShardTask, owned: Digests) -> Embedded:
         collected = _Collector(owned, self._dimension(owned))
-        captions = _captions(task.index_part, owned)
+        captions = _captions(task.index_chunk, owned)
         # Captions of like length share a batch, so that little is padded.
         order = sorted(range(len(owned)), key=lambda row: len(captions[row]))
         size = self.config.batch_size
@@ -233,12 +233,12 @@ class _Collector:
 
 
 def _encoded_images(
-    shard: Shard, read: ReadOptions, wanted: dict[bytes, int], size: int
+    task: ShardTask, read: ReadOptions, wanted: dict[bytes, int], size: int
 ) -> Iterator[list[tuple[int, bytes]]]:
     """The wanted images of a shard as (row, encoded bytes), in batches; each once."""
     batch = []
     wanted = dict(wanted)
-    for item in read_shard(shard, read) if wanted else ():
+    for item in read_shard(task.shard, read, seed=task.seed) if wanted else ():
         if not isinstance(item, Sample):
             continue
         row = wanted.pop(digest(item.image), None)
@@ -253,9 +253,9 @@ def _encoded_images(
         yield batch
 
 
-def _captions(index_part: Path, owned: Digests) -> list[str]:
+def _captions(index_chunk: Path, owned: Digests) -> list[str]:
     """The captions of the owned digests, in their order."""
-    table = read_index(index_part, ["text", "caption", "reason"])
+    table = read_index(index_chunk, ["text", "caption", "reason"])
     digests = digests_of(table["text"])
     rows = np.flatnonzero(is_pair(table))
     held, first = np.unique(digests[rows], return_index=True)

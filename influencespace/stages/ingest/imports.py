@@ -1,15 +1,13 @@
 """Embeddings that the user has already, made into the same artifact that the embed stage writes."""
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from influencespace.data.artifacts import Manifest, fingerprint, reopen
+from influencespace.data.artifacts import fingerprint
 from influencespace.data.chunks import (
     DIGEST,
     Digests,
@@ -26,69 +24,45 @@ from influencespace.data.chunks import (
 )
 from influencespace.data.imported import (
     EmbeddingBatch,
-    ImportOptions,
     import_options,
     list_parts,
     read_imported_embeddings,
 )
-from influencespace.data.merge import MergeReport, ProvidedEmbeddings
-from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Shard
+from influencespace.data.merge import MergeReport, ProvidedEmbeddings, merge
+from influencespace.data.schema import ImageRef, ReadOptions, Rejection
 from influencespace.data.uids import digest
-from influencespace.engine.local import Engine, run_once
 from influencespace.errors import InputError
-from influencespace.stages.finish import finished_stage
-from influencespace.stages.ingest.embed import conclude, finish
-from influencespace.stages.ingest.index import file_version, index, shard_identities
+from influencespace.stages.ingest.shards import file_version
 
-# Pairs in one part: with embeddings of 512 numbers, 64 MB in each of the two towers.
-PART_PAIRS = 32_768
+# Pairs in one chunk: with embeddings of 512 numbers, 64 MB in each of the two towers.
+CHUNK_PAIRS = 32_768
 
 
-def import_embeddings(
-    path: str,
-    out: Path,
-    engine: Engine,
-    *,
-    shards: Sequence[Shard] = (),
-    read: ReadOptions | None = None,
-    options: ImportOptions | None = None,
-) -> Manifest:
-    """Make the artifact `out` of the embeddings at `path`; does nothing where that is done already.
+def imported_identity(path: str) -> dict[str, str]:
+    """The fingerprint of the files that hold embeddings; raises InputError where there are none."""
+    files = {name for part in list_parts(path) for name in (part.metadata, part.images, part.texts) if name}
+    return {"embeddings": fingerprint([file_version(name) for name in sorted(files)])}
 
-    With `shards`, the pairs are those of the shards, joined by uid; a pair without an embedding is rejected,
+
+def import_chunks(
+    path: str, read: ReadOptions, chunks: Path, index_chunks: Sequence[Path], out: Path
+) -> MergeReport:
+    """Make the artifact `out` of the embeddings at `path`.
+
+    With indexed shards, the pairs are those of the shards, joined by uid; a pair without an embedding is rejected,
     and embeddings of unknown uids are counted. Without, the pairs are those of `path`, and have no pictures.
     Raises InputError when nothing usable is found.
     """
-    started = time.monotonic()
-    read = read or ReadOptions()
-    options = replace(options or import_options(read, joined=bool(shards)), batch_rows=PART_PAIRS)
-    files = {name for part in list_parts(path) for name in (part.metadata, part.images, part.texts) if name}
-    inputs = {"embeddings": fingerprint([file_version(name) for name in sorted(files)])}
-    if shards:
-        inputs["data"] = fingerprint(sorted(shard_identities(shards)))
-    mark = fingerprint({"stage": "import", "config": [options, read, "sharpness"], "inputs": inputs})
-    if (finished := finished_stage(out, mark)) is not None:
-        return finished
-    parts = reopen(out) / "parts"
-    index_parts = [task.index_part for task in index(shards, read, parts, engine)] if shards else []
-    done = run_once(engine, partial(_import, path, options, out, index_parts))
-    draft = Manifest(stage="embed", fingerprint=mark, inputs=inputs)
-    return conclude(out, done, draft, started, keep_parts=False)
-
-
-def _import(
-    path: str, options: ImportOptions, out: Path, index_parts: Sequence[Path]
-) -> tuple[MergeReport, dict[str, str]]:
+    options = replace(import_options(read, joined=bool(index_chunks)), batch_rows=CHUNK_PAIRS)
     batches = read_imported_embeddings(path, options)
-    if not index_parts:
-        alone = _Alone(out / "parts")
+    if not index_chunks:
+        alone = _Alone(chunks / "provided")
         alone.add(batches)
-        return finish(out, alone.index_parts, alone.embed_parts)
-    joined = _Joined(out / "parts", index_parts)
-    given = joined.add(batches)
-    counted, files = finish(out, joined.index_parts, joined.embed_parts, given)
-    details = counted.details | {"unmatched_embeddings": joined.unmatched}
-    return replace(counted, details=details), files
+        return merge(out, alone.index_parts, alone.embed_parts)
+    joined = _Joined(chunks / "provided", index_chunks)
+    provided = joined.add(batches)
+    report = merge(out, joined.index_parts, joined.embed_parts, provided)
+    return replace(report, details=report.details | {"unmatched_embeddings": joined.unmatched})
 
 
 class _Alone:

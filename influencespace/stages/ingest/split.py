@@ -1,7 +1,7 @@
 """The split stage: which pairs are the pool, the target and the test set."""
 
 import os
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -14,11 +14,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
 from influencespace.core.batches import folds_by_image
-from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
+from influencespace.data.artifacts import atomic_path
 from influencespace.data.pair_set import PairSet
-from influencespace.engine.local import Engine, run_once
 from influencespace.errors import InputError
-from influencespace.stages.finish import finish_stage, finished_stage
+from influencespace.run import Details, Run, Stage, Workers
+from influencespace.stages.ingest.shards import ROLES, roles_of
 
 IntArray = NDArray[np.int64]
 MIN_IMAGES = 16
@@ -31,7 +31,6 @@ class SplitConfig:
     target_share: float = Field(default=0.1, gt=0, lt=0.5)
     """Without a target: this share of the pool's images, rounded to one part in a whole number, is drawn, and its better half by
     quality becomes the target."""
-    seed: int = Field(default=0, ge=0)
 
     @property
     def parts(self) -> int:
@@ -40,11 +39,14 @@ class SplitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class DrawSplit:
     """Task: write the rows of every role."""
 
     embeddings: dict[str, Path]  # role -> artifact, for the roles that have data of their own
     config: SplitConfig
+    seed: int
+    artifact: Path
+    """Where the files will lie in the end."""
     folder: Path
 
     def __call__(self) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class Split:
         if "test" not in source:
             source["test"] = source["target"]
             images = PairSet(source["target"]).image[rows["target"]]
-            half = folds_by_image(images, 2, self.config.seed + 1)
+            half = folds_by_image(images, 2, self.seed + 1)
             rows["target"], rows["test"] = rows["target"][half == 0], rows["target"][half == 1]
             notes.append("no test set was given: half of the target's images were set apart as test set")
         notes += self._overlaps()
@@ -86,7 +88,7 @@ class Split:
                 np.save(file, chosen)
         return {
             # relative: a run folder may be moved or copied
-            "source": {role: os.path.relpath(path, self.folder) for role, path in source.items()},
+            "source": {role: os.path.relpath(path, self.artifact) for role, path in source.items()},
             "rows": counts,
             "notes": notes,
             "total": sum(len(PairSet(path)) for path in self.embeddings.values()),
@@ -116,41 +118,38 @@ class Split:
 
     def _cut_target(self, pool: PairSet) -> tuple[IntArray, IntArray]:
         """Rows of the target and of what is left of the pool: whole images, so that no image is in both."""
-        drawn = folds_by_image(pool.image, self.config.parts, self.config.seed) == 0
+        drawn = folds_by_image(pool.image, self.config.parts, self.seed) == 0
         candidates = np.flatnonzero(drawn)
         score = pool.clip_score[candidates]
         best = candidates[score >= np.median(score)]
         return best, np.flatnonzero(~drawn)
 
 
-def split(
-    embeddings: dict[str, Path], inputs: dict[str, str], config: SplitConfig, out: Path, engine: Engine
-) -> Manifest:
-    """Write pool.npy, target.npy and test.npy: rows of the embedding artifacts named in the manifest."""
-    mark = fingerprint({"stage": "split", "config": config, "inputs": inputs})
-    if (done := finished_stage(out, mark)) is not None:
-        return done
-    began = time.monotonic()
-    reopen(out)
-    details = run_once(engine, Split(embeddings=embeddings, config=config, folder=out))
-    rows_in, rows_out = details.pop("total"), sum(details["rows"].values())
-    manifest = Manifest(
-        stage="split",
-        fingerprint=mark,
-        inputs=inputs,
-        rows_in=rows_in,
-        rows_out=rows_out,
-        rejected=rows_in
-        - rows_out,  # the worse half of what was drawn for a target: set aside, neither pool nor target
-        details=details,
-    )
-    return finish_stage(out, manifest, began)
+class Split(Stage):
+    """Writes pool.npy, target.npy and test.npy: rows of the embedding artifacts that the manifest names."""
+
+    name = "split"
+
+    def settings(self, config: Any) -> tuple[SplitConfig, int]:
+        return config.split, config.seed
+
+    def inputs(self, run: Run) -> Mapping[str, str]:
+        names = [f"embed/{role}" for role in roles_of(run.config)]
+        return {name: run.manifest(name).fingerprint for name in names}
+
+    def work(self, run: Run, workers: Workers) -> Details:
+        config, seed = self.settings(run.config)
+        embeddings = {role: run.at(f"embed/{role}") for role in roles_of(run.config)}
+        draw = DrawSplit(
+            embeddings=embeddings, config=config, seed=seed, artifact=run.at(self.name), folder=workers.folder
+        )
+        details = workers.once(draw)
+        rows_in, rows_out = details.pop("total"), sum(details["rows"].values())
+        # the worse half of what was drawn for a target is set aside: neither pool nor target
+        return Details(rows_in=rows_in, rows_out=rows_out, rejected=rows_in - rows_out, details=details)
 
 
-def pair_sets(out: Path, manifest: Manifest) -> dict[str, PairSet]:
-    """The pool, target and test set that a finished split describes."""
-    source = manifest.details["source"]
-    return {
-        role: PairSet(Path(os.path.abspath(out / source[role])), out / f"{role}.npy")
-        for role in ("pool", "target", "test")
-    }
+def pair_sets(run: Run) -> dict[str, PairSet]:
+    """The pool, target and test set of a finished split."""
+    out, source = run.at(Split.name), run.manifest(Split.name).details["source"]
+    return {role: PairSet(Path(os.path.abspath(out / source[role])), out / f"{role}.npy") for role in ROLES}

@@ -1,10 +1,9 @@
 """The cluster stage: distributed mini-batch spherical k-means over fused embeddings, its tree, and every pair's leaf."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from dataclasses import field as plain_field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,13 +23,12 @@ from influencespace.core.kmeans import (
     split_centroids,
     step,
 )
-from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
-from influencespace.data.buckets import buckets_of, has_bucket, join_buckets, write_bucket
+from influencespace.data.artifacts import atomic_path
+from influencespace.data.buckets import Columns, buckets_of
 from influencespace.data.pair_set import PairSet
-from influencespace.engine.local import Engine, Pool, run_once, run_task
-from influencespace.engine.progress import progress
+from influencespace.engine.local import Pool
 from influencespace.models.fusion import FusionConfig, fuse
-from influencespace.stages.finish import finish_stage, finished_stage
+from influencespace.run import Details, Run, Stage, Workers
 
 QUERY_SAMPLE = 4096  # pairs whose mean embedding is the query of attention pooling
 
@@ -43,7 +41,7 @@ class ClusterConfig:
     """Clusters; `auto` doubles them until the Davies-Bouldin index settles."""
     first: int = Field(default=4, ge=1)
     """Clusters of the first level of `auto`."""
-    least_size: int = Field(default=800, ge=1)
+    min_cluster_size: int = Field(default=800, ge=1)
     """Mean pairs a cluster must have: a leaf needs enough pairs for each of its quality quantiles."""
     tolerance: float = Field(default=0.02, gt=0)
     """`auto` stops when the index changes by less than this share."""
@@ -56,7 +54,6 @@ class ClusterConfig:
     bucket_size: int = Field(default=16_384, ge=1)
     """Pairs assigned in one task; no centroid depends on it."""
     fusion: FusionConfig = plain_field(default_factory=FusionConfig)
-    seed: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -95,41 +92,29 @@ class Seeding:
     pool: PairSet
     config: ClusterConfig
     k: int
+    seed: int
     parents: Tensor | None = None
 
     def __call__(self) -> tuple[Tensor, NDArray[np.int64], Tensor]:
         sample = Fused(self.pool, self.config.fusion).rows(0, self.config.sample)
         spare = sample[:256]
         if self.parents is None:
-            return seed_centroids(sample, self.k, self.config.seed), np.zeros(self.k, np.int64), spare
-        children, parent = split_centroids(self.parents, sample, self.config.seed)
+            return seed_centroids(sample, self.k, self.seed), np.zeros(self.k, np.int64), spare
+        children, parent = split_centroids(self.parents, sample, self.seed)
         return children, parent, spare
 
 
 @dataclass(frozen=True, kw_only=True)
-class AssignBlock:
-    """Task: the nearest centroid of a block of pairs."""
+class AssignBucket:
+    """Columns: the nearest centroid of a bucket of pairs, and its cosine."""
 
     pool: PairSet
-    config: ClusterConfig
+    fusion: FusionConfig
     centroids: Tensor
-    folder: Path
-    start: int
-    stop: int
-    mark: str
 
-    @property
-    def name(self) -> str:
-        return f"clusters of pairs {self.start} to {self.stop}"
-
-    def __call__(self) -> int:
-        if not has_bucket(self.folder, "clusters", self.start, self.mark):
-            index, cosine = nearest(
-                Fused(self.pool, self.config.fusion).rows(self.start, self.stop), self.centroids
-            )
-            columns = {"cluster": index.numpy(), "cosine": cosine.numpy()}
-            write_bucket(self.folder, "clusters", self.start, self.mark, columns)
-        return self.stop - self.start
+    def __call__(self, start: int, stop: int) -> Columns:
+        index, cosine = nearest(Fused(self.pool, self.fusion).rows(start, stop), self.centroids)
+        return {"cluster": index.numpy(), "cosine": cosine.numpy()}
 
 
 def refine(pool: Pool, centroids: Tensor, spare: Tensor, rows: int, config: ClusterConfig) -> Tensor:
@@ -143,56 +128,75 @@ def refine(pool: Pool, centroids: Tensor, spare: Tensor, rows: int, config: Clus
     return centroids
 
 
-def cluster(
-    pool: PairSet, rows: int, inputs: dict[str, str], config: ClusterConfig, out: Path, engine: Engine
-) -> Manifest:
-    """Cluster the pool's `rows` pairs; writes centroids.npy, tree.npy and clusters.parquet."""
-    mark = fingerprint({"stage": "cluster", "config": config, "inputs": inputs})
-    if (done := finished_stage(out, mark)) is not None:
-        return done
-    began = time.monotonic()
-    reopen(out)
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One level of the tree of clusters."""
+
+    centroids: Tensor
+    parent: NDArray[np.int64]
+    """Of each centroid, on the level above."""
+    davies_bouldin: float
+
+
+def grow(pool: Pool, run: Run, rows: int) -> list[Level]:
+    """The levels of the tree, each with twice the clusters of the one above, until the index settles or they grow too small."""
+    config: ClusterConfig = run.config.cluster
     spans = list(buckets_of(rows, config.bucket_size))
-    most = max(1, rows // config.least_size)
-    k = min(config.first, most) if config.k == "auto" else min(config.k, rows)
-    tree: list[NDArray[np.int64]] = []
-    indices: list[float] = []
-    levels: list[Tensor] = []
-    with engine.pool(FoldWorker(pool, config.fusion), num_actors=engine.cores) as workers:
-        parents: Tensor | None = None
-        while True:
-            centroids, parent, spare = workers.run(Seeding(pool=pool, config=config, k=k, parents=parents))
-            centroids = refine(workers, centroids, spare, rows, config)
-            index = davies_bouldin(centroids, workers.fold(spans, Assignment.merge, centroids))
-            tree.append(parent)
-            levels.append(centroids)
-            indices.append(index)
-            settled = len(indices) > 1 and abs(index - indices[-2]) < config.tolerance * indices[-2]
-            if config.k != "auto" or settled or 2 * len(centroids) > most:
-                break
-            parents = centroids
-    make = partial(AssignBlock, pool=pool, config=config, centroids=levels[-1], folder=out, mark=mark)
-    tasks = [make(start=a, stop=b) for a, b in spans]
-    with progress("cluster", rows, "pairs") as bar:
-        for count in engine.map(run_task, tasks, num_actors=engine.cores):
-            bar.advance(count)
-    run_once(engine, partial(join_buckets, out, "clusters", [task.start for task in tasks]))
-    write_arrays(out, levels, tree)
-    details: dict[str, Any] = {
-        "k": len(levels[-1]),
-        "levels": [len(level) for level in levels],
-        "davies_bouldin": indices,
-    }
-    manifest = Manifest(
-        stage="cluster", fingerprint=mark, inputs=inputs, rows_in=rows, rows_out=rows, details=details
-    )
-    return finish_stage(out, manifest, began)
+    limit = max(1, rows // config.min_cluster_size)
+    k = min(config.first, limit) if config.k == "auto" else min(config.k, rows)
+    levels: list[Level] = []
+    while True:
+        parents = levels[-1].centroids if levels else None
+        seeding = Seeding(pool=run.pool, config=config, k=k, seed=run.seed, parents=parents)
+        centroids, parent, spare = pool.run(seeding)
+        centroids = refine(pool, centroids, spare, rows, config)
+        index = davies_bouldin(centroids, pool.fold(spans, Assignment.merge, centroids))
+        before = levels[-1].davies_bouldin if levels else np.inf
+        levels.append(Level(centroids=centroids, parent=parent, davies_bouldin=index))
+        settled = abs(index - before) < config.tolerance * before < np.inf
+        if config.k != "auto" or settled or 2 * len(centroids) > limit:
+            return levels
 
 
-def write_arrays(out: Path, levels: Sequence[Tensor], tree: Sequence[NDArray[np.int64]]) -> None:
-    """Centroids of the last level, and each centroid's parent level by level."""
+@dataclass(frozen=True)
+class CountPairs:
+    """Task: the pairs of a pool."""
+
+    pool: PairSet
+
+    def __call__(self) -> int:
+        return len(self.pool)
+
+
+class Cluster(Stage):
+    """Clusters the pool; writes centroids.npy, tree.npz and clusters.parquet (cluster, cosine)."""
+
+    name = "cluster"
+
+    def settings(self, config: Any) -> tuple[ClusterConfig, int]:
+        return config.cluster, config.seed
+
+    def work(self, run: Run, workers: Workers) -> Details:
+        config, _ = self.settings(run.config)
+        rows = workers.once(CountPairs(run.pool))
+        with workers.pool(FoldWorker(run.pool, config.fusion), workers.cores) as pool:
+            levels = grow(pool, run, rows)
+        chosen = levels[-1]
+        assigned = AssignBucket(pool=run.pool, fusion=config.fusion, centroids=chosen.centroids)
+        workers.table("clusters", assigned, rows, config.bucket_size)
+        write_arrays(workers.folder, chosen, levels)
+        details = {
+            "k": len(chosen.centroids),
+            "levels": [len(level.centroids) for level in levels],
+            "davies_bouldin": [level.davies_bouldin for level in levels],
+        }
+        return Details(rows_in=rows, rows_out=rows, details=details)
+
+
+def write_arrays(out: Path, chosen: Level, levels: Sequence[Level]) -> None:
+    """Centroids of the chosen level, and each centroid's parent level by level."""
     with atomic_path(out / "centroids.npy") as aside, aside.open("wb") as file:
-        np.save(file, levels[-1].numpy())
+        np.save(file, chosen.centroids.numpy())
     with atomic_path(out / "tree.npz") as aside, aside.open("wb") as file:
-        parents: dict[str, Any] = {f"parents_of_level_{i}": parent for i, parent in enumerate(tree)}
+        parents: dict[str, Any] = {f"parents_of_level_{i}": level.parent for i, level in enumerate(levels)}
         np.savez(file, **parents)

@@ -1,167 +1,96 @@
 """The curvature stage: for each proxy the target gradient by fold, a Nystrom sketch, and the solved directions.
 
-Actors share the probes of a sketch; each sums over the recorded contexts in their order, so any number of actors gives
-the same bits.
+Workers share the probes of a sketch; each sums over the recorded batches in their order, so any number of workers gives
+the same bits. An estimator that scores along no direction leaves nothing to do here.
 """
 
-import math
-import time
 from dataclasses import dataclass
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass as options
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from influencespace.core.batches import folds_by_image
-from influencespace.core.contrastive import Objective
-from influencespace.core.linalg import nystrom, probes
-from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen, write_json
-from influencespace.data.pair_set import PairSet
-from influencespace.engine.local import Engine, run_once, run_task
-from influencespace.engine.progress import progress
-from influencespace.estimators.influence import (
-    CurvatureConfig,
-    curvature_products,
-    damping_of,
-    floored,
-    solve_directions,
-    target_gradients,
-)
-from influencespace.models.space import Space
-from influencespace.stages.finish import finish_stage, finished_stage
-from influencespace.stages.proxies.proxies import Proxy, ProxyConfig, TargetHalves, proxy_name
+from influencespace.core.nystrom import Sketch, nystrom, probes
+from influencespace.data.artifacts import atomic_path
+from influencespace.data.buckets import Columns, WriteBucket, buckets_of, read_bucket
+from influencespace.estimators.problem import Directional
+from influencespace.run import Details, Run, Stage, Workers
+from influencespace.stages.proxies.proxy import proxy_name
+from influencespace.stages.scoring.scoring import ScoringInputs, make_estimator
+
+PROBES = 24
+"""In one task: enough that a pass over the bank pays, few enough that all workers have some."""
 
 
-@options(frozen=True, kw_only=True)
-class TargetConfig:
-    """The target's own uncertainty."""
-
-    folds: int = Field(default=10, ge=2)
-    """Folds of the target's images, one direction each: their spread is the target's standard error."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProxySpace:
-    """A proxy with the recorded contexts on which its curvature and target gradient are taken."""
-
-    pool: PairSet
-    target: PairSet
-    proxies: ProxyConfig
-    config: CurvatureConfig
-    target_config: TargetConfig
-    proxy: Proxy
-
-    @property
-    def objective(self) -> Objective:
-        return self.proxies.train.objective
-
-    @cached_property
-    def space(self) -> Space:
-        return Space(self.proxy.heads)
-
-    @cached_property
-    def contexts(self) -> list[tuple[Tensor, Tensor]]:
-        return [self.pool.inputs(rows) for rows in self.proxy.bank]
-
-    @cached_property
-    def preconditioner(self) -> Tensor:
-        return floored(self.proxy.preconditioner)
-
-    @property
-    def damping(self) -> float:
-        train = self.proxies.train
-        return damping_of(self.config, self.proxy.sum_of_learning_rates, train.weight_decay)
-
-    def target_gradients(self) -> Tensor:
-        halves = TargetHalves(self.target, self.proxies.seed)
-        contexts = halves.contexts(halves.gradient, self.proxies.train.batch_size)
-        image = self.target.image
-        count = min(self.target_config.folds, len(np.unique(image[halves.gradient])))
-        fold = np.zeros(len(self.target), np.int64)
-        fold[halves.gradient] = folds_by_image(image[halves.gradient], count, self.proxies.seed)
-        inputs = [self.target.inputs(rows) for rows in contexts]
-        return target_gradients(self.space, inputs, [fold[rows] for rows in contexts], count, self.objective)
+def directional(config: Any) -> Directional | None:
+    """The estimator of a run's own score, where that is the influence along solved directions."""
+    chosen = config.influence
+    estimator = make_estimator(chosen.estimator, chosen.options, config.curvature)
+    return estimator if isinstance(estimator, Directional) else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class SketchBlock:
-    """Task: the curvature times some of the probes."""
+@dataclass(frozen=True)
+class ProbeProducts:
+    """The curvature times some of the probes of a proxy: the column `products` (n, p)."""
 
-    space: ProxySpace
+    inputs: ScoringInputs
+    fold: int | None
     rank: int
-    start: int
-    stop: int
-    folder: Path
 
-    @property
-    def name(self) -> str:
-        return f"probes {self.start} to {self.stop} of {self.space.proxy.name}"
-
-    @property
-    def path(self) -> Path:
-        return self.folder / f"{self.space.proxy.name}-{self.rank}-{self.start:05d}-{self.stop:05d}.probes"
-
-    def __call__(self) -> int:
-        if not self.path.exists():
-            s = self.space
-            Omega = probes(s.space.size, self.rank, s.config.seed)[:, self.start : self.stop]
-            Y = curvature_products(s.space, s.contexts, Omega.T.contiguous(), s.objective, s.preconditioner)
-            with atomic_path(self.path) as aside:
-                save_file({"Y": Y}, aside)
-        return self.stop - self.start
+    def __call__(self, start: int, stop: int) -> Columns:
+        problem = self.inputs.problem(self.fold, path=False)
+        Omega = probes(problem.space.size, self.rank, problem.seed)[:, start:stop]
+        products = problem.curvature(Omega.T.contiguous())
+        return {"products": np.ascontiguousarray(products.detach().numpy())}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolveProxy:
-    """Task: sketch from the blocks, then the solved directions of one proxy, with their diagnostics."""
+    """Task: sketch from the probes, then the solved directions of one proxy, with their diagnostics."""
 
-    space: ProxySpace
+    inputs: ScoringInputs
+    estimator: Directional
+    fold: int | None
     rank: int
-    blocks: list[Path]
     folder: Path
 
     @property
+    def proxy(self) -> str:
+        return proxy_name(self.fold)
+
+    @property
     def name(self) -> str:
-        return f"directions of {self.space.proxy.name}"
+        return f"directions of {self.proxy}"
 
     def __call__(self) -> dict[str, Any]:
-        s = self.space
-        Y = torch.cat([load_file(path)["Y"] for path in self.blocks]).T
-        sketch = nystrom(probes(s.space.size, self.rank, s.config.seed), Y)
-        solution = solve_directions(
-            s.space,
-            s.contexts,
-            s.objective,
-            s.preconditioner,
-            sketch,
-            s.damping,
-            s.target_gradients(),
-            s.config,
-        )
-        with atomic_path(self.folder / f"{s.proxy.name}.safetensors") as aside:
-            save_file({"directions": solution.x.contiguous(), "eigenvalues": sketch.lam}, aside)
-        note = {
-            "name": s.proxy.name,
-            "rank": self.rank,
-            "damping": s.damping,
-            "effective_dimension": sketch.effective_dimension(s.damping),
-            "smallest_eigenvalue_over_damping": sketch.tail_ratio(s.damping),
-            "largest_eigenvalue_over_damping": float(sketch.lam[0]) / s.damping,
-            "iterations": solution.iterations,
-            "residual": solution.residual,
-        }
-        write_json(self.folder / f"{s.proxy.name}.json", note)
-        return note
+        problem = self.inputs.problem(self.fold, path=False)
+        sketch = self._sketch(problem.space.size, problem.seed) if self.estimator.sketched else None
+        solution = self.estimator.solution(problem, self.inputs.target_gradients(problem), sketch)
+        record = {"name": self.proxy, "damping": problem.damping}
+        record |= {"iterations": solution.iterations, "residual": solution.residual}
+        tensors = {"directions": solution.x.contiguous()}
+        if sketch is not None:
+            tensors["eigenvalues"] = sketch.lam
+            record |= {
+                "rank": self.rank,
+                "effective_dimension": sketch.effective_dimension(problem.damping),
+                "smallest_eigenvalue_over_damping": sketch.tail_ratio(problem.damping),
+                "largest_eigenvalue_over_damping": float(sketch.lam[0]) / problem.damping,
+            }
+        with atomic_path(self.folder / f"{self.proxy}.safetensors") as aside:
+            save_file(tensors, aside)
+        return record
 
-
-def count_parameters(space: ProxySpace) -> int:
-    return space.space.size
+    def _sketch(self, size: int, seed: int) -> Sketch:
+        parts = [
+            read_bucket(self.folder, f"{self.proxy}-{self.rank}", start, "products")["products"]
+            for start, _ in buckets_of(self.rank, PROBES)
+        ]
+        Y = torch.from_numpy(np.concatenate(parts)).T
+        return nystrom(probes(size, self.rank, seed), Y)
 
 
 def directions_of(folder: Path, proxy: str) -> Tensor:
@@ -169,60 +98,59 @@ def directions_of(folder: Path, proxy: str) -> Tensor:
     return load_file(folder / f"{proxy}.safetensors")["directions"]
 
 
-def curvature(
-    pool: PairSet,
-    target: PairSet,
-    proxies: ProxyConfig,
-    proxy_folder: Path,
-    inputs: dict[str, str],
-    config: CurvatureConfig,
-    target_config: TargetConfig,
-    out: Path,
-    engine: Engine,
-) -> Manifest:
-    """Solve (G + mu D) v = grad L_target for every proxy; the sketch is doubled until it reaches the damping."""
-    mark = fingerprint({"stage": "curvature", "config": config, "target": target_config, "inputs": inputs})
-    if (done := finished_stage(out, mark)) is not None:
-        return done
-    began = time.monotonic()
-    parts = reopen(out) / f"parts-{mark}"  # parts of another config are never taken for these
-    spaces = [
-        ProxySpace(
-            pool=pool,
-            target=target,
-            proxies=proxies,
-            config=config,
-            target_config=target_config,
-            proxy=Proxy(proxy_folder, proxy_name(fold)),
-        )
-        for fold in (None, *range(proxies.folds))
-    ]
-    notes: dict[str, Any] = {}
-    size = run_once(engine, partial(count_parameters, spaces[0]))
-    rank, most = min(config.rank, size), min(config.max_rank, size)
-    left = spaces
-    while left:
-        width = max(4, math.ceil(rank * len(left) / (4 * engine.cores)))
+@dataclass(frozen=True)
+class CountParameters:
+    """Task: the parameters of a proxy."""
+
+    inputs: ScoringInputs
+
+    def __call__(self) -> int:
+        return self.inputs.problem(path=False).space.size
+
+
+class Curvature(Stage):
+    """Solves (G + mu D) v = grad L_target for every proxy; the sketch is doubled until it reaches the damping."""
+
+    name = "curvature"
+    needs = ("proxies",)
+
+    def settings(self, config: Any) -> Any:
+        return config.curvature, config.influence.estimator, config.influence.options, config.seed
+
+    def work(self, run: Run, workers: Workers) -> Details:
+        estimator = directional(run.config)
+        if estimator is None:
+            return Details(details={"proxies": {}})
+        inputs, config = ScoringInputs.of(run), run.config.curvature
+        size = workers.once(CountParameters(inputs))
+        rank, limit = min(config.rank, size), min(config.max_rank, size)
+        left: list[int | None] = [None, *range(run.config.proxy.folds)]
+        records: dict[str, Any] = {}
+        while left:
+            if estimator.sketched:
+                self._probe(inputs, left, rank, workers)
+            tasks = [
+                SolveProxy(inputs=inputs, estimator=estimator, fold=k, rank=rank, folder=workers.folder)
+                for k in left
+            ]
+            solved = workers.map(tasks, unit="proxies", label="solve")
+            records |= {record["name"]: record for record in solved}
+            if not estimator.sketched or 2 * rank > limit:
+                break
+            left = [k for k in left if records[proxy_name(k)]["smallest_eigenvalue_over_damping"] > 1]
+            rank *= 2
+        return Details(details={"proxies": records})
+
+    def _probe(self, inputs: ScoringInputs, folds: list[int | None], rank: int, workers: Workers) -> None:
         tasks = [
-            SketchBlock(space=s, rank=rank, start=a, stop=min(a + width, rank), folder=parts)
-            for s in left
-            for a in range(0, rank, width)
+            WriteBucket(
+                folder=workers.folder,
+                table=f"{proxy_name(k)}-{rank}",
+                start=start,
+                stop=stop,
+                compute=ProbeProducts(inputs, k, rank),
+            )
+            for k in folds
+            for start, stop in buckets_of(rank, PROBES)
         ]
-        with progress(f"curvature (rank {rank})", rank * len(left), "probes") as bar:
-            for count in engine.map(run_task, tasks, num_actors=engine.cores):
-                bar.advance(count)
-        solves = [
-            SolveProxy(space=s, rank=rank, blocks=[t.path for t in tasks if t.space is s], folder=out)
-            for s in left
-        ]
-        for note in engine.map(run_task, solves, num_actors=engine.cores):
-            notes[note["name"]] = note
-        left = [s for s in left if notes[s.proxy.name]["smallest_eigenvalue_over_damping"] > 1]
-        if 2 * rank > most:
-            break
-        rank *= 2
-    for path in sorted(parts.glob("*")):
-        path.unlink()
-    parts.rmdir()
-    manifest = Manifest(stage="curvature", fingerprint=mark, inputs=inputs, details={"proxies": notes})
-    return finish_stage(out, manifest, began)
+        workers.map(tasks, total=rank * len(folds), unit="probes", label=f"rank {rank}", size=int)

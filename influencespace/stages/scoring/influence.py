@@ -1,9 +1,9 @@
-"""The attribute stage: balanced influence of sampled pairs of every stratum, by tangent embeddings against the bank."""
+"""The influence stage: balanced influence of sampled pairs of every stratum, by the run's estimator."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import field as plain_field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,52 +11,43 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
-from torch import Tensor
 
-from influencespace.core.quality import agreement, caption_axis, quality_axis
 from influencespace.core.sequential import anytime_p, next_look, tightest_at
-from influencespace.core.strata import balance, means_by, quantile_of, shared_spread, stratified_sample
-from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
-from influencespace.data.buckets import (
-    Columns,
-    buckets_of,
-    has_bucket,
-    join_buckets,
-    read_bucket,
-    read_columns,
-    write_bucket,
-    write_columns,
-)
-from influencespace.data.pair_set import PairSet
-from influencespace.engine.local import Engine, run_once, run_task
-from influencespace.engine.progress import progress
-from influencespace.estimators.influence import Influence, InfluenceScorer
-from influencespace.models.space import Space
-from influencespace.stages.finish import finish_stage, finished_stage
-from influencespace.stages.proxies.proxies import Proxy, ProxyConfig, image_folds, proxy_name
-from influencespace.stages.scoring.curvature import directions_of
+from influencespace.core.strata import balance, means_by, shared_spread, stratified_sample
+from influencespace.data.artifacts import atomic_path
+from influencespace.data.buckets import Columns, read_bucket, read_columns, write_columns
+from influencespace.estimators.problem import Batch, Directional, Scorer
+from influencespace.run import Details, Run, Stage, Workers
+from influencespace.stages.proxies.proxy import proxy_name
+from influencespace.stages.scoring.curvature import directional, directions_of
+from influencespace.stages.scoring.sampling import DrawSamples
+from influencespace.stages.scoring.scoring import ScoringInputs, ScoringPass, make_estimator, scoring_pass
 
 IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+Kind = Literal["influence", "target", "caption_control"]
 
 
 @options(frozen=True, kw_only=True)
 class InfluenceConfig:
     """Which pairs are scored, and how."""
 
+    estimator: str = "ecif"
+    """A name of the table of estimators: what the run curates by."""
+    options: dict[str, Any] = plain_field(default_factory=dict)
+    """Of the estimator, e.g. {"role": "own"}."""
     quantiles: int = Field(default=40, ge=2)
     """Quality quantiles Q over the pool; a stratum is a cluster at a quantile."""
     initial_samples: int = Field(default=64, ge=2)
-    """Pairs of a stratum scored first; doubled while its confidence sequence holds zero, up to `budget`."""
-    budget: int = Field(default=500, ge=2)
+    """Pairs of a stratum scored first; doubled while its confidence sequence holds zero, up to `max_samples`."""
+    max_samples: int = Field(default=500, ge=2)
     """Pairs scored in a stratum at most; the others take the influence of their like."""
-    level: float = Field(default=0.05, gt=0, lt=1)
+    alpha: float = Field(default=0.05, gt=0, lt=1)
     """Error of the confidence sequence of each stratum."""
-    target_budget: int = Field(default=64, ge=2)
+    target_samples: int = Field(default=64, ge=2)
     """Pairs of a quantile scored along every fold of the target, for the target's standard error."""
-    caption_control: int = Field(default=2000, ge=0)
-    """Pairs whose captions are permuted between images, scored beside the rest."""
-    form: Literal["exact", "taylor"] = "exact"
-    """Of the negative role."""
+    control_samples: int = Field(default=2000, ge=0)
+    """Pairs whose captions are permuted between images, scored beside the rest as a control."""
     bucket_size: int = Field(default=4096, ge=1)
     """Pairs scored in one task; no score depends on it."""
 
@@ -65,197 +56,115 @@ class InfluenceConfig:
         return min(self.quantiles, max(2, pairs // 10))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scorers:
-    """What a worker needs to score pairs by every proxy; scorers are built once a process."""
+@dataclass(frozen=True)
+class AlongDirections:
+    """Influence of pairs by every proxy along its solved directions: their mean, or one for each fold of the target."""
 
-    pool: PairSet
-    proxies: ProxyConfig
-    proxy_folder: Path
-    curvature_folder: Path
-    form: str
-    mark: str
+    inputs: ScoringInputs
+    estimator: Directional
+    curvature: Path
+    by_target_fold: bool = False
 
-    def scorer(self, fold: int | None, folds_of_target: bool) -> InfluenceScorer:
-        return _scorer(self, fold, folds_of_target)
+    @cached_property
+    def _scorers(self) -> dict[int | None, Any]:
+        return {}
 
-    def __hash__(self) -> int:
-        return hash(self.mark)
+    def _scorer(self, fold: int | None) -> Any:
+        if fold not in self._scorers:
+            directions = directions_of(self.curvature, proxy_name(fold))
+            along = directions if self.by_target_fold else directions.mean(0, keepdim=True)
+            problem = self.inputs.problem(fold, path=False)
+            self._scorers[fold] = self.estimator.scorer(problem, along)
+        return self._scorers[fold]
 
-    def influence(
-        self, rows: IntArray, captions_of: IntArray, fold: int | None, folds_of_target: bool = False
-    ) -> Influence:
-        """Influence of images of the pool with captions of the pool (mostly their own) by one proxy."""
-        inputs = self.pool.mixed_inputs(rows, captions_of)
-        return self.scorer(fold, folds_of_target)(inputs, self.pool.image[rows])
+    def roles(self, fold: int | None, batch: Batch) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """As an anchor, as a negative, and as the estimator takes both: three (V, n, C)."""
+        influence, values = self._scorer(fold).by_batch(batch)
+        return influence.own, influence.negative, values
 
-    def held_out(
-        self, rows: IntArray, captions_of: IntArray, folds_of_target: bool = False
-    ) -> NDArray[np.float64]:
-        """Influence (V, n, C) of each pair by the proxy that held its image out."""
-        fold = image_folds(self.pool, self.proxies)[rows]
-        parts = {}
-        for k in np.unique(fold):
-            held = fold == k
-            influence = self.influence(rows[held], captions_of[held], int(k), folds_of_target)
-            parts[k] = influence.by_batch
-        first = next(iter(parts.values()))
-        out = np.empty((first.shape[0], len(rows), first.shape[2]))
-        for k, part in parts.items():
-            out[:, fold == k] = part
-        return out
+    def __call__(self, fold: int | None, batch: Batch) -> FloatArray:
+        return self.roles(fold, batch)[2]
 
 
-@lru_cache(maxsize=32)
-def _scorer(setting: Scorers, fold: int | None, folds_of_target: bool) -> InfluenceScorer:
-    proxy = Proxy(setting.proxy_folder, proxy_name(fold))
-    directions: Tensor = directions_of(setting.curvature_folder, proxy.name)
-    return InfluenceScorer(
-        Space(proxy.heads),
-        directions if folds_of_target else directions.mean(0, keepdim=True),
-        proxy.reference_bank(setting.pool),
-        setting.proxies.train.objective,
-        setting.proxies.train.batch_size,
-        setting.form,
-    )
+@dataclass(frozen=True)
+class ByScorers:
+    """Scores of pairs by an estimator fitted to every proxy: one target, one batch, no roles."""
+
+    scorers: Mapping[int | None, Scorer]
+
+    def roles(self, fold: int | None, batch: Batch) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Roles are not known (nan); the scores (1, n, 1)."""
+        values = self(fold, batch)
+        return np.full_like(values, np.nan), np.full_like(values, np.nan), values
+
+    def __call__(self, fold: int | None, batch: Batch) -> FloatArray:
+        return self.scorers[fold](batch)[None, :, None]
+
+
+ByProxy = AlongDirections | ByScorers
+
+
+def balanced(in_sample: FloatArray, out_of_fold: FloatArray, folds: int) -> FloatArray:
+    """`core.strata.balance`; a pair that the estimator cannot score out of fold counts by its score in sample."""
+    return np.where(np.isfinite(out_of_fold), balance(in_sample, out_of_fold, folds), in_sample)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreBlock:
-    """Task: influence of some sampled pairs, in training and held out."""
+class ScoreSample:
+    """The columns of one kind of sample: `influence`, `target` (by its folds), or `caption_control` (permuted captions)."""
 
-    scorers: Scorers
+    kind: Kind
+    scorers: ByProxy
+    folds: int
     sample: Path
-    folder: Path
-    start: int
-    stop: int
 
-    @property
-    def name(self) -> str:
-        return f"influence of sampled pairs {self.start} to {self.stop}"
-
-    def __call__(self) -> int:
-        if has_bucket(self.folder, "influence", self.start, self.scorers.mark):
-            return self.stop - self.start
-        rows = np.load(self.sample)[self.start : self.stop]
-        seen = self.scorers.influence(rows, rows, None)
-        held_out = self.scorers.held_out(rows, rows)[0]
-        balanced = balance(seen.by_batch[0], held_out, self.scorers.proxies.folds)
-        columns: Columns = {
-            "pair": rows,
-            "own_in": np.nanmean(seen.own[0], 1),
-            "negative_in": np.nanmean(seen.negative[0], 1),
-            "influence_in": np.nanmean(seen.by_batch[0], 1),
-            "influence_out": np.nanmean(held_out, 1),
-            "influence": np.nanmean(balanced, 1),
-            "by_batch": balanced,
-        }
-        write_bucket(self.folder, "influence", self.start, self.scorers.mark, columns)
-        return len(rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreExtra:
-    """Task: influence along every fold of the target (`target`), or held out with permuted captions (`caption_control`)."""
-
-    scorers: Scorers
-    kind: Literal["target", "caption_control"]
-    rows_file: Path
-    folder: Path
-    start: int
-    stop: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind} influence {self.start} to {self.stop}"
-
-    def __call__(self) -> int:
-        if has_bucket(self.folder, self.kind, self.start, self.scorers.mark):
-            return self.stop - self.start
-        rows = np.load(self.rows_file)[self.start : self.stop]
+    def __call__(self, inputs: ScoringInputs, start: int, stop: int) -> Columns:
+        rows = np.load(self.sample)[start:stop]
         if self.kind == "caption_control":
-            captions_of = np.load(self.folder / "caption_control_captions.npy")[self.start : self.stop]
-            held_out = self.scorers.held_out(rows, captions_of)[0]
-            columns: Columns = {"pair": rows, "influence_out": np.nanmean(held_out, 1)}
-        else:
-            seen = self.scorers.influence(rows, rows, None, folds_of_target=True).by_batch
-            held_out = self.scorers.held_out(rows, rows, folds_of_target=True)
-            balanced = np.nanmean(balance(seen, held_out, self.scorers.proxies.folds), 2)
-            columns = {"pair": rows, "by_target_fold": np.ascontiguousarray(balanced.T)}
-        write_bucket(self.folder, self.kind, self.start, self.scorers.mark, columns)
-        return len(rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawSamples:
-    """Task: strata of all pairs, and which of them are scored."""
-
-    pool: PairSet
-    proxies: Path
-    clusters: Path
-    config: InfluenceConfig
-    folder: Path
-
-    def __call__(self) -> dict[str, int]:
-        quality = read_columns(self.proxies / "quality.parquet", "neg_clip_in", "neg_clip_out")
-        axis = quality_axis(quality["neg_clip_in"], quality["neg_clip_out"])
-        cluster = read_columns(self.clusters / "clusters.parquet", "cluster")["cluster"]
-        quantiles = self.config.quantiles_of(len(axis))
-        quantile = quantile_of(axis, quantiles)
-        first = min(self.config.initial_samples, self.config.budget)
-        samples = {
-            "sample": stratified_sample(cluster * quantiles + quantile, first),
-            "target_sample": stratified_sample(quantile, self.config.target_budget),
-            # the canonical order is random, so its beginning is a random sample
-            "caption_control_sample": np.arange(min(self.config.caption_control, len(axis))),
-        }
-        samples["caption_control_captions"] = self.pool.captions_of_others(
-            samples["caption_control_sample"], seed=0
-        )
-        for name, rows in samples.items():
-            save_rows(self.folder / f"{name}.npy", rows)
-        strata = {
-            "quality": axis,
-            "cluster": cluster,
-            "quantile": quantile,
-            "seen": quality["neg_clip_in"],
-            "held_out": quality["neg_clip_out"],
-            "given": self.pool.clip_score,
-            "caption_images": caption_axis(self.pool.image, self.pool.text),
-            "caption_agreement": caption_agreement(self.pool),
-            "sharpness": self.pool.sharpness,
-            "group": self.pool.group,
-        }
-        write_columns(self.folder / "strata.parquet", strata)
-        return {name: len(rows) for name, rows in samples.items()} | {
-            "pairs": len(axis),
-            "quantiles": quantiles,
+            captions_of = np.load(self.sample.with_name("permuted_captions.npy"))[start:stop]
+            out = inputs.out_of_fold(self.scorers, rows, captions_of)[0]
+            return {"pair": rows, "influence_out": np.nanmean(out, 1)}
+        own, negative, values = self.scorers.roles(None, inputs.batch(rows))
+        out = inputs.out_of_fold(self.scorers, rows)
+        if self.kind == "target":
+            by_fold = np.nanmean(balanced(values, out, self.folds), 2)
+            return {"pair": rows, "by_target_fold": np.ascontiguousarray(by_fold.T)}
+        by_batch = balanced(values[0], out[0], self.folds)
+        return {
+            "pair": rows,
+            "own_in": np.nanmean(own[0], 1),
+            "negative_in": np.nanmean(negative[0], 1),
+            "influence_in": np.nanmean(values[0], 1),
+            "influence_out": np.nanmean(out[0], 1),
+            "influence": np.nanmean(by_batch, 1),
+            "by_batch": by_batch,
         }
 
 
 @dataclass(frozen=True, kw_only=True)
-class LookAgain:
-    """Task: add pairs of the strata whose sign is not sure yet to the sample; how many there are then."""
+class InterimAnalysis:
+    """Task: add pairs of the strata whose sign is not significant yet to the sample; how many there are then."""
 
     config: InfluenceConfig
     folder: Path
     starts: Sequence[int]
-    """Blocks of the pairs that are scored already."""
+    """Buckets of the pairs that are scored already."""
 
     def __call__(self) -> int:
         strata = read_columns(self.folder / "strata.parquet", "cluster", "quantile")
         quantiles = int(strata["quantile"].max()) + 1
         stratum = strata["cluster"] * quantiles + strata["quantile"]
         size = np.bincount(stratum, minlength=(int(strata["cluster"].max()) + 1) * quantiles)
-        blocks = [read_bucket(self.folder, "influence", start, "pair", "influence") for start in self.starts]
-        rows, values = (np.concatenate([block[name] for block in blocks]) for name in ("pair", "influence"))
+        buckets = [read_bucket(self.folder, "influence", start, "pair", "influence") for start in self.starts]
+        rows, values = (np.concatenate([one[name] for one in buckets]) for name in ("pair", "influence"))
         scored = means_by(stratum[rows], values, len(size))
         count = scored.count.astype(np.float64)
         # of single pairs: a stratum's own spread is known too badly to stop by, that of its quantile of quality well
         spread = np.sqrt(shared_spread(scored, quantiles).variance * count)
-        p = anytime_p(scored.mean, spread, count, tightest_at(self.config.initial_samples, self.config.level))
+        alpha = self.config.alpha
+        p = anytime_p(scored.mean, spread, count, tightest_at(self.config.initial_samples, alpha))
         save_rows(self.folder / "p_values.npy", p)
-        wanted = next_look(scored.count, size, p, self.config.level, self.config.budget)
+        wanted = next_look(scored.count, size, p, alpha, self.config.max_samples)
         more = stratified_sample(stratum, wanted, after=scored.count)
         # from what is scored, not from the file: a task may be begun again after it has written
         save_rows(self.folder / "sample.npy", np.concatenate([rows, more]))
@@ -263,102 +172,77 @@ class LookAgain:
 
 
 def save_rows(path: Path, rows: NDArray[Any]) -> None:
+    """Write an array, atomically."""
     with atomic_path(path) as aside, aside.open("wb") as file:
         np.save(file, rows)
 
 
-def caption_agreement(pool: PairSet, block: int = 16_384) -> NDArray[np.float64]:
-    """Agreement of every pair's caption with the other captions of its image (n,), some images in memory at a time.
+class Influence(Stage):
+    """Scores sampled pairs of every stratum; writes influence, target, caption_control and strata.parquet, p_values.npy."""
 
-    A pair that the pool holds twice counts once.
-    """
-    pairs, place = np.unique(np.stack([pool.image, pool.text]), axis=1, return_inverse=True)
-    found = np.empty(pairs.shape[1])
-    start = 0
-    while start < len(found):
-        # as many whole images as a block holds, one at least
-        last = pairs[0, min(start + block, len(found)) - 1]
-        stop = int(np.searchsorted(pairs[0], last, side="right"))
-        found[start:stop] = agreement(
-            np.asarray(pool.table.texts[pairs[1, start:stop]]), pairs[0, start:stop]
-        )
-        start = stop
-    return found[place.reshape(-1)]
+    name = "influence"
+    needs = ("proxies", "cluster", "curvature")
 
+    def settings(self, config: Any) -> tuple[InfluenceConfig, int]:
+        return config.influence, config.seed
 
-def attribute(
-    pool: PairSet,
-    proxies: ProxyConfig,
-    folders: dict[str, Path],
-    inputs: dict[str, str],
-    config: InfluenceConfig,
-    out: Path,
-    engine: Engine,
-) -> Manifest:
-    """Score sampled pairs of every stratum; writes influence.parquet, target.parquet, caption_control.parquet, strata.parquet."""
-    mark = fingerprint({"stage": "attribute", "config": config, "inputs": inputs})
-    if (done := finished_stage(out, mark)) is not None:
-        return done
-    began = time.monotonic()
-    reopen(out)
-    counts = run_once(
-        engine,
-        DrawSamples(
-            pool=pool, proxies=folders["proxy"], clusters=folders["cluster"], config=config, folder=out
-        ),
-    )
-    scorers = Scorers(
-        pool=pool,
-        proxies=proxies,
-        proxy_folder=folders["proxy"],
-        curvature_folder=folders["curvature"],
-        form=config.form,
-        mark=mark,
-    )
-    starts = {
-        kind: _score(
-            engine,
-            partial(ScoreExtra, scorers=scorers, kind=kind, rows_file=out / f"{kind}_sample.npy", folder=out),
-            0,
-            counts[f"{kind}_sample"],
-            max(1, config.bucket_size // 4),
-            kind,
-        )
-        for kind in ("target", "caption_control")
-        if counts[f"{kind}_sample"]
-    }
-    block = partial(ScoreBlock, scorers=scorers, sample=out / "sample.npy", folder=out)
-    starts["influence"] = []
-    scored = counts["looks"] = 0
-    while counts["sample"] > scored:
-        counts["looks"] += 1
-        what = "attribute" if counts["looks"] == 1 else f"attribute (look {counts['looks']})"
-        starts["influence"] += _score(engine, block, scored, counts["sample"], config.bucket_size, what)
-        scored = counts["sample"]
-        again = LookAgain(config=config, folder=out, starts=starts["influence"])
-        counts["sample"] = run_once(engine, again)
-    for name, begins in starts.items():
-        run_once(engine, partial(join_buckets, out, name, begins))
-    if not counts["caption_control_sample"]:
-        nothing: Columns = {"pair": np.empty(0, np.int64), "influence_out": np.empty(0)}
-        write_columns(out / "caption_control.parquet", nothing)
-    manifest = Manifest(
-        stage="attribute",
-        fingerprint=mark,
-        inputs=inputs,
-        rows_in=counts["pairs"],
-        rows_out=counts["pairs"],
-        details=counts,
-    )
-    return finish_stage(out, manifest, began)
+    def work(self, run: Run, workers: Workers) -> Details:
+        config, _ = self.settings(run.config)
+        draw = DrawSamples(run=run, folder=workers.folder)
+        counts = workers.once(draw)
+        inputs = ScoringInputs.of(run)
+        starts: dict[str, list[int]] = {}
+        with scoring_pass(workers, inputs, config.bucket_size, counts["pairs"]) as scoring:
+            estimator = directional(run.config)
+            by_proxy = self._fit(run, inputs, counts["pairs"], scoring if estimator is None else None)
 
+            def sample(kind: Kind, file: str) -> ScoreSample:
+                scorers: ByProxy
+                if estimator is None:
+                    scorers = by_proxy
+                else:
+                    scorers = AlongDirections(inputs, estimator, run.at("curvature"), kind == "target")
+                return ScoreSample(
+                    kind=kind,
+                    scorers=scorers,
+                    folds=run.config.proxy.folds,
+                    sample=workers.folder / file,
+                )
 
-def _score(
-    engine: Engine, make: Callable[..., Any], first: int, last: int, size: int, what: str
-) -> list[int]:
-    """Score the pairs `first` to `last` of a sample in blocks of `size`; where the blocks begin."""
-    tasks = [make(start=first + a, stop=first + b) for a, b in buckets_of(last - first, size)]
-    with progress(what, last - first, "pairs") as bar:
-        for count in engine.map(run_task, tasks, num_actors=engine.cores):
-            bar.advance(count)
-    return [task.start for task in tasks]
+            kinds: tuple[tuple[Kind, str], ...] = (("target", "target"), ("caption_control", "control"))
+            for kind, name in kinds:
+                job, rows = sample(kind, f"{name}_sample.npy"), range(counts[f"{name}_sample"])
+                starts[kind] = scoring.write(kind, job, rows, label=kind, share=4)  # F directions at once
+            starts["influence"] = self._in_looks(config, counts, sample, scoring)
+        for name, begins in starts.items():
+            if begins:
+                workers.join(name, begins)
+        if not starts["caption_control"]:
+            nothing: Columns = {"pair": np.empty(0, np.int64), "influence_out": np.empty(0)}
+            write_columns(workers.folder / "caption_control.parquet", nothing)
+        return Details(rows_in=counts["pairs"], rows_out=counts["pairs"], details=counts)
+
+    def _in_looks(
+        self, config: InfluenceConfig, counts: dict[str, int], sample: Any, scoring: ScoringPass
+    ) -> list[int]:
+        """Score the sample, and what interim analyses add to it; where its buckets begin."""
+        starts: list[int] = []
+        scored = counts["interim_analyses"] = 0
+        while counts["sample"] > scored:
+            counts["interim_analyses"] += 1
+            label = f"analysis {counts['interim_analyses']}" if scored else ""
+            job = sample("influence", "sample.npy")
+            starts += scoring.write("influence", job, range(scored, counts["sample"]), label=label)
+            scored = counts["sample"]
+            analysis = InterimAnalysis(config=config, folder=scoring.workers.folder, starts=starts)
+            counts["sample"] = scoring.pool.run(analysis)
+        return starts
+
+    def _fit(self, run: Run, inputs: ScoringInputs, pairs: int, scoring: ScoringPass | None) -> ByScorers:
+        """An estimator without directions is fitted to every proxy, on the pairs that the proxy was trained on."""
+        if scoring is None:
+            return ByScorers({})
+        config = run.config.influence
+        estimator = make_estimator(config.estimator, config.options, run.config.curvature)
+        folds = [None, *range(run.config.proxy.folds)]
+        return ByScorers({k: scoring.fit(estimator, inputs.problem(k), pairs, k) for k in folds})

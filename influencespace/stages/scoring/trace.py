@@ -229,7 +229,7 @@ def gradient_index(
         _save(
             sides,
             mark,
-            {f"{i}.{side}": m for i, P in enumerate(projections) for side, m in zip("AB", P.matrices)},
+            {f"{i}.{side}": m for i, P in enumerate(projections) for side, m in (("A", P.A), ("B", P.B))},
         )
     gradients = indexed_gradients(problem, _reduced(problem, out))
     rows = len(valued.pool)
@@ -295,8 +295,7 @@ def _reduced(problem: Problem, index: Path) -> ReducedSpace:
     """The space of a stored index."""
     sides = load_file(index / SIDES)
     projections = [
-        TwoSided(shape=(len(A), len(B)), sides=(A.shape[1], B.shape[1]), given=(A, B))
-        for A, B in ((sides[f"{i}.A"], sides[f"{i}.B"]) for i in range(len(sides) // 2))
+        TwoSided(A, B) for A, B in ((sides[f"{i}.A"], sides[f"{i}.B"]) for i in range(len(sides) // 2))
     ]
     return projected(problem.space, projections)
 

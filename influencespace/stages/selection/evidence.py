@@ -1,9 +1,11 @@
-"""What the scores say about every pair: pooled influence with its standard error, and the decision that a config makes of it."""
+"""What the scores say about every pair: pooled influence with its standard error, once for all decisions that are tried."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,30 +22,35 @@ from influencespace.core.strata import (
     spread_of_repeats,
     weighted_deviation,
 )
-from influencespace.data.artifacts import read_manifest
-from influencespace.data.buckets import Columns, read_columns
+from influencespace.data.artifacts import write_json
+from influencespace.data.buckets import Columns, read_columns, write_columns
+from influencespace.run import Run
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 PRUNING_AXES = ("quality", "caption_images", "caption_agreement", "sharpness")
-"""What harm is looked for along: how well a pair matches by the proxies, and what tells the dirt that a match does not.
+"""What harm is looked for along: how well a pair matches by the proxies, and what shows the dirt that a match does not.
 
 Not the given encoder's opinion, nor how near a pair is to the target: pairs of little use are not wrong ones, and to
 leave them out is for the weights, which real retraining has to confirm."""
-VALUE_AXES = ("seen", "held_out", "given", "caption_images", "caption_agreement", "sharpness")
+VALUE_AXES = ("in_sample", "out_of_fold", "pretrained", "caption_images", "caption_agreement", "sharpness")
 """What weights follow: the match by the proxy that trained on the pair, by one that did not and by the given encoder, and
 the same."""
 KNOTS = 20  # of each axis
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The attribute stage's results, opened where they are used."""
+class Evidence:
+    """The scores of a run's pairs, pooled; opened and computed where it is used."""
 
     folder: Path
+    """The influence stage's."""
     copies: Path | None = None
     """The redundancy stage's; None where no pair is a copy of another, and no two have one image."""
-    groups: Path | None = None
-    """The fairness stage's, which may have found none that is worse off; None is the same."""
+
+    @classmethod
+    def of(cls, run: Run) -> "Evidence":
+        return cls(run.at("influence"), run.at("redundancy"))
 
     @cached_property
     def strata(self) -> Columns:
@@ -156,30 +163,6 @@ class Scores:
         """Influence of every pair from all that is known of it (n,): what weights follow."""
         return self.additive(VALUE_AXES).predict(self._axes(VALUE_AXES))[0]
 
-    @cached_property
-    def clip_score(self) -> FloatArray:
-        """The given encoder's, in the spread of what is predicted (n,)."""
-        return spread_like(self.strata["given"], self.predicted)
-
-    @property
-    def names_groups(self) -> bool:
-        """Whether some group of the target is worse off than others."""
-        return self.groups is not None and (self.groups / "groups.parquet").exists()
-
-    @cached_property
-    def worst_off(self) -> int:
-        """Which of the target's groups the proxy of all pairs serves worst, in their order, on the gradient's half."""
-        manifest = None if self.groups is None else read_manifest(self.groups)
-        assert manifest is not None, "asked of scores without groups"
-        return int(np.argmax([group["loss"] for group in manifest.details["groups"]]))
-
-    @cached_property
-    def for_groups(self) -> FloatArray:
-        """Influence of every pair on the groups of the target that are worse off (n,); zeros where there are none."""
-        if self.groups is None or not self.names_groups:
-            return np.zeros(len(self.strata["quality"]))
-        return read_columns(self.groups / "groups.parquet")["influence"]
-
     @property
     def stratum(self) -> NDArray[np.int64]:
         """Of each pair, over all clusters (n,)."""
@@ -191,28 +174,85 @@ class Scores:
         return pairs_stood_for(self.stratum, self.influence["pair"])
 
     @cached_property
-    def rest(self) -> float:
-        """Mean in-training influence in standard deviations: zero for a proxy at rest, and where there is no spread to tell."""
+    def convergence(self) -> float:
+        """Mean in-sample influence in standard deviations: zero for a proxy that has converged, and where there is no spread."""
         values, weight = self.influence["influence_in"], self._stands_for
         return float(np.average(values, weights=weight)) / (weighted_deviation(values, weight) or np.inf)
 
 
-def decide(scores: Scores, config: SelectionConfig) -> Subset:
-    """The subset that a configuration makes of cached scores: cheap, for sweeps."""
-    score, se = scores.joint_scores
-    redundant = scores.leader != np.arange(len(score))
-    predicted = scores.predicted
-    if config.clip_score_share:
-        predicted = predicted + config.clip_score_share * scores.clip_score
-    if config.group_share and scores.names_groups:
-        predicted = predicted + config.group_share * scores.for_groups
-    return select(
-        score,
-        se,
-        scores.unit,
-        predicted,
-        config,
-        redundant,
-        scores.image,
-        scores.strata["group"] if config.min_group_share else None,
-    )
+EVIDENCE = ("score", "score_se", "predicted", "pretrained", "for_groups", "leader", "image", "group")
+"""Columns of evidence.parquet, a row for each pair of the pool: pooled influence and its standard error, copies judged
+together; influence predicted from all that is known; the given encoder's CLIP score in its spread; influence on groups that
+are worse off; the pair that it is a copy of; image and group numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairEvidence:
+    """What a decision is made of: the columns of evidence.parquet, opened where they are used."""
+
+    folder: Path
+
+    @cached_property
+    def columns(self) -> Columns:
+        return read_columns(self.folder / "evidence.parquet")
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads((self.folder / "evidence.json").read_text(encoding="utf-8"))
+        return facts
+
+    @property
+    def unit(self) -> float:
+        """Standard deviation of single balanced influences over the pool: what thresholds are given in."""
+        return float(self.facts["unit"])
+
+    @property
+    def worst_group(self) -> int | None:
+        """Which of the target's groups the proxy of all pairs serves worst, in their order; None where none is worse off."""
+        worst: int | None = self.facts["worst_group"]
+        return worst
+
+    def decide(self, config: SelectionConfig) -> Subset:
+        """The subset that a configuration makes of it: cheap, for trials and sweeps."""
+        given = self.columns
+        predicted = given["predicted"]
+        if config.clip_score_share:
+            predicted = predicted + config.clip_score_share * given["pretrained"]
+        if config.group_share and self.worst_group is not None:
+            predicted = predicted + config.group_share * given["for_groups"]
+        return select(
+            given["score"],
+            given["score_se"],
+            self.unit,
+            predicted,
+            config,
+            redundant=given["leader"] != np.arange(len(predicted)),
+            image=given["image"],
+            group=given["group"] if config.min_group_share else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteEvidence:
+    """Task: pool the evidence on every pair, once for all decisions that are tried."""
+
+    run: Run
+    folder: Path
+
+    def __call__(self) -> None:
+        evidence = Evidence.of(self.run)
+        score, se = evidence.joint_scores
+        predicted = evidence.predicted
+        groups = self.run.at("fairness") / "groups.parquet"
+        worst = None
+        for_groups = np.zeros(len(score))
+        if groups.exists():
+            for_groups = read_columns(groups, "influence")["influence"]
+            reported = self.run.manifest("fairness").details["groups"]
+            worst = int(np.argmax([group["loss"] for group in reported]))
+        values = (
+            *(score, se, predicted, spread_like(evidence.strata["pretrained"], predicted), for_groups),
+            *(evidence.leader, evidence.image, evidence.strata["group"]),
+        )
+        write_columns(self.folder / "evidence.parquet", dict(zip(EVIDENCE, values, strict=True)))
+        write_json(self.folder / "evidence.json", {"unit": evidence.unit, "worst_group": worst})

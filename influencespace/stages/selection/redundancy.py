@@ -1,9 +1,8 @@
 """The redundancy stage: which pairs are copies or near copies of a better one, found cluster by cluster."""
 
-import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +13,11 @@ from pydantic.dataclasses import dataclass as options
 from influencespace.core.kmeans import unit_rows
 from influencespace.core.quality import MAX_SHARED, quality_axis, shared_captions
 from influencespace.core.redundancy import exact_leaders, halved, near_leaders
-from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
-from influencespace.data.buckets import has_bucket, join_buckets, read_columns, write_bucket, write_columns
+from influencespace.data.artifacts import atomic_path
+from influencespace.data.buckets import Columns, WriteBucket, read_bucket, read_columns, write_columns
 from influencespace.data.pair_set import PairSet
-from influencespace.engine.local import Engine, run_once, run_task
-from influencespace.engine.progress import progress
 from influencespace.models.fusion import concatenation
-from influencespace.stages.finish import finish_stage, finished_stage
+from influencespace.run import Details, Run, Stage, Workers
 
 IntArray = NDArray[np.int64]
 COPIES = "copies.parquet"
@@ -39,7 +36,7 @@ class RedundancyConfig:
     alike they find any two pictures. 1 finds equal ones only."""
     text: float = Field(default=0.99, gt=0, le=1)
     """The same for captions: stricter, since one picture's captions say similar things."""
-    most: int = Field(default=16_384, ge=2)
+    max_compared: int = Field(default=16_384, ge=2)
     """Pairs that are compared with each other at most: larger clusters are halved across their greatest spread."""
 
 
@@ -50,53 +47,40 @@ class OrderPairs:
     Gives the end of each cluster in that order, and whether captions describe images.
     """
 
-    pool: PairSet
-    config: RedundancyConfig
-    quality: Path
-    clusters: Path
+    run: Run
     folder: Path
 
     def __call__(self) -> tuple[list[int], bool]:
-        columns = read_columns(self.quality, "neg_clip_in", "neg_clip_out")
+        pool = self.run.pool
+        columns = read_columns(self.run.at("proxies") / "quality.parquet", "neg_clip_in", "neg_clip_out")
         quality = quality_axis(columns["neg_clip_in"], columns["neg_clip_out"])
         leader = np.arange(len(quality))
-        if self.config.find:
-            leader = exact_leaders(self.pool.image, self.pool.text, quality)
+        if self.run.config.redundancy.find:
+            leader = exact_leaders(pool.image, pool.text, quality)
         rows = np.unique(leader)
-        cluster = read_columns(self.clusters, "cluster")["cluster"][rows]
+        cluster = read_columns(self.run.at("cluster") / "clusters.parquet", "cluster")["cluster"][rows]
         order = rows[np.lexsort((-quality[rows], cluster))]
         for name, values in (("leader", leader), ("order", order)):
-            with atomic_path(self.folder / f"{name}.npy") as aside, aside.open("wb") as file:
+            with atomic_path(self.folder / f".{name}.npy") as aside, aside.open("wb") as file:
                 np.save(file, values)
         sizes = np.bincount(cluster)
         ends: list[int] = np.cumsum(sizes[sizes > 0]).tolist()
-        return ends, shared_captions(self.pool.image, self.pool.text) <= MAX_SHARED
+        return ends, shared_captions(pool.image, pool.text) <= MAX_SHARED
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareCluster:
-    """Task: the leader of each pair of a cluster, exact copies aside."""
+    """Columns: the leader of each pair of a cluster, exact copies aside, for a range of the ordered pairs."""
 
     pool: PairSet
     config: RedundancyConfig
     folder: Path
-    start: int
-    stop: int
-    mark: str
     describing: bool
     """Whether captions describe single images, so that an equal one says that a pair is a copy."""
 
-    @property
-    def name(self) -> str:
-        return f"near copies among ordered pairs {self.start} to {self.stop}"
-
-    def __call__(self) -> int:
-        if not has_bucket(self.folder, "near", self.start, self.mark):
-            rows = np.load(self.folder / "order.npy")[self.start : self.stop]
-            write_bucket(
-                self.folder, "near", self.start, self.mark, {"pair": rows, "leader": self._leaders(rows)}
-            )
-        return self.stop - self.start
+    def __call__(self, start: int, stop: int) -> Columns:
+        rows = np.load(self.folder / ".order.npy")[start:stop]
+        return {"pair": rows, "leader": self._leaders(rows)}
 
     def _leaders(self, rows: IntArray) -> IntArray:
         if not (self.config.find and self.describing):
@@ -107,7 +91,7 @@ class CompareCluster:
             for values, distinct in zip(self.pool.inputs(rows), (table.images, table.texts))
         )
         leader = np.empty_like(rows)
-        for part in halved(concatenation(images, texts), self.config.most):
+        for part in halved(concatenation(images, texts), self.config.max_compared):
             among = torch.from_numpy(part)
             near = near_leaders(images[among], texts[among], self.config.image, self.config.text)
             leader[part] = rows[part[near]]
@@ -123,55 +107,40 @@ class JoinCopies:
     starts: list[int]
 
     def __call__(self) -> dict[str, int]:
-        join_buckets(self.folder, "near", self.starts)
-        near = read_columns(self.folder / "near.parquet")
-        exact = np.load(self.folder / "leader.npy")
+        parts = [read_bucket(self.folder, "near", start, "pair", "leader") for start in self.starts]
+        pair, near = (np.concatenate([part[name] for part in parts]) for name in ("pair", "leader"))
+        exact = np.load(self.folder / ".leader.npy")
         leader = exact.copy()
-        leader[near["pair"]] = near["leader"]
+        leader[pair] = near
         write_columns(self.folder / COPIES, {"leader": leader[exact], "image": self.pool.image})
         return {
             "pairs": len(exact),
-            "exact_copies": len(exact) - len(near["pair"]),
-            "near_copies": int((near["leader"] != near["pair"]).sum()),
+            "exact_copies": len(exact) - len(pair),
+            "near_copies": int((near != pair).sum()),
         }
 
 
-def redundancy(
-    pool: PairSet,
-    proxy_folder: Path,
-    cluster_folder: Path,
-    inputs: dict[str, str],
-    config: RedundancyConfig,
-    out: Path,
-    engine: Engine,
-) -> Manifest:
-    """Find the copies among the pairs of the pool; writes copies.parquet: each pair's image and its leader.
+class Redundancy(Stage):
+    """Finds the copies among the pairs of the pool; writes copies.parquet: each pair's image and its leader.
 
     A pair that copies no other leads itself. Copies in different clusters are missed, exact ones aside.
     """
-    mark = fingerprint({"stage": "redundancy", "writes": COPIES, "config": config, "inputs": inputs})
-    if (done := finished_stage(out, mark)) is not None:
-        return done
-    began = time.monotonic()
-    reopen(out)
-    ordering = OrderPairs(
-        pool=pool,
-        config=config,
-        quality=proxy_folder / "quality.parquet",
-        clusters=cluster_folder / "clusters.parquet",
-        folder=out,
-    )
-    ends, describing = run_once(engine, ordering)
-    make = partial(CompareCluster, pool=pool, config=config, folder=out, mark=mark, describing=describing)
-    tasks = [make(start=a, stop=b) for a, b in zip([0, *ends], ends)]
-    with progress("redundancy", ends[-1], "pairs") as bar:
-        for count in engine.map(run_task, tasks, num_actors=engine.cores):
-            bar.advance(count)
-    counts = run_once(engine, JoinCopies(pool, out, [task.start for task in tasks]))
-    for name in ("near.parquet", "leader.npy", "order.npy"):
-        (out / name).unlink(missing_ok=True)
-    rows = counts["pairs"]
-    manifest = Manifest(
-        stage="redundancy", fingerprint=mark, inputs=inputs, rows_in=rows, rows_out=rows, details=counts
-    )
-    return finish_stage(out, manifest, began)
+
+    name = "redundancy"
+    needs = ("proxies", "cluster")
+
+    def settings(self, config: Any) -> RedundancyConfig:
+        return config.redundancy
+
+    def work(self, run: Run, workers: Workers) -> Details:
+        ends, describing = workers.once(OrderPairs(run=run, folder=workers.folder))
+        compare = CompareCluster(
+            pool=run.pool, config=run.config.redundancy, folder=workers.folder, describing=describing
+        )
+        tasks = [
+            WriteBucket(folder=workers.folder, table="near", start=a, stop=b, compute=compare)
+            for a, b in zip([0, *ends], ends)
+        ]
+        workers.map(tasks, total=ends[-1], size=int)
+        counts = workers.once(JoinCopies(run.pool, workers.folder, [task.start for task in tasks]))
+        return Details(rows_in=counts["pairs"], rows_out=counts["pairs"], details=counts)

@@ -1,7 +1,7 @@
-"""The curate stage: pooled influence, the decision on every pair, and the subsets of the baselines at the same size."""
+"""The selection stage: pooled evidence, the weighting, the decision on every pair, and the baselines at the same size."""
 
-import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,23 @@ from numpy.typing import NDArray
 from influencespace.core.select import HARMFUL, SelectionConfig, Subset, margin_that_held, top_fraction
 from influencespace.core.sequential import surely_below_zero
 from influencespace.core.strata import Means, means_by
-from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
+from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, read_columns, write_columns
 from influencespace.data.pair_set import PairSet
-from influencespace.engine.local import Engine, run_once
 from influencespace.estimators.similarity import random_score
-from influencespace.stages.finish import finish_stage, finished_stage
-from influencespace.stages.proxies.proxies import MIN_GROUP_IMAGES, ProxyConfig
-from influencespace.stages.selection.evidence import Scores, decide
-from influencespace.stages.selection.weighting import chosen, confirm
+from influencespace.run import Details, Run, Stage, Workers
+from influencespace.stages.proxies.target import MIN_GROUP_IMAGES
+from influencespace.stages.selection.evidence import Evidence, PairEvidence, WriteEvidence
+from influencespace.stages.selection.weighting import choose_weighting, chosen
 
 # clip_score is the given encoder's, as most people filter; the last two are by the proxy of all pairs
 BASELINES = ("everything", "random", "clip_score", "proxy_clip_score", "neg_clip_loss")
 METHODS = ("curated", *BASELINES)
 DYNAMIC = "dynamic"  # begins as curated does, and re-weights the kept pairs while it trains
-FALSE_DISCOVERIES = 0.05  # rate among the strata that are said to harm
-UNSETTLED = 0.1  # |mean I_in| above this many standard deviations: the proxy is not at rest (algorithms, 6)
+FALSE_DISCOVERIES = 0.05  # rate among the strata that are reported as harmful
+NOT_CONVERGED = 0.1  # |mean I_in| above this many standard deviations (algorithms, 6)
+CURATED = ("uid", "kept", "weight", "score", "score_se", "stratum", "reason")
+"""Columns of curated.parquet."""
 
 
 def weights_of(method: str) -> str:
@@ -37,36 +38,31 @@ def weights_of(method: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Earlier:
-    """What a later round is told: the pairs that it does not see stay dropped, with their score and reason."""
+class WriteSelection:
+    """Task: decide, and write the subset, the strata and the baselines' weights.
 
-    pool: PairSet
-    """All pairs."""
-    quality: Path
-    """Of all pairs, by the proxies of the first round."""
-    curated: Path
-    """The decisions until now, on all pairs."""
+    Of a later round the files are about all pairs all the same: those that it did not see stay as they were decided.
+    """
 
-
-@dataclass(frozen=True, kw_only=True)
-class Curate:
-    """Task: decide, and write the subset, the strata and the baselines' weights."""
-
-    pool: PairSet
-    scores: Scores
-    quality: Path
+    run: Run
     config: SelectionConfig
     folder: Path
-    seed: int
-    decided: Path | None = None
-    """The decisions until now, where only the pairs that they keep have scores."""
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        return Evidence.of(self.run)
+
+    @cached_property
+    def pairs(self) -> PairEvidence:
+        return PairEvidence(folder=self.folder)
 
     def __call__(self) -> dict[str, Any]:
-        subset = decide(self.scores, self.config)
-        uids = np.array(self.pool.column("uid"), object)
+        subset = self.pairs.decide(self.config)
+        uids = np.array(self.run.everything.column("uid"), object)
         rows = np.arange(len(uids))
-        if self.decided is not None:
-            rows = np.flatnonzero(read_columns(self.decided, "kept")["kept"])
+        if self.run.previous is not None:
+            before = self.run.previous.at("selection") / "curated.parquet"
+            rows = np.flatnonzero(read_columns(before, "kept")["kept"])
         curated = self._with_others(rows, self._decisions(uids[rows].tolist(), subset))
         with atomic_path(self.folder / "curated.parquet") as aside:
             pq.write_table(curated, aside)
@@ -79,28 +75,28 @@ class Curate:
 
     def _with_others(self, rows: NDArray[np.int64], decisions: pa.Table) -> pa.Table:
         """The decisions on these rows of the pool amid those that were made before."""
-        if self.decided is None:
+        if self.run.previous is None:
             return decisions
-        table = pq.read_table(self.decided)
+        table = pq.read_table(self.run.previous.at("selection") / "curated.parquet")
         others = np.delete(np.arange(len(table)), rows)
         order = np.argsort(np.concatenate([rows, others]))
         return pa.concat_tables([decisions, table.take(pa.array(others))]).take(pa.array(order))
 
     def _write_weights(self, uids: list[str], curated: NDArray[np.float64], kept: int) -> None:
-        quality = read_columns(self.quality, "clip_in", "neg_clip_in")
+        quality = read_columns(self.run.first.at("proxies") / "quality.parquet", "clip_in", "neg_clip_in")
         weights = {
             "curated": curated,
             "everything": np.ones(len(uids)),
-            "random": top_fraction(random_score(uids, self.seed), kept).astype(np.float64),
-            "clip_score": top_fraction(self.pool.clip_score, kept).astype(np.float64),
+            "random": top_fraction(random_score(uids, self.run.seed), kept).astype(np.float64),
+            "clip_score": top_fraction(self.run.everything.clip_score, kept).astype(np.float64),
             "proxy_clip_score": top_fraction(quality["clip_in"], kept).astype(np.float64),
             "neg_clip_loss": top_fraction(quality["neg_clip_in"], kept).astype(np.float64),
         }
         write_columns(self.folder / "weights.parquet", {name: weights[name] for name in METHODS})
 
     def _decisions(self, uids: list[str], subset: Subset) -> pa.Table:
-        score, se = self.scores.joint_scores
-        strata = self.scores.strata
+        score, se = self.pairs.columns["score"], self.pairs.columns["score_se"]
+        strata = self.evidence.strata
         labels = np.char.add(
             np.char.mod("c%03d/q", strata["cluster"]), np.char.mod("%02d", strata["quantile"])
         )
@@ -117,7 +113,7 @@ class Curate:
         )
 
     def _strata_table(self, subset: Subset) -> Columns:
-        scores, strata = self.scores, self.scores.strata
+        scores, strata = self.evidence, self.evidence.strata
         leaves = scores.clusters * scores.quantiles
         leaf = strata["cluster"] * scores.quantiles + strata["quantile"]
         scored_leaf = leaf[scores.influence["pair"]]
@@ -147,31 +143,31 @@ class Curate:
 
     def _details(self, curated: pa.Table, subset: Subset) -> dict[str, Any]:
         warnings = []
-        if abs(self.scores.rest) > UNSETTLED:
+        if abs(self.evidence.convergence) > NOT_CONVERGED:
             warnings.append(
-                f"the proxy is not at rest: its mean in-training influence is {self.scores.rest:.2f} standard deviations "
-                f"(should be below {UNSETTLED}); train it longer, or lower its learning rate"
+                f"the proxy has not converged: its mean in-sample influence is {self.evidence.convergence:.2f} standard "
+                f"deviations (should be below {NOT_CONVERGED}); train it longer, or lower its learning rate"
             )
-        if self.config.group_share and not self.scores.names_groups:
+        if self.config.group_share and self.pairs.worst_group is None:
             warnings.append(
-                f"curate.group_share = {self.config.group_share:g} has no effect: the target names no two groups of "
+                f"selection.group_share = {self.config.group_share:g} has no effect: the target has no two groups of "
                 f"{2 * MIN_GROUP_IMAGES} images or more, or none is worse off"
             )
-        score, se = self.scores.joint_scores
-        threshold = self.config.tau_low * self.scores.unit
+        score, se = self.pairs.columns["score"], self.pairs.columns["score_se"]
+        threshold = self.config.tau_low * self.evidence.unit
         reasons, counts = np.unique(curated["reason"].to_pylist(), return_counts=True)
         return {
             "rule": rule_of(self.config),
             "margin": margin_that_held(score - threshold, se, subset.reason == HARMFUL, self.config),
             "threshold": threshold,
-            "unit": self.scores.unit,
+            "unit": self.evidence.unit,
             "kept_fraction": float(curated["kept"].to_numpy().mean()),
             "reasons": {str(reason): int(count) for reason, count in zip(reasons, counts)},
-            "clusters": self.scores.clusters,
-            "quantiles": self.scores.quantiles,
-            "scored": len(self.scores.influence["pair"]),
-            "between_cluster_variance": self.scores.pooled.shrinkage,
-            "caption_control": asdict(self.scores.caption_control),
+            "clusters": self.evidence.clusters,
+            "quantiles": self.evidence.quantiles,
+            "scored": len(self.evidence.influence["pair"]),
+            "between_cluster_variance": self.evidence.pooled.shrinkage,
+            "caption_control": asdict(self.evidence.caption_control),
             "warnings": warnings,
         }
 
@@ -205,46 +201,19 @@ class KeptRows:
         return int(kept.sum())
 
 
-def curate(
-    pool: PairSet,
-    target: PairSet,
-    attribute_folder: Path,
-    redundancy_folder: Path,
-    fairness_folder: Path,
-    proxy_folder: Path,
-    inputs: dict[str, str],
-    config: SelectionConfig,
-    proxies: ProxyConfig,
-    steps: int,
-    seed: int,
-    out: Path,
-    engine: Engine,
-    earlier: Earlier | None = None,
-) -> Manifest:
-    """Turn scores into curated.parquet, strata.parquet and weights.parquet.
+class Selection(Stage):
+    """Turns scores into curated.parquet, strata.parquet, weights.parquet and evidence.parquet."""
 
-    The scores are those of `pool`; with `earlier`, the files are about all pairs all the same.
-    """
-    mark = fingerprint({"stage": "curate", "config": config, "seed": seed, "inputs": inputs})
-    if (done := finished_stage(out, mark)) is not None:
-        return done
-    began = time.monotonic()
-    reopen(out)
-    scores = Scores(attribute_folder, redundancy_folder, fairness_folder)
-    confirmed, trials = confirm(pool, target, scores, config, proxies, steps, out, mark, engine)
-    task = Curate(
-        pool=earlier.pool if earlier else pool,
-        scores=scores,
-        quality=earlier.quality if earlier else proxy_folder / "quality.parquet",
-        decided=earlier.curated if earlier else None,
-        config=confirmed,
-        folder=out,
-        seed=seed,
-    )
-    details = run_once(engine, task)
-    details |= chosen(confirmed) | {"trials": trials}
-    rows = sum(details["reasons"].values())
-    manifest = Manifest(
-        stage="curate", fingerprint=mark, inputs=inputs, rows_in=rows, rows_out=rows, details=details
-    )
-    return finish_stage(out, manifest, began)
+    name = "selection"
+    needs = ("proxies", "redundancy", "influence", "fairness")
+
+    def settings(self, config: Any) -> tuple[SelectionConfig, int]:
+        return config.selection, config.seed
+
+    def work(self, run: Run, workers: Workers) -> Details:
+        workers.once(WriteEvidence(run=run, folder=workers.folder))
+        config, trials = choose_weighting(run, PairEvidence(folder=workers.folder), workers)
+        details = workers.once(WriteSelection(run=run, config=config, folder=workers.folder))
+        details |= chosen(config) | {"trials": trials}
+        rows = sum(details["reasons"].values())
+        return Details(rows_in=rows, rows_out=rows, details=details)

@@ -20,15 +20,18 @@ from influencespace.estimators.similarity import neg_clip_loss
 from influencespace.models.heads import Heads
 from influencespace.models.space import Inputs, Space
 from influencespace.models.training import (
-    Alone,
     Exchange,
+    HeadsConfig,
     Trained,
     adam_preconditioner,
     adamw_of,
     train_heads,
 )
-from influencespace.stages.proxies.proxies import Proxy, ProxyConfig, TargetHalves, beginning
-from influencespace.stages.selection.evidence import KNOTS, VALUE_AXES, Scores
+from influencespace.run import Run
+from influencespace.stages.proxies.train_many import beginning
+from influencespace.stages.scoring.scoring import ScoringInputs
+from influencespace.stages.selection.evidence import KNOTS, VALUE_AXES, Evidence
+from influencespace.stages.selection.weighting import with_chosen
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -39,15 +42,11 @@ MAX_SCORED = 4096  # pairs at each refresh, so that its time grows with the axes
 class Reweighting:
     """What pairs are re-weighted by; opened where a proxy trains."""
 
-    pool: PairSet
-    """The pairs that the attribute stage has scored: of a later round those that the one before kept."""
-    target: PairSet
-    proxies: ProxyConfig
-    proxy: Proxy
-    """Of all pairs, for its bank."""
-    scores: Scores
+    inputs: ScoringInputs
+    """Its pool are the pairs that the influence stage has scored: of a later round those that the one before kept."""
+    evidence: Evidence
     decided: SelectionConfig
-    """With the weights that were confirmed."""
+    """With the weighting that was chosen."""
 
     @property
     def rule(self) -> SelectionConfig:
@@ -58,81 +57,86 @@ class Reweighting:
 
     @cached_property
     def _target(self) -> list[Inputs]:
-        halves = TargetHalves(self.target, self.proxies.seed)
-        contexts = halves.contexts(halves.gradient, self.proxies.train.batch_size)
-        return [self.target.inputs(rows) for rows in contexts]
+        return [self.inputs.target.inputs(rows) for rows in self.inputs.target_batches]
 
     @cached_property
     def _bank(self) -> list[NegativeBatch]:
-        return self.proxy.reference_bank(self.pool)
+        return self.inputs.trained().reference_bank(self.inputs.pool)
 
     def weights(self, kept: IntArray, heads: Heads, preconditioner: Tensor) -> FloatArray:
         """Weights of the pool's `kept` pairs (m,), of mean 1, by heads and AdamW's preconditioner as they are now."""
         sample, influence = self._influence(kept, heads, preconditioner)
-        axes = [self.scores.strata[name][kept] for name in VALUE_AXES]
-        axes[VALUE_AXES.index("seen")] = self._seen(kept, heads)
+        axes = [self.evidence.strata[name][kept] for name in VALUE_AXES]
+        axes[VALUE_AXES.index("in_sample")] = self._in_sample(kept, heads)
         rows = np.searchsorted(kept, sample)
         return weights_along(
             np.stack(axes, 1),
             rows,
             influence,
-            pairs_stood_for(self.scores.stratum[kept], rows),
+            pairs_stood_for(self.evidence.stratum[kept], rows),
             KNOTS,
             self.rule,
-            self.scores.strata["given"][kept],
+            self.evidence.strata["pretrained"][kept],
         )
 
     def _influence(self, kept: IntArray, heads: Heads, preconditioner: Tensor) -> tuple[IntArray, FloatArray]:
         """Some pairs of the pool that are kept, and the influence of each."""
-        scored = self.scores.influence["pair"]
+        scored = self.evidence.influence["pair"]
         # the first of the first look: it has some of every stratum, in canonical order, which is random
         sample = scored[np.isin(scored, kept)][:MAX_SCORED]
-        train = self.proxies.train
+        train = self.inputs.proxy.train
         scorer = online_scorer(
             Space(heads), self._target, self._bank, train.objective, train.batch_size, preconditioner
         )
-        found = scorer(self.pool.inputs(sample), self.pool.image[sample])
+        found = scorer(self.inputs.pool.inputs(sample), self.inputs.pool.image[sample])
         influence = mean_of_known(found.by_batch[0])
         known = np.isfinite(influence)
         return sample[known], influence[known]
 
     @torch.no_grad()
-    def _seen(self, kept: IntArray, heads: Heads) -> FloatArray:
+    def _in_sample(self, kept: IntArray, heads: Heads) -> FloatArray:
         """negCLIPLoss of the kept pairs by these heads."""
         contexts = [(*heads(*context.inputs), context.image) for context in self._bank]
-        scale = 1 / self.proxies.train.temperature
+        scale = 1 / self.inputs.proxy.train.temperature
         found = []
-        for start, stop in buckets_of(len(kept), self.proxies.bucket_size):
+        for start, stop in buckets_of(len(kept), self.inputs.proxy.bucket_size):
             rows = kept[start:stop]
-            u, t = heads(*self.pool.inputs(rows))
-            found.append(neg_clip_loss(u, t, self.pool.image[rows], contexts, scale))
+            u, t = heads(*self.inputs.pool.inputs(rows))
+            found.append(neg_clip_loss(u, t, self.inputs.pool.image[rows], contexts, scale))
         return np.concatenate(found)
 
 
-def train_dynamically(
-    pool: PairSet,
-    weights: FloatArray,
-    reweighting: Reweighting,
-    refresh: int,
-    steps: int,
-    seed: int,
-    exchange: Exchange | None = None,
-) -> Trained:
-    """As `train_subset`, but every `refresh` steps the pairs that have weight (n,) are weighed anew, the others never."""
-    config = replace(reweighting.proxies.train, steps=steps)
-    exchange = exchange or Alone()
-    heads, _ = beginning(pool, weights, config, seed)
-    optimizer = adamw_of(heads, config)
-    # the rows of the pool that have weight, among the pairs that were scored
-    kept = np.searchsorted(reweighting.pool.rows, pool.rows[weights > 0])
+@dataclass(frozen=True, kw_only=True)
+class DynamicTrainer:
+    """Trains as `train_many.train` does, but every `refresh` steps the pairs that have weight are weighed anew."""
 
-    def reweigh() -> FloatArray:
-        found = reweighting.weights(kept, heads, adam_preconditioner(optimizer))
-        # workers that differ in a last bit would part their batches, so all take the first one's
-        first = exchange.gather(torch.from_numpy(found)[:, None])[0]
-        anew = np.zeros(len(weights))
-        anew[weights > 0] = first[:, 0].numpy()
-        return anew
+    reweighting: Reweighting
+    refresh: int
 
-    batches = reweighted_batches(weights, pool.image, config.batch_size, steps, seed, refresh, reweigh)
-    return train_heads(pool.inputs, batches, heads, config, exchange=exchange, optimizer=optimizer)
+    @classmethod
+    def of(cls, run: Run) -> "DynamicTrainer":
+        """By the weighting that the run's selection chose."""
+        decided = with_chosen(run.config.selection, run.manifest("selection").details)
+        reweighting = Reweighting(inputs=ScoringInputs.of(run), evidence=Evidence.of(run), decided=decided)
+        return cls(reweighting=reweighting, refresh=run.config.train.refresh)
+
+    def __call__(
+        self, pool: PairSet, weights: FloatArray, config: HeadsConfig, seed: int, exchange: Exchange
+    ) -> Trained:
+        heads, _ = beginning(pool, weights, config, seed)
+        optimizer = adamw_of(heads, config)
+        # the rows of the pool that have weight, among the pairs that were scored
+        kept = np.searchsorted(self.reweighting.inputs.pool.rows, pool.rows[weights > 0])
+
+        def reweigh() -> FloatArray:
+            values = self.reweighting.weights(kept, heads, adam_preconditioner(optimizer))
+            # workers that differ in a last bit would part their batches, so all take the first one's
+            first = exchange.gather(torch.from_numpy(values)[:, None])[0]
+            anew = np.zeros(len(weights))
+            anew[weights > 0] = first[:, 0].numpy()
+            return anew
+
+        batches = reweighted_batches(
+            weights, pool.image, config.batch_size, config.steps, seed, every=self.refresh, reweigh=reweigh
+        )
+        return train_heads(pool.inputs, batches, heads, config, exchange=exchange, optimizer=optimizer)

@@ -1,8 +1,8 @@
 """The evaluate stage: every retrained proxy on the test set, and curated against each baseline, paired."""
 
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass as options
-from safetensors.torch import load_file
 
 from influencespace.core.fairness import group_means
 from influencespace.core.metrics import (
@@ -21,17 +20,15 @@ from influencespace.core.metrics import (
     recall_at,
     retrieval_ranks,
 )
-from influencespace.data.artifacts import Manifest, fingerprint, reopen, write_json
 from influencespace.data.buckets import read_columns, write_columns
 from influencespace.data.pair_set import PairSet
-from influencespace.engine.local import Engine, run_once, run_task
-from influencespace.engine.progress import progress
 from influencespace.models.heads import Heads
 from influencespace.models.training import HeadsConfig
-from influencespace.stages.finish import finish_stage, finished_stage
+from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.ingest.embed import encoder_identity
 from influencespace.stages.ingest.encode import EmbedConfig, EncoderLoader, load
-from influencespace.stages.proxies.proxies import ProxyConfig, TargetHalves, choosing_loss
+from influencespace.stages.proxies.proxy import Proxy
+from influencespace.stages.proxies.target import TargetHalves, choosing_loss
 from influencespace.stages.selection.selection import weights_of
 
 FloatArray = NDArray[np.float64]
@@ -84,20 +81,19 @@ class Measure:
     test: PairSet
     halves: TargetHalves
     config: HeadsConfig
-    proxy: Path
+    proxy: Proxy
+    method: str
+    seed: int
     classes: tuple[str, ...]
     prompts: torch.Tensor | None
 
     @property
     def name(self) -> str:
-        return f"measures of {self.proxy.stem}"
+        return f"measures of {self.proxy.name}"
 
-    @cached_property
+    @property
     def heads(self) -> Heads:
-        state = load_file(self.proxy)
-        heads = Heads(state["image"].shape[0], state["text"].shape[0], state["image"].shape[1])
-        heads.load_state_dict(state)
-        return heads
+        return self.proxy.heads
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Any]:
@@ -106,10 +102,9 @@ class Measure:
         _, t = self.heads(*self.test.inputs(slice(None)))
         own = torch.from_numpy(image_of_text)
         image_ranks, text_ranks = retrieval_ranks(u, t, own)
-        method, seed = self.proxy.stem.rsplit("-", 1)
         return {
-            "method": method,
-            "seed": int(seed),
+            "method": self.method,
+            "seed": self.seed,
             "by_image": mean_recall_by_image(image_ranks, text_ranks, own).numpy(),
             "recall": {
                 "image_to_text": {
@@ -218,64 +213,53 @@ class KeptFractions:
         return {name: float((weight > 0).mean()) for name, weight in read_columns(self.weights).items()}
 
 
-def evaluate(
-    test: PairSet,
-    target: PairSet,
-    proxies: ProxyConfig,
-    train_folder: Path,
-    runs: list[dict[str, Any]],
-    weights: Path,
-    embed: EmbedConfig,
-    inputs: dict[str, str],
-    config: EvaluateConfig,
-    out: Path,
-    engine: Engine,
-) -> Manifest:
-    """Measure every retrained proxy; writes methods.json and by_image.parquet."""
-    # prompts are of the encoder, which is no part of the inputs where embeddings were given
-    prompted = None
-    if config.classes:
-        prompted = [run_once(engine, partial(encoder_identity, embed.encoder)), embed.content()]
-    mark = fingerprint({"stage": "evaluate", "config": config, "prompts": prompted, "inputs": inputs})
-    if (done := finished_stage(out, mark)) is not None:
-        return done
-    began = time.monotonic()
-    reopen(out)
-    prompts = run_once(engine, Prompts(embed=embed, config=config)) if config.classes else None
-    make = partial(
-        Measure,
-        test=test,
-        halves=TargetHalves(target, proxies.seed),
-        config=proxies.train,
-        classes=config.classes,
-        prompts=prompts,
-    )
-    tasks = [make(proxy=train_folder / f"{run['method']}-{run['seed']}.safetensors") for run in runs]
-    results = []
-    with progress("evaluate", len(tasks), "proxies") as bar:
-        for result in engine.map(run_task, tasks, num_actors=engine.cores):
-            results.append(result)
-            bar.advance()
-    results.sort(key=lambda result: (result["method"], result["seed"]))  # they come as workers end
-    methods = tuple(dict.fromkeys(run["method"] for run in runs))
-    table, comparisons = summarise(results, methods)
-    kept = run_once(engine, KeptFractions(weights))
-    groups = run_once(engine, ImageGroups(test))
-    for method in methods:
-        mine = [run for run in runs if run["method"] == method]
-        shares = np.stack([result["by_image"] for result in results if result["method"] == method])
-        table[method]["groups"] = recall_by_group(shares, groups)
-        table[method]["kept_fraction"] = kept[weights_of(method)]
-        table[method]["steps"] = mine[0]["steps"]
-        table[method]["seconds"] = float(np.mean([run["seconds"] for run in mine]))
-    by_image = {f"{result['method']}-{result['seed']}": result["by_image"] for result in results}
-    write_columns(out / "by_image.parquet", dict(sorted(by_image.items())))
-    write_json(out / "methods.json", {"methods": table, "comparisons": comparisons})
-    losses = {
-        method: float(np.mean([r["target_loss"] for r in results if r["method"] == method]))
-        for method in methods
-    }
-    details = {"methods": table, "comparisons": comparisons, "target_loss": losses}
-    return finish_stage(
-        out, Manifest(stage="evaluate", fingerprint=mark, inputs=inputs, details=details), began
-    )
+class Evaluate(Stage):
+    """Measures every retrained proxy; writes by_image.parquet."""
+
+    name = "evaluate"
+    needs = ("train",)
+
+    def settings(self, config: Any) -> EvaluateConfig:
+        return config.evaluate
+
+    def inputs(self, run: Run) -> Mapping[str, str]:
+        """Prompts are of the encoder, which is no part of the inputs where embeddings were provided."""
+        if not run.config.evaluate.classes:
+            return {}
+        return {"encoder": encoder_identity(run.config.embed.encoder), "dtype": run.config.embed.dtype}
+
+    def work(self, run: Run, workers: Workers) -> Details:
+        config: EvaluateConfig = run.config.evaluate
+        prompts = workers.once(Prompts(embed=run.config.embed, config=config)) if config.classes else None
+        make = partial(
+            Measure,
+            test=run.test,
+            halves=TargetHalves(run.target, run.seed),
+            config=run.config.proxy.train,
+            classes=config.classes,
+            prompts=prompts,
+        )
+        runs = run.manifest("train").details["runs"]
+        tasks = [
+            make(proxy=Proxy(run.at("train"), one["name"]), method=one["method"], seed=one["seed"])
+            for one in runs
+        ]
+        results = sorted(workers.map(tasks, unit="proxies"), key=lambda r: (r["method"], r["seed"]))
+        methods = tuple(dict.fromkeys(one["method"] for one in runs))
+        table, comparisons = summarise(results, methods)
+        kept = workers.once(KeptFractions(run.at("selection") / "weights.parquet"))
+        groups = workers.once(ImageGroups(run.test))
+        for method in methods:
+            mine = [one for one in runs if one["method"] == method]
+            shares = np.stack([result["by_image"] for result in results if result["method"] == method])
+            table[method]["groups"] = recall_by_group(shares, groups)
+            table[method]["kept_fraction"] = kept[weights_of(method)]
+            table[method]["steps"] = mine[0]["steps"]
+            table[method]["seconds"] = float(np.mean([one["seconds"] for one in mine]))
+        by_image = {f"{result['method']}-{result['seed']}": result["by_image"] for result in results}
+        write_columns(workers.folder / "by_image.parquet", dict(sorted(by_image.items())))
+        losses = {
+            method: float(np.mean([r["target_loss"] for r in results if r["method"] == method]))
+            for method in methods
+        }
+        return Details(details={"methods": table, "comparisons": comparisons, "target_loss": losses})

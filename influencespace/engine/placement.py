@@ -1,0 +1,85 @@
+"""Which workers fit where: a worker needs one machine that has all it asks for, however much the others have."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from influencespace.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one worker needs."""
+
+    cpus: float = 1
+    gpus: float = 0
+    """A fraction shares a GPU."""
+    memory: int = 0
+    """Bytes; 0 where nothing is declared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What one machine has for workers."""
+
+    cpus: float
+    gpus: float = 0
+    memory: int = 0
+
+    def places(self, need: Resources) -> int:
+        """How many workers of this need fit at once."""
+        limits = [self.cpus // need.cpus] if need.cpus else []
+        if need.gpus:
+            whole = need.gpus >= 1  # a fraction lies within one GPU
+            limits.append(self.gpus // need.gpus if whole else int(self.gpus) * (1 // need.gpus))
+        if need.memory:
+            limits.append(self.memory // need.memory)
+        return int(min(limits, default=0))
+
+
+def places(machines: Sequence[Machine], need: Resources) -> int:
+    """How many workers of this need fit on all machines together."""
+    return sum(machine.places(need) for machine in machines)
+
+
+def check_place(machines: Sequence[Machine], need: Resources) -> None:
+    """Refuse workers that no machine has room for: they would wait for ever. Raises InputError, which names what is missing."""
+    if machines and not places(machines, need):
+        largest = max(machines, key=lambda machine: (machine.gpus >= need.gpus, machine.cpus))
+        raise InputError(
+            f"a worker needs {need.cpus:g} CPU(s), {need.gpus:g} GPU(s) and {need.memory / 1e9:.1f} GB, and no machine has them: "
+            f"the nearest has {largest.cpus:g}, {largest.gpus:g} and {largest.memory / 1e9:.1f} GB. Lower embed.cpus_per_actor or "
+            "embed.gpus_per_actor, or add such a machine"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """So many workers, and what each has."""
+
+    workers: int
+    resources: Resources
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.resources.gpus else "cpu"
+
+
+def share(
+    machines: Sequence[Machine], tasks: int, *, need: Resources, workers: int = 0, max_cpus: int
+) -> Share:
+    """As many workers as fit, are asked for, or have a task, with the CPU cores that their machines can give each.
+
+    `need.cpus` = 0 leaves the cores open: the most, up to `max_cpus`, with which all the workers still find a place.
+    """
+    open_cpus = not need.cpus
+    smallest = Resources(cpus=1 if open_cpus else need.cpus, gpus=need.gpus, memory=need.memory)
+    count = max(1, min(workers or places(machines, smallest), tasks))
+    cpus = smallest.cpus
+    if open_cpus:
+        fitting = (
+            c
+            for c in range(max_cpus, 0, -1)
+            if places(machines, Resources(cpus=c, gpus=need.gpus, memory=need.memory)) >= count
+        )
+        cpus = next(fitting, 1)
+    return Share(workers=count, resources=Resources(cpus=cpus, gpus=need.gpus, memory=need.memory))

@@ -1,0 +1,311 @@
+"""A Run, its Stages, and how a stage is carried out: fingerprint, skip, work, manifest - once, for all of them."""
+
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from influencespace.data.artifacts import (
+    Manifest,
+    file_digest,
+    fingerprint,
+    installed_versions,
+    is_done,
+    read_manifest,
+    write_manifest,
+)
+from influencespace.data.buckets import ComputeColumns, WriteBucket, buckets_of, join_buckets, remove_buckets
+from influencespace.data.pair_set import PairSet
+from influencespace.engine.local import Engine, Pool, WorkerFactory, run_once, run_task
+from influencespace.engine.placement import Resources
+from influencespace.engine.progress import Bar, progress
+from influencespace.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A folder of artifacts and what they are made from: cheap to pickle, given to every stage, command and benchmark."""
+
+    folder: Path
+    config: Any
+    """The RunConfig, composed of the stages' own sections, so that it lies above them."""
+    sets: Mapping[str, PairSet] = field(default_factory=dict)
+    """The pool, the target and the test set; of a later round also `everything`, the pool of the first."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """What the sets were made from: name -> fingerprint."""
+    previous: "Run | None" = None
+    """The round before this one."""
+
+    @property
+    def pool(self) -> PairSet:
+        return self.sets["pool"]
+
+    @property
+    def target(self) -> PairSet:
+        return self.sets["target"]
+
+    @property
+    def test(self) -> PairSet:
+        return self.sets["test"]
+
+    @property
+    def everything(self) -> PairSet:
+        """The pool of the first round, of which later ones see what the round before kept."""
+        return self.sets.get("everything", self.pool)
+
+    @property
+    def first(self) -> "Run":
+        """The first round."""
+        return self if self.previous is None else self.previous.first
+
+    @property
+    def seed(self) -> int:
+        """From which every random choice derives."""
+        seed: int = self.config.seed
+        return seed
+
+    def at(self, stage: str) -> Path:
+        """The folder of a stage."""
+        return self.folder / stage
+
+    def manifest(self, stage: str, purpose: str = "") -> Manifest:
+        """What a finished stage recorded; raises InputError where it is not finished."""
+        manifest = read_manifest(self.at(stage))
+        if manifest is None:
+            raise InputError(
+                f"{self.folder} has no finished {stage} stage{purpose and f' {purpose}'}: run `influencespace run` with "
+                "this folder first, or check the path"
+            )
+        return manifest
+
+    def summary(self) -> dict[str, Any]:
+        """Every number of the table of a finished run; raises InputError where it is not finished."""
+        try:
+            summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.folder} holds no finished run (no summary.json): run `influencespace run` with this folder first, or "
+                "check the path"
+            ) from None
+        return summary
+
+    def curated(self) -> pa.Table:
+        """The decision on every pair of a finished run: uid, kept, weight (mean 1 over the kept), score, score_se, stratum, reason.
+
+        Raises InputError where the run is not finished.
+        """
+        self.summary()
+        return pq.read_table(self.folder / "curated.parquet")
+
+    def report(self) -> Path:
+        """The self-contained page of a finished run; raises InputError where it is not finished."""
+        self.summary()
+        return self.folder / "report.html"
+
+    def export(self, to: str, out: Path | str, *, shard_size: int = 10_000) -> Manifest:
+        """Write the kept pairs into a folder as `npy` (DataComp), `webdataset` or `parquet`; raises InputError for other names."""
+        from influencespace.data.exports import export
+
+        self.summary()
+        return export(self.folder, to, Path(out), shard_size=shard_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """What a stage reports of its work: every row that came in is either kept or rejected."""
+
+    rows_in: int = 0
+    rows_out: int = 0
+    rejected: int = 0
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Stage(ABC):
+    """Artifacts in, one artifact out. A new one is a class and an entry in `pipeline.STAGES`."""
+
+    name: str
+    """Of its folder."""
+    version: ClassVar[int] = 1
+    """Raised when the same settings would give other files."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """The stages whose files it reads."""
+
+    @abstractmethod
+    def settings(self, config: Any) -> Any:
+        """All of the RunConfig that its files depend on, in a form that `fingerprint` takes."""
+
+    def inputs(self, run: Run) -> Mapping[str, str]:
+        """What it reads from outside the run: name -> fingerprint."""
+        return {}
+
+    def resources(self, run: Run) -> Resources:
+        """What one of its workers needs."""
+        return Resources()
+
+    @abstractmethod
+    def work(self, run: Run, workers: "Workers") -> Details:
+        """Write the artifact's files into `workers.folder`; raises InputError for what the user has to change."""
+
+    def tidy(self, run: Run) -> None:
+        """Remove what only served the work, once its result is there."""
+        return
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """What a stage works with: a folder to write into, and verbs over tasks that show their progress.
+
+    Finished units of work (buckets, trained proxies) are files in `folder`, which belongs to one fingerprint: a unit is done
+    if and only if its file is there.
+    """
+
+    engine: Engine
+    folder: Path
+    stage: str
+    resources: Resources = field(default_factory=Resources)
+
+    @property
+    def cores(self) -> int:
+        return self.engine.cores
+
+    def once(self, job: Callable[[], Any]) -> Any:
+        """Run one job on one worker, away from the driver."""
+        return run_once(self.engine, job)
+
+    def map(
+        self,
+        tasks: Sequence[Callable[[], Any]],
+        *,
+        total: int | None = None,
+        unit: str = "pairs",
+        label: str = "",
+        size: Callable[[Any], int] = lambda result: 1,
+        resources: Resources | None = None,
+    ) -> list[Any]:
+        """The results of all tasks, in the order in which they end; `size` of a result advances the progress to `total`."""
+        results = []
+        with self.progress(len(tasks) if total is None else total, unit, label) as bar:
+            for result in self.engine.map(
+                run_task, tasks, workers=self.cores, resources=resources or self.resources
+            ):
+                results.append(result)
+                bar.advance(size(result))
+        return results
+
+    def buckets(
+        self,
+        name: str,
+        compute: ComputeColumns,
+        rows: range,
+        size: int,
+        *,
+        label: str = "",
+        unit: str = "pairs",
+    ) -> list[int]:
+        """Write what `compute(start, stop)` gives for every bucket of some rows; where the buckets begin."""
+        spans = [(rows.start + a, rows.start + b) for a, b in buckets_of(len(rows), size)]
+        tasks = [
+            WriteBucket(folder=self.folder, table=name, start=a, stop=b, compute=compute) for a, b in spans
+        ]
+        self.map(tasks, total=len(rows), unit=unit, label=label, size=int)
+        return [start for start, _ in spans]
+
+    def table(self, name: str, compute: ComputeColumns, rows: int, size: int, *, label: str = "") -> None:
+        """Write `name`.parquet: what `compute(start, stop)` gives for every bucket of the rows, in their order."""
+        self.join(name, self.buckets(name, compute, range(rows), size, label=label))
+
+    def join(self, name: str, starts: Sequence[int]) -> None:
+        """Write `name`.parquet from finished buckets."""
+        self.once(_Join(self.folder, name, tuple(starts)))
+
+    @contextmanager
+    def pool(self, factory: WorkerFactory, tasks: int) -> Iterator[Pool]:
+        """Workers that live until the block ends, no more than there are tasks."""
+        with self.engine.pool(factory, workers=min(self.cores, tasks), resources=self.resources) as pool:
+            yield pool
+
+    @contextmanager
+    def progress(self, total: int, unit: str = "pairs", label: str = "") -> Iterator[Bar]:
+        """Show rate and time left of what goes on in the block."""
+        with progress(f"{self.stage} ({label})" if label else self.stage, total, unit) as bar:
+            yield bar
+
+
+@dataclass(frozen=True)
+class _Join:
+    folder: Path
+    name: str
+    starts: tuple[int, ...]
+
+    def __call__(self) -> int:
+        return join_buckets(self.folder, self.name, self.starts)
+
+
+def stage_fingerprint(stage: Stage, run: Run) -> tuple[str, dict[str, str]]:
+    """What the stage's files depend on, as one fingerprint, and the fingerprints of its inputs by name."""
+    inputs = {
+        **run.inputs,
+        **stage.inputs(run),
+        **{name: run.manifest(name).fingerprint for name in stage.needs},
+    }
+    settings = stage.settings(run.config)
+    return fingerprint([stage.name, stage.version, settings, inputs]), inputs
+
+
+def carry_out(stage: Stage, run: Run, engine: Engine) -> Manifest:
+    """The stage's manifest: of what is there already by the same settings from the same inputs, or of new work.
+
+    The work is done in a folder beside the stage's, named by its fingerprint, which takes the stage's place once it is whole:
+    a killed stage continues there, and files of other settings are never taken for its own.
+    """
+    folder = run.at(stage.name)
+    mark, inputs = stage_fingerprint(stage, run)
+    working = folder.with_name(f".{folder.name}-{mark[:16]}")
+    if not is_done(folder, mark):
+        if not is_done(working, mark):  # whole, but killed before it took its place
+            _work(stage, run, engine, working, (mark, inputs))
+        shutil.rmtree(folder, ignore_errors=True)
+        working.rename(folder)
+    for left in folder.parent.glob(f".{folder.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    stage.tidy(run)
+    manifest = read_manifest(folder)
+    assert manifest is not None, f"{folder} lost its manifest"
+    return manifest
+
+
+def _work(
+    stage: Stage, run: Run, engine: Engine, working: Path, made_from: tuple[str, dict[str, str]]
+) -> None:
+    began = time.monotonic()
+    working.mkdir(parents=True, exist_ok=True)
+    for path in working.rglob(".*.tmp"):  # half written when a run was killed
+        path.unlink(missing_ok=True)
+    (working / "manifest.json").unlink(missing_ok=True)
+    workers = Workers(engine=engine, folder=working, stage=str(stage.name), resources=stage.resources(run))
+    reported = stage.work(run, workers)
+    remove_buckets(working)
+    for path in working.glob(".*"):  # what only served the work
+        path.unlink()
+    files = {p.name: file_digest(p) for p in sorted(working.iterdir()) if p.is_file() and p.name[0] != "."}
+    manifest = Manifest(
+        stage=str(stage.name),
+        fingerprint=made_from[0],
+        inputs=made_from[1],
+        rows_in=reported.rows_in,
+        rows_out=reported.rows_out,
+        rejected=reported.rejected,
+        files=files,
+        versions=installed_versions(),
+        seconds=round(time.monotonic() - began, 3),
+        details=dict(reported.details),
+    )
+    write_manifest(working, manifest)
