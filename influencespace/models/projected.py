@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from influencespace.core.projection import TwoSided, sides_for
+from influencespace.core.projection import TwoSided, random_sides
 from influencespace.models.heads import Heads
 from influencespace.models.space import Inputs, Space
 
@@ -71,7 +71,7 @@ def reduced_space(space: Space, dimension: int, seed: int) -> ReducedSpace:
     projections = []
     for block, value in enumerate(space.parameters.values()):
         shape = (value.shape[0], value[0].numel()) if value.dim() else (1, 1)
-        projections.append(TwoSided(shape=shape, sides=sides_for(shape, dimension), seed=seed, stream=block))
+        projections.append(random_sides(shape, dimension, seed=seed, stream=block))
     return projected(space, projections)
 
 
@@ -100,7 +100,7 @@ class ProjectedProxy(nn.Module):
         self.proxy = [space.proxy]  # in a list, so that its parameters are not this module's
         for name, projection in projections.items():
             value = space.parameters[name]
-            for side, matrix in zip("AB", projection.matrices):
+            for side, matrix in (("A", projection.A), ("B", projection.B)):
                 self.register_buffer(f"{_key(name)}_{side}", matrix.to(value))
             self.register_parameter(_key(name), nn.Parameter(value.new_zeros(projection.sides)))
             self.register_buffer(f"{_key(name)}_start", value)

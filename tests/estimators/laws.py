@@ -27,7 +27,7 @@ def dense_gradients(problem: Problem, batch: Batch) -> Tensor:
 
 def projection_matrix(reduced: ReducedSpace) -> Tensor:
     """All blocks' projections as one matrix (p, k)."""
-    return torch.block_diag(*(torch.kron(*projection.matrices) for projection in reduced.projections))
+    return torch.block_diag(*(torch.kron(projection.A, projection.B) for projection in reduced.projections))
 
 
 def order_of(seed: int) -> np.ndarray:

@@ -138,14 +138,14 @@ def test_projected_gradients_are_the_projections_of_the_whole(space: Space, dime
 
 def test_a_projected_diagonal_is_that_of_its_matrix(space: Space) -> None:
     reduced = reduced_space(space, 3, seed=2)
-    matrix = torch.block_diag(*(torch.kron(*projection.matrices) for projection in reduced.projections))
+    matrix = torch.block_diag(*(torch.kron(projection.A, projection.B) for projection in reduced.projections))
     D = torch.rand(space.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.testing.assert_close(reduced.diagonal(D), matrix.T @ torch.diag(D) @ matrix)
 
 
 def test_the_projected_curvature_is_the_projection_of_the_curvature(space: Space) -> None:
     reduced = reduced_space(space, 3, seed=2)
-    matrix = torch.block_diag(*(torch.kron(*projection.matrices) for projection in reduced.projections))
+    matrix = torch.block_diag(*(torch.kron(projection.A, projection.B) for projection in reduced.projections))
     inputs = BANK[0].inputs
     whole = space.gauss_newton(inputs, torch.eye(space.size, dtype=torch.float64), LOSS)
     small = reduced.space.gauss_newton(inputs, torch.eye(reduced.space.size, dtype=torch.float64), LOSS)
