@@ -13,7 +13,7 @@ class RejectedCaption(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class RawSample:
-    """What a reader found for one image, before any of it is judged."""
+    """What a reader finds for one image, before any of it is judged."""
 
     shard: str
     key: str
@@ -47,25 +47,25 @@ def clean_caption(raw: object) -> str:
 
 
 def original_captions(*sources: object) -> list[object]:
-    """The captions of the first source, a text or a list of texts, that says anything.
+    """The captions of the first source, a text or a list of texts, that is not blank.
 
     When all are blank, those of the first that exists, for its blanks to be rejected; [] when there is none.
     """
     present = [list(s) if isinstance(s, list | tuple) else [s] for s in sources if s is not None]
-    spoken = (captions for captions in present if not all(map(_is_blank, captions)))
-    return next(spoken, present[0] if present else [])
+    not_blank = (captions for captions in present if not all(map(_is_blank, captions)))
+    return next(not_blank, present[0] if present else [])
 
 
-def label(value: object) -> str | None:
-    """A uid or group as text, None for a missing or empty one; raises ValueError for what is no name."""
+def label(value: object, what: str) -> str | None:
+    """A uid or group as text, None for a missing or empty one; raises ValueError for what is no name, called `what`."""
     if isinstance(value, bytes):
-        value = value.decode()
+        value = value.decode("utf-8", "surrogateescape")
     if value is None or value == "" or value != value:  # NaN is pandas' missing value
         return None
     if not isinstance(value, str | int | float):
-        raise ValueError(f"is not text or a number but {type(value).__name__}")
+        raise ValueError(f"the {what} is not text or a number but {type(value).__name__}")
     if not _is_unicode(text := str(value)):
-        raise ValueError("is not valid Unicode")
+        raise ValueError(f"the {what} is not valid Unicode")
     return text
 
 
@@ -78,35 +78,29 @@ def assemble(raw: RawSample, choice: CaptionChoice = "all", seed: int = 0) -> It
     """The Sample of the usable captions of `raw`, if any, then one Rejection for each unusable pair."""
     name = printable(raw.key)
 
-    def reject(reason: str, name: str) -> Rejection:
-        return Rejection(shard=raw.shard, uid=name, reason=reason)
+    def reject(reason: str, uid: str) -> Rejection:
+        return Rejection(shard=raw.shard, uid=uid, reason=reason)
 
     try:
-        uid = label(raw.uid)
+        uid = label(raw.uid, "uid")
+        name = uid or name
+        group = label(raw.group, "group")
     except ValueError as error:
-        yield reject(f"the uid {error}", name)
-        return
-    name = uid or name
-    try:
-        group = label(raw.group)
-    except ValueError as error:
-        yield reject(f"the group {error}", name)
+        yield reject(str(error), name)
         return
     names = [pair_uid(name, i, only=len(raw.captions) == 1) for i in range(len(raw.captions))]
-    if not raw.image:
-        reason = raw.missing if raw.image is None else "the image is empty"
+    if not raw.image or not raw.captions:
+        reason = "the image has no caption" if raw.image else "the image is empty"
+        reason = raw.missing if raw.image is None else reason
         yield from (reject(reason, pair) for pair in names or [name])
         return
-    if not raw.captions:
-        yield reject("the image has no caption", name)
-        return
     usable: dict[int, str] = {}
-    problems: dict[int, str] = {}
+    rejections = []
     for position, caption in enumerate(raw.captions):
         try:
             usable[position] = clean_caption(caption)
         except RejectedCaption as error:
-            problems[position] = str(error)
+            rejections.append(reject(str(error), names[position]))
     if usable:
         chosen = _choose(list(usable), choice, f"{seed}:{uid or digest(raw.image).hex()}")
         yield Sample(
@@ -117,7 +111,7 @@ def assemble(raw: RawSample, choice: CaptionChoice = "all", seed: int = 0) -> It
             ref=raw.ref,
             positions=None if len(chosen) == len(raw.captions) else chosen,
         )
-    yield from (reject(reason, names[position]) for position, reason in problems.items())
+    yield from rejections
 
 
 def _choose(positions: list[int], choice: CaptionChoice, drawn_by: str) -> tuple[int, ...]:

@@ -65,7 +65,7 @@ def test_unusable_captions(raw: object, reason: str) -> None:
         ((None, None, None), []),
     ],
 )
-def test_the_first_source_that_says_anything_counts(
+def test_the_first_source_that_is_not_blank_counts(
     sources: tuple[object, ...], expected: list[object]
 ) -> None:
     assert original_captions(*sources) == expected
@@ -76,13 +76,13 @@ def test_the_first_source_that_says_anything_counts(
     [(None, None), ("", None), (float("nan"), None), (17, "17"), ("x", "x"), (b"x", "x")],
 )
 def test_labels(value: object, expected: str | None) -> None:
-    assert label(value) == expected
+    assert label(value, "uid") == expected
 
 
 @pytest.mark.parametrize("value", [["x"], {"a": 1}, b"\xff", "\ud83d"])
 def test_what_names_nothing_is_refused(value: object) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011 - also Python's own UnicodeDecodeError
-        label(value)
+    with pytest.raises(ValueError, match="the uid is not"):
+        label(value, "uid")
 
 
 def test_all_captions_are_one_sample() -> None:

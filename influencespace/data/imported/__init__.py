@@ -120,10 +120,10 @@ def _judge(
     rejections = []
     for i, value in enumerate(_column(table, _uid_column(table.schema.names, chunk, options)) or []):
         try:
-            uid = label(value)
+            uid = label(value, "uid")
             problem = "the pair has no uid" if uid is None else ""
         except ValueError as error:
-            uid, problem = None, f"the uid {error}"
+            uid, problem = None, str(error)
         for kind, norm in zip(("image", "text"), norms):
             if not problem and (norm[i] == 0 or not np.isfinite(norm[i])):
                 problem = f"the {kind} embedding is missing, incomplete, zero or not finite"
