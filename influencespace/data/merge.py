@@ -242,10 +242,7 @@ def _write_pairs(
     sharpness: npt.NDArray[np.float32],
 ) -> None:
     images, texts = (np.load(folder / name, mmap_mode="r") for name in ("images.npy", "texts.npy"))
-    with (
-        atomic_path(folder / "pairs.parquet") as aside,
-        pq.ParquetWriter(aside, PAIRS_SCHEMA) as writer,
-    ):
+    with atomic_path(folder / "pairs.parquet") as aside, pq.ParquetWriter(aside, PAIRS_SCHEMA) as writer:
         for start in range(0, len(order), BLOCK_PAIRS):
             rows = order[start : start + BLOCK_PAIRS]
             read = _gather(index_chunks, index.starts, rows)

@@ -31,6 +31,8 @@ from influencespace.data.synthetic.dirt import scene_at, view_at
 from influencespace.data.synthetic.scenes import (
     BACKGROUNDS,
     COLOURS,
+    PALETTE,
+    RADII,
     RARE_COLOURS,
     RARE_SHAPES,
     SHAPES,
@@ -88,13 +90,15 @@ def test_words_say_just_what_the_view_says(seed):
     view = choose_view(draw_scene(rng, rare=rng.random() < 0.5), rng)
     caption = f" {write_caption(view, rng).lower().rstrip('.')} "
     said = {view.background} | {word for group in view.groups for word in (group.size, group.colour)}
-    for meaning, synonyms in ADJECTIVES.items():
-        if meaning:  # "dark blue" is a background and no blue
-            text = caption if meaning == "navy" else caption.replace("dark blue", "")
-            assert any(f" {word} " in text for word in synonyms) == (meaning in said), (meaning, caption)
+    for meaning in (*RADII, *PALETTE, *BACKGROUNDS):
+        # "dark blue" is a background and no blue
+        text = caption if meaning == "navy" else caption.replace("dark blue", "")
+        words = ADJECTIVES.get(meaning, (meaning,))
+        assert any(f" {word} " in text for word in words) == (meaning in said), (meaning, caption)
     shapes = {group.shape for group in view.groups}
-    for shape, nouns in NOUNS.items():
-        assert any(f" {noun} " in caption for pair in nouns for noun in pair) == (shape in shapes), caption
+    for shape in (*SHAPES, *RARE_SHAPES, ""):
+        nouns = NOUNS.get(shape, (shape,))
+        assert any(f" {noun}{s} " in caption for noun in nouns for s in ("", "s", "es")) == (shape in shapes)
 
 
 RED = Group(count=2, size="small", colour="red", shape="star")

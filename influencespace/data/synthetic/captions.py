@@ -1,4 +1,4 @@
-"""Captions of scenes in two steps: what is said (a view: a scene with gaps), then in which words."""
+"""Captions of scenes in two steps: what is mentioned (a view: a scene with gaps), then in which words."""
 
 from __future__ import annotations
 
@@ -7,40 +7,31 @@ from random import Random
 
 from influencespace.data.synthetic.scenes import Group, Scene
 
-NOUNS: dict[str, tuple[tuple[str, str], ...]] = {  # singular, plural
-    "circle": (("circle", "circles"), ("disc", "discs"), ("dot", "dots")),
-    "square": (("square", "squares"), ("box", "boxes")),
-    "triangle": (("triangle", "triangles"),),
-    "star": (("star", "stars"),),
-    "diamond": (("diamond", "diamonds"), ("rhombus", "rhombuses")),
-    "cross": (("cross", "crosses"), ("plus sign", "plus signs")),
-    "ring": (("ring", "rings"), ("hoop", "hoops")),
-    "heart": (("heart", "hearts"),),
-    "crescent": (("crescent", "crescents"), ("moon", "moons")),
-    "": (("shape", "shapes"), ("object", "objects"), ("thing", "things")),
+# Words for each meaning; a meaning that is not listed is its own word.
+NOUNS = {
+    "circle": ("circle", "disc", "dot"),
+    "square": ("square", "box"),
+    "diamond": ("diamond", "rhombus"),
+    "cross": ("cross", "plus sign"),
+    "ring": ("ring", "hoop"),
+    "crescent": ("crescent", "moon"),
+    "": ("shape", "object", "thing"),
 }
-ADJECTIVES: dict[str, tuple[str, ...]] = {
+ADJECTIVES = {
     "small": ("small", "little", "tiny"),
     "large": ("large", "big", "huge"),
     "red": ("red", "red", "crimson"),
     "blue": ("blue", "blue", "azure"),
     "green": ("green", "green", "emerald"),
     "yellow": ("yellow", "yellow", "golden"),
-    "orange": ("orange",),
     "purple": ("purple", "violet"),
     "cyan": ("cyan", "turquoise"),
     "pink": ("pink", "pink", "rosy"),
-    "lime": ("lime",),
     "maroon": ("maroon", "burgundy"),
-    "teal": ("teal",),
     "lavender": ("lavender", "lilac"),
-    "white": ("white",),
-    "black": ("black",),
     "gray": ("gray", "grey"),
     "beige": ("beige", "cream"),
     "navy": ("navy", "dark blue"),
-    "brown": ("brown",),
-    "": ("",),
 }
 NUMBERS = {
     1: ("a", "a", "one", "a single"),
@@ -67,16 +58,7 @@ RELATIONS = {
     ),
     "": ("{a} and {b}", "{b} and {a}", "{a} together with {b}", "{b} with {a}"),
 }
-FRAMES = (
-    "{}",
-    "{}",
-    "{}",
-    "a picture of {}",
-    "an image of {}",
-    "a drawing of {}",
-    "this shows {}",
-    "we see {}",
-)
+FRAMES = (*3 * ("{}",), "a picture of {}", "an image of {}", "a drawing of {}", "this shows {}", "we see {}")
 GROUNDS = (
     "{what} on a {ground} background",
     "{what} on {ground}",
@@ -111,11 +93,11 @@ def choose_view(scene: Scene, rng: Random) -> Scene:
 
 
 def _leave_out(group: Group, rng: Random) -> Group:
-    said = replace(group, size=group.size if rng.random() < 0.6 else "")
+    mentioned = replace(group, size=group.size if rng.random() < 0.6 else "")
     chance = rng.random()
     if chance < 0.05:
-        return replace(said, colour="")
-    return replace(said, shape="") if chance < 0.1 else said
+        return replace(mentioned, colour="")
+    return replace(mentioned, shape="") if chance < 0.1 else mentioned
 
 
 def agrees(view: Scene, scene: Scene) -> bool:
@@ -132,12 +114,12 @@ def agrees(view: Scene, scene: Scene) -> bool:
     return in_order or all(map(_fits, view.groups, reversed(scene.groups)))
 
 
-def _fits(said: Group, group: Group) -> bool:
+def _fits(mentioned: Group, group: Group) -> bool:
     return (
-        said.count == group.count
-        and said.size in ("", group.size)
-        and said.colour in ("", group.colour)
-        and said.shape in ("", group.shape)
+        mentioned.count == group.count
+        and mentioned.size in ("", group.size)
+        and mentioned.colour in ("", group.colour)
+        and mentioned.shape in ("", group.shape)
     )
 
 
@@ -148,19 +130,24 @@ def write_caption(view: Scene, rng: Random) -> str:
     if len(phrases) == 2:
         what = rng.choice(RELATIONS[view.relation]).format(a=phrases[0], b=phrases[1])
     if view.background:
-        what = rng.choice(GROUNDS).format(what=what, ground=rng.choice(ADJECTIVES[view.background]))
+        what = rng.choice(GROUNDS).format(what=what, ground=_adjective(view.background, rng))
     text = rng.choice(FRAMES).format(what)
     return f"{text[0].upper()}{text[1:]}." if rng.random() < 0.2 else text
 
 
 def _noun_phrase(group: Group, rng: Random) -> str:
-    singular, plural = rng.choice(NOUNS[group.shape])
-    adjectives = (rng.choice(ADJECTIVES[group.size]), rng.choice(ADJECTIVES[group.colour]))
-    rest = " ".join(word for word in (*adjectives, singular if group.count == 1 else plural) if word)
+    noun = rng.choice(NOUNS.get(group.shape, (group.shape,)))
+    if group.count > 1:
+        noun += "es" if noun.endswith(("s", "x")) else "s"
+    rest = " ".join(filter(None, (_adjective(group.size, rng), _adjective(group.colour, rng), noun)))
     number = rng.choice(NUMBERS[group.count])
     if number == "a" and rest[0] in "aeiou":
         number = "an"
     return f"{number} {rest}"
+
+
+def _adjective(meaning: str, rng: Random) -> str:
+    return rng.choice(ADJECTIVES.get(meaning, (meaning,)))
 
 
 def write_boilerplate(rng: Random) -> str:

@@ -98,11 +98,7 @@ def _plan_scene(place: Place) -> Plan:
             captions.append(own_caption(place, position))
         truth.append(PairTruth(_pair_uid(place, position), kind == "wrong", kind, original))
     return Plan(
-        uid=place.uid,
-        content=scene_at(place),
-        captions=tuple(captions),
-        truth=tuple(truth),
-        painted=place,
+        uid=place.uid, content=scene_at(place), captions=tuple(captions), truth=tuple(truth), painted=place
     )
 
 

@@ -46,7 +46,7 @@ RADII = {"small": (4.2, 5.2), "large": (8.6, 10.0)}  # pixels; a large shape sti
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """`count` equal shapes; in a view of a scene (what a caption says), "" stands for what is left unsaid."""
+    """`count` equal shapes; in a view of a scene (what a caption mentions), "" stands for what is not mentioned."""
 
     count: int
     size: str
@@ -66,9 +66,9 @@ class Scene:
 def draw_scene(rng: Random, *, rare: bool) -> Scene:
     """A random scene; a rare one has a shape and colours of its own, to be learned from few examples."""
     pair = rng.random() < 0.6
-    groups = [_draw_group(rng, rare, most=3 if pair else 4)]
+    groups = [_draw_group(rng, rare, max_count=3 if pair else 4)]
     while pair and len(groups) < 2:
-        other = _draw_group(rng, rare, most=3)
+        other = _draw_group(rng, rare, max_count=3)
         if (other.colour, other.shape) != (groups[0].colour, groups[0].shape):
             groups.append(other)
     return Scene(
@@ -78,9 +78,9 @@ def draw_scene(rng: Random, *, rare: bool) -> Scene:
     )
 
 
-def _draw_group(rng: Random, rare: bool, most: int) -> Group:
+def _draw_group(rng: Random, rare: bool, max_count: int) -> Group:
     return Group(
-        count=rng.randint(1, most),
+        count=rng.randint(1, max_count),
         size=rng.choice(tuple(RADII)),
         colour=rng.choice(tuple(RARE_COLOURS if rare else COLOURS)),
         shape=rng.choice(RARE_SHAPES if rare else SHAPES),
