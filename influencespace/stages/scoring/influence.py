@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
-from influencespace.core.sequential import anytime_p, next_look, tightest_at
+from influencespace.core.sequential import anytime_p, next_sample_size, tightest_at
 from influencespace.core.strata import balance, means_by, shared_spread, stratified_sample
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, read_bucket, read_columns, write_columns
@@ -164,7 +164,7 @@ class InterimAnalysis:
         alpha = self.config.alpha
         p = anytime_p(scored.mean, spread, count, tightest_at(self.config.initial_samples, alpha))
         save_rows(self.folder / "p_values.npy", p)
-        wanted = next_look(scored.count, size, p, alpha, self.config.max_samples)
+        wanted = next_sample_size(scored.count, size, p, alpha, self.config.max_samples)
         more = stratified_sample(stratum, wanted, after=scored.count)
         # from what is scored, not from the file: a task may be begun again after it has written
         save_rows(self.folder / "sample.npy", np.concatenate([rows, more]))

@@ -212,7 +212,8 @@ class Job(Protocol):
         """A mergeable result."""
 
 
-def _key() -> str:
+def new_key() -> str:
+    """Of a job that is like no other."""
     return uuid.uuid4().hex
 
 
@@ -239,7 +240,7 @@ class FoldRange:
 
     statistic: Fold
     without_fold: int | None = None
-    key: str = field(default_factory=_key)
+    key: str = field(default_factory=new_key)
 
     def __call__(self, inputs: ScoringInputs, rows: RowRange) -> Any:
         chosen = np.arange(*rows)
@@ -256,7 +257,7 @@ class WriteRange:
     compute: Callable[[Any, int, int], Columns]
     table: str
     folder: Path
-    key: str = field(default_factory=_key)
+    key: str = field(default_factory=new_key)
 
     def __call__(self, inputs: HasBatches, rows: RowRange) -> int:
         compute = partial(self.compute, inputs)

@@ -1,7 +1,5 @@
-"""The trace stage: the training pairs behind the proxy's errors on queries, among the whole pool or by a stored index."""
+"""Tracing errors on queries back to training pairs, among the whole pool or by a stored index of projected gradients."""
 
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,15 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from influencespace.core.projection import TwoSided
-from influencespace.data.artifacts import Manifest, atomic_path, fingerprint, reopen
+from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import buckets_of
-from influencespace.engine.local import Engine, run_once, run_task
-from influencespace.engine.progress import progress
-from influencespace.estimators.ecif import curvature_of
+from influencespace.engine.local import run_task
+from influencespace.estimators.ecif import sketch_of
 from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.problem import Problem
 from influencespace.estimators.trace import (
@@ -39,8 +36,8 @@ from influencespace.estimators.trace import (
 from influencespace.models.gradients import Gradients
 from influencespace.models.projected import ReducedSpace, projected
 from influencespace.models.space import Inputs
-from influencespace.stages.finish import finish_stage, finished_stage
-from influencespace.stages.scoring.score import ScoringInputs, Span, Spans
+from influencespace.run import Details, Run, Stage, Workers
+from influencespace.stages.scoring.scoring import RowRange, ScoringInputs, new_key, scoring_pass
 
 IntArray = NDArray[np.int64]
 AT_ONCE = 8  # queries whose directions are held at a time
@@ -83,69 +80,75 @@ class Causes:
 
 
 def trace(
-    valued: ScoringInputs, queries: Inputs, config: TraceConfig, engine: Engine, index: Path | None = None
+    inputs: ScoringInputs,
+    queries: Inputs,
+    config: TraceConfig,
+    workers: Workers,
+    index: Path | None = None,
 ) -> list[Causes]:
     """Trace queries, given by embeddings (two (Q, D)), back to the pool: exact scores, whichever way pairs are looked for.
 
     Without an index the whole pool is scored, by one forward-mode pass for every AT_ONCE queries. With the folder of a
-    `gradient_index`, exact search in it names candidates, which are then scored. Raises InputError where a query has no
+    `GradientIndex`, exact search in it names candidates, which are then scored. Raises InputError where a query has no
     usable loss.
     """
-    problem = valued.problem()
-    sketch = curvature_of(problem, valued.curvature)
-    found: list[Causes] = []
-    for start in range(0, len(queries[0]), AT_ONCE):
-        part = queries[0][start : start + AT_ONCE], queries[1][start : start + AT_ONCE]
+    problem = inputs.problem(path=False)
+    sketch = sketch_of(problem, inputs.curvature)
+    causes: list[Causes] = []
+    for start, stop in buckets_of(len(queries[0]), AT_ONCE):
+        part = queries[0][start:stop], queries[1][start:stop]
         group = NegativeBatch(inputs=part, image=images_in_bank(problem.bank, part[0]))
-        directions = query_directions(problem, group, sketch, valued.curvature)
+        directions = query_directions(problem, group, sketch, inputs.curvature)
         tracer = make_tracer(problem, directions)
         candidates = config.top * CANDIDATES
         if index is None:
-            nearest = _scan(valued, tracer, candidates, config, engine)
+            nearest = _scan(inputs, tracer, candidates, config, workers)
         else:
             vectors = _reduced(problem, index).project(directions.sum(1).double())
-            nearest = _search(index, torch.cat([-vectors, vectors]), LOOKED_UP * candidates, engine)
-        job = Judge(valued=valued, tracer=tracer, nearest=nearest, candidates=candidates, top=config.top)
-        found += run_once(engine, job)
-    return found
+            nearest = _search(index, torch.cat([-vectors, vectors]), LOOKED_UP * candidates, workers)
+        job = Judge(inputs=inputs, tracer=tracer, nearest=nearest, candidates=candidates, top=config.top)
+        causes += workers.once(job)
+    return causes
 
 
 @dataclass(frozen=True)
-class ScanSpan:
-    """The candidates among some of the pairs, by their scores."""
+class ScanRange:
+    """Job: the candidates among a range of the pairs, by their scores."""
 
     tracer: Tracer
     count: int
+    key: str
 
-    def __call__(self, valued: ScoringInputs, span: Span) -> Candidates:
-        batch = valued.batch(span)
+    def __call__(self, inputs: ScoringInputs, rows: RowRange) -> Candidates:
+        batch = inputs.batch(np.arange(*rows))
         traced = self.tracer(batch.inputs, batch.image)
         return Candidates.among(both_ways(traced.score), batch.row, self.count)
 
 
 def _scan(
-    valued: ScoringInputs, tracer: Tracer, count: int, config: TraceConfig, engine: Engine
+    inputs: ScoringInputs, tracer: Tracer, count: int, config: TraceConfig, workers: Workers
 ) -> Candidates:
-    spans = list(buckets_of(len(valued.pool), config.bucket_size))
+    rows = len(inputs.pool)
+    spans = list(buckets_of(rows, config.bucket_size))
     with (
-        progress("trace", len(spans), "blocks") as bar,
-        engine.pool(Spans(valued), num_actors=min(engine.cores, len(spans))) as workers,
+        workers.progress(len(spans), "buckets") as bar,
+        scoring_pass(workers, inputs, config.bucket_size, rows) as scoring,
     ):
 
         def merge(left: Candidates, right: Candidates) -> Candidates:
             bar.advance(1)
             return left.merge(right)
 
-        found: Candidates = workers.fold(spans, merge, ScanSpan(tracer, count))
+        result: Candidates = scoring.pool.fold(spans, merge, ScanRange(tracer, count, new_key()))
         bar.advance(1)  # the first, which all others were merged into
-    return found
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
     """Task: exact scores of the candidates of every query, and the choice among them."""
 
-    valued: ScoringInputs
+    inputs: ScoringInputs
     tracer: Tracer
     nearest: Candidates
     candidates: int
@@ -155,7 +158,7 @@ class Judge:
         return [self._judge(query) for query in range(len(self.nearest.row) // 2)]
 
     def _judge(self, query: int) -> Causes:
-        pool, opposite = self.valued.pool, query + len(self.nearest.row) // 2
+        pool, opposite = self.inputs.pool, query + len(self.nearest.row) // 2
         rows = np.union1d(self.nearest.rows(query), self.nearest.rows(opposite))
         if not len(rows):
             return Causes(harmful=[], helpful=[])
@@ -181,76 +184,65 @@ def _cause(traced: Traced, query: int, column: int, row: int) -> Cause:
 
 
 @dataclass(frozen=True)
-class IndexSpan:
-    """Write the projected gradients of some of the pairs, those that a context can judge; returns how many were read."""
+class IndexRange:
+    """Job: write the projected gradients of a range of the pairs, those that a batch can judge; how many were read."""
 
     gradients: Gradients
     folder: Path
-    mark: str
+    key: str
 
-    def __call__(self, valued: ScoringInputs, span: Span) -> int:
-        start, stop = span
+    def __call__(self, inputs: ScoringInputs, rows: RowRange) -> int:
+        start, stop = rows
         path = shard_path(self.folder, start)
-        if _mark_of(path) != self.mark:
-            batch = valued.batch(span)
-            rows = self.gradients(batch.inputs, batch.image)
-            known = torch.isfinite(rows).all(1)
-            _save(
-                path, self.mark, {"gradient": rows[known].float(), "row": torch.from_numpy(batch.row)[known]}
-            )
+        if not path.exists():
+            batch = inputs.batch(np.arange(start, stop))
+            gradients = self.gradients(batch.inputs, batch.image)
+            known = torch.isfinite(gradients).all(1)
+            row = torch.from_numpy(batch.row)[known]
+            _save(path, {"gradient": gradients[known].float(), "row": row})
         return stop - start
 
 
-def gradient_index(
-    valued: ScoringInputs, inputs: dict[str, str], config: TraceConfig, out: Path, engine: Engine
-) -> Manifest:
-    """Store every pair's projected gradient, a shard for each block, for any number of later queries.
+@dataclass(frozen=True)
+class GradientIndex(Stage):
+    """Stores every pair's projected gradient, a shard for each bucket, for any number of later queries.
 
-    A shard holds `gradient` (n, k) and `row` (n,) of the pairs that some context can judge; sides.safetensors the
+    A shard holds `gradient` (n, k) and `row` (n,) of the pairs that some batch can judge; sides.safetensors the
     projection, because its eigenvectors computed elsewhere may have other signs.
     """
-    mark = fingerprint(
-        {
-            "stage": "gradient index",
-            "dimension": config.index_dimension,
-            "bucket_size": config.bucket_size,
-            "inputs": inputs,
-        }
-    )
-    if (done := finished_stage(out, mark)) is not None:
-        return done
-    began = time.monotonic()
-    reopen(out)
-    problem, sides = valued.problem(), out / SIDES
-    if _mark_of(sides) != mark:
-        for path in out.glob("*.safetensors"):  # of another config
-            path.unlink()
-        projections = index_space(problem, config.index_dimension).projections
-        _save(
-            sides,
-            mark,
-            {f"{i}.{side}": m for i, P in enumerate(projections) for side, m in (("A", P.A), ("B", P.B))},
-        )
-    gradients = indexed_gradients(problem, _reduced(problem, out))
-    rows = len(valued.pool)
-    spans = list(buckets_of(rows, config.bucket_size))
-    with (
-        progress("index", rows, "pairs") as bar,
-        engine.pool(Spans(valued), num_actors=min(engine.cores, len(spans))) as workers,
-    ):
 
-        def add(done: int, more: int) -> int:
-            bar.advance(more)
-            return done + more
+    config: TraceConfig
+    name = "trace/index"
+    needs = ("proxies",)
 
-        workers.fold(spans, add, IndexSpan(gradients, out, mark))
-        bar.advance(spans[0][1])  # which all others were added to
-    known = sum(len(load_rows(shard_path(out, start))) for start, _ in spans)
-    details = {"dimension": gradients.space.size, "without_gradient": rows - known}
-    manifest = Manifest(
-        stage="gradient index", fingerprint=mark, inputs=inputs, rows_in=rows, rows_out=rows, details=details
-    )
-    return finish_stage(out, manifest, began)
+    def settings(self, config: Any) -> Any:
+        return self.config.index_dimension, self.config.bucket_size, config.curvature, config.seed
+
+    def work(self, run: Run, workers: Workers) -> Details:
+        inputs, out = ScoringInputs.of(run), workers.folder
+        problem = inputs.problem(path=False)
+        if not (out / SIDES).exists():
+            sides = [p.matrices for p in index_space(problem, self.config.index_dimension).projections]
+            _save(
+                out / SIDES, {f"{i}.{side}": m for i, both in enumerate(sides) for side, m in zip("AB", both)}
+            )
+        gradients = indexed_gradients(problem, _reduced(problem, out))
+        rows = len(run.pool)
+        spans = list(buckets_of(rows, self.config.bucket_size))
+        with (
+            workers.progress(rows) as bar,
+            scoring_pass(workers, inputs, self.config.bucket_size, rows) as scoring,
+        ):
+
+            def add(done: int, more: int) -> int:
+                bar.advance(more)
+                return done + more
+
+            scoring.pool.fold(spans, add, IndexRange(gradients, out, new_key()))
+            bar.advance(spans[0][1])  # which all others were added to
+        known = sum(len(load_rows(shard_path(out, start))) for start, _ in spans)
+        details = {"dimension": gradients.space.size, "without_gradient": rows - known}
+        return Details(rows_in=rows, rows_out=rows, details=details)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,14 +262,14 @@ class SearchShard:
         return largest_products(shard["gradient"], shard["row"].numpy(), self.vectors, self.count)
 
 
-def _search(index: Path, vectors: Tensor, count: int, engine: Engine) -> Candidates:
+def _search(index: Path, vectors: Tensor, count: int, workers: Workers) -> Candidates:
     shards = sorted(index.glob("gradients-*.safetensors"))
-    tasks: Sequence[Any] = [SearchShard(path=path, vectors=vectors, count=count) for path in shards]
-    first, *others = engine.map(run_task, tasks, num_actors=engine.cores)
-    found: Candidates = first
+    tasks = [SearchShard(path=path, vectors=vectors, count=count) for path in shards]
+    first, *others = workers.engine.map(run_task, tasks, workers=workers.cores)
+    result: Candidates = first
     for other in others:
-        found = found.merge(other)
-    return found
+        result = result.merge(other)
+    return result
 
 
 def shard_path(folder: Path, start: int) -> Path:
@@ -300,15 +292,6 @@ def _reduced(problem: Problem, index: Path) -> ReducedSpace:
     return projected(problem.space, projections)
 
 
-def _save(path: Path, mark: str, tensors: dict[str, Tensor]) -> None:
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     with atomic_path(path) as aside:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, aside, {"mark": mark})
-
-
-def _mark_of(path: Path) -> str | None:
-    """What a stored file was computed from; None where there is none, or not a whole one."""
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("mark")
-    except (FileNotFoundError, SafetensorError):
-        return None
+        save_file({name: value.contiguous() for name, value in tensors.items()}, aside)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from influencespace.core.select import HARMFUL, SelectionConfig, Subset, margin_that_held, top_fraction
-from influencespace.core.sequential import surely_below_zero
+from influencespace.core.sequential import significantly_below_zero
 from influencespace.core.strata import Means, means_by
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, read_columns, write_columns
@@ -135,7 +135,7 @@ class WriteSelection:
             "pooled": scores.pooled.mean.reshape(-1),
             "pooled_se": np.sqrt(variance).reshape(-1),
             "p_value": scores.p_values,
-            "harmful": surely_below_zero(scored("influence").mean, scores.p_values, FALSE_DISCOVERIES),
+            "harmful": significantly_below_zero(scored("influence").mean, scores.p_values, FALSE_DISCOVERIES),
             "kept": means_by(leaf, subset.kept.astype(np.float64), leaves).mean,
         }
         names = [f"c{c:03d}/q{q:02d}" for c, q in zip(table["cluster"], table["quantile"])]
