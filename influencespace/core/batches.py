@@ -1,7 +1,7 @@
 """Which pairs share a batch: at most one pair an image, drawn from a seed, whatever the order on disk.
 
 A contrastive loss takes the other pairs of a batch as negatives; another caption of the same image would be a false
-one. Training batches, the bank's contexts and the target's contexts all follow this one rule.
+one. Training batches, negative batches and the batches of the target all follow this one rule.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +36,7 @@ def one_pair_an_image(order: IntArray, images: IntArray, size: int) -> Iterator[
 
 
 def weighted_order(weights: NDArray[np.float64], generator: np.random.Generator) -> IntArray:
-    """One epoch: each pair appears `weight` times in expectation (whole part surely, the rest by chance), shuffled.
+    """One epoch: each pair appears `weight` times in expectation (its whole part always, the rest by chance), shuffled.
 
     weights (N,) >= 0 -> (about sum of weights,) pair indices.
     """
@@ -70,7 +70,7 @@ def training_batches(
         waiting = order
         for batch in one_pair_an_image(order, images, size):
             if len(batch) < size:
-                break  # what waits has images that are in this one: all batches that follow are as small
+                break  # the waiting pairs have images that are in this one: all later batches are as small
             waiting = np.empty(0, np.int64)
             yield batch
             done += 1
@@ -88,9 +88,9 @@ def reweighted_batches(
     every: int,
     reweigh: Callable[[], NDArray[np.float64]],
 ) -> Iterator[IntArray]:
-    """`training_batches` whose weights are asked for anew after each `every` batches, when a new epoch begins.
+    """`training_batches` with new weights after each `every` batches, when a new epoch begins.
 
-    `reweigh` is called between two batches, once what came before has been used; not after the last.
+    `reweigh` is called between two batches, when those before have been used; not after the last.
     """
     for start in range(0, steps, every):
         if start:
@@ -102,29 +102,29 @@ def reweighted_batches(
 def disjoint_batches(
     images: IntArray, size: int, count: int, seed: int, weights: NDArray[np.float64] | None = None
 ) -> list[IntArray]:
-    """`count` disjoint contexts of `size` pairs, at most one pair an image in each, drawn by weight.
+    """`count` disjoint batches of `size` pairs, at most one pair an image over all of them, drawn by weight.
 
-    Where the pairs do not suffice, the contexts are as large as can be (at least two contexts are made).
+    Where the pairs do not suffice, the batches are as large as can be (at least two are made).
     Raises ValueError when there are fewer than four images with weight.
     """
     weights = np.ones(len(images)) if weights is None else weights
     usable = np.flatnonzero(weights > 0)
     available = len(np.unique(images[usable]))
     if available < 4:
-        raise ValueError(f"{available} image(s) have weight; two contexts of two pairs need four or more")
+        raise ValueError(f"{available} image(s) have weight; two batches of two pairs need four or more")
     generator = np.random.default_rng(seed)
     # Weighted sampling without replacement: sort by exponential clocks (Efraimidis and Spirakis 2006).
     clocks = generator.exponential(size=len(images))[usable] / weights[usable]
     order = usable[np.argsort(clocks, kind="stable")]
     _, first = np.unique(images[order], return_index=True)
-    order = order[np.sort(first)]  # one pair an image over the whole bank, so that contexts are independent
+    order = order[np.sort(first)]  # over the whole bank, so that batches are independent
     count = max(2, min(count, len(order) // size)) if len(order) >= 2 * size else 2
     size = min(size, len(order) // count)
     return [np.sort(order[k * size : (k + 1) * size]) for k in range(count)]
 
 
 def covering_batches(images: IntArray, size: int, seed: int) -> list[IntArray]:
-    """All pairs, each in one context of at most `size` pairs with distinct images; contexts of one round are of like size.
+    """All pairs, each in one batch of at most `size` pairs with distinct images; batches of one round are of similar size.
 
     Round r holds one pair, by seed, of every image that has more than r pairs. A lone pair is left out: a batch of one
     has no loss.
@@ -134,11 +134,11 @@ def covering_batches(images: IntArray, size: int, seed: int) -> list[IntArray]:
     by_image = order[np.argsort(images[order], kind="stable")]
     ordered = images[by_image]
     rounds = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
-    contexts = []
+    batches = []
     for r in range(int(rounds.max(initial=-1)) + 1):
         pairs = generator.permutation(by_image[rounds == r])
-        contexts += np.array_split(pairs, -(-len(pairs) // size))
-    return [np.sort(context) for context in contexts if len(context) > 1]
+        batches += np.array_split(pairs, -(-len(pairs) // size))
+    return [np.sort(batch) for batch in batches if len(batch) > 1]
 
 
 def folds_by_image(images: IntArray, count: int, seed: int) -> IntArray:

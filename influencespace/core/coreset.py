@@ -1,6 +1,6 @@
 """Choosing sets, where what a pair is worth depends on what is chosen already: coverage and coresets.
 
-Rows X (n, d) are of unit length, similarity is their cosine and distance is Euclidean. Orders list rows, the most wanted
+Rows X (n, d) are of unit length, similarity is their cosine and distance is Euclidean. Orders list rows, the best
 first, so that any size is a prefix. Ties go to the first row.
 """
 
@@ -18,7 +18,7 @@ FloatArray = NDArray[np.float64]
 def k_center(X: Tensor, size: int) -> IntArray:
     """Farthest first: each row is the one farthest from all before it (Gonzalez 1985; Sener and Savarese 2018): (size,).
 
-    Begins at the row nearest to the mean. Covers every row within twice the least possible radius. Time n x size x d.
+    Begins at the row nearest to the mean. Covers every row within twice the smallest possible radius. Time n x size x d.
     """
     size = _checked(X, size)
     chosen = [int(torch.argmax(X @ X.mean(0)))]
@@ -49,7 +49,7 @@ def diversity(X: Tensor, size: int) -> IntArray:
     At least 1 - 1/e of the best possible (Nemhauser et al. 1978). Time n^2 d at least: for tens of thousands of rows.
     """
     size = _checked(X, size)
-    covered = torch.full((len(X),), -1.0, dtype=X.dtype, device=X.device)  # the least a cosine can be
+    covered = torch.full((len(X),), -1.0, dtype=X.dtype, device=X.device)  # the minimum of a cosine
 
     def gain(row: int) -> float:
         return float((X @ X[row] - covered).clamp_min(0).sum())
@@ -78,7 +78,7 @@ def d2(
     forward: float | None = 1.0,
     reverse: float = 1.0,
 ) -> IntArray:
-    """D2 pruning: worth (n,) passed along the graph of nearest rows, then rows of most worth that are not alike: (size,).
+    """D2 pruning: worth (n,) passed along the graph of nearest rows, then rows of highest worth that are not alike: (size,).
 
     Each row first gathers its neighbours' scores by e^(-forward d^2); whatever is chosen then takes its score by
     e^(-reverse d^2) from its neighbours (Maharana et al. 2023, equations 3 and 4; their graph of distance d, one pass).
@@ -108,12 +108,12 @@ def nearest_rows(X: Tensor, count: int) -> tuple[IntArray, FloatArray]:
     rows = np.ascontiguousarray(X.cpu().numpy(), np.float32)
     index = faiss.IndexFlatIP(rows.shape[1])
     index.add(rows)
-    cosine, found = index.search(rows, count + 1)
+    cosine, nearest = index.search(rows, count + 1)
     # a row is its own nearest, but among exact copies not always the first
-    own = found == np.arange(len(rows))[:, None]
+    own = nearest == np.arange(len(rows))[:, None]
     own[~own.any(1), -1] = True
     shape = len(rows), count
-    return found[~own].reshape(shape), np.sqrt(np.maximum(2 - 2 * cosine[~own], 0)).reshape(shape).astype(
+    return nearest[~own].reshape(shape), np.sqrt(np.maximum(2 - 2 * cosine[~own], 0)).reshape(shape).astype(
         float
     )
 

@@ -35,12 +35,12 @@ def shrunken_group_means(values: FloatArray, group: Labels) -> FloatArray:
     Few samples make a group's loss look high by chance: the worst of many groups is mostly the smallest.
     """
     number, groups = _numbered(group)
-    found = means_by(number, values, groups)
+    raw = means_by(number, values, groups)
     centre = np.full(groups, values.mean())
-    between = between_variance(found, centre)
-    noise = np.where(found.count > 1, found.variance, np.inf)
+    between = between_variance(raw, centre)
+    noise = np.where(raw.count > 1, raw.variance, np.inf)
     trust = between / (between + noise) if between > 0 else np.zeros(groups)
-    shrunken: FloatArray = centre + trust * (found.mean - centre)
+    shrunken: FloatArray = centre + trust * (raw.mean - centre)
     return shrunken
 
 
@@ -58,7 +58,7 @@ def disadvantage(loss: FloatArray, group: Labels) -> FloatArray:
 def with_floors(kept: BoolArray, score: FloatArray, group: Labels, floor: float) -> BoolArray:
     """The kept pairs (n,) with as many brought back as each group (n,) needs to keep the share `floor`, at least, of its pairs.
 
-    Those of highest score (n,) are brought back first, so the least harmful; ties by order. Nothing that was kept goes. Raises
+    Those of highest score (n,) are brought back first, as the least harmful; ties by order. No kept pair is removed. Raises
     InputError where the floor is no share.
     """
     if not 0 <= floor <= 1:

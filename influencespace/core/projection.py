@@ -5,10 +5,11 @@ Sources: Johnson and Lindenstrauss 1984; Achlioptas 2003 (signs); LoGra, Choe et
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 GRANULE = 1024  # rows from one generator, so that the first rows do not depend on how many follow
@@ -27,7 +28,7 @@ def random_projection(
             f"a projection of shape {(size, dimension)} from seed {seed}, stream {stream}: sizes must be positive and seeds "
             "not negative"
         )
-    rows = []
+    rows: list[NDArray[Any]] = []
     for index, start in enumerate(range(0, size, GRANULE)):
         generator = np.random.default_rng([seed, stream, index])
         shape = min(GRANULE, size - start), dimension

@@ -1,4 +1,4 @@
-"""The axes along which influence is pooled: what can be seen of a pair without a gradient, each blind to some kind of dirt."""
+"""The axes along which influence is pooled: scores of a pair without a gradient, each blind to some kind of wrong pair."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,24 +16,24 @@ def standardised(values: FloatArray) -> FloatArray:
     return result
 
 
-def quality_axis(seen: FloatArray, held_out: FloatArray) -> FloatArray:
+def quality_axis(in_sample: FloatArray, out_of_fold: FloatArray) -> FloatArray:
     """Mean of two scores in units of their spread: by the proxy that trained on the pair and by one that did not.
 
     Either alone has a blind spot: the first has learned some of the wrong pairs, the second lacks the other captions of
     the pair's image. (n,), (n,) -> (n,), mean 0.
     """
-    return (standardised(seen) + standardised(held_out)) / 2
+    return (standardised(in_sample) + standardised(out_of_fold)) / 2
 
 
 def caption_images(image: IntArray, text: IntArray) -> FloatArray:
     """Logarithm of how many images of the pool have a pair's caption: (n,), (n,) -> (n,), 0 for a caption of its own.
 
-    Boilerplate matches no picture badly enough for a quality score to tell it; that many pictures share it does.
+    Boilerplate matches no image badly enough for a quality score to find it; the number of images that share it does.
     """
     pairs = np.unique(np.stack([text, image]), axis=1)
-    held, counts = np.unique(pairs[0], return_counts=True)
-    found: FloatArray = np.log(counts[np.searchsorted(held, text)])
-    return found
+    captions, counts = np.unique(pairs[0], return_counts=True)
+    images: FloatArray = np.log(counts[np.searchsorted(captions, text)])
+    return images
 
 
 def shared_captions(image: IntArray, text: IntArray) -> float:
@@ -46,8 +46,8 @@ def caption_axis(image: IntArray, text: IntArray) -> FloatArray:
 
     There a caption is the name of a class, and how many images have it is the size of the class.
     """
-    found = caption_images(image, text)
-    return found if (found > 0).mean() <= MAX_SHARED else np.full(len(found), np.nan)
+    images = caption_images(image, text)
+    return images if (images > 0).mean() <= MAX_SHARED else np.full(len(images), np.nan)
 
 
 def agreement(texts: NDArray[np.float32], image: IntArray) -> FloatArray:
@@ -57,5 +57,5 @@ def agreement(texts: NDArray[np.float32], image: IntArray) -> FloatArray:
     np.add.at(total, owner, texts)
     others = counts[owner] - 1
     cosines = np.einsum("nd,nd->n", total[owner] - texts, texts.astype(np.float64))
-    found: FloatArray = np.where(others > 0, cosines / np.maximum(others, 1), np.nan)
-    return found
+    mean: FloatArray = np.where(others > 0, cosines / np.maximum(others, 1), np.nan)
+    return mean

@@ -1,7 +1,7 @@
 """Duplicate pairs: image and text are both (near) copies of those of another pair. Greedy leader clustering (Hartigan 1975).
 
-Pairs come most wanted first; each joins the first leader that it is near to in both modalities, else it leads a group itself.
-So every member is near its own leader: connected components would chain through gradual changes and swallow a cluster.
+Pairs are ordered by worth, the best first. Each joins the first leader that it is near to in both modalities, else it leads a
+group itself. So every member is near its own leader; connected components would chain through gradual changes.
 """
 
 import numpy as np
@@ -27,15 +27,15 @@ def exact_leaders(image: IntArray, text: IntArray, worth: FloatArray) -> IntArra
 def near_leaders(images: Tensor, texts: Tensor, image: float, text: float, block: int = 1024) -> IntArray:
     """The first leader whose image has a cosine of `image` or more and whose text one of `text`, or the row itself: (n,).
 
-    Unit rows (n, Di), (n, Dt), the most wanted first. Time n x groups, memory block x groups; no block changes the result.
+    Unit rows (n, Di), (n, Dt), the best first. Time n x groups, memory block x groups; no block changes the result.
     """
 
     def near(rows: IntArray, others: IntArray) -> NDArray[np.bool_]:
         pictures, captions = images[rows] @ images[others].T, texts[rows] @ texts[others].T
-        found: NDArray[np.bool_] = (
+        both: NDArray[np.bool_] = (
             ((pictures >= image - ROUNDING) & (captions >= text - ROUNDING)).cpu().numpy()
         )
-        return found
+        return both
 
     leader = np.arange(len(images))
     leading = np.empty(0, np.int64)
@@ -59,22 +59,22 @@ def _join(leader: IntArray, rows: IntArray, leading: IntArray, near: NDArray[np.
     return rows[~joins]
 
 
-def halved(X: Tensor, most: int) -> list[IntArray]:
-    """Parts of at most `most` rows of X (n, d), halved again and again across their direction of greatest spread.
+def halved(X: Tensor, max_rows: int) -> list[IntArray]:
+    """Row sets of at most `max_rows` rows of X (n, d), halved again and again across their direction of greatest spread.
 
-    Near rows mostly stay together (principal direction divisive partitioning, Boley 1998, cut at the median). The rows of a part
+    Near rows mostly stay together (principal direction divisive partitioning, Boley 1998, cut at the median). The rows of a set
     keep their order.
     """
-    waiting, parts = [np.arange(len(X))], []
+    waiting, small = [np.arange(len(X))], []
     while waiting:
         rows = waiting.pop()
-        if len(rows) <= most:
-            parts.append(rows)
+        if len(rows) <= max_rows:
+            small.append(rows)
             continue
         order = np.argsort(_along_greatest_spread(X[torch.from_numpy(rows).to(X.device)]), kind="stable")
         middle = len(rows) // 2
         waiting += [rows[np.sort(order[middle:])], rows[np.sort(order[:middle])]]
-    return parts
+    return small
 
 
 def _along_greatest_spread(X: Tensor) -> FloatArray:

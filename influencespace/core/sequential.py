@@ -1,8 +1,8 @@
-"""When enough pairs of a stratum have been scored: anytime-valid p-values of its mean, however often one looks.
+"""When enough pairs of a stratum have been scored: anytime-valid p-values of its mean, for any number of interim analyses.
 
-A confidence interval that is looked at until it excludes zero excludes it sooner or later by chance (naive looks at 95 %
-decide a third of null strata wrongly). A confidence sequence holds at all sample sizes at once: Robbins' normal mixture,
-asymptotic in the sense of Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas (2024), equation 9,
+A confidence interval that is checked until it excludes zero excludes it sooner or later by chance (unadjusted interim analyses
+at 95 % decide a third of null strata wrongly). A confidence sequence holds at all sample sizes at once: Robbins' normal
+mixture, asymptotic in the sense of Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas (2024), equation 9,
 
     mean_t +- sd sqrt( 2 (t rho^2 + 1) / (t^2 rho^2) log( sqrt(t rho^2 + 1) / alpha ) ).
 """
@@ -15,39 +15,38 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 
-def tightest_at(count: float, level: float) -> float:
+def tightest_at(count: float, alpha: float) -> float:
     """The rho whose sequence is narrowest at `count` pairs (the same, equation 10, to first order)."""
-    wanted = -2 * np.log(level)
-    return float(np.sqrt((wanted + np.log(wanted) + 1) / count))
+    bound = -2 * np.log(alpha)
+    return float(np.sqrt((bound + np.log(bound) + 1) / count))
 
 
 def anytime_p(mean: FloatArray, spread: FloatArray, count: FloatArray, rho: float) -> FloatArray:
-    """The smallest level whose sequence excludes zero: means (S,) of `count` (S,) values, nan without any -> (S,) at most 1."""
+    """The smallest alpha whose sequence excludes zero: means (S,) of `count` (S,) values, nan without any -> (S,) at most 1."""
     grown = count * rho**2 + 1
     with np.errstate(divide="ignore", invalid="ignore"):
         z = mean / spread
         p = np.sqrt(grown) * np.exp(-((z * count * rho) ** 2) / (2 * grown))
-    found: FloatArray = np.where(np.isfinite(mean), np.minimum(np.nan_to_num(p, nan=1.0), 1.0), np.nan)
-    return found
+    return np.where(np.isfinite(mean), np.minimum(np.nan_to_num(p, nan=1.0), 1.0), np.nan)
 
 
-def surely_below_zero(mean: FloatArray, p: FloatArray, rate: float) -> NDArray[np.bool_]:
+def significantly_below_zero(mean: FloatArray, p: FloatArray, rate: float) -> NDArray[np.bool_]:
     """Which means (S,) are below zero at a false discovery rate over all of them: (S,) (Benjamini and Hochberg 1995).
 
-    A stratum without a p-value is not among them. Means above zero say nothing of this, however small their p: those that
-    surely help would else make it easier for the rest to seem harmful.
+    A stratum without a p-value is not among them. Means above zero are no evidence, however small their p: strata that
+    significantly help would otherwise make it easier for others to seem harmful.
     """
     known = np.isfinite(p)
-    found = np.zeros(len(p), bool)
+    below = np.zeros(len(p), bool)
     if known.any():
-        found[known] = false_discovery_control(np.where(mean[known] < 0, p[known], 1.0)) < rate
-    return found
+        below[known] = false_discovery_control(np.where(mean[known] < 0, p[known], 1.0)) < rate
+    return below
 
 
-def next_look(looked: IntArray, size: IntArray, p: FloatArray, level: float, budget: int) -> IntArray:
-    """How many pairs of each stratum are to be scored after another look (S,): twice as many while zero is not excluded.
+def next_sample_size(scored: IntArray, size: IntArray, p: FloatArray, alpha: float, limit: int) -> IntArray:
+    """Pairs of each stratum to score before the next interim analysis (S,): twice as many while zero is not excluded.
 
-    Never more than `budget`, nor than its `size` (S,); a stratum that is decided stays as it is.
+    Never more than `limit`, nor than its `size` (S,); a decided stratum stays as it is.
     """
-    undecided = ~(p < level)  # nan is undecided
-    return np.where(undecided, np.minimum(np.minimum(2 * looked, budget), size), looked)
+    undecided = ~(p < alpha)  # nan is undecided
+    return np.where(undecided, np.minimum(np.minimum(2 * scored, limit), size), scored)

@@ -15,7 +15,7 @@ IntArray = NDArray[np.int64]
 
 
 def quantile_of(quality: FloatArray, count: int) -> IntArray:
-    """Quantile 0 .. count-1 of each row by rank of quality (n,) -> (n,); equal values fall by their order."""
+    """Quantile 0 .. count-1 of each row by rank of quality (n,) -> (n,); equal values are ordered by their position."""
     ranks = np.empty(len(quality), np.int64)
     ranks[np.argsort(quality, kind="stable")] = np.arange(len(quality))
     return ranks * count // max(len(quality), 1)
@@ -47,8 +47,8 @@ def pairs_stood_for(stratum: IntArray, rows: IntArray) -> FloatArray:
     """How many pairs of its stratum (n,) each sampled row (m,) stands for: (m,). Strata without any stand for nothing."""
     sampled = stratum[rows]
     everywhere = np.bincount(stratum)
-    found: FloatArray = everywhere[sampled] / np.bincount(sampled, minlength=len(everywhere))[sampled]
-    return found
+    stood_for: FloatArray = everywhere[sampled] / np.bincount(sampled, minlength=len(everywhere))[sampled]
+    return stood_for
 
 
 def weighted_deviation(values: FloatArray, weight: FloatArray) -> float:
@@ -57,10 +57,10 @@ def weighted_deviation(values: FloatArray, weight: FloatArray) -> float:
     return float(np.sqrt(np.average((values - mean) ** 2, weights=weight)))
 
 
-def balance(seen: FloatArray, held_out: FloatArray, folds: int) -> FloatArray:
+def balance(in_sample: FloatArray, out_of_fold: FloatArray, folds: int) -> FloatArray:
     """T = (1 - a) I_in + a I_out, a = (K - 1) / (2 K): the influence integrated from weight 1 to weight 0."""
     a = (folds - 1) / (2 * folds)
-    return (1 - a) * seen + a * held_out
+    return (1 - a) * in_sample + a * out_of_fold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def means_by(group: IntArray, values: FloatArray, groups: int) -> Means:
 
 
 def spread_of_repeats(repeats: FloatArray) -> FloatArray:
-    """Squared standard error of a mean over repeats (R, G), e.g. target folds or contexts -> (G,); 0 for one repeat."""
+    """Squared standard error of a mean over repeats (R, G), e.g. target folds or negative batches -> (G,); 0 for one repeat."""
     if len(repeats) < 2:
         return np.zeros(repeats.shape[1])
     spread: FloatArray = repeats.var(axis=0, ddof=1) / len(repeats)
@@ -141,7 +141,7 @@ def smooth(mean: FloatArray, variance: FloatArray) -> Smoothed:
 
     A Bayesian cubic-spline-like smoother: second differences have a normal prior whose variance maximises the restricted
     likelihood (Speed and Yu 1993; Whittaker's smoother with its constant estimated). A straight line where the means
-    say no more than that, the means themselves where they are sharp.
+    support no more than that, the means themselves where they are sharp.
     """
     Q = len(mean)
     if Q < 4 or not np.median(variance) > 0:
@@ -196,7 +196,7 @@ def pool(values: FloatArray, cluster: IntArray, quantile: IntArray, clusters: in
     noise = np.where(empty, np.inf, leaf.variance)
     trust = tau2 / (tau2 + noise) if tau2 > 0 else np.zeros_like(noise)
     mean = above + trust * np.where(empty, 0.0, leaf.mean - above)
-    # a leaf's own noise, what is unknown of its departure from the parent, and the parent's noise
+    # a leaf's own noise, its unknown departure from the parent, and the parent's noise
     posterior = np.where(empty, tau2, trust * np.where(empty, 0.0, leaf.variance))
     variance = posterior + (1 - trust) ** 2 * np.tile(np.diag(parent.covariance), clusters)
     shape = (clusters, quantiles)

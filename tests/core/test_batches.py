@@ -63,7 +63,7 @@ def test_reweighted_batches_are_those_of_the_weights_at_the_time(every: int, ste
         asked.append(len(drawn))
         return np.where(images < 20, weights, 0.0)
 
-    for batch in batches.reweighted_batches(weights, images, 5, steps, 3, every, reweigh):
+    for batch in batches.reweighted_batches(weights, images, 5, steps, 3, every=every, reweigh=reweigh):
         drawn.append(batch)
     assert len(drawn) == steps
     assert asked == list(range(every, steps, every))

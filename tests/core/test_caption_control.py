@@ -1,4 +1,4 @@
-"""The caption_control's share is the planted share of wrong pairs."""
+"""The estimated share is the planted share of wrong pairs."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,12 @@ from influencespace.core.caption_control import caption_control
 
 
 def influences(wrong: float, n: int = 40_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Noisy influences (mean 1 if right, -2 if wrong), a quality that tells them apart, and a caption_control of wrong pairs."""
+    """Noisy influences (mean 1 if right, -2 if wrong), a quality that tells them apart, and permuted pairs."""
     generator = np.random.default_rng(0)
     is_wrong = generator.random(n) < wrong
-    held_out = np.where(is_wrong, -2.0, 1.0) + 3 * generator.normal(size=n)
+    out_of_fold = np.where(is_wrong, -2.0, 1.0) + 3 * generator.normal(size=n)
     quality = generator.normal(size=n) - 8 * is_wrong
-    return held_out, quality, -2 + 3 * generator.normal(size=n)
+    return out_of_fold, quality, -2 + 3 * generator.normal(size=n)
 
 
 @pytest.mark.parametrize("wrong", [0.0, 0.1, 0.3, 0.45])
@@ -33,7 +33,7 @@ def test_the_share_stays_a_share() -> None:
 
 
 def test_a_caption_control_that_is_no_worse_says_nothing() -> None:
-    held_out, quality, caption_control = influences(0.1, n=100)
-    assert caption_control(held_out, quality, caption_control + 100).estimated_wrong_share is None
-    without = caption_control(held_out, quality, caption_control[:0])
+    out_of_fold, quality, permuted = influences(0.1, n=100)
+    assert caption_control(out_of_fold, quality, permuted + 100).estimated_wrong_share is None
+    without = caption_control(out_of_fold, quality, permuted[:0])
     assert without.estimated_wrong_share is without.influence_permuted is None

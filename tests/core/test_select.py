@@ -56,7 +56,7 @@ def test_where_many_are_surely_harmful_some_less_sure_ones_go_along(
     score, se, _ = pairs
     config = SelectionConfig(max_false_discovery=rate)
     harmful = below_threshold(score, se, config)
-    sure = score + config.margin * se < 0
+    sure = score + config.margin_se * se < 0
     assert (harmful >= sure).all()
     assert not (harmful & (score >= 0)).any()
     with np.errstate(over="ignore"):
@@ -78,7 +78,7 @@ def test_the_more_are_surely_harmful_the_more_doubtful_ones_go_with_them() -> No
         assert only.sum() == sure
         held = margin_that_held(score, np.ones(len(score)), harmful, SelectionConfig())
         np.testing.assert_array_equal(harmful, score < -held + 1e-12 if gone else score < -held)
-        assert held == pytest.approx(SelectionConfig().margin if gone == 0 else -doubtful[gone - 1])
+        assert held == pytest.approx(SelectionConfig().margin_se if gone == 0 else -doubtful[gone - 1])
 
 
 def test_copies_of_a_harmful_pair_take_no_other_pair_along() -> None:
@@ -253,7 +253,7 @@ def test_the_top_fraction_has_its_size_and_no_better_row_outside(
         {"target_size": 1.1},
         {"max_weight": 0.5},
         {"temperature": 0},
-        {"margin": -1},
+        {"margin_se": -1},
         {"tau_low": float("nan")},
     ],
 )
@@ -264,7 +264,7 @@ def test_wrong_options_are_refused(wrong: dict[str, float]) -> None:
 
 @given(
     score=arrays(np.float64, 40, elements=st.floats(-1, 1)),
-    min_group_share=st.floats(0, 1),
+    floor=st.floats(0, 1),
     size=st.none() | st.floats(0.1, 1),
     seed=st.integers(0, 99),
 )
