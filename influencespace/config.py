@@ -2,18 +2,18 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field as plain_field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as options
 
 from influencespace.core.select import SelectionConfig
 from influencespace.data.artifacts import atomic_path
-from influencespace.errors import InputError
+from influencespace.errors import STRICT, InputError
 from influencespace.estimators.influence import CurvatureConfig
 from influencespace.stages.ingest.encode import EmbedConfig
 from influencespace.stages.ingest.shards import DataConfig
@@ -26,7 +26,7 @@ from influencespace.stages.training.evaluate import EvaluateConfig
 from influencespace.stages.training.train import TrainConfig
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
     """Everything that a run depends on; `config.yaml` in the run folder replays it.
 
@@ -55,6 +55,40 @@ ADVICE = {
     "tuple_type": "it should be a list, such as [a, b]",
     "dataclass_type": "it is a section: give its settings by their names",
 }
+RENAMED = {
+    "student": "proxy",
+    "attribute": "influence",
+    "curate": "selection",
+    "target": "curvature.target_folds",
+    "embed.keep_parts": "embed.keep_chunks",
+    "embed.read.seed": "seed",
+    "split.seed": "seed",
+    "proxy.seed": "seed",
+    "proxy.least_gain": "proxy.min_gain",
+    "proxy.most_doublings": "proxy.max_doublings",
+    "proxy.contexts": "proxy.negative_batches",
+    "proxy.block_size": "proxy.bucket_size",
+    "cluster.least_size": "cluster.min_cluster_size",
+    "cluster.block_size": "cluster.bucket_size",
+    "cluster.seed": "seed",
+    "redundancy.most": "redundancy.max_compared",
+    "curvature.seed": "seed",
+    "influence.first_look": "influence.initial_samples",
+    "influence.budget": "influence.max_samples",
+    "influence.level": "influence.alpha",
+    "influence.target_budget": "influence.target_samples",
+    "influence.placebo": "influence.control_samples",
+    "influence.form": "influence.options.form",
+    "influence.block_size": "influence.bucket_size",
+    "selection.margin": "selection.margin_se",
+    "selection.false_share": "selection.max_false_discovery",
+    "selection.cautious": "selection.conservative",
+    "selection.floor": "selection.min_group_share",
+    "selection.weights": "selection.weighting (confirmed is auto)",
+    "selection.groups": "selection.fairness (confirmed is auto, ignored is off)",
+    "selection.tau_high": "selection.temperature",
+}
+"""Settings of earlier versions, sections first: a setting within a renamed section is looked up by its new section."""
 
 
 def load_config(path: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -62,22 +96,58 @@ def load_config(path: Path | str | None = None, overrides: Mapping[str, Any] | N
 
     Override values that are strings are read as YAML, but where a setting is text they are taken as they are, unless
     they are a list, null or quoted: globs and URLs are odd YAML. Raises InputError for an unreadable file, an unknown key (naming
-    the nearest one) or a value that does not fit.
+    the nearest one, or what it is called now) or a value that does not fit.
     """
     tree = _merged(as_tree(RunConfig()), _read(path) if path is not None else {})
     for key, value in (overrides or {}).items():
         _set(tree, key, _parsed(key, value) if isinstance(value, str) else value)
-    _refuse_unknown(tree, RunConfig, "")
     try:
         return _ADAPTER.validate_python(tree)
     except ValidationError as error:
-        first, *others = error.errors()
-        key = _key_of(first)
-        # of a setting that may be one thing or another: what is wrong with it as each of them
-        said = dict.fromkeys(
-            ADVICE.get(one["type"], one["msg"]) for one in (first, *others) if _key_of(one) == key
-        )
-        raise InputError(f"config: {key} is {first['input']!r}: {'; or: '.join(said)}") from None
+        raise InputError(f"config: {_advice(error.errors())}") from None
+
+
+def _advice(errors: Sequence[Any]) -> str:
+    """What to change, of the first thing that is wrong; an unknown key comes before values that do not fit."""
+    first = next((one for one in errors if one["type"] == "unexpected_keyword_argument"), errors[0])
+    if first["type"] == "unexpected_keyword_argument":
+        return _unknown(list(map(str, first["loc"])), first["input"])
+    key = _key_of(first)
+    # of a setting that may be one thing or another: what is wrong with it as each of them
+    reasons = dict.fromkeys(ADVICE.get(one["type"], one["msg"]) for one in errors if _key_of(one) == key)
+    return f"{key} is {first['input']!r}: {'; or: '.join(reasons)}"
+
+
+def _unknown(names: list[str], value: Any) -> str:
+    """Why a key is none, and the nearest one or its new name."""
+    *sections, last = names
+    while isinstance(value, dict) and value:  # of a section that has another name: its first setting
+        name, value = next(iter(value.items()))
+        names = [*names, str(name)]
+    key = ".".join(names)
+    known = [field.name for field in dataclasses.fields(_kind_of(sections))]
+    if (new := _renamed(key)) is not None:
+        return f"{key} is called {new} now"
+    near = difflib.get_close_matches(last, known, 1)
+    prefix = "".join(f"{section}." for section in sections)
+    advice = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
+    return f"there is no {prefix}{last or '(an empty name)'}; {advice}"
+
+
+def _renamed(key: str) -> str | None:
+    """The name that a setting of an earlier version has now, or None where it had none."""
+    section, dot, rest = key.partition(".")
+    if section == "target":
+        return RENAMED["target"]
+    now = RENAMED.get(section, section) + dot + rest
+    new = RENAMED.get(now, now)
+    return None if new == key else new
+
+
+def _kind_of(sections: Sequence[str]) -> Any:
+    """The class of options at a path of sections."""
+    fields = list(_fields(sections))
+    return _dataclass_of(fields[-1][1]) if fields else RunConfig
 
 
 def _key_of(error: Any) -> str:
@@ -102,7 +172,7 @@ def _read(path: Path | str) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"config file {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config file {path} is no YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict | None):
         raise InputError(f"config file {path} holds a {type(tree).__name__}, not a mapping of sections")
     return tree or {}
@@ -153,19 +223,6 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise InputError(f"config: {key} cannot be set: {section} is no section")
     tree[last] = value
-
-
-def _refuse_unknown(tree: Any, kind: Any, prefix: str) -> None:
-    if not (dataclasses.is_dataclass(kind) and isinstance(tree, dict)):
-        return
-    hints = get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
-    for key, value in tree.items():
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, 1)
-            advice = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(names)}"
-            raise InputError(f"config: there is no {prefix}{key or '(an empty name)'}; {advice}")
-        _refuse_unknown(value, _dataclass_of(hints[key]), f"{prefix}{key}.")
 
 
 def _dataclass_of(hint: Any) -> Any:

@@ -1,4 +1,9 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""What is meant for the person at the keyboard: the one exception, and how options refuse what they do not know."""
+
+from pydantic import ConfigDict
+
+STRICT = ConfigDict(extra="forbid")
+"""Of every class of options: an unknown name is refused, not ignored."""
 
 
 class InputError(ValueError):

@@ -12,7 +12,7 @@ from scipy.special import ndtr, stdtrit
 from influencespace.core.additive import fit_additive
 from influencespace.core.fairness import with_floors
 from influencespace.core.strata import rank_within, weighted_deviation
-from influencespace.errors import InputError
+from influencespace.errors import STRICT, InputError
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -25,7 +25,7 @@ SAME_IMAGE = 0.5
 KEPT, HARMFUL, OVER_SIZE, REDUNDANT = "kept", "harmful", "over target size", "redundant"
 
 
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=STRICT)
 class SelectionConfig:
     """How scores become a subset. Scores are proportional to the fall of the target loss: higher is more worth keeping."""
 

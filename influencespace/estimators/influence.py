@@ -17,10 +17,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
+from influencespace.core.conjugate_gradients import Solution, conjugate_gradients
 from influencespace.core.contrastive import Objective, Pointwise, contrastive
 from influencespace.core.contrastive_influence import Tangents, influence, pointwise_influence, summarise
-from influencespace.core.conjugate_gradients import Solution, conjugate_gradients
 from influencespace.core.nystrom import Sketch, nystrom, probes
+from influencespace.errors import STRICT
 from influencespace.models.space import Inputs, Space
 
 IntArray = NDArray[np.int64]
@@ -28,7 +29,7 @@ Products = Callable[[Tensor], Tensor]
 """Maps rows (V, p) to the scaled curvature times each of them (V, p)."""
 
 
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=STRICT)
 class CurvatureConfig:
     """The Hessian's sketch and damping."""
 

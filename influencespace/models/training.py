@@ -12,10 +12,11 @@ from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.contrastive import Contrastive, contrastive_loss
+from influencespace.errors import STRICT
 from influencespace.models.heads import Heads
 
 
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=STRICT)
 class HeadsConfig:
     """How a proxy is trained; the retraining that judges uses the same."""
 

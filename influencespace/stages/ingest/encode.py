@@ -29,11 +29,11 @@ from influencespace.data.readers import read_shard
 from influencespace.data.schema import ReadOptions, Sample
 from influencespace.data.uids import digest
 from influencespace.engine.prefetch import prefetch
-from influencespace.errors import InputError
+from influencespace.errors import STRICT, InputError
 from influencespace.stages.ingest.index import ShardTask
 
 
-@validated_dataclass(frozen=True, kw_only=True)
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
 class EmbedConfig:
     """How pairs are read and embedded."""
 

@@ -11,14 +11,14 @@ from pydantic.dataclasses import dataclass as options
 from influencespace.data.artifacts import fingerprint
 from influencespace.data.readers import list_shards
 from influencespace.data.schema import Shard
-from influencespace.errors import InputError
+from influencespace.errors import STRICT, InputError
 
 ROLES = ("pool", "target", "test")
 # Shards whose size and date are looked up at once: object stores answer in some 50 ms.
 LOOKUPS = 32
 
 
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
     """Where the pairs are: paths, folders, globs or fsspec URLs of WebDataset tars, Parquet files, a COCO caption JSON or class
     folders."""

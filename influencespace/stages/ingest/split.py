@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass as options
 from influencespace.core.batches import folds_by_image
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.pair_set import PairSet
-from influencespace.errors import InputError
+from influencespace.errors import STRICT, InputError
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.ingest.shards import ROLES, roles_of
 
@@ -24,7 +24,7 @@ IntArray = NDArray[np.int64]
 MIN_IMAGES = 16
 
 
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=STRICT)
 class SplitConfig:
     """What is done where no target or no test set is given."""
 

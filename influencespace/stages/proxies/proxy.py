@@ -19,6 +19,7 @@ from torch import Tensor
 
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.pair_set import PairSet
+from influencespace.errors import STRICT
 from influencespace.estimators.influence import NegativeBatch
 from influencespace.models.heads import Heads
 from influencespace.models.training import HeadsConfig, Trained
@@ -28,7 +29,7 @@ ALL = "all"
 """The proxy of all pairs."""
 
 
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=STRICT)
 class ProxyConfig:
     """The proxies whose training influence explains."""
 

@@ -21,24 +21,27 @@ from influencespace.core.kmeans import (
     nearest,
     seed_centroids,
     split_centroids,
+    stable_level,
     step,
 )
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, buckets_of
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.local import Pool
+from influencespace.errors import STRICT
 from influencespace.models.fusion import FusionConfig, fuse
 from influencespace.run import Details, Run, Stage, Workers
 
 QUERY_SAMPLE = 4096  # pairs whose mean embedding is the query of attention pooling
 
 
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=STRICT)
 class ClusterConfig:
     """Semantic clusters of the pool."""
 
     k: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Clusters; `auto` doubles them until the Davies-Bouldin index settles."""
+    """Clusters; `auto` doubles them until the Davies-Bouldin index settles, and takes the level from which on it is stable, or
+    else the best one."""
     first: int = Field(default=4, ge=1)
     """Clusters of the first level of `auto`."""
     min_cluster_size: int = Field(default=800, ge=1)
@@ -151,8 +154,8 @@ def grow(pool: Pool, run: Run, rows: int) -> list[Level]:
         centroids, parent, spare = pool.run(seeding)
         centroids = refine(pool, centroids, spare, rows, config)
         index = davies_bouldin(centroids, pool.fold(spans, Assignment.merge, centroids))
-        before = levels[-1].davies_bouldin if levels else np.inf
         levels.append(Level(centroids=centroids, parent=parent, davies_bouldin=index))
+        before = levels[-2].davies_bouldin if len(levels) > 1 else np.inf
         settled = abs(index - before) < config.tolerance * before < np.inf
         if config.k != "auto" or settled or 2 * len(centroids) > limit:
             return levels
@@ -181,12 +184,14 @@ class Cluster(Stage):
         rows = workers.once(CountPairs(run.pool))
         with workers.pool(FoldWorker(run.pool, config.fusion), workers.cores) as pool:
             levels = grow(pool, run, rows)
-        chosen = levels[-1]
+        level = stable_level([one.davies_bouldin for one in levels], config.tolerance)
+        chosen = levels[level]
         assigned = AssignBucket(pool=run.pool, fusion=config.fusion, centroids=chosen.centroids)
         workers.table("clusters", assigned, rows, config.bucket_size)
         write_arrays(workers.folder, chosen, levels)
         details = {
             "k": len(chosen.centroids),
+            "level": level,
             "levels": [len(level.centroids) for level in levels],
             "davies_bouldin": [level.davies_bouldin for level in levels],
         }

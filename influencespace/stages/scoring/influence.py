@@ -16,6 +16,7 @@ from influencespace.core.sequential import anytime_p, next_sample_size, tightest
 from influencespace.core.strata import balance, means_by, shared_spread, stratified_sample
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, read_bucket, read_columns, write_columns
+from influencespace.errors import STRICT
 from influencespace.estimators.problem import Batch, Directional, Scorer
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.proxies.proxy import proxy_name
@@ -28,7 +29,7 @@ FloatArray = NDArray[np.float64]
 Kind = Literal["influence", "target", "caption_control"]
 
 
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=STRICT)
 class InfluenceConfig:
     """Which pairs are scored, and how."""
 

@@ -14,11 +14,12 @@ from pydantic.dataclasses import dataclass as options
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import open_bucket
 from influencespace.data.pair_set import PairSet
+from influencespace.errors import STRICT
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.scoring.scoring import ScoreColumn, ScoringInputs, make_estimator, scoring_pass
 
 
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=STRICT)
 class ScoreConfig:
     """Which estimator scores, and how."""
 

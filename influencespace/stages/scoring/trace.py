@@ -17,6 +17,7 @@ from influencespace.core.projection import TwoSided
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import buckets_of
 from influencespace.engine.local import run_task
+from influencespace.errors import STRICT
 from influencespace.estimators.ecif import sketch_of
 from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.problem import Problem
@@ -46,7 +47,7 @@ SIDES = "sides.safetensors"
 LOOKED_UP = 4  # in the index, for each candidate: an exact score then decides
 
 
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=STRICT)
 class TraceConfig:
     """How many pairs are wanted, and how they are looked for."""
 

@@ -16,6 +16,7 @@ from influencespace.core.redundancy import exact_leaders, halved, near_leaders
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, WriteBucket, read_bucket, read_columns, write_columns
 from influencespace.data.pair_set import PairSet
+from influencespace.errors import STRICT
 from influencespace.models.fusion import concatenation
 from influencespace.run import Details, Run, Stage, Workers
 
@@ -24,7 +25,7 @@ COPIES = "copies.parquet"
 MEAN_SAMPLE = 4096  # distinct images, and captions, whose mean is taken off
 
 
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=STRICT)
 class RedundancyConfig:
     """When a pair is a copy of another: both its image and its caption are."""
 

@@ -22,6 +22,7 @@ from influencespace.core.metrics import (
 )
 from influencespace.data.buckets import read_columns, write_columns
 from influencespace.data.pair_set import PairSet
+from influencespace.errors import STRICT
 from influencespace.models.heads import Heads
 from influencespace.models.training import HeadsConfig
 from influencespace.run import Details, Run, Stage, Workers
@@ -34,7 +35,7 @@ from influencespace.stages.selection.selection import weights_of
 FloatArray = NDArray[np.float64]
 
 
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=STRICT)
 class EvaluateConfig:
     """What is measured beside recall."""
 

@@ -7,6 +7,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
 from influencespace.engine.local import LocalEngine
+from influencespace.errors import STRICT
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.proxies.train_many import Column, Training, TrainProxy, train_many
 from influencespace.stages.selection.selection import DYNAMIC, METHODS, weights_of
@@ -14,7 +15,7 @@ from influencespace.stages.training.dynamic import DynamicTrainer
 from influencespace.stages.training.ray_train import train_by_ray
 
 
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """The retraining that judges."""
 
