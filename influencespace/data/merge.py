@@ -6,6 +6,7 @@ embeddings pass through in blocks, and every file is written front to back.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from influencespace.data.artifacts import atomic_path
 from influencespace.data.chunks import (
     DIGEST,
     Digests,
-    Embedded,
     digests_of,
     find,
     is_pair,
     read_embedded,
     read_index,
+    to_digests,
 )
 from influencespace.data.uids import digest
 
@@ -92,13 +93,40 @@ class _Distinct:
 class _Index:
     """All rows of all index chunks, in their order: digests and row numbers only."""
 
+    chunks: Sequence[Path]
+    starts: Rows  # (chunks + 1,) row at which each chunk begins
     pair: Mask  # False: rejected by the reader
     key: Digests  # the canonical order
     tie: Digests
     own: Mask
     image: Rows  # row of images.npy; -1: no embedding
     text: Rows
-    starts: Rows  # (chunks + 1,) where each chunk begins
+
+    @classmethod
+    def read(cls, chunks: Sequence[Path], images: _Distinct, texts: _Distinct) -> "_Index":
+        columns = []
+        for path in chunks:
+            table = read_index(path, ["key", "tie", "own", "image", "text", "reason"])
+            columns.append(
+                {
+                    "pair": is_pair(table),
+                    "key": digests_of(table["key"]),
+                    "tie": digests_of(table["tie"]),
+                    "own": pc.fill_null(table["own"], False).to_numpy(),
+                    "image": find(images.digests, digests_of(table["image"])),
+                    "text": find(texts.digests, digests_of(table["text"])),
+                }
+            )
+        starts = np.cumsum([0, *(len(some["key"]) for some in columns)])
+        return cls(chunks=chunks, starts=starts, **_joined(columns))
+
+    def take(self, rows: Rows, columns: Sequence[str] | None = None) -> Any:
+        """The table of these rows, in that order."""
+        pieces, places = [], []
+        for chunk, at, local in _by_chunk(rows, self.starts):
+            pieces.append(read_index(self.chunks[chunk], columns).take(pa.array(local)))
+            places.append(at)
+        return pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(places))))
 
 
 def merge(
@@ -115,17 +143,17 @@ def merge(
     """
     images = _write_embeddings(folder / "images.npy", embed_chunks, 0)
     texts = _write_embeddings(folder / "texts.npy", embed_chunks, 1)
-    index = _collect(index_chunks, images, texts)
+    index = _Index.read(index_chunks, images, texts)
     usable = index.pair & (index.image >= 0) & (index.text >= 0)
     if provided is not None:
         usable &= find(provided.keys, index.key) >= 0
     ordinals = _ordinals(index, usable)
     kept = usable & ~(index.own & (ordinals > 0))
-    keys = _renamed(index_chunks, index, np.where(kept, ordinals, 0))
+    keys = _renamed(index, np.where(kept, ordinals, 0))
     order = np.flatnonzero(kept)
     order = order[np.argsort(keys[order], kind="stable")]
-    _write_pairs(folder, index_chunks, index, order, ordinals, texts.truncated, images.sharpness)
-    _write_rejected(folder, index_chunks, index, kept, ordinals, images.reasons | texts.reasons, provided)
+    _write_pairs(folder, index, order, ordinals, images, texts)
+    _write_rejected(folder, index, kept, ordinals, images.reasons | texts.reasons, provided)
     return MergeReport(
         rows_in=len(kept),
         rows_out=pq.read_metadata(folder / "pairs.parquet").num_rows,
@@ -141,22 +169,29 @@ def merge(
 
 
 def _write_embeddings(path: Path, chunks: Sequence[Path], kind: int) -> _Distinct:
-    held, flags, rows = [np.zeros(0, DIGEST)], [np.zeros(0, bool)], [np.zeros(0, np.int64)]
-    sharpness = [np.zeros(0, np.float32)]
+    empty = {"digests": DIGEST, "truncated": bool, "sharpness": np.float32, "rows": np.int64}
+    columns: list[dict[str, Any]] = [{name: np.zeros(0, of) for name, of in empty.items()}]
     reasons: dict[bytes, str] = {}
     starts, dimension = [0], 0
     for source in chunks:
         embedded = read_embedded(source, kind)
         usable = np.array([reason is None for reason in embedded.reasons], bool)
-        held.append(embedded.digests[usable])
-        flags.append(embedded.truncated[usable])
-        sharpness.append(embedded.sharpness[usable])
-        rows.append(starts[-1] + np.flatnonzero(usable))
-        reasons |= _failures(embedded)
+        columns.append(
+            {
+                "digests": embedded.digests[usable],
+                "truncated": embedded.truncated[usable],
+                "sharpness": embedded.sharpness[usable],
+                "rows": starts[-1] + np.flatnonzero(usable),
+            }
+        )
+        failed = to_digests(embedded.digests[~usable]).to_pylist()
+        reasons |= zip(failed, (reason for reason in embedded.reasons if reason is not None))
         starts.append(starts[-1] + len(usable))
         dimension = dimension or embedded.embeddings.shape[1]
-    digests, first = np.unique(np.concatenate(held), return_index=True)
-    order = np.concatenate(rows)[first]
+    everything = _joined(columns)
+    first = np.unique(everything["digests"], return_index=True)[1]
+    distinct = {name: column[first] for name, column in everything.items()}
+    order = distinct.pop("rows")
     with atomic_path(path) as aside, aside.open("wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(order), dimension)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -167,41 +202,11 @@ def _write_embeddings(path: Path, chunks: Sequence[Path], kind: int) -> _Distinc
             for chunk, places, local in _by_chunk(some, np.array(starts)):
                 values[places] = read_embedded(chunks[chunk], kind).embeddings[local]
             file.write(values.data)
-    return _Distinct(
-        digests=digests,
-        truncated=np.concatenate(flags)[first],
-        sharpness=np.concatenate(sharpness)[first],
-        reasons=reasons,
-        dimension=dimension,
-    )
+    return _Distinct(**distinct, reasons=reasons, dimension=dimension)
 
 
-def _failures(embedded: Embedded) -> dict[bytes, str]:
-    names = embedded.digests.tobytes()
-    return {
-        names[16 * row : 16 * row + 16]: reason
-        for row, reason in enumerate(embedded.reasons)
-        if reason is not None
-    }
-
-
-def _collect(index_chunks: Sequence[Path], images: _Distinct, texts: _Distinct) -> _Index:
-    tables = [_digests_and_rows(path, images, texts) for path in index_chunks]
-    lengths = [len(table["key"]) for table in tables]
-    whole = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-    return _Index(**whole, starts=np.cumsum([0, *lengths]))
-
-
-def _digests_and_rows(path: Path, images: _Distinct, texts: _Distinct) -> dict[str, npt.NDArray[Any]]:
-    table = read_index(path, ["key", "tie", "own", "image", "text", "reason"])
-    return {
-        "pair": is_pair(table),
-        "key": digests_of(table["key"]),
-        "tie": digests_of(table["tie"]),
-        "own": pc.fill_null(table["own"], False).to_numpy(),
-        "image": find(images.digests, digests_of(table["image"])),
-        "text": find(texts.digests, digests_of(table["text"])),
-    }
+def _joined(columns: Sequence[dict[str, npt.NDArray[Any]]]) -> dict[str, npt.NDArray[Any]]:
+    return {name: np.concatenate([some[name] for some in columns]) for name in columns[0]}
 
 
 def _ordinals(index: _Index, usable: Mask) -> Rows:
@@ -217,14 +222,13 @@ def _ordinals(index: _Index, usable: Mask) -> Rows:
     return ordinals
 
 
-def _renamed(index_chunks: Sequence[Path], index: _Index, ordinals: Rows) -> Digests:
+def _renamed(index: _Index, ordinals: Rows) -> Digests:
     """The keys of all rows, with those of renamed copies made from their new uids."""
     keys = index.key.copy()
     copies = np.flatnonzero(ordinals)
-    for chunk, places, local in _by_chunk(copies, index.starts):
-        uids = read_index(index_chunks[chunk], ["uid"]).take(pa.array(local))["uid"].to_pylist()
-        names = _final_uids(uids, ordinals[copies[places]])
-        keys[copies[places]] = np.frombuffer(b"".join(digest(name.encode()) for name in names), DIGEST)
+    if len(copies):
+        names = _final_uids(index.take(copies, ["uid"])["uid"].to_pylist(), ordinals[copies])
+        keys[copies] = np.frombuffer(b"".join(digest(name.encode()) for name in names), DIGEST)
     return keys
 
 
@@ -233,27 +237,21 @@ def _final_uids(uids: Sequence[str], ordinals: Rows) -> list[str]:
 
 
 def _write_pairs(
-    folder: Path,
-    index_chunks: Sequence[Path],
-    index: _Index,
-    order: Rows,
-    ordinals: Rows,
-    truncated: Mask,
-    sharpness: npt.NDArray[np.float32],
+    folder: Path, index: _Index, order: Rows, ordinals: Rows, images: _Distinct, texts: _Distinct
 ) -> None:
-    images, texts = (np.load(folder / name, mmap_mode="r") for name in ("images.npy", "texts.npy"))
+    left, right = (np.load(folder / name, mmap_mode="r") for name in ("images.npy", "texts.npy"))
     with atomic_path(folder / "pairs.parquet") as aside, pq.ParquetWriter(aside, PAIRS_SCHEMA) as writer:
         for start in range(0, len(order), BLOCK_PAIRS):
             rows = order[start : start + BLOCK_PAIRS]
-            read = _gather(index_chunks, index.starts, rows)
+            read = index.take(rows)
             image, text = index.image[rows], index.text[rows]
             columns = {name: read[name] for name in read.column_names} | {
                 "uid": pa.array(_final_uids(read["uid"].to_pylist(), ordinals[rows])),
                 "image": pa.array(image),
                 "text": pa.array(text),
-                "clip_score": pa.array(_cosines(images, texts, image, text)),
-                "truncated": pa.array(truncated[text]),
-                "sharpness": pa.array(sharpness[image]),
+                "clip_score": pa.array(_cosines(left, right, image, text)),
+                "truncated": pa.array(texts.truncated[text]),
+                "sharpness": pa.array(images.sharpness[image]),
             }
             block = pa.table({name: columns[name] for name in PAIRS_SCHEMA.names})
             writer.write_table(block.cast(PAIRS_SCHEMA), row_group_size=BLOCK_PAIRS)
@@ -261,7 +259,6 @@ def _write_pairs(
 
 def _write_rejected(
     folder: Path,
-    index_chunks: Sequence[Path],
     index: _Index,
     kept: Mask,
     ordinals: Rows,
@@ -273,12 +270,12 @@ def _write_rejected(
         atomic_path(folder / "rejected.parquet") as aside,
         pq.ParquetWriter(aside, REJECTED_SCHEMA) as writer,
     ):
-        for chunk, start in enumerate(index.starts[:-1]):
-            rows = start + np.flatnonzero(~kept[start : index.starts[chunk + 1]])
-            lost = read_index(index_chunks[chunk], columns).take(pa.array(rows - start)).to_pylist()
-            for row, ordinal in zip(lost, ordinals[rows], strict=True):
-                row["reason"] = row["reason"] or _reason(row, int(ordinal), failures, provided)
-            writer.write_table(pa.Table.from_pylist(lost, schema=REJECTED_SCHEMA))
+        for start, stop in pairwise(index.starts):
+            if len(rows := start + np.flatnonzero(~kept[start:stop])):
+                rejected = index.take(rows, columns).to_pylist()
+                for row, ordinal in zip(rejected, ordinals[rows], strict=True):
+                    row["reason"] = row["reason"] or _reason(row, int(ordinal), failures, provided)
+                writer.write_table(pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA))
 
 
 def _reason(
@@ -293,21 +290,12 @@ def _reason(
     return unusable
 
 
-def _gather(index_chunks: Sequence[Path], starts: Rows, rows: Rows) -> Any:
-    """The rows of all index chunks at `rows`, in that order."""
-    pieces, places = [], []
-    for chunk, at, local in _by_chunk(rows, starts):
-        pieces.append(read_index(index_chunks[chunk]).take(pa.array(local)))
-        places.append(at)
-    return pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(places))))
-
-
 def _by_chunk(rows: Rows, starts: Rows) -> Iterator[tuple[int, Rows, Rows]]:
     """For each chunk that holds some of `rows`: the chunk, their places in `rows`, their rows in the chunk."""
     owner = np.searchsorted(starts, rows, side="right") - 1
     order = np.argsort(owner, kind="stable")
     chunks, first = np.unique(owner[order], return_index=True)
-    for chunk, places in zip(chunks, np.split(order, first[1:]) if len(chunks) else [], strict=True):
+    for chunk, places in zip(chunks, np.split(order, first[1:])):
         yield int(chunk), places, rows[places] - starts[chunk]
 
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass as validated_dataclass
 
+from influencespace.errors import STRICT
+
 PLACE = ("image_path", "image_offset", "image_length", "image_row")
 """Columns of a pair with the fields of its ImageRef."""
 
@@ -34,7 +36,7 @@ class Shard:
         return f"{self.index:05d}"
 
 
-@validated_dataclass(frozen=True, kw_only=True)
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
 class ReadOptions:
     """How pairs are taken from the samples of a shard."""
 

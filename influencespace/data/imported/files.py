@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from influencespace.data.images import open_parquet
 from influencespace.data.readers import filesystem_of, list_files
-from influencespace.errors import InputError
+from influencespace.errors import STRICT, InputError
 
 Floats = npt.NDArray[np.float32]
 Block = tuple[Any, Floats, Floats]
@@ -41,7 +41,7 @@ class ImportedChunk:
     """The .npy or .npz with the text embeddings."""
 
 
-@validated_dataclass(frozen=True, kw_only=True)
+@validated_dataclass(frozen=True, kw_only=True, config=STRICT)
 class ImportOptions:
     """How imported embeddings are read."""
 
