@@ -69,18 +69,13 @@ def label(value: object, what: str) -> str | None:
     return text
 
 
-def printable(text: str) -> str:
-    """`text` with what UTF-8 cannot hold replaced by question marks, so that any file can hold it."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def assemble(raw: RawSample, choice: CaptionChoice = "all", seed: int = 0) -> Iterator[Sample | Rejection]:
     """The Sample of the usable captions of `raw`, if any, then one Rejection for each unusable pair."""
-    name = printable(raw.key)
 
     def reject(reason: str, uid: str) -> Rejection:
         return Rejection(shard=raw.shard, uid=uid, reason=reason)
 
+    name = raw.key
     try:
         uid = label(raw.uid, "uid")
         name = uid or name

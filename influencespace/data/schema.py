@@ -93,3 +93,12 @@ class Rejection:
     uid: str
     """The data's own uid where it is known, else the key or row under which the file holds it."""
     reason: str
+
+    def __post_init__(self) -> None:
+        for name in ("uid", "reason"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
+
+
+def printable(text: str) -> str:
+    """`text` with what UTF-8 cannot hold replaced by question marks, so that any file can hold it."""
+    return text.encode("utf-8", "replace").decode()

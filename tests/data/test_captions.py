@@ -12,7 +12,6 @@ from influencespace.data.captions import (
     clean_caption,
     label,
     original_captions,
-    printable,
 )
 from influencespace.data.schema import CaptionChoice, ImageRef, Rejection, Sample
 from influencespace.data.uids import pair_uids
@@ -151,5 +150,6 @@ def test_every_pair_is_used_or_rejected_once(
         rejection.reason.encode()
 
 
-def test_printable_text_can_be_written() -> None:
-    assert printable("a\udcffb") == "a?b"
+def test_a_rejection_can_be_written_to_any_file() -> None:
+    rejection = Rejection(shard="s", uid="a\udcffb", reason="\ud83d")
+    assert (rejection.uid, rejection.reason) == ("a?b", "?")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from influencespace.data.imported import (
     EmbeddingBatch,
     ImportOptions,
-    list_parts,
+    list_chunks,
     read_chunk,
     read_imported_embeddings,
 )
@@ -222,7 +222,7 @@ def test_one_file_may_be_given(tmp_path: Path) -> None:
 def test_parts_are_recipes_for_workers(tmp_path: Path) -> None:
     for number in ("00", "01", "02"):
         write_clip_retrieval(tmp_path, vectors(), number)
-    parts = pickle.loads(pickle.dumps(list_parts(str(tmp_path))))
+    parts = pickle.loads(pickle.dumps(list_chunks(str(tmp_path))))
     assert len(parts) == 3
     assert all(sum(len(b.uids) for b in read_chunk(part)) == ROWS for part in parts)  # type: ignore[union-attr]
 

@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from influencespace.data.captions import label, printable
+from influencespace.data.captions import label
 from influencespace.data.imported.files import (
     Damaged,
     Floats,
     ImportedChunk,
     ImportOptions,
-    list_parts,
+    list_chunks,
     read_blocks,
 )
 from influencespace.data.readers.parquet import as_bytes, raise_unless_damage
-from influencespace.data.schema import ReadOptions, Rejection
+from influencespace.data.schema import ReadOptions, Rejection, printable
 from influencespace.data.uids import digest
 from influencespace.errors import InputError
 
-__all__ = ["EmbeddingBatch", "ImportOptions", "import_options", "list_parts", "read_imported_embeddings"]
+__all__ = ["EmbeddingBatch", "ImportOptions", "import_options", "list_chunks", "read_imported_embeddings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +52,12 @@ def read_imported_embeddings(
     """All pairs of a folder, file, glob or URL of embeddings, in batches, each uid once.
 
     A pair with a missing, zero or non-finite embedding, without a uid, or with the uid of an earlier one is a
-    Rejection. The uids seen are remembered, in about 100 bytes each. Raises InputError as `list_parts` and
+    Rejection. The uids seen are remembered, in about 100 bytes each. Raises InputError as `list_chunks` and
     `read_chunk` do, and when the chunks differ in dimension.
     """
     seen: set[bytes] = set()
     dimension = 0
-    for chunk in list_parts(path):
+    for chunk in list_chunks(path):
         for batch in read_chunk(chunk, options):
             if isinstance(batch, Rejection):
                 yield batch
@@ -87,7 +87,7 @@ def read_chunk(
             row += len(images)
     except (Damaged, EOFError, OSError, zipfile.BadZipFile, zlib.error, pa.ArrowException) as error:
         raise_unless_damage(error)
-        reason = printable(f"damaged, the rows from {row} on are lost: {error}")
+        reason = f"damaged, the rows from {row} on are lost: {error}"
         yield Rejection(shard=chunk.metadata, uid=f"row {row}", reason=reason)
 
 

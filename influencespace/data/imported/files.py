@@ -57,7 +57,7 @@ class Damaged(ValueError):
     """A file ends early or makes no sense; the message is the reason."""
 
 
-def list_parts(path: str) -> list[ImportedChunk]:
+def list_chunks(path: str) -> list[ImportedChunk]:
     """The chunks of a folder of clip-retrieval, of .npz beside .parquet (DataComp), or of .parquet alone.
 
     Raises InputError when nothing is found, or a chunk lacks one of its files.

@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec
 
-from influencespace.data.captions import RawSample, printable
+from influencespace.data.captions import RawSample
 from influencespace.data.images import escapes, read_image_file
 from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Shard
 from influencespace.errors import InputError
@@ -56,7 +56,7 @@ def read_coco(shard: Shard, options: ReadOptions) -> Iterator[RawSample | Reject
         image = annotations.images[position]
         if position in annotations.repeated:
             reason = "an earlier image of the file has the same id"
-            yield Rejection(shard=shard.path, uid=printable(str(image["id"])), reason=reason)
+            yield Rejection(shard=shard.path, uid=str(image["id"]), reason=reason)
         else:
             yield _raw_sample(shard, image, annotations, options)
     if stop == len(annotations.images):
@@ -64,7 +64,7 @@ def read_coco(shard: Shard, options: ReadOptions) -> Iterator[RawSample | Reject
         for key, captions in annotations.captions.items():
             if key not in known:
                 reason = f"{len(captions)} annotations name an image that the file does not list"
-                yield Rejection(shard=shard.path, uid=printable(str(key)), reason=reason)
+                yield Rejection(shard=shard.path, uid=str(key), reason=reason)
 
 
 def _raw_sample(

@@ -8,7 +8,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from influencespace.data.captions import RawSample, original_captions, printable
+from influencespace.data.captions import RawSample, original_captions
 from influencespace.data.images import (
     BATCH_ROWS,
     MAX_ENCODED_BYTES,
@@ -61,7 +61,8 @@ def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[RawSample | Rej
         except (pa.ArrowException, OSError) as error:
             raise_unless_damage(error)
             name = PurePosixPath(shard.path).name
-            yield _reject(shard, name, f"not a readable Parquet file: {error}")
+            reason = f"not a readable Parquet file: {error}"
+            yield Rejection(shard=shard.path, uid=name, reason=reason)
             return
         columns = _find_columns(parquet.schema_arrow, shard.path, options)
         starts = first_rows(parquet.metadata)
@@ -74,8 +75,8 @@ def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[RawSample | Rej
                     row += len(batch)
             except (pa.ArrowException, OSError) as error:
                 raise_unless_damage(error)
-                lost = f"rows {row} to {starts[group + 1] - 1} of a damaged row group are lost"
-                yield _reject(shard, f"row {row}", f"{lost}: {error}")
+                reason = f"rows {row} to {starts[group + 1] - 1} of a damaged row group are lost: {error}"
+                yield Rejection(shard=shard.path, uid=f"row {row}", reason=reason)
 
 
 def raise_unless_damage(error: Exception) -> None:
@@ -153,7 +154,3 @@ def _key(value: object, row: int) -> str:
     if value is None:
         return f"row {row}"
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def _reject(shard: Shard, uid: str, reason: str) -> Rejection:
-    return Rejection(shard=shard.path, uid=uid, reason=printable(reason))

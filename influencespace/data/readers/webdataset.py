@@ -17,7 +17,7 @@ from typing import IO, Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from influencespace.data.captions import RawSample, original_captions, printable
+from influencespace.data.captions import RawSample, original_captions
 from influencespace.data.images import MAX_ENCODED_BYTES, escapes
 from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Shard
 
@@ -50,11 +50,10 @@ def read_webdataset(shard: Shard, options: ReadOptions) -> Iterator[RawSample | 
             try:
                 yield _read_sample(file, shard, key, group, options)
             except _BadSample as error:
-                yield Rejection(shard=shard.path, uid=printable(key), reason=printable(str(error)))
+                yield Rejection(shard=shard.path, uid=key, reason=str(error))
     if problem:
-        uid = printable(_key(members[-1])) if members else PurePosixPath(shard.path).name
-        reason = printable(f"broken tar, the rest is lost: {problem}")
-        yield Rejection(shard=shard.path, uid=uid, reason=reason)
+        uid = _key(members[-1]) if members else PurePosixPath(shard.path).name
+        yield Rejection(shard=shard.path, uid=uid, reason=f"broken tar, the rest is lost: {problem}")
 
 
 def index_tar(file: BinaryIO) -> tuple[list[tarfile.TarInfo], str]:

@@ -25,7 +25,7 @@ from influencespace.data.chunks import (
 from influencespace.data.imported import (
     EmbeddingBatch,
     import_options,
-    list_parts,
+    list_chunks,
     read_imported_embeddings,
 )
 from influencespace.data.merge import MergeReport, ProvidedEmbeddings, merge
@@ -40,7 +40,7 @@ CHUNK_PAIRS = 32_768
 
 def imported_identity(path: str) -> dict[str, str]:
     """The fingerprint of the files that hold embeddings; raises InputError where there are none."""
-    files = {name for part in list_parts(path) for name in (part.metadata, part.images, part.texts) if name}
+    files = {name for part in list_chunks(path) for name in (part.metadata, part.images, part.texts) if name}
     return {"embeddings": fingerprint([file_version(name) for name in sorted(files)])}
 
 
