@@ -1,6 +1,8 @@
-"""Shared by all tests: one thread for torch (the machines have two cores), real data where it can be found."""
+"""Shared by all tests: one thread for torch (the machines have two cores), one Ray, real data where it can be found."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ settings.load_profile("fixed")
 torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data, or a skip that says where it was looked for."""
-    folder = Path(os.environ.get("INFLUENCESPACE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    folder = Path(os.environ.get("INFLUENCESPACE_DATA", TESTS.parents[1] / "shared" / "data"))
     if not (folder / "flickr8k").is_dir():
         pytest.skip(f"no real data in {folder}; set INFLUENCESPACE_DATA")
     return folder
@@ -41,8 +44,31 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     FitEncoder(shards=str(folder / "world" / "pretrain"), out=folder / "encoder", steps=3, seed=0)()
     small: dict[str, Any] = {"proxy.train.batch_size": 24, "proxy.train.steps": 10}
     small |= {"proxy.choose_steps": False, "proxy.folds": 2, "train.seeds": [0]}
-    small |= {"train.methods": ["curated"], "curate.weights": "influence", "curate.target_size": 0.8}
+    small |= {"train.methods": ["curated"], "selection.weighting": "influence", "selection.target_size": 0.8}
     roles = {f"data.{role}": str(folder / "world" / role) for role in ("pool", "target", "test")}
     config = load_config(None, small | roles | {"embed.encoder": str(folder / "encoder")})
-    pipeline.run(config, folder / "run", LocalEngine())
+    pipeline.curate(config, folder / "run", LocalEngine())
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def ray_engine() -> Iterator[Any]:
+    """One RayEngine for all tests of a process, of 8 logical CPUs, with its own home and a short temporary folder."""
+    from influencespace.engine.session import start_ray
+
+    with tempfile.TemporaryDirectory(prefix="is-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        environment = {"HOME": folder, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled"}
+        # Workers unpickle the factories of the tests by the name of their module.
+        rooms = [str(path) for path in (TESTS, *TESTS.iterdir()) if path.is_dir()]
+        environment["PYTHONPATH"] = os.pathsep.join([*rooms, os.environ.get("PYTHONPATH", "")])
+        before = {name: os.environ.get(name) for name in [*environment, "RAY_ADDRESS"]}
+        os.environ.pop("RAY_ADDRESS", None)
+        os.environ.update(environment)
+        try:
+            with start_ray(num_cpus=8) as engine:
+                yield engine
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value

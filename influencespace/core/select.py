@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass as options
 from scipy.special import ndtr, stdtrit
 
@@ -61,6 +61,11 @@ class SelectionConfig:
     """Temperature of `influence` weights in standard deviations: larger is nearer to uniform. `auto` finds its own."""
     max_weight: float = Field(default=5.0, ge=1)
     """Cap of a weight."""
+
+    @field_validator("fairness", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # as YAML reads it
 
     @property
     def serves_groups(self) -> bool:

@@ -93,7 +93,7 @@ def head(ray_environment: dict[str, str]) -> Iterator[Head]:
         ),
         *(f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
         *(f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={exporter}"),
-        *(f"--engine-env-agent-port={runtime_env}", f"--temp-dir={folder}"),
+        *(f"--runtime-env-agent-port={runtime_env}", f"--temp-dir={folder}"),
         *("--num-cpus=2", f"--object-store-memory={OBJECT_STORE}", "--disable-usage-stats"),
     ]
     log = folder / "head.log"

@@ -18,7 +18,7 @@ from influencespace.core.select import SelectionConfig, capped_weights
 from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import InputError
-from influencespace.estimators.similarity import neg_clip_loss
+from influencespace.estimators.filters import neg_clip_loss
 from influencespace.models.gradients import PairGradients
 from influencespace.models.heads import Heads
 from influencespace.models.space import Space

@@ -12,7 +12,7 @@ from planted import plant
 from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import InputError
-from influencespace.estimators.similarity import clip_score, neg_clip_loss
+from influencespace.estimators.filters import clip_score, neg_clip_loss
 from influencespace.stages.proxies.proxies import Proxy, TargetHalves, image_folds, proxy_name, train_subset
 
 FOLDS = (None, 0, 1, 2)

@@ -17,7 +17,7 @@ from influencespace.core.strata import rank_within
 from influencespace.data.artifacts import read_manifest, write_manifest
 from influencespace.data.buckets import read_columns, write_columns
 from influencespace.errors import InputError
-from influencespace.estimators.similarity import random_score
+from influencespace.estimators.filters import random_score
 from influencespace.stages.selection.evidence import Scores, decide
 from influencespace.stages.selection.selection import METHODS, KeptRows, rule_of
 
