@@ -88,17 +88,11 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """Every number of the table of a finished run; raises InputError where it is not finished."""
-        try:
-            summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(
-                f"{self.folder} holds no finished run (no summary.json): run `influencespace run` with this folder first, or "
-                "check the path"
-            ) from None
-        return summary
+        return read_summary(self.folder)
 
     def curated(self) -> pa.Table:
-        """The decision on every pair of a finished run: uid, kept, weight (mean 1 over the kept), score, score_se, stratum, reason.
+        """The decision on every pair of a finished run: uid, kept, weight (mean 1 over the kept), score, its standard error
+        score_se, stratum, reason.
 
         Raises InputError where the run is not finished.
         """
@@ -111,11 +105,33 @@ class Run:
         return self.folder / "report.html"
 
     def export(self, to: str, out: Path | str, *, shard_size: int = 10_000) -> Manifest:
-        """Write the kept pairs into a folder as `npy` (DataComp), `webdataset` or `parquet`; raises InputError for other names."""
+        """Write the kept pairs into a folder as `npy` (DataComp), `webdataset` or `parquet`, `shard_size` of them a file.
+
+        Raises InputError for another format, a folder that holds other files and a run that is not finished.
+        """
         from influencespace.data.exports import export
 
-        self.summary()
-        return export(self.folder, to, Path(out), shard_size=shard_size)
+        summary = self.summary()
+        kept = round(summary["kept_fraction"] * summary["rows"]["pool"])
+        with progress("export", kept, "pairs") as bar:
+            return export(self.folder, to, out, shard_size=shard_size, advance=bar.advance)
+
+
+def read_summary(run: Path | str) -> dict[str, Any]:
+    """`summary.json` of a finished run's folder; raises InputError where there is none, or a damaged one."""
+    path = Path(run) / "summary.json"
+    try:
+        summary = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{run} holds no finished run (no summary.json). Is it mistyped? A run that was interrupted is finished by the "
+            "command that began it."
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): remove it and run again") from None
+    if not isinstance(summary, dict):
+        raise InputError(f"{path} is damaged (an object is expected): remove it and run again")
+    return summary
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """What a run found, shown to people: a page, a table in the terminal, a table for documents. Artifacts only."""
 
 from influencespace.report.page import write_report
-from influencespace.report.table import markdown_table, print_summary, read_summary, summary_table
+from influencespace.report.table import markdown_table, print_summary, summary_table
 
-__all__ = ["markdown_table", "print_summary", "read_summary", "summary_table", "write_report"]
+__all__ = ["markdown_table", "print_summary", "summary_table", "write_report"]

@@ -18,6 +18,7 @@ from influencespace.errors import InputError
 from influencespace.report import charts, numbers, strata, table
 from influencespace.report.findings import findings, title
 from influencespace.report.pictures import BATCH_ROWS, examples
+from influencespace.run import read_summary
 
 REPORT = "report.html"
 ROLES = ("pool", "target", "test")
@@ -60,7 +61,7 @@ def _environment() -> Environment:
 
 
 def _content(run: Path) -> dict[str, Any]:
-    summary, curated = table.read_summary(run), run / "curated.parquet"
+    summary, curated = read_summary(run), run / "curated.parquet"
     if not curated.is_file():
         raise InputError(f"{run} has no curated.parquet: run the same command again to finish the run")
     selection = _best_round(run, summary) / "selection"

@@ -1,17 +1,13 @@
 """The table of methods for terminals, documents and the page. Its columns are declared once, in COLUMNS."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from influencespace.errors import InputError
 from influencespace.report.findings import Method, Summary, Verdict, findings, methods, title, verdict
 from influencespace.report.numbers import MISSING, count, interval, number, percent, seconds, signed
 
@@ -87,23 +83,6 @@ def rows(
     records = methods(summary)
     known = [c for c in columns if any(c.cell(method).text not in ("", MISSING) for method in records)]
     return [c.heading for c in known], [(method, [c.cell(method) for c in known]) for method in records]
-
-
-def read_summary(run: Path | str) -> dict[str, Any]:
-    """`summary.json` of a finished run; raises InputError when there is none."""
-    path = Path(run) / "summary.json"
-    try:
-        summary = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{run} holds no finished run (no summary.json). Is it mistyped? "
-            "A run that was interrupted is finished by the command that began it."
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): remove it and run again") from None
-    if not isinstance(summary, dict):
-        raise InputError(f"{path} is damaged (an object is expected): remove it and run again")
-    return summary
 
 
 def summary_table(summary: Summary, *, wide: bool = False) -> Table:
