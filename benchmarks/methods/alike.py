@@ -4,14 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.arrays import BoolArray, FloatArray, IntArray
 from influencespace.core.kmeans import unit_rows
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 
 
 def semdedup(X: Tensor, cluster: IntArray, threshold: float) -> BoolArray:

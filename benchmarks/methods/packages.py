@@ -1,4 +1,4 @@
-"""Other packages on the problem of `digits`: each method a function from what is given to all of them to its scores.
+"""Other packages on the problem of `digits`: each method a function from a trained classifier to its scores.
 
 Scores are (pool, target samples), positive = training on the sample lowers the loss of the target sample (or raises its
 margin, for TRAK). A package is imported where it is used, and need not be there.
@@ -16,17 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from study import FloatArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.arrays import FloatArray
 
 Samples = tuple[Tensor, Tensor]  # pixels (n, 64), labels (n,)
 State = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProvidedEmbeddings:
+class TrainedClassifier:
     """A trained classifier and what it was trained on, without anything of ours."""
 
     make: Callable[[], nn.Module]
@@ -60,7 +61,7 @@ class Peer:
 
     package: str
     """As it is imported."""
-    score: Callable[[ProvidedEmbeddings], FloatArray]
+    score: Callable[[TrainedClassifier], FloatArray]
     output: str = "loss"
     """What of a target sample is explained: its `loss`, or TRAK's `margin`."""
 
@@ -88,11 +89,8 @@ def loader(samples: Samples, batch: int | None = None) -> Any:
     return DataLoader(TensorDataset(*samples), batch_size=batch or len(samples[1]), shuffle=False)
 
 
-# dattri
-
-
 def dattri_task(
-    given: ProvidedEmbeddings, value: Callable[[Tensor, Tensor], Tensor], states: list[State]
+    given: TrainedClassifier, value: Callable[[Tensor, Tensor], Tensor], states: list[State]
 ) -> Any:
     """An attribution task for a value of logits (n, K) and labels (n,), whatever dimensions a batch comes in."""
     from dattri.task import AttributionTask
@@ -113,7 +111,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return ((logits * right).sum(-1) - others).mean()
 
 
-def dattri_tracin(given: ProvidedEmbeddings, path: bool, normalized: bool = False) -> FloatArray:
+def dattri_tracin(given: TrainedClassifier, path: bool, normalized: bool = False) -> FloatArray:
     from dattri.algorithm.tracin import TracInAttributor
 
     kept = given.checkpoints if path else [(given.state, 1.0)]
@@ -126,17 +124,19 @@ def dattri_tracin(given: ProvidedEmbeddings, path: bool, normalized: bool = Fals
     return array(attributor.attribute(loader(given.pool), loader(given.target)))
 
 
-def dattri_influence(given: ProvidedEmbeddings, solver: str, **options: Any) -> FloatArray:
+def dattri_influence(given: TrainedClassifier, solver: str, damping: str) -> FloatArray:
     from dattri.algorithm import influence_function
 
+    option = "damping" if solver == "EKFAC" else "regularization"
     attributor = getattr(influence_function, f"IFAttributor{solver}")(
-        task=dattri_task(given, nn.functional.cross_entropy, [given.state]), **options
+        task=dattri_task(given, nn.functional.cross_entropy, [given.state]),
+        **{option: getattr(given, damping)},
     )
     attributor.cache(loader(given.pool))
     return array(attributor.attribute(loader(given.pool), loader(given.target)))
 
 
-def dattri_trak(given: ProvidedEmbeddings, dimension: int | None) -> FloatArray:
+def dattri_trak(given: TrainedClassifier, dimension: int | None) -> FloatArray:
     """In so many dimensions without a ridge, or whole with the ridge."""
     from dattri.algorithm.trak import TRAKAttributor
 
@@ -159,10 +159,7 @@ def dattri_trak(given: ProvidedEmbeddings, dimension: int | None) -> FloatArray:
     return array(attributor.attribute(loader(given.target)))
 
 
-# traker
-
-
-def traker_trak(given: ProvidedEmbeddings, dimension: int | None) -> FloatArray:
+def traker_trak(given: TrainedClassifier, dimension: int | None) -> FloatArray:
     """In so many dimensions without a ridge, or whole with the ridge."""
     from trak import TRAKer
     from trak.projectors import NoOpProjector
@@ -191,10 +188,7 @@ def traker_trak(given: ProvidedEmbeddings, dimension: int | None) -> FloatArray:
         return array(np.array(traker.finalize_scores("target")))
 
 
-# kronfluence
-
-
-def kronfluence_ekfac(given: ProvidedEmbeddings, damping: float | None) -> FloatArray:
+def kronfluence_ekfac(given: TrainedClassifier, damping: str | None) -> FloatArray:
     """Its Fisher matrix is over labels drawn from the model, by a fixed seed; None: its own heuristic damping."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
@@ -233,22 +227,19 @@ def kronfluence_ekfac(given: ProvidedEmbeddings, damping: float | None) -> Float
             train_dataset=pool,
             per_device_query_batch_size=100,
             per_device_train_batch_size=250,
-            score_args=ScoreArguments(damping_factor=damping),
+            score_args=ScoreArguments(damping_factor=damping and getattr(given, damping)),
         )
         return array(analyzer.load_pairwise_scores("scores")["all_modules"]).T
 
 
-# captum
-
-
-def captum_load(given: ProvidedEmbeddings, module: nn.Module, index: str) -> float:
+def captum_load(given: TrainedClassifier, module: nn.Module, index: str) -> float:
     """Puts a checkpoint into a module; gives its learning rate. The end of training is `end`."""
     state, rate = (given.state, 1.0) if index == "end" else given.checkpoints[int(index)]
     module.load_state_dict(state)
     return rate
 
 
-def captum_tracin(given: ProvidedEmbeddings) -> Any:
+def captum_tracin(given: TrainedClassifier) -> Any:
     from captum.influence import TracInCP
 
     return TracInCP(
@@ -262,16 +253,16 @@ def captum_tracin(given: ProvidedEmbeddings) -> Any:
     )
 
 
-def captum_tracin_scores(given: ProvidedEmbeddings) -> FloatArray:
+def captum_tracin_scores(given: TrainedClassifier) -> FloatArray:
     return array(captum_tracin(given).influence(given.target)).T
 
 
-def captum_tracin_self(given: ProvidedEmbeddings) -> FloatArray:
+def captum_tracin_self(given: TrainedClassifier) -> FloatArray:
     """Minus a sample's influence on itself, which is suspicious where it is large: (N, 1)."""
     return -array(captum_tracin(given).self_influence())[:, None]
 
 
-def captum_influence(given: ProvidedEmbeddings, damping: float) -> FloatArray:
+def captum_influence(given: TrainedClassifier, damping: str) -> FloatArray:
     """All eigenvectors of the Hessian of the summed loss whose damped eigenvalue is positive."""
     from captum.influence._core.influence_function import NaiveInfluenceFunction
 
@@ -284,63 +275,42 @@ def captum_influence(given: ProvidedEmbeddings, damping: float) -> FloatArray:
         batch_size=len(given.pool[1]),
         sample_wise_grads_per_batch=True,
         projection_dim=given.parameters,
-        hessian_reg=damping * len(given.pool[1]),
+        hessian_reg=getattr(given, damping) * len(given.pool[1]),
     )
     return array(found.influence(given.target)).T
 
 
 PROJECTED = 256  # dimensions of TRAK's features, fewer than samples, as its kernel has no ridge
 
+
+def _peer(package: str, score: Callable[..., FloatArray], output: str = "loss", **options: Any) -> Peer:
+    return Peer(package=package, score=partial(score, **options), output=output)
+
+
 PEERS: dict[str, Peer] = {
-    "dattri Grad-Dot": Peer(package="dattri", score=partial(dattri_tracin, path=False)),
-    "dattri Grad-Cos": Peer(package="dattri", score=partial(dattri_tracin, path=False, normalized=True)),
-    "dattri TracIn": Peer(package="dattri", score=partial(dattri_tracin, path=True)),
-    "dattri influence, explicit": Peer(
-        package="dattri",
-        score=lambda given: dattri_influence(given, "Explicit", regularization=given.damping),
+    "dattri Grad-Dot": _peer("dattri", dattri_tracin, path=False),
+    "dattri Grad-Cos": _peer("dattri", dattri_tracin, path=False, normalized=True),
+    "dattri TracIn": _peer("dattri", dattri_tracin, path=True),
+    "dattri influence, explicit": _peer("dattri", dattri_influence, solver="Explicit", damping="damping"),
+    "dattri influence, explicit, early stopping": _peer(
+        "dattri", dattri_influence, solver="Explicit", damping="early_stopping"
     ),
-    "dattri influence, explicit, early stopping": Peer(
-        package="dattri",
-        score=lambda given: dattri_influence(given, "Explicit", regularization=given.early_stopping),
+    "dattri influence, CG": _peer("dattri", dattri_influence, solver="CG", damping="damping"),
+    "dattri DataInf": _peer("dattri", dattri_influence, solver="DataInf", damping="block_damping"),
+    "dattri EK-FAC": _peer("dattri", dattri_influence, solver="EKFAC", damping="damping"),
+    "dattri EK-FAC, early stopping": _peer(
+        "dattri", dattri_influence, solver="EKFAC", damping="early_stopping"
     ),
-    "dattri influence, CG": Peer(
-        package="dattri",
-        score=lambda given: dattri_influence(given, "CG", regularization=given.damping),
-    ),
-    "dattri DataInf": Peer(
-        package="dattri",
-        score=lambda given: dattri_influence(given, "DataInf", regularization=given.block_damping),
-    ),
-    "dattri EK-FAC": Peer(
-        package="dattri", score=lambda given: dattri_influence(given, "EKFAC", damping=given.damping)
-    ),
-    "dattri EK-FAC, early stopping": Peer(
-        package="dattri", score=lambda given: dattri_influence(given, "EKFAC", damping=given.early_stopping)
-    ),
-    "dattri TRAK, whole": Peer(package="dattri", score=partial(dattri_trak, dimension=None), output="margin"),
-    "dattri TRAK, projected": Peer(
-        package="dattri", score=partial(dattri_trak, dimension=PROJECTED), output="margin"
-    ),
-    "traker TRAK, whole": Peer(package="trak", score=partial(traker_trak, dimension=None), output="margin"),
-    "traker TRAK, projected": Peer(
-        package="trak", score=partial(traker_trak, dimension=PROJECTED), output="margin"
-    ),
-    "kronfluence EK-FAC": Peer(
-        package="kronfluence", score=lambda given: kronfluence_ekfac(given, given.damping)
-    ),
-    "kronfluence EK-FAC, early stopping": Peer(
-        package="kronfluence", score=lambda given: kronfluence_ekfac(given, given.early_stopping)
-    ),
-    "kronfluence EK-FAC, own damping": Peer(
-        package="kronfluence", score=partial(kronfluence_ekfac, damping=None)
-    ),
-    "captum TracInCP": Peer(package="captum", score=captum_tracin_scores),
-    "captum influence": Peer(package="captum", score=lambda given: captum_influence(given, given.damping)),
-    "captum influence, early stopping": Peer(
-        package="captum", score=lambda given: captum_influence(given, given.early_stopping)
-    ),
+    "dattri TRAK, whole": _peer("dattri", dattri_trak, "margin", dimension=None),
+    "dattri TRAK, projected": _peer("dattri", dattri_trak, "margin", dimension=PROJECTED),
+    "traker TRAK, whole": _peer("trak", traker_trak, "margin", dimension=None),
+    "traker TRAK, projected": _peer("trak", traker_trak, "margin", dimension=PROJECTED),
+    "kronfluence EK-FAC": _peer("kronfluence", kronfluence_ekfac, damping="damping"),
+    "kronfluence EK-FAC, early stopping": _peer("kronfluence", kronfluence_ekfac, damping="early_stopping"),
+    "kronfluence EK-FAC, own damping": _peer("kronfluence", kronfluence_ekfac, damping=None),
+    "captum TracInCP": _peer("captum", captum_tracin_scores),
+    "captum influence": _peer("captum", captum_influence, damping="damping"),
+    "captum influence, early stopping": _peer("captum", captum_influence, damping="early_stopping"),
 }
-SELF_INFLUENCE: dict[str, Peer] = {
-    "captum TracInCP, self-influence": Peer(package="captum", score=captum_tracin_self)
-}
+SELF_INFLUENCE: dict[str, Peer] = {"captum TracInCP, self-influence": _peer("captum", captum_tracin_self)}
 """What knows no target, for detection alone."""

@@ -1,20 +1,15 @@
-"""What fairlearn's users would do about biased labels; both are told the group of every profile, influence is not."""
-
-from importlib.util import find_spec
+"""What fairlearn's users would do about biased labels; both need the group of every profile, influence does not."""
 
 import numpy as np
-from study import FloatArray
+from fairlearn.preprocessing import CorrelationRemover
+from fairlearn.reductions import DemographicParity, ExponentiatedGradient
+from sklearn.linear_model import LogisticRegression
+
+from benchmarks.arrays import BoolArray, FloatArray, IntArray, Labels
 
 
-def installed() -> bool:
-    """Whether the package is there (extra `bench`)."""
-    return find_spec("fairlearn") is not None
-
-
-def uncorrelated(inputs: FloatArray, group: np.ndarray, train: np.ndarray) -> FloatArray:
-    """Inputs (n, D) less what is linear in the group, as fitted on the profiles to train on; asks the group at the test too."""
-    from fairlearn.preprocessing import CorrelationRemover
-
+def uncorrelated(inputs: FloatArray, group: Labels, train: IntArray) -> FloatArray:
+    """Inputs (n, D) less what is linear in the group, as fitted on the profiles to train on; needs the group at the test too."""
     groups = (group[:, None] == np.unique(group)[1:]).astype(np.float64)
     whole = np.column_stack([groups, inputs])
     remover = CorrelationRemover(sensitive_feature_ids=list(range(groups.shape[1]))).fit(whole[train])
@@ -23,15 +18,12 @@ def uncorrelated(inputs: FloatArray, group: np.ndarray, train: np.ndarray) -> Fl
 
 
 def equal_decisions(
-    inputs: FloatArray, good: np.ndarray, group: np.ndarray, train: np.ndarray, test: np.ndarray
+    inputs: FloatArray, good: BoolArray, group: Labels, train: IntArray, test: IntArray
 ) -> FloatArray:
     """Chance (m,) that a test profile is decided for, by a logistic classifier of (biased) `good` under demographic parity.
 
     The reduction of Agarwal et al. 2018 (arXiv 1803.02453), at the package's defaults.
     """
-    from fairlearn.reductions import DemographicParity, ExponentiatedGradient
-    from sklearn.linear_model import LogisticRegression
-
     reduction = ExponentiatedGradient(LogisticRegression(max_iter=1000), DemographicParity())
     reduction.fit(inputs[train], good.astype(int), sensitive_features=group[train])
     chance: FloatArray = reduction._pmf_predict(inputs[test])[:, 1]

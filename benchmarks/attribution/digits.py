@@ -11,10 +11,11 @@ from typing import Literal
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from study import FloatArray, losses_on
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from benchmarks.arrays import BoolArray, FloatArray
+from benchmarks.attribution.scoring import Setup, path_of
 from influencespace.core.batches import training_batches
 from influencespace.core.contrastive import Pointwise, cross_entropy
 from influencespace.data.artifacts import fingerprint
@@ -35,9 +36,8 @@ def classifier(kind: Kind) -> nn.Module:
     """Pixels (n, 64) -> logits (n, 10), at its initial parameters."""
     if kind == "linear":
         return nn.Sequential(nn.Linear(PIXELS, CLASSES, bias=False))
-    return nn.Sequential(
-        nn.Linear(PIXELS, WIDTH, bias=False), nn.Tanh(), nn.Linear(WIDTH, CLASSES, bias=False)
-    )
+    layers = nn.Linear(PIXELS, WIDTH, bias=False), nn.Tanh(), nn.Linear(WIDTH, CLASSES, bias=False)
+    return nn.Sequential(*layers)
 
 
 @cache
@@ -48,7 +48,7 @@ def pictures() -> tuple[Tensor, FloatArray]:
     return torch.from_numpy((pixels[order] - pixels.mean(0)) / 8).float(), labels[order]
 
 
-def samples(first: int, count: int, wrong: FloatArray | None = None) -> NegativeBatch:
+def samples(first: int, count: int, wrong: BoolArray | None = None) -> NegativeBatch:
     """Digits with one-hot labels; a wrong one is another class's, by seed."""
     x, labels = pictures()
     x, y = x[first : first + count], labels[first : first + count].copy()
@@ -60,7 +60,7 @@ def samples(first: int, count: int, wrong: FloatArray | None = None) -> Negative
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification:
+class Classification(Setup):
     """A pool of digits of which a share is wrong, clean target groups, and how a classifier is trained by plain SGD."""
 
     kind: Kind
@@ -70,7 +70,7 @@ class Classification:
     wrong: float = 0.2
 
     @cached_property
-    def is_wrong(self) -> FloatArray:
+    def is_wrong(self) -> BoolArray:
         """(N,)."""
         return np.random.default_rng(2).permutation(self.size) < round(self.wrong * self.size)
 
@@ -88,28 +88,25 @@ class Classification:
 
     @property
     def key(self) -> str:
-        """What its results depend on, beside the seeds of proxies and the code."""
         return fingerprint([self.kind, self.size, self.groups, self.config, self.wrong])
 
-    def problem(self, seed: int) -> Problem:
-        """A proxy of the whole pool; the bank is the pool too, so that curvature is over the same samples as the peers'."""
-        return replace(self.trained(seed, self.target), bank=[self.pool])
-
-    def trained(self, seed: int, target: NegativeBatch) -> Problem:
+    def problem(self, seed: int, target: NegativeBatch | None = None) -> Problem:
+        """The reference bank is the pool, so that curvature is over the same samples as the peers'."""
         torch.manual_seed(seed)
-        proxy = Predictor(classifier(self.kind))
-        loss = Pointwise(cross_entropy)
-        return proxy_problem(
-            self.pool, target, self.config, proxy=proxy, objective=loss, rule="sgd", seed=seed
+        proxy, loss = Predictor(classifier(self.kind)), Pointwise(cross_entropy)
+        problem = proxy_problem(
+            self.pool, target or self.target, self.config, proxy=proxy, objective=loss, rule="sgd", seed=seed
         )
+        return replace(problem, bank=[self.pool])
 
     def by_group(self, problem: Problem) -> list[Problem]:
         """The same for each group of the target."""
-        found = []
-        for rows in np.array_split(np.arange(TARGET), self.groups):
-            group = NegativeBatch(inputs=rows_of(self.target.inputs, rows), image=np.arange(len(rows)))
-            found.append(replace(problem, target=[group]))
-        return found
+        groups = np.array_split(np.arange(TARGET), self.groups)
+        batches = [
+            NegativeBatch(inputs=rows_of(self.target.inputs, rows), image=np.arange(len(rows)))
+            for rows in groups
+        ]
+        return [replace(problem, target=[batch]) for batch in batches]
 
     def group_means(self, values: FloatArray) -> FloatArray:
         """(..., T) -> (..., G)."""
@@ -122,8 +119,7 @@ def retrained(problem: Problem, study: Classification, subsets: FloatArray, seed
 
     The steps are those of `models.trajectory`, each subset with batches of its own from its own samples.
     """
-    path, config = problem.trajectory, study.config
-    assert path is not None
+    path, config = path_of(problem), study.config
     drawn = [
         list(training_batches(weights, study.pool.image, config.batch_size, config.steps, seed))
         for weights in subsets
@@ -143,23 +139,22 @@ def retrained(problem: Problem, study: Classification, subsets: FloatArray, seed
         outputs = functional_call(path.space.proxy, path.space.unflatten(theta), study.target.inputs)
         return path.objective.terms(*outputs)
 
-    found: FloatArray = vmap(losses)(state.theta).double().numpy()
-    return found
+    result: FloatArray = vmap(losses)(state.theta).double().numpy()
+    return result
 
 
 @torch.no_grad()
 def right_probability(study: Classification, problem: Problem) -> FloatArray:
     """(T,)."""
     logits, labels = problem.space.embed(study.target.inputs)
-    found: FloatArray = (logits.softmax(-1) * labels).sum(-1).double().numpy()
-    return found
+    probability: FloatArray = (logits.softmax(-1) * labels).sum(-1).double().numpy()
+    return probability
 
 
 def sample_loop(problem: Problem) -> float:
     """Seconds of a backward pass for each sample of the pool by itself."""
-    path, space = problem.trajectory, problem.space
-    assert path is not None
-    x, y = path.inputs(np.arange(problem.pool_size))
+    space = problem.space
+    x, y = path_of(problem).inputs(np.arange(problem.pool_size))
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         u, labels = functional_call(space.proxy, parameters, (x[None], y[None]))
@@ -169,14 +164,3 @@ def sample_loop(problem: Problem) -> float:
     for one, label in zip(x, y):
         grad(loss)(space.parameters, one, label)
     return time.process_time() - began
-
-
-def tuned(study: Classification) -> Classification:
-    """The study at the learning rate whose proxy of all the pool does best on samples that nothing else looks at."""
-
-    def loss(rate: float) -> float:
-        trial = replace(study, config=replace(study.config, learning_rate=rate))
-        problem = trial.trained(0, study.validation)
-        return float(losses_on(problem, problem.space).mean())
-
-    return replace(study, config=replace(study.config, learning_rate=min(RATES, key=loss)))

@@ -6,12 +6,14 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from study import FloatArray
 from torch import nn
 
-from influencespace.core.contrastive import Pointwise, squared_error
-from influencespace.core.fairness import minimax_weights, shrunken_group_means, squared_gap
+from benchmarks.arrays import FloatArray, IntArray, Labels
 from benchmarks.data.faircv import Profiles
+from benchmarks.fairness.gaps import squared_gap
+from benchmarks.fairness.minimax import minimax_weights
+from influencespace.core.contrastive import Pointwise, squared_error
+from influencespace.core.fairness import shrunken_group_means
 from influencespace.estimators.ecif import Ecif
 from influencespace.estimators.influence import CurvatureConfig, NegativeBatch
 from influencespace.estimators.problem import Problem, scores
@@ -30,30 +32,31 @@ class Applicants:
     """One experiment, split by a seed into profiles to train on, target and test."""
 
     profiles: Profiles
-    group: np.ndarray  # (n,) what labels are biased by
+    group: Labels  # (n,) what labels are biased by
     seed: int
 
     @cached_property
-    def _order(self) -> np.ndarray:
-        return np.random.default_rng(self.seed).permutation(len(self.group))
+    def _split(self) -> list[IntArray]:
+        order = np.random.default_rng(self.seed).permutation(len(self.group))
+        return np.split(order, [TEST, TEST + TARGET // 2, TEST + TARGET])
 
     @property
-    def test(self) -> np.ndarray:
-        return self._order[:TEST]
+    def test(self) -> IntArray:
+        return self._split[0]
 
     @property
-    def influencing(self) -> np.ndarray:
+    def influencing(self) -> IntArray:
         """Half of the target, whose loss gives influence."""
-        return self._order[TEST : TEST + TARGET // 2]
+        return self._split[1]
 
     @property
-    def choosing(self) -> np.ndarray:
+    def choosing(self) -> IntArray:
         """The other half, which compares retrained proxies."""
-        return self._order[TEST + TARGET // 2 : TEST + TARGET]
+        return self._split[2]
 
     @property
-    def train(self) -> np.ndarray:
-        return self._order[TEST + TARGET :]
+    def train(self) -> IntArray:
+        return self._split[3]
 
     @cached_property
     def inputs(self) -> FloatArray:
@@ -73,17 +76,13 @@ class Applicants:
     def standardised(self, labels: FloatArray) -> FloatArray:
         return (labels - self.scale[0]) / self.scale[1]
 
-    def samples(
-        self, rows: np.ndarray, labels: FloatArray, inputs: FloatArray | None = None
-    ) -> NegativeBatch:
+    def samples(self, rows: IntArray, labels: FloatArray, inputs: FloatArray | None = None) -> NegativeBatch:
         """Profiles `rows` with their standardised labels (m,)."""
         x = self.inputs if inputs is None else inputs
-        return NegativeBatch(
-            inputs=(torch.from_numpy(x[rows]).float(), torch.from_numpy(labels)[:, None].float()),
-            image=np.arange(len(rows)),
-        )
+        tensors = torch.from_numpy(x[rows]).float(), torch.from_numpy(labels)[:, None].float()
+        return NegativeBatch(inputs=tensors, image=np.arange(len(rows)))
 
-    def blind(self, rows: np.ndarray) -> NegativeBatch:
+    def blind(self, rows: IntArray) -> NegativeBatch:
         return self.samples(rows, self.standardised(self.profiles.blind[rows]))
 
     @cached_property
@@ -100,9 +99,7 @@ class Applicants:
             CONFIG,
             proxy=Predictor(nn.Linear(pool.inputs[0].shape[1], 1)),
             objective=Pointwise(squared_error),
-            curvature=CurvatureConfig(
-                damping_factor=1
-            ),  # the trainer's own response: influence in units of loss
+            curvature=CurvatureConfig(damping_factor=1),  # the trainer's own response: in units of loss
             weights=weights,
             seed=self.seed,
         )
@@ -113,16 +110,30 @@ class Applicants:
         return scores(estimator, replace(problem, target=[target]), [batch_of(self.pool)])
 
     @torch.no_grad()
-    def predicted(self, problem: Problem, rows: np.ndarray, inputs: FloatArray | None = None) -> FloatArray:
+    def predicted(self, problem: Problem, rows: IntArray, inputs: FloatArray | None = None) -> FloatArray:
         """Standardised scores of profiles (m,)."""
         samples = self.samples(rows, np.zeros(len(rows)), inputs)
-        found: FloatArray = problem.space.embed(samples.inputs)[0][:, 0].double().numpy()
-        return found
+        values: FloatArray = problem.space.embed(samples.inputs)[0][:, 0].double().numpy()
+        return values
 
     def scores(self, problem: Problem, inputs: FloatArray | None = None) -> FloatArray:
         """Of the test profiles, in the labels' own unit (m,)."""
         mean, spread = self.scale
         return mean + spread * self.predicted(problem, self.test, inputs)
+
+    def losses(self, problem: Problem, rows: IntArray) -> FloatArray:
+        """Of profiles, by their blind labels (m,)."""
+        labels = self.standardised(self.profiles.blind[rows])
+        losses: FloatArray = (self.predicted(problem, rows) - labels) ** 2 / 2
+        return losses
+
+    def group_losses(self, problem: Problem, rows: IntArray) -> FloatArray:
+        """Mean loss of each group, shrunken for chance (A,)."""
+        return shrunken_group_means(self.losses(problem, rows), self.group[rows])
+
+    def gap(self, problem: Problem, rows: IntArray) -> tuple[float, FloatArray]:
+        """Squared gap of mean scores between groups, and its slope (m,)."""
+        return squared_gap(self.predicted(problem, rows), self.group[rows])
 
 
 @dataclass(frozen=True)
@@ -135,76 +146,46 @@ class Aim:
     """On the choosing half: lower is better."""
 
 
-def sample_losses(applicants: Applicants, problem: Problem, rows: np.ndarray) -> FloatArray:
-    labels = applicants.standardised(applicants.profiles.blind[rows])
-    losses: FloatArray = (applicants.predicted(problem, rows) - labels) ** 2 / 2
-    return losses
-
-
-def mean_loss(applicants: Applicants, problem: Problem) -> float:
-    return float(sample_losses(applicants, problem, applicants.choosing).mean())
-
-
 def on_the_mean(applicants: Applicants, problem: Problem) -> tuple[FloatArray, FloatArray]:
     rows = applicants.influencing
-    found = applicants.influence(problem, applicants.blind(rows))
-    return sample_losses(applicants, problem, rows).mean(keepdims=True), found[:, None]
-
-
-def group_losses(applicants: Applicants, problem: Problem, rows: np.ndarray) -> FloatArray:
-    return shrunken_group_means(sample_losses(applicants, problem, rows), applicants.group[rows])
-
-
-def worst_loss(applicants: Applicants, problem: Problem) -> float:
-    return float(group_losses(applicants, problem, applicants.choosing).max())
+    influence = applicants.influence(problem, applicants.blind(rows))
+    return applicants.losses(problem, rows).mean(keepdims=True), influence[:, None]
 
 
 def on_each_group(applicants: Applicants, problem: Problem) -> tuple[FloatArray, FloatArray]:
     rows = applicants.influencing
     group = applicants.group[rows]
-    found = [
-        applicants.influence(problem, applicants.blind(rows[group == name])) for name in np.unique(group)
-    ]
-    return group_losses(applicants, problem, rows), np.stack(found, 1)
-
-
-def gap_of(applicants: Applicants, problem: Problem, rows: np.ndarray) -> tuple[float, FloatArray]:
-    return squared_gap(applicants.predicted(problem, rows), applicants.group[rows])
+    of_group = [applicants.blind(rows[group == name]) for name in np.unique(group)]
+    influence = [applicants.influence(problem, target) for target in of_group]
+    return applicants.group_losses(problem, rows), np.stack(influence, 1)
 
 
 def on_the_gap(applicants: Applicants, problem: Problem) -> tuple[FloatArray, FloatArray]:
-    """No label is asked: under the squared error, labels of prediction minus slope have the gap's gradient."""
+    """No label is needed: under the squared error, labels of prediction minus slope have the gap's gradient."""
     rows = applicants.influencing
-    gap, slope = gap_of(applicants, problem, rows)
+    gap, slope = applicants.gap(problem, rows)
     labels = applicants.predicted(problem, rows) - len(rows) * slope
     return np.array([gap]), applicants.influence(problem, applicants.samples(rows, labels))[:, None]
 
 
-MEAN = Aim(on_the_mean, mean_loss)
-WORST = Aim(on_each_group, worst_loss)
-GAP = Aim(on_the_gap, lambda applicants, problem: gap_of(applicants, problem, applicants.choosing)[0])
+MEAN = Aim(on_the_mean, lambda one, problem: float(one.losses(problem, one.choosing).mean()))
+WORST = Aim(on_each_group, lambda one, problem: float(one.group_losses(problem, one.choosing).max()))
+GAP = Aim(on_the_gap, lambda one, problem: one.gap(problem, one.choosing)[0])
 
 
 def iterated(applicants: Applicants, aim: Aim, rounds: int, floor: float = 0.0) -> FloatArray:
     """Weights (N,) after steps of mirror descent: each from fresh influence, as long as a retrained proxy does better."""
     group = applicants.group[applicants.train]
     counts = (group[:, None] == np.unique(group)).astype(np.float64)
-    weights = np.ones(len(group))
-    problem = applicants.problem()
+    weights, problem = np.ones(len(group)), applicants.problem()
     reached = aim.judged(applicants, problem)
     for _ in range(rounds):
         losses, influence = aim.losses(applicants, problem)
         spread = float(np.sqrt(np.max(np.average(influence**2, axis=0, weights=weights))))
         tried = []
-        for temperature in TEMPERATURES:
+        for factor in TEMPERATURES:
             moved = minimax_weights(
-                losses,
-                influence,
-                counts,
-                temperature=temperature * spread,
-                cap=CAP,
-                floor=floor,
-                start=weights,
+                losses, influence, counts, temperature=factor * spread, cap=CAP, floor=floor, start=weights
             )
             proxy = applicants.problem(weights=moved)
             tried.append((aim.judged(applicants, proxy), moved, proxy))

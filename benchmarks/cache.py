@@ -1,0 +1,96 @@
+"""Results by content and code: a benchmark that was killed goes on where it was, and no figure outlives the code that made it."""
+
+import ast
+import functools
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import resolve_name
+from pathlib import Path
+from typing import Any
+
+from influencespace.data.artifacts import file_digest, fingerprint, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("influencespace", "benchmarks")  # whose code a digest covers
+
+deadline = float("inf")  # on the monotonic clock; nothing new is begun after it
+
+
+class OutOfTimeError(RuntimeError):
+    """The minutes that were allowed are over; what is measured is written, and marked as incomplete."""
+
+
+def cached(folder: Path, key: Any, make: Callable[[], dict[str, Any]], code: str = "") -> dict[str, Any]:
+    """The JSON result of `make` for this key, computed once for its code.
+
+    The code is all that the module of `make` imports (of a bound method: the module of its object's class), or all that the
+    module named `code` does. Raises OutOfTimeError where it is not there and the time is over.
+    """
+    path = folder / "results" / f"{fingerprint([key, code_digest(code or module_of(make))])}.json"
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    if time.monotonic() > deadline:
+        raise OutOfTimeError
+    result = make()
+    write_json(path, result)
+    return result
+
+
+def each_seed(
+    folder: Path, seeds: Sequence[int], key: list[Any], make: Callable[..., dict[str, Any]], *about: Any
+) -> list[dict[str, Any]]:
+    """The cached results of `make(*about, seed)` for every seed."""
+    return [cached(folder, [*key, seed], functools.partial(make, *about, seed)) for seed in seeds]
+
+
+def module_of(function: Callable[..., Any]) -> str:
+    """Name of the module whose code a function runs."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(type(function.__self__).__module__ if inspect.ismethod(function) else function.__module__)
+
+
+@functools.cache
+def code_digest(*modules: str, root: Path = ROOT) -> str:
+    """32 hex digits of the files of these modules and of all that they import, at any depth and place."""
+    files: dict[str, Path] = {}
+    for module in modules:
+        files |= import_closure(module, root)
+    return fingerprint({name: file_digest(path) for name, path in files.items()})
+
+
+def import_closure(module: str, root: Path = ROOT) -> dict[str, Path]:
+    """A module and all modules of `PACKAGES` that it imports, also within functions, with their files."""
+    found: dict[str, Path] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = _file_of(name, root)
+        if name not in found and path is not None:
+            found[name] = path
+            waiting += _imported(name, path, root)
+    return found
+
+
+def _file_of(module: str, root: Path) -> Path | None:
+    if module.split(".")[0] not in PACKAGES:
+        return None
+    base = root.joinpath(*module.split("."))
+    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+
+
+def _imported(module: str, path: Path, root: Path) -> Iterator[str]:
+    """Modules that a file names. What `from package import module` runs of the package itself decides no result."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            below = {alias.name for alias in node.names if _file_of(f"{base}.{alias.name}", root)}
+            yield from (f"{base}.{name}" for name in sorted(below))
+            if any(name not in below and not name.startswith("__") for name in (a.name for a in node.names)):
+                yield base

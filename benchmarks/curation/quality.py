@@ -1,0 +1,128 @@
+"""How well curation works on real pairs: Flickr8k with captions shuffled on purpose, judged by the planted truth alone."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.arrays import FloatArray
+from benchmarks.bench import Bench, Benchmark, Wanted, above, at_least, not_significantly_below, within
+from benchmarks.cache import cached, code_digest
+from benchmarks.curation.curation import Curation, retrained, swapped
+from benchmarks.curation.retrain_eval import together
+from benchmarks.data.datasets import ENGINE, Dataset, Setting
+from influencespace.core.strata import means_by
+from influencespace.data.artifacts import fingerprint
+from influencespace.demo import run_demo
+
+BENCHMARK = Benchmark(data="flickr8k")
+DECILES = 10
+
+
+@BENCHMARK.part
+def detection(bench: Bench) -> None:
+    """AUROC of the pooled score for wrong captions."""
+    for captions, bound in bench.pick(((5, 0.96), (1, 0.90)), ((1, 0.90),)):
+        result = Curation(Dataset.of(bench), Setting(wrong=0.3, captions=captions, steps=200)).judged()
+        bench.row(captions=captions, steps=200, **result)
+        name = f"AUROC of the pooled score, 30% wrong, {captions} caption(s) an image"
+        bench.target(name, at_least(bound), result["auroc"])
+
+
+def dirty(bench: Bench) -> list[Curation]:
+    """A pool with 30 % wrong captions, dev's two tars swapped."""
+    setting = Setting(wrong=0.3, captions=bench.pick(5, 2), steps=bench.pick(200, 100))
+    return swapped(bench, setting, Curation)
+
+
+@BENCHMARK.part
+def recall(bench: Bench) -> None:
+    """Retraining at equal steps, dev's two tars swapped and averaged, paired over images and seeds."""
+    curations = dirty(bench)
+    found, captions = retrained(curations, bench.seeds), curations[0].setting.captions
+    for name in found.shares:
+        bench.row(**found.row(name))
+    for name in ("clip_score", "proxy_clip_score"):
+        what = f"mean recall of curated minus {name} at the true fraction, 30% wrong, {captions} captions"
+        bench.target(what, not_significantly_below(0), *found.compared(name))
+
+
+@BENCHMARK.part
+def other_steps(bench: Bench) -> None:
+    """The same subsets at other numbers of steps: how much of a lead is left where a proxy is not trained too long."""
+    curations = dirty(bench)
+    weights = [curation.weights() for curation in curations]
+    for count in bench.pick((25, 50, 100, 200, 400), (25, 50)):
+        found = together([one.recalls(weight, bench.seeds, count) for one, weight in zip(curations, weights)])
+        for name in found.shares:
+            bench.row(steps=count, **found.row(name))
+
+
+def removals(curation: Curation, seeds: tuple[int, ...]) -> dict[str, Any]:
+    """Predicted influence and real change of the target loss for each quality decile of the pool, removed for real."""
+    evidence = curation.evidence
+    decile = evidence.strata["quantile"] * DECILES // evidence.quantiles
+
+    def loss(weight: FloatArray) -> float:
+        by_seed = [curation.retrained(weight, seed)["choosing_loss"] for seed in seeds]
+        return float(np.mean([losses[curation.setting.target] for losses in by_seed]))
+
+    whole, rows = loss(np.ones(len(decile))), evidence.influence["pair"]
+    predicted = means_by(decile[rows], evidence.influence["influence"], DECILES).mean
+    change = [loss((decile != group).astype(np.float64)) - whole for group in range(DECILES)]
+    wrong = means_by(decile, curation.wrong.astype(np.float64), DECILES).mean
+    return {"predicted": predicted.tolist(), "change_of_loss": change, "wrong": wrong.tolist()}
+
+
+@BENCHMARK.part
+def removal(bench: Bench) -> None:
+    """Strata really removed: the change of the target loss has the sign that the pooled influence T predicts."""
+    curation = Curation(Dataset.of(bench), Setting(wrong=0.3, captions=bench.pick(5, 2), steps=100))
+    result = curation.cached(["removals", bench.seeds], partial(removals, curation, bench.seeds))
+    for group in range(DECILES):
+        bench.row(decile=group, **{key: values[group] for key, values in result.items()})
+    predicted, change = np.array(result["predicted"]), np.array(result["change_of_loss"])
+    crossings = [
+        int(np.argmax(values > 0)) if (values > 0).any() else DECILES for values in (predicted, change)
+    ]
+    one_quantile = Wanted("within one quantile", lambda value, _: value <= 1)
+    apart = float(abs(crossings[0] - crossings[1]))
+    bench.target("crossing of T against real removal of deciles, 30% wrong", one_quantile, apart)
+    name = "correlation of T with the real change of the target loss, by decile"
+    bench.target(name, above(0), float(np.corrcoef(predicted, change)[0, 1]))
+
+
+@BENCHMARK.part
+def fraction(bench: Bench) -> None:
+    """The fraction that the method chooses, against the planted one."""
+    for captions in bench.pick((2, 5), (2,)):
+        for steps in bench.pick((100, 200, 600), (100,)):
+            for wrong in bench.pick((0.0, 0.1, 0.2, 0.3), (0.0, 0.3)):
+                setting = Setting(wrong=wrong, captions=captions, steps=steps)
+                result = Curation(Dataset.of(bench), setting).judged()
+                bench.row(captions=captions, steps=steps, **result)
+                name = f"fraction pruned, {wrong:.0%} wrong, {captions} captions, {steps} steps"
+                bench.target(name, within(0.05, result["wrong"]), result["pruned"])
+
+
+@BENCHMARK.part
+def demo(bench: Bench) -> None:
+    """What `make demo` ends in, for several synthetic worlds with 25 % wrong captions."""
+    for seed in bench.seeds:
+        folder = bench.cache / "demo" / fingerprint([seed, code_digest("influencespace.demo")])
+        make = partial(run_demo, folder, ENGINE, seed=seed)
+        summary = cached(bench.cache, ["demo", seed], make)
+        for method, found in summary["methods"].items():
+            compared = summary["comparisons"].get(method, {})
+            bench.row(
+                world=seed,
+                method=method,
+                mean_recall=found["mean_recall"],
+                kept=found["kept_fraction"],
+                curated_minus_this=compared.get("difference"),
+                paired_interval=compared.get("ci"),
+            )
+        for method in ("everything", "random", "clip_score"):
+            compared = summary["comparisons"][method]
+            name = f"synthetic world {seed}: mean recall of curated minus {method}"
+            bench.target(name, above(0), compared["difference"], tuple(compared["ci"]))

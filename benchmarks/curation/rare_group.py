@@ -1,0 +1,142 @@
+"""A rare group: pictures of women, thinned to a twentieth of theirs, and what curation makes of the gap in recall.
+
+The group is a keyword rule over captions. Pool, target and test set name it in their column `group`, as a user's data would.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.arrays import BoolArray, FloatArray
+from benchmarks.bench import Bench, at_least
+from benchmarks.curation.curation import Curation, identity, retrained, swapped
+from benchmarks.data.datasets import Setting, link_embeddings, store_pairs, with_column, with_rows
+from influencespace.core.metrics import interval
+from influencespace.data.pair_set import PairSet
+
+RARE, OTHERS = "women", "others"
+RULE = r"\b(woman|women|lady|ladies|girl|girls)\b"
+MIN_SHARE = 0.4  # of a picture's captions: two of five
+LEFT = 0.05  # of the rare group's pictures
+WHOLE = "everything, not thinned"
+
+
+def in_group(pairs: PairSet) -> BoolArray:
+    """Which pairs show the rare group, by all captions of the picture (n,)."""
+    named = np.array(
+        [re.search(RULE, str(caption).lower()) is not None for caption in pairs.column("caption")]
+    )
+    share = np.bincount(pairs.image, named) / np.maximum(np.bincount(pairs.image), 1)
+    shown: BoolArray = share[pairs.image] >= MIN_SHARE
+    return shown
+
+
+def with_groups(pairs: PairSet, folder: Path) -> PairSet:
+    """The same artifact with the group of every pair in its column."""
+
+    def make(folder: Path) -> pa.Table:
+        link_embeddings(pairs.folder, folder)
+        names = pa.array(np.where(in_group(pairs), RARE, OTHERS).tolist(), pa.string())
+        return with_column(pq.read_table(pairs.folder / "pairs.parquet"), "group", names)
+
+    return store_pairs(folder, ["groups", identity(pairs), RULE, MIN_SHARE], make)
+
+
+@dataclass(frozen=True)
+class RareGroup(Curation):
+    """The stages up to the decision, on a pool that has few pictures of the group."""
+
+    @property
+    def key(self) -> list[Any]:
+        return [*super().key, RULE, MIN_SHARE, LEFT]
+
+    def _grouped(self, pairs: PairSet, name: str) -> PairSet:
+        return with_groups(pairs, self.dataset.cache / "groups" / name)
+
+    @cached_property
+    def whole(self) -> PairSet:
+        """With all pictures of the group."""
+        return self._grouped(self.dataset.pool, "pool")
+
+    @cached_property
+    def pool(self) -> PairSet:
+        whole, rare = self.whole, in_group(self.whole)
+        images = np.unique(whole.image[rare])
+        left = np.random.default_rng(0).choice(images, round(LEFT * len(images)), replace=False)
+        return with_rows(whole, ~rare | np.isin(whole.image, left), self.folder / "pool.npy")
+
+    @cached_property
+    def wrong(self) -> BoolArray:
+        return np.zeros(len(self.pool), bool)
+
+    @cached_property
+    def target(self) -> PairSet:
+        return self._grouped(super().target, f"dev{self.setting.target}")
+
+    @cached_property
+    def test(self) -> PairSet:
+        return self._grouped(super().test, f"dev{1 - self.setting.target}")
+
+    @cached_property
+    def rare_images(self) -> BoolArray:
+        """Which images of the test set show the group, in the order of `recall_by_image`."""
+        first = np.unique(self.test.image, return_index=True)[1]
+        rare: BoolArray = (np.array(self.test.column("group")) == RARE)[first]
+        return rare
+
+    def weights(self) -> dict[str, FloatArray]:
+        """Ours, with the groups and without looking at them, and others of which some know the pool's groups."""
+        rare = np.array(self.pool.column("group")) == RARE
+        filters = self.filters(round(0.7 * len(self.pool)))
+        return {
+            "curated": self.decide().weight,
+            "curated, groups ignored": self.variant({"selection.fairness": "off"}).decide().weight,
+            "everything": np.ones(len(self.pool)),
+            **{name: filters[name] for name in ("random", "clip_score")},
+            "re-weighted by group": np.where(rare, 0.5 / rare.mean(), 0.5 / (~rare).mean()),
+        }
+
+    def by_method(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """And of proxies of the pool that lacks no picture of the group: what can be won back at all."""
+        found, everything = super().by_method(seeds), np.ones(len(self.whole))
+        whole = [self.retrained(everything, seed, pool=self.whole)["shares"][self.tests[0]] for seed in seeds]
+        return {"shares": {**found["shares"], WHOLE: whole}, "kept": {**found["kept"], WHOLE: 1.0}}
+
+
+def rare_group(bench: Bench) -> None:
+    """Recall of the group and of all others, dev's two tars swapped and taken together."""
+    setting = Setting(wrong=0.0, captions=5, steps=bench.pick(200, 50))
+    curations = swapped(bench, setting, RareGroup, changes={"selection.weighting": "auto"})
+    found = retrained(curations, bench.seeds)
+    rare = np.concatenate([one.rare_images for one in curations])
+    of = {"all": found, "rare": found.of_images(rare), "others": found.of_images(~rare)}
+
+    def gap(method: str) -> tuple[float, FloatArray]:
+        """Of the others' recall over the group's, and its bootstrapped draws."""
+        means = of["others"].mean(method) - of["rare"].mean(method)
+        return means, of["others"].draws[method] - of["rare"].draws[method]
+
+    for method in found.shares:
+        value, draws = gap(method)
+        bench.row(
+            method=method,
+            kept=found.kept[method],
+            mean_recall=found.mean(method),
+            recall_of_the_group=of["rare"].mean(method),
+            recall_of_others=of["others"].mean(method),
+            gap=value,
+            gap_interval=list(interval(draws)),
+        )
+    (ours, our_draws), (theirs, their_draws) = gap("curated"), gap("everything")
+    name = "rare group: gap in recall, how much smaller than everything's"
+    bench.target(name, at_least(0.3), 1 - ours / theirs, interval(1 - our_draws / their_draws))
+    for name, what in (("all", "mean recall"), ("rare", "recall of the group")):
+        compared = of[name].compared("everything")
+        bench.target(f"rare group: {what} of curated minus everything's", at_least(0), *compared)

@@ -1,0 +1,140 @@
+"""Pools of real pairs that are corrupted as web data is, each with its planted truth, which judges only.
+
+What the default settings prune of each kind, and proxies retrained at equal steps on what they and others keep: the
+others are told how much of the pool is wrong, ours is told nothing. Parts are the scenarios.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from benchmarks.bench import (
+    Bench,
+    Benchmark,
+    above,
+    at_least,
+    at_most,
+    not_significantly_below,
+    significantly_above,
+    within,
+)
+from benchmarks.curation.curation import retrained
+from benchmarks.curation.rare_group import rare_group
+from benchmarks.curation.retrain_eval import Retrained, mean_of, together
+from benchmarks.curation.scenario_curation import SIZED, ScenarioCuration, curations
+from benchmarks.data.corruptions import UNFORESEEN
+from benchmarks.data.datasets import Dataset, SyntheticDataset
+from benchmarks.data.scenario_pools import SCENARIOS
+from benchmarks.methods.seed_baseline import seed_baseline
+
+BENCHMARK = Benchmark(data="flickr8k")
+FILTERS = ("clip_score", "early_clip_score", "proxy_clip_score", "neg_clip_loss")
+LED = ("hard wrong", "boilerplate", "irrelevant", "blurred", "web", *UNFORESEEN)
+"""Where the best of the simple filters is to be beaten significantly."""
+QUICKER = ("wrong 30", "web")
+"""Where the full set's quality is asked for in half of its steps."""
+
+
+def scenario_part(name: str, bench: Bench) -> None:
+    judge(bench, name, curations(bench, name))
+
+
+def judge(
+    bench: Bench, name: str, pools: Sequence[ScenarioCuration], column: str = "scenario", of: str = ""
+) -> None:
+    """What becomes of each kind of pair by the default settings, and what a proxy retrained on the rest is worth.
+
+    Rows name in `column` the scenario that they are of, so that each family has its tables.
+    """
+    kinds = [each.cached("kinds", each.judge_kinds) for each in pools]
+    for kind in kinds[0]:
+        pruned = float(np.mean([each[kind]["pruned"] for each in kinds]))
+        bench.row(**{column: name}, kind=kind, pairs=kinds[0][kind]["pairs"], pruned=pruned)
+    judged = [each.judged() for each in pools]
+    if pools[0].scenario.corruption in ("clean", "wrong"):
+        farthest = max(judged, key=lambda each: float(abs(each["pruned"] - each["wrong"])))
+        wanted = within(0.04, farthest["wrong"]) if farthest["wrong"] else at_most(0.05)
+        what = "fraction pruned by the method itself, by the target for which it is farther off"
+        bench.target(f"{of}{name}: {what}", wanted, farthest["pruned"])
+    else:
+        precision = min((each["precision"] for each in judged if each["pruned"]), default=None)
+        what = "share of what was pruned as harmful that is dirt, by the target for which it is lower"
+        bench.target(f"{of}{name}: {what}", at_least(0.9), precision)
+    found = retrained(pools, bench.seeds)
+    for method in found.shares:
+        bench.row(**{column: name}, **found.row(method))
+    compare(bench, f"{of}{name}: mean recall of", name, found)
+    if name in QUICKER:
+        in_fewer_steps(bench, pools, found, {column: name}, f"{of}{name}")
+
+
+def compare(bench: Bench, what: str, name: str, found: Retrained) -> None:
+    """Ours with the oracle, with the best simple filter, and with others of a given size."""
+    bench.target(f"{what} curated minus the oracle's", at_least(-0.5), *found.compared("oracle"))
+    best = found.best(FILTERS)
+    wanted = significantly_above(0) if name in LED else not_significantly_below(0)
+    bench.target(
+        f"{what} curated minus that of the best simple filter, {best}", wanted, *found.compared(best)
+    )
+    if SIZED in found.shares:
+        share = found.mean(SIZED) / found.mean("everything")
+        bench.target(f"{what} {SIZED}, as a share of everything's", at_least(0.99), share)
+        for other in ("random", "clip_score"):
+            bench.target(
+                f"{what} {SIZED} minus {other} of that size", above(0), *found.compared(other, SIZED)
+            )
+
+
+def in_fewer_steps(
+    bench: Bench, pools: Sequence[ScenarioCuration], found: Retrained, label: dict[str, str], what: str
+) -> None:
+    """What our subset comes to in a part of the steps, beside everything in all of them."""
+    for part in (2, 4):
+        ours, steps = f"curated, 1/{part} of the steps", pools[0].setting.steps // part
+        quicker = together([each.recalls({ours: each.decide().weight}, bench.seeds, steps) for each in pools])
+        both = Retrained(shares={**found.shares, **quicker.shares}, kept={**found.kept, **quicker.kept})
+        bench.row(**label, **both.row(ours))
+        if part == 2:
+            name = f"{what}: mean recall of curated after half of the steps minus everything's after all"
+            bench.target(name, at_least(0), *both.compared("everything", ours))
+
+
+for _name in SCENARIOS:
+    BENCHMARK.parts[_name.replace(" ", "_")] = partial(scenario_part, _name)
+BENCHMARK.part(seed_baseline)
+
+
+@BENCHMARK.part
+def every_kind(bench: Bench) -> None:
+    """The mean over all scenarios with the whole target: one test set and one number, so that small leads add up."""
+    names = [name for name, one in SCENARIOS.items() if one.target_images is None and not one.elsewhere]
+    names = bench.pick(names, names[:2])
+    found = mean_of([retrained(curations(bench, name), bench.seeds) for name in names])
+    for method in found.shares:
+        bench.row(scenarios=len(names), **found.row(method))
+    best = found.best([method for method in found.shares if method not in ("curated", "oracle")])
+    for other in (best, "oracle"):
+        what = f"mean over {len(names)} scenarios: recall of curated minus that of {other}"
+        bench.target(what, significantly_above(0), *found.compared(other))
+
+
+@BENCHMARK.part
+def unforeseen(bench: Bench) -> None:
+    """Kinds of corruption that nothing was developed on."""
+    for name in bench.pick(tuple(UNFORESEEN), tuple(UNFORESEEN)[:1]):
+        judge(bench, name, curations(bench, name), column="unforeseen")
+
+
+BENCHMARK.part(rare_group)
+
+
+@BENCHMARK.part
+def synthetic(bench: Bench) -> None:
+    """Some scenarios on synthetic scenes, embedded by the same encoder, which has never seen any."""
+    real = Dataset.of(bench)
+    scenes = SyntheticDataset(real.data, real.cache / "synthetic")
+    for name in bench.pick(("clean", "wrong 30", "web"), ("wrong 30",)):
+        pools = [replace(each, dataset=scenes) for each in curations(bench, name)]
+        judge(bench, name, pools, column="scenes", of="scenes, ")
