@@ -6,7 +6,6 @@ in both roles (`core.contrastive.added_loss`); G_B, H_B those of the mean loss o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,9 +15,11 @@ from torch import Tensor
 from torch.func import jvp
 
 from influencespace.core.contrastive import Pointwise, role_losses
+from influencespace.estimators.checkpoints import CheckpointSum, require_checkpoints
 from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.problem import (
     Batch,
+    Checkpoint,
     Fit,
     FloatArray,
     Problem,
@@ -26,16 +27,15 @@ from influencespace.estimators.problem import (
     mean_of_known,
     where_strange,
 )
-from influencespace.estimators.tracin import at_checkpoints, require_checkpoints
 from influencespace.models.space import Inputs
 from influencespace.models.trajectory import hessian_product, loss_gradient
 
 
 def presence(problem: Problem, inputs: Inputs) -> Callable[[Tensor], Tensor]:
-    """F_z in each context of the bank, as a function of the parameters: (p,) -> (C, n).
+    """F_z in each negative batch, as a function of the parameters: (p,) -> (C, n).
 
-    Its derivative along a direction is `InfluenceScorer.by_batch`: the mean negative loss of bank pairs in the contexts
-    that are not theirs is subtracted.
+    Its derivative along a direction is `InfluenceScorer.by_batch`: the mean negative loss of recorded pairs in the
+    batches that are not theirs is subtracted.
     """
     space, objective, size = problem.space, problem.objective, problem.batch_size
     if isinstance(objective, Pointwise):
@@ -70,46 +70,37 @@ def bracket(
 
 
 @torch.no_grad()
-def interaction(then: Problem, context: NegativeBatch, batch: Batch) -> FloatArray:
-    """<grad L_target, H_B G_z + H_z G_B> (n,) at the parameters of `then.space`, for the batch B = `context`."""
+def interaction(then: Problem, negatives: NegativeBatch, batch: Batch) -> FloatArray:
+    """<grad L_target, H_B G_z + H_z G_B> (n,) at the parameters of `then.space`, for the batch B = `negatives`."""
     space, g = then.space, then.target_gradient
     theta = space.flatten(space.parameters)
-    G_B = loss_gradient(space, theta, context.inputs, then.objective)
-    H_B_g = hessian_product(space, theta, context.inputs, then.objective, g)
-    found = bracket(presence(then, batch.inputs), theta, g, G_B, H_B_g)
-    by_batch = found.T.double().cpu().numpy()
+    G_B = loss_gradient(space, theta, negatives.inputs, then.objective)
+    H_B_g = hessian_product(space, theta, negatives.inputs, then.objective, g)
+    by_batch = bracket(presence(then, batch.inputs), theta, g, G_B, H_B_g).T.double().cpu().numpy()
     if isinstance(then.objective, Pointwise):
         return mean_of_known(by_batch)
     return mean_of_known(where_strange(by_batch, then.bank, batch.image))
 
 
-@dataclass(frozen=True)
-class DiffInScorer:
-    """Scores pairs by all checkpoints, loaded one after the other for each batch: give it large batches."""
-
-    problem: Problem
-
-    def __call__(self, batch: Batch) -> FloatArray:
-        count = len(self.problem.checkpoints)
-        drawn = np.random.default_rng(self.problem.seed).integers(len(self.problem.bank), size=count)
-        scores = np.zeros(len(batch))
-        for k, (checkpoint, then) in enumerate(at_checkpoints(self.problem)):
-            weight = checkpoint.step * checkpoint.learning_rate**2 / (self.problem.pool_size * count)
-            scores += weight * interaction(then, self.problem.bank[drawn[k]], batch)
-        return scores
+def second_order(index: int, checkpoint: Checkpoint, then: Problem, batch: Batch) -> FloatArray:
+    """The term of one checkpoint (n,), against a negative batch drawn by the problem's seed."""
+    count = len(then.checkpoints)
+    drawn = np.random.default_rng(then.seed).integers(len(then.bank), size=count)[index]
+    weight = checkpoint.step * checkpoint.learning_rate**2 / (then.pool_size * count)
+    return weight * interaction(then, then.bank[drawn], batch)
 
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class DiffIn:
     """score_z = sum_t t eta_t^2 / (N m) <grad L_target, H_B G_z + H_z G_B>(theta_t): the published formula, sign flipped.
 
-    It leaves the first-order term <grad L_target, G_z> out, which `tracin` is and `unrolled` has, and knows no AdamW: a
-    retraining should confirm it before it is trusted (tests/estimators/test_diff_in.py holds it against leave-one-out).
-    B is a context of the bank, drawn by the problem's seed for each checkpoint; Hessian products are exact, by forward
+    It leaves out the first-order term <grad L_target, G_z>, which is `tracin` and part of `unrolled`, and AdamW: confirm it by
+    retraining before you trust it (tests/estimators/test_diff_in.py compares it with leave-one-out).
+    B is a negative batch, drawn by the problem's seed for each checkpoint; Hessian products are exact, by forward
     over reverse, where the paper's code takes differences of gradients.
     """
 
     def fit(self, problem: Problem) -> Fit:
         """Raises InputError without checkpoints."""
         require_checkpoints(problem, "diff_in")
-        return immediately(DiffInScorer(problem))
+        return immediately(CheckpointSum(problem, second_order))

@@ -1,16 +1,16 @@
 """LESS: cosine of the target gradient with the step that Adam would take on a pair (Xia et al. 2024, definition 3.1).
 
 score(z) = sum_i eta_i cos(grad L_target(theta_i), D^-1 grad F_z(theta_i)) / sum_i eta_i over checkpoints i with learning
-rates eta_i. Positive is a fall of the target loss; within [-1, 1], without its units. Adam's step is taken with its
-second moments held fixed at the problem's preconditioner D, and without the momentum that all pairs share.
+rates eta_i. Positive is a fall of the target loss; within [-1, 1], without its units. Adam's step has its second
+moments fixed at the problem's preconditioner D, and no momentum, which all pairs share.
 
 The inner product is one exact forward-mode pass; the norm |D^-1 grad F_z| comes from passes along random directions
 (exact where there are no more parameters than directions), so no per-sample gradient is formed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.projection import random_projection
+from influencespace.estimators.checkpoints import without_path
 from influencespace.estimators.influence import InfluenceScorer
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately, mean_of_known
 from influencespace.models.space import Space
@@ -58,17 +59,11 @@ class CosineAt:
         return cosine
 
 
-@dataclass(frozen=True, kw_only=True)
-class LessScorer:
-    """The mean of the cosines, weighted by learning rate."""
-
-    cosines: Sequence[CosineAt]
-
-    def __call__(self, batch: Batch) -> FloatArray:
-        rates = np.array([cosine.rate for cosine in self.cosines])
-        values = np.stack([cosine(batch) for cosine in self.cosines])
-        mean: FloatArray = rates @ values / rates.sum()
-        return mean
+def mean_cosine(cosines: Sequence[CosineAt], batch: Batch) -> FloatArray:
+    """The mean of the cosines, weighted by learning rate: (n,)."""
+    rates = np.array([cosine.rate for cosine in cosines])
+    mean: FloatArray = rates @ np.stack([cosine(batch) for cosine in cosines]) / rates.sum()
+    return mean
 
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -76,23 +71,18 @@ class Less:
     """Over the kept checkpoints, or at the end of training where none were kept."""
 
     dimension: int = Field(default=64, ge=1)
-    """Random directions for the norm: its relative error is about 1 / sqrt(2 dimension). Each holds the bank's derivatives."""
+    """Random directions for the norm: its relative error is about 1 / sqrt(2 dimension). Memory grows with each."""
     checkpoints: int = Field(default=4, ge=1)
-    """At most so many, evenly spaced and the last among them; the paper's four epochs."""
+    """Maximum number, evenly spaced, the last among them; the paper has four epochs."""
 
     def fit(self, problem: Problem) -> Fit:
         kept = problem.checkpoints
+        spaces = [(problem.space, 1.0)]
         if kept:
             chosen = np.unique(np.linspace(len(kept) - 1, 0, self.checkpoints).round().astype(int))
             spaces = [(kept[i].load(), kept[i].learning_rate) for i in chosen]
-        else:
-            spaces = [(problem.space, 1.0)]
-        alone = replace(problem, checkpoints=(), trajectory=None)  # need not travel with the scorer
-        return immediately(
-            LessScorer(
-                cosines=[
-                    CosineAt(problem=alone, space=space, rate=rate, dimension=self.dimension)
-                    for space, rate in spaces
-                ]
-            )
-        )
+        alone = without_path(problem)
+        cosines = [
+            CosineAt(problem=alone, space=s, rate=rate, dimension=self.dimension) for s, rate in spaces
+        ]
+        return immediately(partial(mean_cosine, cosines))

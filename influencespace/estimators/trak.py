@@ -1,14 +1,14 @@
 """TRAK for contrastive models: influence of a linearised margin, in random features (Park et al. 2023, section 5.1).
 
-A pair's output is its margin against the bank, f_z = [m(image to text) + m(text to image)] / 2 with
-m = S_zz - log(sum over the context of e^S), so that its loss is softplus(-m) both ways and grad loss = -(1 - p) grad f.
+A pair's output is its margin against a negative batch, f_z = [m(image to text) + m(text to image)] / 2 with
+m = S_zz - log(sum over the batch of e^S), so that its loss is softplus(-m) both ways and grad loss = -(1 - p) grad f.
 With Phi the pool's projected gradients of f and K = (Phi^T Phi + ridge I)^-1, the score is
 
     score(z) = grad L_target . K . [-(1 - p_z) grad f_z].
 
 The bracket is the gradient of z's own loss, p_z its mean probability of the right match, as the paper weights by Q = 1 - p;
 grad L_target is the same sum over target pairs. Positive is a fall of the target loss. The published code leaves the
-temperature out of the margin and holds the context's embeddings constant; here the margin is the loss's own, and whole.
+temperature out of the margin and holds the batch's embeddings constant; here the margin is the loss's own, and whole.
 For a classifier f is the log odds of the right class, as in the paper's section 3.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from influencespace.core.contrastive import Normalisers, Pointwise, cross_entropy, info_nce_only, pair_logits
 from influencespace.errors import InputError
-from influencespace.estimators.datainf import Sums, added, finite_rows
+from influencespace.estimators.pool_sum import PoolSum
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, mean_of_known, where_strange
 from influencespace.models.gradients import Gradients, PairGradients, SampleGradients
 from influencespace.models.projected import reduced_space
@@ -33,7 +33,7 @@ from influencespace.models.space import Space
 def margins(own: Tensor, S_image: Tensor, S_text: Tensor, factor: float) -> Tensor:
     """Log odds of the right match, image to text and text to image, from `pair_logits`: (n,), (n, M), (n, M) -> (2, n).
 
-    factor is r = (B-1)/M, the negatives that one pair of the context stands for.
+    factor is r = (B-1)/M, the negatives that one pair of the negative batch stands for.
     """
     return own - torch.stack([S_image.logsumexp(1), S_text.logsumexp(1)]) - math.log(factor)
 
@@ -51,22 +51,9 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     return right - torch.where(labels > 0, -torch.inf, logits).logsumexp(-1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gram:
-    """One pass: (number of pairs, Phi^T Phi (k, k))."""
-
-    gradients: Gradients
-
-    def zero(self) -> Sums:
-        size = self.gradients.space.size
-        return 0, torch.zeros(size, size, dtype=torch.float64)
-
-    def observe(self, state: Sums, batch: Batch) -> Sums:
-        rows = finite_rows(self.gradients, batch)
-        return added(state, (len(rows), rows.T @ rows))
-
-    def merge(self, left: Sums, right: Sums) -> Sums:
-        return added(left, right)
+def gram(rows: Tensor) -> Tensor:
+    """Phi^T Phi (k, k)."""
+    return rows.T @ rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +72,15 @@ class TrakScorer:
 
 
 def pair_weights(gradients: PairGradients, batch: Batch) -> FloatArray:
-    """1 - p_z, the mean over both ways and over the contexts without the pair's image: (n,)."""
+    """1 - p_z, the mean over both ways and over the negative batches without the pair's image: (n,)."""
     g, scale = gradients, gradients.objective.scale
     u, t = g.space.embed(batch.inputs)
-    found = []
-    for context in g.bank:
-        cu, ct = g.space.embed(context.inputs)
-        odds = margins(*pair_logits(u, t, cu, ct, scale), (g.batch_size - 1) / len(cu))
-        found.append((-odds).sigmoid().mean(0).double().cpu().numpy())
-    return mean_of_known(where_strange(np.stack(found, 1), g.bank, batch.image))
+    values = []
+    for negatives in g.bank:
+        batch_u, batch_t = g.space.embed(negatives.inputs)
+        odds = margins(*pair_logits(u, t, batch_u, batch_t, scale), (g.batch_size - 1) / len(batch_u))
+        values.append((-odds).sigmoid().mean(0).double().cpu().numpy())
+    return mean_of_known(where_strange(np.stack(values, 1), g.bank, batch.image))
 
 
 def sample_weights(gradients: SampleGradients, batch: Batch) -> FloatArray:
@@ -137,7 +124,7 @@ class Trak:
         space = reduced_space(problem.space, self.dimension, problem.seed).space
         gradients = margin_gradients(problem, space)
         target = problem.gradient_at(space).detach().double().cpu()
-        _, gram = yield Gram(gradients=gradients)
-        ridge = max(self.relative_ridge * float(gram.diagonal().mean()), torch.finfo(torch.float64).tiny)
-        kernel = gram + ridge * torch.eye(len(gram), dtype=torch.float64)
+        _, kernel = yield PoolSum(gradients=gradients, statistic=gram)
+        ridge = max(self.relative_ridge * float(kernel.diagonal().mean()), torch.finfo(torch.float64).tiny)
+        kernel = kernel + ridge * torch.eye(len(kernel), dtype=torch.float64)
         return TrakScorer(gradients=gradients, direction=torch.linalg.solve(kernel, target))

@@ -12,10 +12,10 @@ from torch.func import functional_call, grad, hessian, jacrev
 
 from influencespace.core.contrastive import info_nce
 from influencespace.errors import InputError
+from influencespace.estimators.checkpoints import at_checkpoints
 from influencespace.estimators.diff_in import DiffIn, interaction, presence
 from influencespace.estimators.influence import InfluenceScorer
 from influencespace.estimators.problem import scores
-from influencespace.estimators.tracin import at_checkpoints
 from influencespace.models.space import Inputs, Space
 
 SMALL = Small(pairs=60, steps=60, kept_checkpoints=2)

@@ -12,9 +12,10 @@ from torch.func import functional_call, grad
 
 from influencespace.core.contrastive import info_nce
 from influencespace.errors import InputError
+from influencespace.estimators.checkpoints import at_checkpoints
 from influencespace.estimators.influence import InfluenceScorer
 from influencespace.estimators.problem import Checkpoint, Problem, scores
-from influencespace.estimators.tracin import TracIn, at_checkpoints
+from influencespace.estimators.tracin import TracIn
 from influencespace.estimators.unrolled import Unrolled
 from influencespace.models.space import Inputs, Space
 

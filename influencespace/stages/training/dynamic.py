@@ -16,7 +16,7 @@ from influencespace.data.pair_set import PairSet
 from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.online_influence import online_scorer
 from influencespace.estimators.problem import mean_of_known
-from influencespace.estimators.similarity import neg_clip_loss
+from influencespace.estimators.filters import neg_clip_loss
 from influencespace.models.heads import Heads
 from influencespace.models.space import Inputs, Space
 from influencespace.models.training import (

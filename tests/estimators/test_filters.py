@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from influencespace.estimators.similarity import clip_score, neg_clip_loss, random_score
+from influencespace.estimators.filters import clip_score, neg_clip_loss, random_score
 
 SCALE = 9.0
 
