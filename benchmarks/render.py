@@ -2,13 +2,16 @@
 
 A page says where a table goes: `<!-- table: quality -->` (all promises), `<!-- table: quality recall -->` (the rows of a part),
 `<!-- table: quality recall steps -->` (those of its rows that have a column), `<!-- pivot: quality method steps mean_recall -->`
-(one value by two columns); each up to `<!-- end -->`. Nothing is shown of a quick run, nor of what is withdrawn.
+(one value by two columns), `<!-- short: quality method world mean_recall -->` (the same to one decimal), or
+`<!-- claim: quality AUROC of the pooled score -->` (what was measured of the one promise whose name begins so, within a line);
+each up to `<!-- end -->`. Nothing is shown of a quick run, nor of what is withdrawn.
 """
 
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ from benchmarks import figures  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
-MARK = re.compile(r"(<!-- (table|pivot): ([\w -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (table|pivot|short): ([\w -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+CLAIM = re.compile(r"(<!-- claim: (\w+) (.+?) -->).*?(<!-- end -->)")
 FIGURES: tuple[tuple[Callable[[dict[str, Any]], Figure | None], str, str], ...] = (
     (figures.recall, "quality", "recall.svg"),
     (figures.calibration, "calibration", "calibration.svg"),
@@ -46,10 +50,22 @@ def rendered(text: str, results: Path = RESULTS) -> str:
 
     def replace(match: re.Match[str]) -> str:
         name, *columns = match[3].split()
-        make = pivot_table if match[2] == "pivot" else part_table if columns else targets_table
+        by_kind = {"pivot": pivot_table, "short": partial(pivot_table, digits=1)}
+        make = by_kind.get(match[2], part_table if columns else targets_table)
         return match[1] + make(read(name, results), *columns) + match[4]
 
-    return MARK.sub(replace, text)
+    def claimed(match: re.Match[str]) -> str:
+        return match[1] + claim(read(match[2], results), match[3]) + match[4]
+
+    return CLAIM.sub(claimed, MARK.sub(replace, text))
+
+
+def claim(result: dict[str, Any], name: str) -> str:
+    """What was measured of the promise whose name begins so; raises SystemExit where there is not exactly one."""
+    found = [target for target in result["targets"] if target["name"].startswith(name)]
+    if len(found) != 1:
+        sys.exit(f"{len(found)} promises of {result['benchmark']} begin with {name!r}: a claim needs one")
+    return f"**{found[0]['measured']:.3g}** (wanted: {found[0]['target']}; {found[0]['status']})"
 
 
 def targets_table(result: dict[str, Any]) -> str:
@@ -82,7 +98,7 @@ def part_table(result: dict[str, Any], part: str, having: str | None = None) -> 
     )
 
 
-def pivot_table(result: dict[str, Any], rows: str, columns: str, value: str) -> str:
+def pivot_table(result: dict[str, Any], rows: str, columns: str, value: str, *, digits: int = 3) -> str:
     """One value of all rows that have it, by two of their columns."""
     lines = [row for row in result["table"] if {rows, columns, value} <= row.keys()]
     if not lines:
@@ -91,16 +107,16 @@ def pivot_table(result: dict[str, Any], rows: str, columns: str, value: str) -> 
     table: dict[str, dict[str, Any]] = {}
     for line in lines:
         table.setdefault(str(line[rows]), {})[line[columns]] = line[value]
-    body = [(name, *(cell(values.get(column)) for column in names)) for name, values in table.items()]
+    body = [(name, *(cell(values.get(column), digits) for column in names)) for name, values in table.items()]
     head = (rows.replace("_", " "), *map(str, names))
     return markdown([head, *body]) + origin(result, {line["part"] for line in lines})
 
 
-def cell(value: Any) -> str:
+def cell(value: Any, digits: int = 3) -> str:
     if isinstance(value, float):
-        return f"{value:.3f}"
+        return f"{value:.{digits}f}"
     if isinstance(value, list):
-        return "[" + ", ".join(cell(item) for item in value) + "]"
+        return "[" + ", ".join(cell(item, digits) for item in value) + "]"
     return "-" if value is None else str(value)
 
 
