@@ -1,7 +1,7 @@
-"""Per-sample gradients: of what a pair adds to a batch's loss, against a recorded bank, or of a loss of its own.
+"""Per-sample gradients: of what a pair adds to a batch's loss, against recorded negative batches, or of a loss of its own.
 
-For the few estimators that cannot do with a derivative along given directions. Over a reduced space
-(`models.projected`) these are projected gradients, made without the whole ones.
+For the few estimators that need more than a derivative along given directions. Over a reduced space (`models.projected`) these
+are projected gradients, computed without the whole ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ from influencespace.models.space import Inputs, Space
 
 IntArray = NDArray[np.int64]
 Value = Callable[[Tensor, Tensor, Tensor, Normalisers, float], Tensor]
-"""A pair's logits S_zz (n,), S_zk (n, M), S_kz (n, M), the context's log normalisers and r = (B-1)/M -> (n,), row by row."""
+"""A pair's logits S_zz (n,), S_zk (n, M), S_kz (n, M), the batch's log normalisers and r = (B-1)/M -> (n,), row by row."""
 
 
 class Recorded(Protocol):
-    """A recorded context of the bank."""
+    """A recorded negative batch."""
 
     @property
     def inputs(self) -> Inputs:
@@ -57,7 +57,7 @@ class SampleGradients:
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs, image: IntArray) -> Tensor:
-        """Gradients (n, p) of samples given by inputs and labels; a row that is not finite is nan."""
+        """Gradients (n, p) of samples by their inputs and labels; a row that is not finite is nan."""
         if not len(image):
             return torch.zeros(0, self.space.size, dtype=torch.float64)
         u, y = self.space.embed(inputs)
@@ -67,9 +67,9 @@ class SampleGradients:
         return rows
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Summary:
-    """One context with what the gradients against it need, computed once."""
+    """A negative batch with what the gradients against it need, computed once."""
 
     inputs: Inputs
     u: Tensor  # (M, d)
@@ -81,9 +81,9 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class PairGradients:
-    """Gradient of each pair's value by the space's parameters, the mean over the contexts without the pair's image.
+    """Gradient of each pair's value by the space's parameters, the mean over the negative batches without the pair's image.
 
-    With `centred`, less the mean gradient of what bank pairs add to others' losses (`offset`): one extra negative lifts
+    With `centred`, less the mean gradient of what recorded pairs add to others' losses (`offset`): one extra negative lifts
     every loss, whoever it is. Then gradients @ v are the mean influences of InfluenceScorer along v.
     """
 
@@ -99,19 +99,19 @@ class PairGradients:
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs, image: IntArray) -> Tensor:
-        """Gradients (n, p) of pairs given by inputs (two (n, D)) and images (n,).
+        """Gradients (n, p) of pairs by their inputs (two (n, D)) and images (n,).
 
-        A row is nan where no context can judge the pair, or where its gradient is not finite: one bad pair neither
-        ends a run nor touches another. Takes n p + M_total p numbers; for large p take a reduced space.
+        A row is nan where no negative batch can judge the pair, or where its gradient is not finite: one bad pair neither
+        ends a run nor touches another. Takes n p + M_total p numbers; for large p use a reduced space.
         """
         total = torch.zeros(len(image), self.space.size, dtype=torch.float64)
         count = torch.zeros(len(image), dtype=torch.float64)
-        for index, context in enumerate(self.bank):
-            allowed = torch.from_numpy(~np.isin(image, context.image))
-            found = self._against(self._contexts[index], (inputs[0][allowed], inputs[1][allowed]))
-            total[allowed] += found.double().cpu()
+        for batch, summary in zip(self.bank, self._summaries):
+            allowed = torch.from_numpy(~np.isin(image, batch.image))
+            rows = self._against(summary, (inputs[0][allowed], inputs[1][allowed]))
+            total[allowed] += rows.double().cpu()
             count += allowed
-        mean = total / count[:, None]  # nan without a context
+        mean = total / count[:, None]  # nan without a batch
         if self.centred:
             mean = mean - self.offset
         mean[~torch.isfinite(mean).all(1)] = torch.nan
@@ -119,95 +119,86 @@ class PairGradients:
 
     @cached_property
     def offset(self) -> Tensor:
-        """Mean gradient of the negative role of bank pairs in contexts that are not theirs: (p,)."""
-        strangers = [[c.inputs for c in self.bank if c is not context] for context in self.bank]
-        rows = [self._of_strangers(k, others) for k, others in enumerate(strangers)]
+        """Mean gradient of the negative role of recorded pairs in the batches that are not theirs: (p,)."""
+        rows = []
+        for batch in self.bank:
+            strangers = [other.inputs for other in self.bank if other is not batch]
+            rows.append(self._as_negatives(batch.inputs, strangers))
         return torch.stack(rows).mean(0).double().cpu()
 
     @torch.no_grad()
-    def _of_strangers(self, index: int, others: Sequence[Inputs]) -> Tensor:
-        """Mean gradient of the others' pairs as negatives in context `index`: (p,)."""
-        images, texts = (torch.cat([inputs[side] for inputs in others]) for side in (0, 1))
+    def _as_negatives(self, batch: Inputs, strangers: Sequence[Inputs]) -> Tensor:
+        """Mean gradient of what the strangers' pairs add to the losses of a batch: (p,)."""
+        images, texts = (torch.cat(side) for side in zip(*strangers))
 
         def mean(parameters: dict[str, Tensor]) -> Tensor:
-            cu, ct = self.space.embed_at(parameters, self.bank[index].inputs)
-            u, t = self.space.embed_at(parameters, (images, texts))
-            return role_losses(self.objective, u, t, cu, ct, self.batch_size)[1].mean()
+            pairs = self.space.embed_at(parameters, (images, texts))
+            negatives = self.space.embed_at(parameters, batch)
+            return role_losses(self.objective, *pairs, *negatives, self.batch_size)[1].mean()
 
         return self.space.flatten(grad(mean)(self.space.parameters))
 
     @cached_property
-    def _contexts(self) -> list[Summary]:
+    def _summaries(self) -> list[Summary]:
         """The bank; the normalisers' Jacobians spare each pair a backward pass through M x M logits."""
-        found = []
-        for context in self.bank:
-            u, t = self.space.embed_at(self.space.parameters, context.inputs)
-            jacobians = []
-            for side, W in enumerate(self.objective.normaliser_slopes(u, t, self.batch_size)):
-                jacobians.append(self._of_normalisers(context.inputs, u, t, self.objective.scale * W, side))
-            found.append(
-                Summary(
-                    inputs=context.inputs,
-                    u=u,
-                    t=t,
-                    factor=(self.batch_size - 1) / len(u),
-                    normalisers=self.objective.normalisers(u, t, self.batch_size),
-                    jacobians=tuple(jacobians),
-                )
-            )
-        return found
+        objective, size = self.objective, self.batch_size
+        summaries = []
+        for batch in self.bank:
+            u, t = self.space.embed(batch.inputs)
+            slopes = enumerate(objective.normaliser_slopes(u, t, size))
+            jacobians = [
+                self._of_normalisers(batch.inputs, u, t, objective.scale * W, side) for side, W in slopes
+            ]
+            normalisers = objective.normalisers(u, t, size)
+            summaries.append(Summary(batch.inputs, u, t, (size - 1) / len(u), normalisers, tuple(jacobians)))
+        return summaries
 
     def _of_normalisers(self, inputs: Inputs, u: Tensor, t: Tensor, W: Tensor, side: int) -> Tensor:
         """Jacobian of log Z of the images (side 0) or texts (side 1), W (M, M) its slope by S, image by text: (M, p)."""
-        none_u, none_W = torch.zeros_like(u), torch.zeros_like(W)
-        if side == 0:
-            rows = self._through_pair(inputs, W @ t, none_u)
-            return rows + self._through_context(inputs, none_W, t, W, u)
-        rows = self._through_pair(inputs, none_u, W.T @ u)
-        return rows + self._through_context(inputs, W.T, t, none_W, u)
+        zero = torch.zeros_like(W)
+        W_u, W_t = (W, zero) if side == 0 else (zero, W.T)
+        rows = through_sample(self.space, inputs, W_u @ t, W_t @ u)
+        return rows + self._through_batch(inputs, W_t, t, W_u, u)
 
-    def _against(self, context: Summary, inputs: Inputs) -> Tensor:
-        """Gradients against one context: (n, p)."""
+    def _against(self, batch: Summary, inputs: Inputs) -> Tensor:
+        """Gradients against one negative batch: (n, p)."""
         if not len(inputs[0]):
             return inputs[0].new_zeros(0, self.space.size)
-        u, t = self.space.embed_at(self.space.parameters, inputs)
+        u, t = self.space.embed(inputs)
         scale = self.objective.scale
-        logits = pair_logits(u, t, context.u, context.t, scale)
-        normalisers = tuple(row.expand(len(u), -1) for row in context.normalisers)
-
-        def total(own: Tensor, S_image: Tensor, S_text: Tensor, normalisers: Normalisers) -> Tensor:
-            return self._value(own, S_image, S_text, normalisers, context.factor).sum()
+        logits = pair_logits(u, t, batch.u, batch.t, scale)
+        normalisers = tuple(row.expand(len(u), -1) for row in batch.normalisers)
+        value = self.value or self._added_loss
 
         # rows do not meet, so the gradient of the sum is each row's own
+        def total(own: Tensor, S_image: Tensor, S_text: Tensor, normalisers: Normalisers) -> Tensor:
+            return value(own, S_image, S_text, normalisers, batch.factor).sum()
+
         by_own, C_image, C_text, by_normalisers = grad(total, argnums=(0, 1, 2, 3))(*logits, normalisers)
         by_own, C_image, C_text = (scale * by for by in (by_own[:, None], C_image, C_text))
-        rows = self._through_pair(inputs, by_own * t + C_image @ context.t, by_own * u + C_text @ context.u)
-        rows = rows + self._through_context(context.inputs, C_text, t, C_image, u)
-        for by, jacobian in zip(by_normalisers, context.jacobians):
+        by_u, by_t = by_own * t + C_image @ batch.t, by_own * u + C_text @ batch.u
+        rows = through_sample(self.space, inputs, by_u, by_t)
+        rows = rows + self._through_batch(batch.inputs, C_text, t, C_image, u)
+        for by, jacobian in zip(by_normalisers, batch.jacobians):
             rows = rows + by @ jacobian
         return rows
 
-    def _value(
+    def _added_loss(
         self, own: Tensor, S_image: Tensor, S_text: Tensor, normalisers: Normalisers, factor: float
     ) -> Tensor:
-        if self.value is not None:
-            return self.value(own, S_image, S_text, normalisers, factor)
-        mine = self.objective.own_loss(own, S_image, S_text, factor)
-        return mine + self.objective.negative_loss(S_image, S_text, normalisers, factor)
+        as_anchor = self.objective.own_loss(own, S_image, S_text, factor)
+        return as_anchor + self.objective.negative_loss(S_image, S_text, normalisers, factor)
 
-    def _through_pair(self, inputs: Inputs, by_u: Tensor, by_t: Tensor) -> Tensor:
-        return through_sample(self.space, inputs, by_u, by_t)
-
-    def _through_context(self, inputs: Inputs, C_u: Tensor, t: Tensor, C_t: Tensor, u: Tensor) -> Tensor:
-        """Gradient of sum_k C_u_zk <u_k, t_z> + C_t_zk <u_z, t_k> by a context's embeddings: C (n, M) -> (n, p)."""
+    def _through_batch(self, inputs: Inputs, C_u: Tensor, t: Tensor, C_t: Tensor, u: Tensor) -> Tensor:
+        """Gradient of sum_k C_u_zk <u_k, t_z> + C_t_zk <u_z, t_k> by a batch's embeddings: C (n, M) -> (n, p)."""
         proxy = self.space.proxy
         if isinstance(proxy, ProjectedHeads):
-            return self.space.flatten(proxy.context_gradients(inputs, C_u, t, C_t, u))
-        chunk = max(1, self.memory // (12 * u.element_size() * C_u.shape[1] * u.shape[1]))
+            return self.space.flatten(proxy.batch_gradients(inputs, C_u, t, C_t, u))
+        size = max(1, self.memory // (12 * u.element_size() * C_u.shape[1] * u.shape[1]))
         rows = [u.new_zeros(0, self.space.size)]
-        for start in range(0, len(u), chunk):
-            part = slice(start, start + chunk)
-            by_u, by_t = C_u[part, :, None] * t[part, None], C_t[part, :, None] * u[part, None]
+        for start in range(0, len(u), size):
+            some = slice(start, start + size)
+            by_u, by_t = C_u[some, :, None] * t[some, None], C_t[some, :, None] * u[some, None]
             rows.append(self.space.pullback(inputs, by_u, by_t))
         return torch.cat(rows)
 

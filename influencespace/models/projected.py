@@ -1,8 +1,8 @@
-"""A Space of few parameters whose gradients are the randomly projected gradients of a larger one.
+"""A Space of few parameters whose gradients are the projected gradients of a larger one.
 
 Every matrix W of the proxy is moved by A Z B^T, Z (k1, k2) at zero: the gradient by Z is A^T (gradient by W) B, the
-two-sided projection (LoGra, Choe et al. 2024). So whatever a Space can do, curvature included, is done in the projected
-space without a projection to call, and over heads without a whole gradient ever being formed.
+two-sided projection (LoGra, Choe et al. 2024). So all that a Space can do, curvature included, is done in the projected
+space without a call to a projection, and over heads without ever forming a whole gradient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ Parameters = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ReducedSpace:
-    """A projected space beside the one that it came from; the blocks are the proxy's parameter tensors, in order."""
+    """A projected space and how it was projected; the blocks are the proxy's parameter tensors, in order."""
 
     space: Space
     projections: tuple[TwoSided, ...]
@@ -41,25 +41,20 @@ class ReducedSpace:
     def transpose(self, direction: Tensor) -> Tensor:
         """The direction of the original space along which its derivatives are those along one of this: (k,) -> (p,)."""
         blocks = torch.split(direction, self.sizes)
-        wide = [
-            projection.transpose(block.reshape(projection.sides)).flatten()
-            for projection, block in zip(self.projections, blocks)
-        ]
-        return torch.cat(wide)
+        pairs = zip(self.projections, blocks)
+        return torch.cat([P.transpose(block.reshape(P.sides)).flatten() for P, block in pairs])
 
     def diagonal(self, D: Tensor) -> Tensor:
         """P^T diag(D) P for D (p,) over the original parameters: (k, k), block by block."""
-        blocks = [
-            projection.diagonal(part.reshape(projection.shape))
-            for projection, part in zip(self.projections, torch.split(D, self.original_sizes))
-        ]
+        pairs = zip(self.projections, torch.split(D, self.original_sizes))
+        blocks = [P.diagonal(block.reshape(P.shape)) for P, block in pairs]
         joined: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
         return joined
 
     def project(self, rows: Tensor) -> Tensor:
         """P^T x for rows x (n, p) over the original parameters: (n, k)."""
-        parts = zip(self.projections, torch.split(rows, self.original_sizes, 1))
-        return torch.cat([P(part.reshape(-1, *P.shape)).flatten(1) for P, part in parts], 1)
+        pairs = zip(self.projections, torch.split(rows, self.original_sizes, 1))
+        return torch.cat([P(block.reshape(-1, *P.shape)).flatten(1) for P, block in pairs], 1)
 
 
 def reduced_space(space: Space, dimension: int, seed: int) -> ReducedSpace:
@@ -77,13 +72,13 @@ def reduced_space(space: Space, dimension: int, seed: int) -> ReducedSpace:
 
 def projected(space: Space, projections: Sequence[TwoSided]) -> ReducedSpace:
     """Project each parameter tensor, as a matrix, by a projection of its own; the space itself where all are exact."""
-    found = tuple(projections)
-    if all(projection.exact for projection in found):
-        return ReducedSpace(space=space, projections=found)
-    named = dict(zip(space.parameters, found))
+    projections = tuple(projections)
+    if all(projection.exact for projection in projections):
+        return ReducedSpace(space=space, projections=projections)
+    named = dict(zip(space.parameters, projections))
     whole = isinstance(space.proxy, Heads) and set(named) == {"image", "text"}
     proxy = ProjectedHeads(space, named) if whole else ProjectedProxy(space, named)
-    return ReducedSpace(space=Space(proxy, [_key(name) for name in named]), projections=found)
+    return ReducedSpace(space=Space(proxy, [_key(name) for name in named]), projections=projections)
 
 
 def _key(name: str) -> str:
@@ -105,7 +100,7 @@ class ProjectedProxy(nn.Module):
             self.register_parameter(_key(name), nn.Parameter(value.new_zeros(projection.sides)))
             self.register_buffer(f"{_key(name)}_start", value)
 
-    def part(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def matrices(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """W, A, Z, B of one parameter."""
         key = _key(name)
         W, A, Z, B = (getattr(self, key + end) for end in ("_start", "_A", "", "_B"))
@@ -114,7 +109,7 @@ class ProjectedProxy(nn.Module):
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         moved = {}
         for name in self.names:
-            W, A, Z, B = self.part(name)
+            W, A, Z, B = self.matrices(name)
             moved[name] = W + (A @ Z @ B.T).reshape(W.shape)
         u, t = functional_call(self.proxy[0], moved, (images, texts))
         return u, t
@@ -126,18 +121,18 @@ class ProjectedHeads(ProjectedProxy):
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         sides = []
         for name, x in (("image", images), ("text", texts)):
-            W, A, Z, B = self.part(name)
+            W, A, Z, B = self.matrices(name)
             sides.append(F.normalize(x @ W + ((x @ A) @ Z) @ B.T, dim=-1))
         return sides[0], sides[1]
 
-    def context_gradients(self, inputs: Inputs, C_u: Tensor, t: Tensor, C_t: Tensor, u: Tensor) -> Parameters:
-        """Gradients by Z of sum_k C_u_zk <u_k, t_z> + C_t_zk <u_z, t_k> through the context: by name, (n, k1, k2) each.
+    def batch_gradients(self, inputs: Inputs, C_u: Tensor, t: Tensor, C_t: Tensor, u: Tensor) -> Parameters:
+        """Gradients by Z of sum_k C_u_zk <u_k, t_z> + C_t_zk <u_z, t_k> by a batch's embeddings: by name, (n, k1, k2) each.
 
         C (n, M); t, u (n, d) held constant; inputs two (M, D). In closed form, without the n x M x d numbers of autograd.
         """
         tree = {}
         for name, x, C, w in (("image", inputs[0], C_u, t), ("text", inputs[1], C_t, u)):
-            W, A, Z, B = self.part(name)
+            W, A, Z, B = self.matrices(name)
             y = x @ W + ((x @ A) @ Z) @ B.T
             length = y.norm(dim=-1).clamp_min(1e-12)
             e, K, a = y / length[:, None], C / length, x @ A
