@@ -7,12 +7,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from hypothesis import settings
 from PIL import Image
-
-# Files are slow on a busy machine: a deadline would test the machine.
-settings.register_profile("files", deadline=None)
-settings.load_profile("files")
 
 
 @pytest.fixture(scope="session")

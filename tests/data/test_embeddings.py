@@ -248,7 +248,9 @@ def test_small_blocks_give_the_same_files(tmp_path: Path, monkeypatch: pytest.Mo
 def test_pairs_without_a_given_embedding_are_rejected(tmp_path: Path) -> None:
     uids = as_digests(sorted(digest(uid) for uid in (b"u1#0", b"u3")))
     refused = {digest(b"u1#1"): "the embedding is zero"}
-    done = build(tmp_path, [SAMPLES[:2], SAMPLES[6:]], provided=ProvidedEmbeddings(keys=uids, refused=refused))
+    done = build(
+        tmp_path, [SAMPLES[:2], SAMPLES[6:]], provided=ProvidedEmbeddings(keys=uids, refused=refused)
+    )
     assert (done.rows_in, done.rows_out, done.rejected) == (4, 2, 2)
     rejected = {row["uid"]: row["reason"] for row in read_rejected(tmp_path).to_pylist()}
     assert rejected == {"u1#1": "the embedding is zero", "u2": "no embedding given"}

@@ -1,6 +1,5 @@
 """Exports: what comes back from any of them is exactly what was kept, whatever was interrupted on the way."""
 
-import io
 import json
 import tarfile
 import tracemalloc
@@ -13,16 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from shards import coco_captions, coco_image, read_all, sample_files, tar_bytes, write_coco, write_parquet
 
 from influencespace.data import exports
-from influencespace.data.artifacts import Manifest, read_manifest, write_json, write_manifest
+from influencespace.data.artifacts import Manifest, read_manifest, write_manifest
 from influencespace.data.exports import export, folder, parquet, pictures
 from influencespace.data.exports.npy import hash_of, to_numbers
 from influencespace.data.merge import PAIRS_SCHEMA
-from influencespace.data.readers import list_shards, read_shard
-from influencespace.data.schema import ImageRef, Sample
+from influencespace.data.schema import ImageRef
 from influencespace.data.uids import digest, pair_uids
 from influencespace.errors import InputError
 
@@ -35,12 +34,12 @@ SHARDED = ("webdataset", "parquet")
 
 def write_tar(path: Path, samples: Sequence[tuple[bytes, str, dict[str, Any]]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for key, (image, suffix, fields) in enumerate(samples):
-            for name, data in ((suffix, image), ("json", json.dumps(fields).encode())):
-                member = tarfile.TarInfo(f"{key:05d}.{name}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    files = [
+        file
+        for key, (image, suffix, fields) in enumerate(samples)
+        for file in sample_files(f"{key:05d}", image, suffix, **fields)
+    ]
+    path.write_bytes(tar_bytes(files))
 
 
 def write_tars(data: Path, encode: Encode) -> str:
@@ -61,58 +60,36 @@ def write_tars(data: Path, encode: Encode) -> str:
     return str(data)
 
 
-def write_parquets(data: Path, encode: Encode) -> str:
+def write_tables(data: Path, encode: Encode) -> str:
     data.mkdir()
-    images = [encode(i, kind="GIF" if i == 7 else "JPEG") for i in range(90)]
-    table = pa.table(
-        {
-            "jpg": images,
-            "captions": [[f"row {i}", f"again {i}"] for i in range(90)],
-            "uid": [f"u{i}" for i in range(90)],
-        }
-    )
-    pq.write_table(table.slice(0, 80), data / "a.parquet", row_group_size=40)
-    pq.write_table(table.slice(80), data / "b.parquet")
+    columns: dict[str, list[Any]] = {
+        "jpg": [encode(i, kind="GIF" if i == 7 else "JPEG") for i in range(90)],
+        "captions": [[f"row {i}", f"again {i}"] for i in range(90)],
+        "uid": [f"u{i}" for i in range(90)],
+    }
+    for name, rows in (("a", slice(0, 80)), ("b", slice(80, 90))):
+        some = {column: values[rows] for column, values in columns.items()}
+        write_parquet(data / f"{name}.parquet", some, row_group_size=40)
     return str(data)
 
 
-def write_coco(data: Path, encode: Encode) -> str:
-    (data / "val").mkdir(parents=True)
-    (data / "annotations").mkdir()
-    for i in range(6):
-        (data / "val" / f"{i}.jpg").write_bytes(encode(i))
-    write_json(
-        data / "annotations" / "captions_val.json",
-        {
-            "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(6)],
-            "annotations": [{"image_id": i % 6, "caption": f"text {i}"} for i in range(12)],
-        },
-    )
-    return str(data / "annotations" / "captions_val.json")
+def write_annotations(data: Path, encode: Encode) -> str:
+    images = [coco_image(i, data=encode(i)) for i in range(6)]
+    annotations = [caption for i in range(12) for caption in coco_captions(i % 6, f"text {i}")]
+    return str(write_coco(data, images, annotations))
 
 
-WRITERS = {"webdataset": write_tars, "parquet": write_parquets, "coco": write_coco}
+WRITERS = {"webdataset": write_tars, "parquet": write_tables, "coco": write_annotations}
 
 
 def pool_rows(spec: str) -> list[dict[str, Any]]:
     """The pairs of `spec` in canonical order, as the embed stage lists them."""
     rows, seen = [], Counter[str]()
-    for shard in list_shards(spec):
-        for sample in read_shard(shard):
-            assert isinstance(sample, Sample)
-            for uid, caption in zip(pair_uids(sample), sample.captions):
-                seen[uid] += 1
-                rows.append(
-                    {
-                        "uid": f"{uid}~{seen[uid] - 1}" if seen[uid] > 1 else uid,
-                        "caption": caption,
-                        "image_path": sample.ref.path,
-                        "image_offset": sample.ref.offset,
-                        "image_length": sample.ref.length,
-                        "image_row": sample.ref.row,
-                        "group": sample.group,
-                    }
-                )
+    for sample in read_all(spec)[0]:
+        for uid, caption in zip(pair_uids(sample), sample.captions):
+            seen[uid] += 1
+            name = f"{uid}~{seen[uid] - 1}" if seen[uid] > 1 else uid
+            rows.append({"uid": name, "caption": caption, "group": sample.group, **sample.ref.columns()})
     return sorted(rows, key=lambda row: digest(row["uid"].encode()))
 
 
@@ -135,30 +112,24 @@ def write_run(run: Path, spec: str, dropped: Sequence[int] = (2, 5)) -> list[dic
     return [row for row in rows if row["kept"]]
 
 
-def content(spec: str | Path) -> Pairs:
+def exported(spec: str | Path) -> Pairs:
     """uid -> caption, encoded picture and group, as our readers find them."""
-    found: Pairs = {}
-    for shard in list_shards(str(spec)):
-        for sample in read_shard(shard):
-            assert isinstance(sample, Sample), sample
-            for uid, caption in zip(pair_uids(sample), sample.captions, strict=True):
-                assert uid not in found
-                found[uid] = caption, sample.image, sample.group
-    return found
+    samples, rejections = read_all(spec)
+    assert not rejections
+    pairs = [
+        (uid, (caption, sample.image, sample.group))
+        for sample in samples
+        for uid, caption in zip(pair_uids(sample), sample.captions, strict=True)
+    ]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
 
 
 def original(rows: Sequence[dict[str, Any]]) -> Pairs:
-    return {row["uid"]: (row["caption"], pictures_at(row), row["group"]) for row in rows}
-
-
-def pictures_at(row: dict[str, Any]) -> bytes:
-    ref = ImageRef(
-        path=row["image_path"],
-        offset=row["image_offset"],
-        length=row["image_length"],
-        row=row["image_row"],
-    )
-    return pictures.read_image_bytes(ref)
+    return {
+        row["uid"]: (row["caption"], pictures.read_image_bytes(ImageRef.of(row)), row["group"])
+        for row in rows
+    }
 
 
 def visible(out: Path) -> dict[str, bytes]:
@@ -178,28 +149,27 @@ def test_round_trip_from_any_source(tmp_path: Path, encoded_image: Encode, sourc
     kept = write_run(tmp_path / "run", WRITERS[source](tmp_path / "data", encoded_image))
     counted: list[int] = []
     manifest = export(tmp_path / "run", to, tmp_path / "out", shard_size=4, advance=counted.append)
-    assert content(tmp_path / "out") == original(kept)
+    assert exported(tmp_path / "out") == original(kept)
     assert manifest.rows_out == sum(counted) == len(kept)
     assert len(manifest.files) == len(counted) == -(-len(kept) // 4)
     assert not list((tmp_path / "out").glob(".*"))
 
 
 @settings(max_examples=12)
+@example(size=3, dropped=set(range(14)))
 @given(size=st.integers(1, 20), dropped=st.sets(st.integers(0, 13)))
 def test_any_shard_size_and_any_choice_export_what_was_kept(
     tmp_path_factory: pytest.TempPathFactory, encoded_image: Encode, size: int, dropped: set[int]
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
     kept = write_run(folder / "run", write_tars(folder / "data", encoded_image), sorted(dropped))
-    for to in SHARDED if kept else ():
-        export(folder / "run", to, folder / to, shard_size=size)
-        assert content(folder / to) == original(kept)
-
-
-@pytest.mark.parametrize("to", SHARDED)
-def test_nothing_kept_is_an_empty_export(tmp_path: Path, encoded_image: Encode, to: str) -> None:
-    write_run(tmp_path / "run", write_tars(tmp_path / "data", encoded_image), range(14))
-    assert export(tmp_path / "run", to, tmp_path / "out").files == {}
+    for to in SHARDED:
+        manifest = export(folder / "run", to, folder / to, shard_size=size)
+        assert manifest.rows_out == len(kept)
+        if kept:
+            assert exported(folder / to) == original(kept)
+        else:
+            assert manifest.files == {}
 
 
 def test_weights_scores_and_groups_travel_with_the_pairs(tmp_path: Path, encoded_image: Encode) -> None:
@@ -239,23 +209,12 @@ def test_npy_is_the_sorted_list_of_datacomp(run: Path, tmp_path: Path) -> None:
     assert [f"{high:016x}{low:016x}" for high, low in numbers.tolist()] == sorted(hashes)
 
 
-@given(st.lists(st.integers(0, 2**128 - 1).map(lambda number: f"{number:032x}"), max_size=20))
-def test_numbers_sort_like_the_digits(uids: list[str]) -> None:
+@given(st.lists(st.integers(0, 2**128 - 1).map(lambda number: f"{number:032x}"), max_size=20), st.text())
+def test_uids_become_numbers_that_sort_like_their_digits(uids: list[str], other: str) -> None:
     numbers = np.sort(to_numbers(uids))
     assert [f"{high:016x}{low:016x}" for high, low in numbers.tolist()] == sorted(uids)
-
-
-@given(st.text())
-def test_every_uid_has_a_hash_and_datacomp_uids_are_their_own(uid: str) -> None:
-    assert len(hash_of(uid)) == 32
-    assert hash_of(hash_of(uid)) == hash_of(uid)
-
-
-@pytest.mark.parametrize("to", exports.FORMATS)
-def test_the_same_run_gives_the_same_bytes(run: Path, tmp_path: Path, to: str) -> None:
-    export(run, to, tmp_path / "a", shard_size=3)
-    export(run, to, tmp_path / "b", shard_size=3)
-    assert visible(tmp_path / "a") == visible(tmp_path / "b")
+    assert [hash_of(uid) for uid in uids] == uids, "those of DataComp are their own"
+    assert len(hash_of(other)) == 32
 
 
 @pytest.mark.parametrize("to", SHARDED)
@@ -286,13 +245,17 @@ def test_an_interrupted_export_continues(
 
 
 @pytest.mark.parametrize("to", exports.FORMATS)
-def test_a_finished_export_is_left_alone(run: Path, tmp_path: Path, to: str) -> None:
-    first = export(run, to, tmp_path / "out")
-    before = {path: path.stat().st_ino for path in (tmp_path / "out").iterdir()}
+def test_the_same_run_gives_the_same_bytes_and_a_finished_export_is_left_alone(
+    run: Path, tmp_path: Path, to: str
+) -> None:
+    first = export(run, to, tmp_path / "a", shard_size=3)
+    export(run, to, tmp_path / "b", shard_size=3)
+    assert visible(tmp_path / "a") == visible(tmp_path / "b")
+    before = {path: path.stat().st_ino for path in (tmp_path / "a").iterdir()}
     counted: list[int] = []
-    assert export(run, to, tmp_path / "out", advance=counted.append) == first
+    assert export(run, to, tmp_path / "a", shard_size=3, advance=counted.append) == first
     assert sum(counted) == first.rows_out
-    assert {path: path.stat().st_ino for path in (tmp_path / "out").iterdir()} == before
+    assert {path: path.stat().st_ino for path in (tmp_path / "a").iterdir()} == before
 
 
 @pytest.mark.parametrize("to", exports.FORMATS)
@@ -314,11 +277,11 @@ def test_sources_are_read_front_to_back_and_each_picture_once(
     asked = []
     read = pictures.read_image_bytes
 
-    def note(ref: ImageRef) -> bytes:
+    def record(ref: ImageRef) -> bytes:
         asked.append((ref.path, ref.offset))
         return read(ref)
 
-    monkeypatch.setattr(pictures, "read_image_bytes", note)
+    monkeypatch.setattr(pictures, "read_image_bytes", record)
     export(run, "webdataset", tmp_path / "out")
     assert asked == sorted(set(asked))
 
@@ -366,8 +329,9 @@ def broken(run: Path, tmp_path: Path) -> Callable[..., str]:
     return attempt
 
 
-def test_unknown_format_names_the_near_one(broken: Callable[..., str]) -> None:
+def test_wrong_options_are_explained(broken: Callable[..., str], tmp_path: Path) -> None:
     assert "Did you mean 'webdataset'?" in broken("webdatset")
+    assert "shard_size is 0" in broken(shard_size=0)
 
 
 def test_a_run_that_is_missing_or_not_finished(broken: Callable[..., str], run: Path, tmp_path: Path) -> None:
@@ -413,7 +377,7 @@ def test_imported_embeddings_have_no_pictures(broken: Callable[..., str], run: P
 
 
 def test_a_parquet_source_that_was_cut(tmp_path: Path, encoded_image: Encode) -> None:
-    write_run(tmp_path / "run", write_parquets(tmp_path / "data", encoded_image))
+    write_run(tmp_path / "run", write_tables(tmp_path / "data", encoded_image))
     (tmp_path / "data" / "b.parquet").rename(tmp_path / "data" / "a.parquet")
     with pytest.raises(InputError, match="has 10 rows, no row"):
         export(tmp_path / "run", "parquet", tmp_path / "out")
@@ -427,10 +391,6 @@ def test_a_decision_of_another_run(broken: Callable[..., str], run: Path) -> Non
     assert "no column weight" in broken()
     (run / "curated.parquet").write_bytes(b"PAR1 no more")
     assert "is damaged" in broken()
-
-
-def test_shards_hold_at_least_one_pair(broken: Callable[..., str]) -> None:
-    assert "shard_size is 0" in broken(shard_size=0)
 
 
 def test_stats_are_read_with_distrust(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""Parquet shards as img2dataset and Hugging Face write them, read a few rows at a time."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from shards import read_all, write_parquet
+
+from influencespace.data.images import open_parquet, read_image_bytes
+from influencespace.data.readers import ReadOptions, parquet
+from influencespace.errors import InputError
+
+
+def img2dataset_columns(count: int) -> dict[str, Any]:
+    return {
+        "key": [f"{i:09d}" for i in range(count)],
+        "jpg": [f"image {i}".encode() for i in range(count)],
+        "txt": [f"text {i}" for i in range(count)],
+        "caption": ["not used"] * count,
+        "status": ["success"] * count,
+    }
+
+
+def test_parquet_of_img2dataset(tmp_path: Path) -> None:
+    columns = img2dataset_columns(3)
+    columns["jpg"][1] = None
+    samples, rejections = read_all(write_parquet(tmp_path / "0.parquet", columns))
+    assert [(s.image, s.captions, s.uid) for s in samples] == [
+        (b"image 0", ("text 0",), None),
+        (b"image 2", ("text 2",), None),
+    ]
+    assert [(r.uid, "missing" in r.reason) for r in rejections] == [("000000001", True)]
+
+
+@pytest.mark.parametrize("name", ["caption", "captions", "text"])
+def test_parquet_of_hugging_face(name: str, tmp_path: Path) -> None:
+    columns = {
+        "image": [{"bytes": b"0", "path": None}, {"bytes": None, "path": "x.jpg"}, None],
+        name: [["a", "b"], ["c", "d"], ["e"]],
+        "uid": ["u0", "u1", "u2"],
+        "group": [1, 2, 3],
+    }
+    (sample,), rejections = read_all(write_parquet(tmp_path / "0.parquet", columns))
+    assert (sample.captions, sample.uid, sample.group) == (("a", "b"), "u0", "1")
+    assert [r.uid for r in rejections] == ["u1#0", "u1#1", "u2"]
+
+
+def test_the_only_binary_column_is_the_image(tmp_path: Path) -> None:
+    (sample,), _ = read_all(write_parquet(tmp_path / "0.parquet", {"photo": [b"0"], "text": ["a"]}))
+    assert (sample.image, read_image_bytes(sample.ref)) == (b"0", b"0")
+
+
+def test_text_that_is_not_utf8_costs_only_its_own_row(tmp_path: Path) -> None:
+    texts = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
+    lists = pa.ListArray.from_arrays([0, 1, 3, 4], pa.array([b"a", b"\xff", b"b", b"c"]).view(pa.string()))
+    for name, column, lost, kept in (("txt", texts, "row 1", 2), ("captions", lists, "row 1#0", 3)):
+        columns = {"jpg": [b"0", b"1", b"2"], name: column}
+        samples, rejections = read_all(write_parquet(tmp_path / "0.parquet", columns))
+        assert [r.uid for r in rejections] == [lost]
+        assert sum(len(s.captions) for s in samples) == kept
+
+
+def test_dictionary_columns_are_read(tmp_path: Path) -> None:
+    columns = {"jpg": [b"0", b"1"], "txt": pa.array(["a", "a"]).dictionary_encode()}
+    samples, _ = read_all(write_parquet(tmp_path / "0.parquet", columns))
+    assert [s.captions for s in samples] == [("a",), ("a",)]
+
+
+def test_wrong_columns_are_explained(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "0.parquet", {"url": ["http://x"], "caption": ["a"]})
+    with pytest.raises(InputError, match="no image column among url, caption"):
+        read_all(path)
+    path = write_parquet(tmp_path / "1.parquet", {"jpg": [b"0"], "title": ["a"]})
+    with pytest.raises(InputError, match="no caption column"):
+        read_all(path)
+    assert read_all(path, ReadOptions(caption_column="title"))[0][0].captions == ("a",)
+    with pytest.raises(InputError, match="no column 'id'"):
+        read_all(path, ReadOptions(caption_column="title", uid_column="id"))
+
+
+def test_memory_is_bounded_by_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "0.parquet", img2dataset_columns(1000), row_group_size=1000)
+    sizes = []
+    original = parquet._raw_samples
+
+    def spy(batch: Any, *rest: Any) -> Any:
+        sizes.append(len(batch))
+        return original(batch, *rest)
+
+    monkeypatch.setattr(parquet, "_raw_samples", spy)
+    assert len(read_all(path)[0]) == 1000
+    assert max(sizes) <= parquet.BATCH_ROWS
+
+
+class Counting(io.BytesIO):
+    """A file that remembers how much was asked of it at once."""
+
+    largest = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.largest = max(self.largest, len(data))
+        return data
+
+
+def test_a_row_group_is_not_read_at_once() -> None:
+    written = Counting()
+    images = [bytes([i]) * 100_000 for i in range(100)]
+    table = pa.table({"image": [{"bytes": image, "path": None} for image in images]})
+    pq.write_table(table, written, write_batch_size=10, use_dictionary=False, compression="none")
+    file = open_parquet(written)
+    assert file.num_row_groups == 1
+    rows = [row for batch in file.iter_batches(10) for row in batch.column(0).to_pylist()]
+    assert [row["bytes"] for row in rows] == images
+    assert written.largest < 2_000_000
+
+
+def test_a_damaged_parquet_file_is_a_rejection(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "0.parquet", img2dataset_columns(50))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    samples, rejections = read_all(path)
+    assert (samples, len(rejections)) == ([], 1)
+    assert "not a readable Parquet file" in rejections[0].reason
+
+
+def test_a_damaged_row_group_costs_no_other(tmp_path: Path) -> None:
+    columns = img2dataset_columns(60)
+    path = write_parquet(tmp_path / "0.parquet", columns, row_group_size=20, use_dictionary=False)
+    whole = path.read_bytes()
+    place = pq.read_metadata(path).row_group(1).column(1).data_page_offset
+    path.write_bytes(whole[:place] + b"\xff" * 30 + whole[place + 30 :])
+    samples, rejections = read_all(path)
+    assert {s.ref.row for s in samples} == {*range(20), *range(40, 60)}
+    assert len(rejections) == 1
+    assert "rows 20 to 39" in rejections[0].reason
