@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from influencespace.pipeline import load_run
     from influencespace.run import Run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Estimator",
     "InputError",
