@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
@@ -28,6 +28,8 @@ from influencespace.data.synthetic.scenes import RARE_SHAPES, Scene, render
 from influencespace.data.uids import pair_uid
 
 Kind = Literal["clean", "wrong", "duplicate", "boilerplate", "irrelevant"]
+Planted = tuple[str, Kind, str | None]
+"""A caption, its kind, and the pair that it or its image comes from."""
 
 
 class PairTruth(NamedTuple):
@@ -77,65 +79,50 @@ class Plan:
 def plan_image(config: WorldConfig, split: Split, index: int) -> Plan:
     """What the world holds at this index of the split, whatever the sizes in `config`."""
     place = Place(config, split, index)
+    positions = range(config.captions_per_image)
     kind = image_kind(place)
     if kind == "irrelevant":
-        return _plan_document(place)
-    original = find_original(place) if kind == "duplicate" else None
-    return _plan_duplicate(place, original) if original else _plan_scene(place)
+        rng = place.rng("document")
+        document = draw_document(rng)
+        captions = [write_document_caption(document, rng) for _ in positions]
+        return _plan(place, document, [(caption, "irrelevant", None) for caption in captions])
+    if kind == "duplicate" and (original := find_original(place)):
+        return _plan_duplicate(place, original)
+    return _plan(place, scene_at(place), [_scene_caption(place, k) for k in positions])
 
 
-def _plan_scene(place: Place) -> Plan:
-    captions, truth = [], []
-    for position in range(place.config.captions_per_image):
-        kind, original = caption_kind(place, position), None
-        if kind == "wrong":
-            lender = find_lender(place, position)
-            captions.append(own_caption(lender, position))
-            original = _pair_uid(lender, position)
-        elif kind == "boilerplate":
-            captions.append(write_boilerplate(place.rng(f"boilerplate {position}")))
-        else:
-            captions.append(own_caption(place, position))
-        truth.append(PairTruth(_pair_uid(place, position), kind == "wrong", kind, original))
-    return Plan(
-        uid=place.uid, content=scene_at(place), captions=tuple(captions), truth=tuple(truth), painted=place
+def _plan(place: Place, content: Scene | Document, pairs: list[Planted], **look: Any) -> Plan:
+    truth = (
+        PairTruth(_pair_uid(place, k), kind == "wrong", kind, original)
+        for k, (_, kind, original) in enumerate(pairs)
     )
+    captions = tuple(caption for caption, _, _ in pairs)
+    look = {"painted": place} | look
+    return Plan(uid=place.uid, content=content, captions=captions, truth=tuple(truth), **look)
+
+
+def _scene_caption(place: Place, position: int) -> Planted:
+    kind = caption_kind(place, position)
+    if kind == "wrong":
+        lender = find_lender(place, position)
+        return own_caption(lender, position), kind, _pair_uid(lender, position)
+    if kind == "boilerplate":
+        return write_boilerplate(place.rng(f"boilerplate {position}")), kind, None
+    return own_caption(place, position), kind, None
 
 
 def _plan_duplicate(place: Place, original: Place) -> Plan:
     """The same scene moved a little and re-lit, or only compressed harder; half of the captions reworded."""
     scene, rng = scene_at(original), place.rng("duplicate")
     moved = rng.random() < 0.5
-    positions = range(place.config.captions_per_image)
-    captions = tuple(
-        own_caption(original, k) if rng.random() < 0.5 else write_caption(choose_view(scene, rng), rng)
-        for k in positions
-    )
-    return Plan(
-        uid=place.uid,
-        content=scene,
-        captions=captions,
-        truth=tuple(
-            PairTruth(_pair_uid(place, k), False, "duplicate", _pair_uid(original, k)) for k in positions
-        ),
-        painted=original,
-        shift=complex(rng.uniform(-1.5, 1.5), rng.uniform(-1.5, 1.5)) if moved else 0j,
-        gain=rng.uniform(0.95, 1.05) if moved else 1.0,
-        quality=rng.randint(60, 85),
-    )
-
-
-def _plan_document(place: Place) -> Plan:
-    rng = place.rng("document")
-    document = draw_document(rng)
-    positions = range(place.config.captions_per_image)
-    return Plan(
-        uid=place.uid,
-        content=document,
-        captions=tuple(write_document_caption(document, rng) for _ in positions),
-        truth=tuple(PairTruth(_pair_uid(place, k), False, "irrelevant", None) for k in positions),
-        painted=place,
-    )
+    pairs: list[Planted] = []
+    for k in range(place.config.captions_per_image):
+        own = rng.random() < 0.5
+        caption = own_caption(original, k) if own else write_caption(choose_view(scene, rng), rng)
+        pairs.append((caption, "duplicate", _pair_uid(original, k)))
+    shift = complex(rng.uniform(-1.5, 1.5), rng.uniform(-1.5, 1.5)) if moved else 0j
+    gain = rng.uniform(0.95, 1.05) if moved else 1.0
+    return _plan(place, scene, pairs, painted=original, shift=shift, gain=gain, quality=rng.randint(60, 85))
 
 
 def _pair_uid(place: Place, position: int) -> str:
