@@ -150,9 +150,9 @@ def below_threshold(
 ) -> BoolArray:
     """Which pairs leave, by their pooled influence above the threshold and its standard error (n,): (n,).
 
-    Those that are below it by the margin. Beyond, where the rule is not `conservative`, as many of those below it as can leave, the
-    surest first, while at most `max_false_discovery` of them are expected to be above it (Newton, Noueiry, Sarkar and Ahlquist 2004);
-    of these only the `counted` (n,) are counted: copies are one piece of evidence.
+    Those that are below it by the margin. Beyond, where the rule is not `conservative`, as many of those below it as can leave,
+    the most certain first, while at most `max_false_discovery` of them are expected to be above it (Newton, Noueiry, Sarkar and
+    Ahlquist 2004); of these only the `counted` (n,) are counted: copies are one piece of evidence.
     """
     leave: BoolArray = excess + config.standard_errors * se < 0
     if config.conservative or not config.max_false_discovery:
@@ -210,6 +210,7 @@ def weights_along(
     axes: FloatArray,
     rows: IntArray,
     influence: FloatArray,
+    *,
     stands_for: FloatArray,
     knots: int,
     config: SelectionConfig,

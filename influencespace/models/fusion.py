@@ -1,7 +1,7 @@
 """One vector a pair, for clustering: ways to fuse an image embedding with a text embedding.
 
-All take images u (N, Di) and texts t (N, Dt), rows of any length but zero, and give unit rows in their dtype.
-A fused row depends on its own pair and on explicit options alone, so any partition gives the same rows.
+All take images u (N, Di) and texts t (N, Dt), rows of any length but zero, and return unit rows in their dtype.
+A fused row depends only on its own pair and on explicit options, so any partition gives the same rows.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from influencespace.errors import InputError
+from influencespace.errors import STRICT, InputError
 
 FusionName = Literal["concatenation", "weighted_sum", "product", "attention_pooling"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class FusionConfig:
     """How the two embeddings of a pair become one."""
 
@@ -51,7 +51,7 @@ def attention_pooling(images: Tensor, texts: Tensor, *, query: Tensor, temperatu
     """a u + (1 - a) t with a = softmax([u.q, t.q] / temperature)[0], (N, D); needs one space (Di = Dt).
 
     `query` q (D,) is one direction for all pairs, such as the mean of all image and text embeddings: of the
-    two tokens the one that looks more like the data counts more, so an odd caption hardly moves its pair.
+    two tokens the one that is more like the data counts more, so an odd caption changes its pair little.
     """
     u, t, q = _unit(images), _unit(texts), _unit(query.to(images)[None])[0]
     attention = torch.softmax(torch.stack([u @ q, t @ q], dim=1) / temperature, dim=1)  # (N, 2)
@@ -68,7 +68,7 @@ assert set(FUSIONS) == set(get_args(FusionName))
 
 
 def fuse(images: Tensor, texts: Tensor, config: FusionConfig, *, query: Tensor | None = None) -> Tensor:
-    """Fuse (N, Di) and (N, Dt) into unit rows as the config says; `query` (D,) is for attention pooling.
+    """Fuse (N, Di) and (N, Dt) into unit rows by the config; `query` (D,) is for attention pooling.
 
     Raises InputError where the fusion needs one space and the two embeddings differ in length.
     """
@@ -87,9 +87,9 @@ def fuse(images: Tensor, texts: Tensor, config: FusionConfig, *, query: Tensor |
 
 
 def _unit(rows: Tensor, otherwise: Tensor | None = None) -> Tensor:
-    """Scale rows to length one; a row whose parts cancelled to nothing becomes its row of `otherwise`."""
+    """Scale rows to length one; a row that cancelled to zero becomes its row of `otherwise`."""
     length = rows.norm(dim=1, keepdim=True)
     # Below the rounding of a sum of two unit vectors there is only noise.
-    gone = length <= 4 * torch.finfo(rows.dtype).eps
-    unit = rows / torch.where(gone, torch.ones_like(length), length)
-    return unit if otherwise is None else torch.where(gone, otherwise, unit)
+    zero = length <= 4 * torch.finfo(rows.dtype).eps
+    unit = rows / torch.where(zero, torch.ones_like(length), length)
+    return unit if otherwise is None else torch.where(zero, otherwise, unit)

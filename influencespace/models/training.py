@@ -35,8 +35,8 @@ class HeadsConfig:
     """CLIP's or SigLIP's."""
     bias: float = Field(default=-10.0, allow_inf_nan=False)
     """Of `sigmoid`, added to its logits; frozen. SigLIP begins with -10 and a temperature of 0.1. The loss adds negatives up,
-    so a bias is right for one batch size: keep the target's contexts as large as the batch, or its gradient says no more
-    than "be less confident"."""
+    so a bias is right for one batch size: keep the target's batches as large as the training batch, or its gradient
+    means no more than "be less confident"."""
 
     @property
     def objective(self) -> Contrastive:
@@ -60,13 +60,13 @@ def cosine_factor(step: int, steps: int) -> float:
 
 
 class Exchange(Protocol):
-    """What the workers of one training run tell each other at every step."""
+    """What the workers of one training run exchange at every step."""
 
     rank: int
     size: int
 
-    def gather(self, part: Tensor) -> list[Tensor]:
-        """The parts (m_r, d) of all workers, in the order of their ranks, without gradients."""
+    def gather(self, rows: Tensor) -> list[Tensor]:
+        """The rows (m_r, d) of all workers, in the order of their ranks, without gradients."""
 
     def add_up(self, gradient: Tensor) -> None:
         """Replace a gradient by its sum over all workers."""
@@ -77,22 +77,22 @@ class Alone:
 
     rank, size = 0, 1
 
-    def gather(self, part: Tensor) -> list[Tensor]:
-        return [part.detach()]
+    def gather(self, rows: Tensor) -> list[Tensor]:
+        return [rows.detach()]
 
     def add_up(self, gradient: Tensor) -> None:
         return None
 
 
-def _whole_batch(part: Tensor, exchange: Exchange) -> Tensor:
+def _whole_batch(rows: Tensor, exchange: Exchange) -> Tensor:
     """The batch's embeddings (B, d) with gradients through this worker's own rows only.
 
     The loss is over the whole batch on every worker, so own gradients are complete, and summing parameter gradients
     over workers gives the gradient of one worker with the whole batch.
     """
-    parts = exchange.gather(part)
-    parts[exchange.rank] = part
-    return torch.cat(parts)
+    shares = exchange.gather(rows)
+    shares[exchange.rank] = rows
+    return torch.cat(shares)
 
 
 def adamw_of(heads: Heads, config: HeadsConfig) -> torch.optim.Optimizer:
@@ -107,14 +107,15 @@ def train_heads(
     batches: Iterable[NDArray[np.int64]],
     heads: Heads,
     config: HeadsConfig,
+    *,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     exchange: Exchange | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Trained:
-    """Fit heads by the configured loss on the given batches; `inputs(rows)` gives a batch's embeddings.
+    """Fit heads by the configured loss on these batches; `inputs(rows)` returns a batch's embeddings.
 
-    All workers of an `exchange` are given the same batches, and each embeds its share of every one. Batches that depend on
-    the state of the training are drawn from heads and `optimizer`, `adamw_of` these heads, as they are between two steps.
+    All workers of an `exchange` have the same batches, and each embeds its share of every one. Batches that depend on the state
+    of the training are drawn from heads and `optimizer`, `adamw_of` these heads, as they are between two steps.
     Raises FloatingPointError when the loss is not finite, naming the step.
     """
     exchange = exchange or Alone()
@@ -148,10 +149,10 @@ def train_heads(
 
 def adam_preconditioner(optimizer: torch.optim.Optimizer) -> Tensor:
     """D = sqrt(v_hat) + eps over all parameters, flat (p,), from AdamW's second moments after its last step."""
-    parts = []
+    D = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-            parts.append((corrected.sqrt() + group["eps"]).flatten())
-    return torch.cat(parts).detach()
+            D.append((corrected.sqrt() + group["eps"]).flatten())
+    return torch.cat(D).detach()

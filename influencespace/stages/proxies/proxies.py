@@ -13,7 +13,7 @@ from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.placement import Resources
-from influencespace.estimators.similarity import clip_score, neg_clip_loss
+from influencespace.estimators.filters import clip_score, neg_clip_loss
 from influencespace.models.heads import Heads
 from influencespace.models.training import HeadsConfig
 from influencespace.run import Details, Run, Stage, Workers

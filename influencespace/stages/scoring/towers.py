@@ -5,182 +5,42 @@ What is left for the pairs is the closed form on stored tangents, as cheap as th
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from influencespace.core.contrastive import Sigmoid, contrastive, contrastive_loss
+from influencespace.core.contrastive import Sigmoid, contrastive
 from influencespace.data.artifacts import atomic_path, write_json
 from influencespace.data.buckets import Columns, WriteBucket, buckets_of, read_bucket
-from influencespace.data.images import RejectedImage, decode_image
 from influencespace.data.pair_set import PairSet
-from influencespace.data.raw_media import RawMedia
 from influencespace.engine.prefetch import prefetch
 from influencespace.errors import InputError
 from influencespace.estimators.ecif import RoleScorer
-from influencespace.estimators.influence import InfluenceScorer, NegativeBatch
-from influencespace.estimators.precomputed_tangents import PrecomputedTangents
-from influencespace.estimators.problem import Batch, Estimator, Fold, Problem, fitted
+from influencespace.estimators.problem import Estimator, Fold, fitted
 from influencespace.estimators.table import BY_TANGENTS
-from influencespace.estimators.tower_problem import tower_problem
-from influencespace.models.encoders import load_encoder
-from influencespace.models.space import Inputs
-from influencespace.models.streamed import StreamedSpace
-from influencespace.models.tower_parameters import tower_parameters
-from influencespace.models.tower_tangents import TowerTangents, choose_steps
-from influencespace.models.towers import TowerModel
+from influencespace.models.tower_tangents import choose_steps
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.ingest.embed import embed_share, encoder_identity
-from influencespace.stages.ingest.encode import EmbedConfig
 from influencespace.stages.scoring.score import JoinScores, ScoreConfig
 from influencespace.stages.scoring.scoring import (
     ScoreColumn,
     ScoringInputs,
-    Uids,
     make_estimator,
     scoring_pass,
 )
+from influencespace.stages.scoring.tower_worker import Kind, ThroughTowers, TowerWorker
 
 IntArray = NDArray[np.int64]
-Kind = Literal["images", "texts"]
-BATCHES = 2
-"""Of the bank, the fewest that an offset can be had of: every product with the curvature passes through all of them."""
 SAMPLE = 8
 """Pairs on which central differences are compared with forward mode."""
 IN_BUCKET = 16
 """Batches of pictures or captions in one task."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ThroughTowers:
-    """Whose pairs are scored, through which towers, and where what is computed on the way lies until the end."""
-
-    scoring: ScoringInputs
-    embed: EmbedConfig
-    config: ScoreConfig
-    folder: Path
-
-    @property
-    def pool(self) -> PairSet:
-        return self.scoring.pool
-
-    @property
-    def bank(self) -> list[IntArray]:
-        """Pairs of the pool in each negative batch."""
-        return self.scoring.trained().bank[:BATCHES]
-
-    @property
-    def direction(self) -> Path:
-        return self.folder / ".direction.safetensors"
-
-    @property
-    def record(self) -> Path:
-        return self.folder / ".direction.json"
-
-    def tangents(self, kind: Kind) -> Path:
-        return self.folder / f".{kind}.npy"
-
-    def batch(self, rows: IntArray) -> Batch:
-        inputs = self.stored(rows)
-        return Batch(uid=Uids(self.pool, rows), row=rows, inputs=inputs, image=self.pool.image[rows])
-
-    def stored(self, pairs: IntArray) -> Inputs:
-        """Embeddings and derivatives of some pairs: two (n, 2, d)."""
-        images, texts = (np.load(self.tangents(kind), mmap_mode="r") for kind in ("images", "texts"))
-        return (
-            torch.from_numpy(images[self.pool.image[pairs]]),
-            torch.from_numpy(texts[self.pool.text[pairs]]),
-        )
-
-    def scorer(self) -> RoleScorer:
-        """The closed forms on stored tangents."""
-        record = json.loads(self.record.read_text(encoding="utf-8"))
-        bank = [NegativeBatch(inputs=self.stored(rows), image=self.pool.image[rows]) for rows in self.bank]
-        influence = InfluenceScorer(
-            PrecomputedTangents(),
-            torch.empty(1, 0),
-            bank,
-            contrastive_loss(record["scale"], record["bias"]),
-            self.scoring.proxy.train.batch_size,
-            record["form"],
-        )
-        return RoleScorer(influence, record["role"])
-
-
-@dataclass
-class TowerWorker:
-    """An actor: its encoder is loaded at the first task that needs one, in float32 whatever it embeds in."""
-
-    inputs: ThroughTowers
-    device: str
-
-    def __call__(self, task: Callable[["TowerWorker"], Any]) -> Any:
-        return task(self)
-
-    @cached_property
-    def model(self) -> TowerModel:
-        embed = self.inputs.embed
-        return TowerModel(
-            load_encoder(embed.encoder, device=self.device, trust_remote_code=embed.trust_remote_code)
-        )
-
-    @cached_property
-    def space(self) -> StreamedSpace:
-        names = tower_parameters(self.model, self.inputs.config.space, self.inputs.scoring.seed)
-        return StreamedSpace(self.model, names, rows=self.inputs.embed.batch_size)
-
-    @cached_property
-    def media(self) -> RawMedia:
-        """Of the pool."""
-        return RawMedia(self.inputs.pool)
-
-    @cached_property
-    def differences(self) -> TowerTangents:
-        found = load_file(self.inputs.direction)
-        directions = found["directions"].to(self.space.like)
-        return TowerTangents(self.space, directions, found["steps"])
-
-    def pixels(self, pictures: Sequence[bytes]) -> Tensor:
-        """Encoded pictures, preprocessed: (n, 3, H, W)."""
-        try:
-            images = [decode_image(data, self.inputs.embed.max_pixels) for data in pictures]
-        except RejectedImage as error:
-            raise InputError(
-                f"a picture that was embedded is none any more ({error}); embed the data again"
-            ) from None
-        return self.model.encoder.preprocess_images(images)
-
-    def recorded(self, media: RawMedia, rows: IntArray) -> NegativeBatch:
-        """Some pairs of a set, as an estimator is given them."""
-        pairs = media.pairs
-        inputs = (
-            self.pixels(media.pictures(pairs.image[rows])),
-            self.model.tokenize(media.captions(pairs.text[rows])),
-        )
-        return NegativeBatch(inputs=inputs, image=pairs.image[rows])
-
-    def problem(self, memory: int) -> Problem:
-        scoring = self.inputs.scoring
-        batch_size = scoring.proxy.train.batch_size
-        target = RawMedia(scoring.target)
-        return tower_problem(
-            self.space,
-            objective=self.model.encoder.objective,
-            batch_size=batch_size,
-            pool_size=len(scoring.pool),
-            bank=[self.recorded(self.media, rows) for rows in self.inputs.bank],
-            target=[self.recorded(target, rows) for rows in scoring.target_batches],
-            memory=memory,
-            seed=scoring.seed,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from influencespace.core.strata import Means, means_by
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, read_columns, write_columns
 from influencespace.data.pair_set import PairSet
-from influencespace.estimators.similarity import random_score
+from influencespace.estimators.filters import random_score
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.proxies.target import MIN_GROUP_IMAGES
 from influencespace.stages.selection.evidence import Evidence, PairEvidence, WriteEvidence

@@ -13,10 +13,10 @@ from influencespace.core.select import SelectionConfig, weights_along
 from influencespace.core.strata import pairs_stood_for
 from influencespace.data.buckets import buckets_of
 from influencespace.data.pair_set import PairSet
+from influencespace.estimators.filters import neg_clip_loss
 from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.online_influence import online_scorer
 from influencespace.estimators.problem import mean_of_known
-from influencespace.estimators.filters import neg_clip_loss
 from influencespace.models.heads import Heads
 from influencespace.models.space import Inputs, Space
 from influencespace.models.training import (
@@ -50,7 +50,7 @@ class Reweighting:
 
     @property
     def rule(self) -> SelectionConfig:
-        """How weights follow influence: as was confirmed, at one standard deviation where that is not at all."""
+        """How weights follow influence: as was chosen, or at one standard deviation where kept pairs count alike."""
         return (
             self.decided if self.decided.weighting == "influence" else replace(self.decided, temperature=1.0)
         )
@@ -73,16 +73,16 @@ class Reweighting:
             np.stack(axes, 1),
             rows,
             influence,
-            pairs_stood_for(self.evidence.stratum[kept], rows),
-            KNOTS,
-            self.rule,
-            self.evidence.strata["pretrained"][kept],
+            stands_for=pairs_stood_for(self.evidence.stratum[kept], rows),
+            knots=KNOTS,
+            config=self.rule,
+            clip_score=self.evidence.strata["pretrained"][kept],
         )
 
     def _influence(self, kept: IntArray, heads: Heads, preconditioner: Tensor) -> tuple[IntArray, FloatArray]:
         """Some pairs of the pool that are kept, and the influence of each."""
         scored = self.evidence.influence["pair"]
-        # the first of the first look: it has some of every stratum, in canonical order, which is random
+        # the first of the initial sample: it has some of every stratum, in canonical order, which is random
         sample = scored[np.isin(scored, kept)][:MAX_SCORED]
         train = self.inputs.proxy.train
         scorer = online_scorer(
