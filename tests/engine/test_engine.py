@@ -193,14 +193,15 @@ def test_progress_without_a_terminal_writes_plain_lines() -> None:
         bar.advance(500)
     (line,) = stream.getvalue().splitlines()
     assert line.startswith("embed: 1,500 of 1,500 pairs, ")
-    assert line.endswith("/s, done")
+    assert line.endswith("pairs/s, 00:00 left")
 
 
-def test_progress_says_when_it_stopped_early() -> None:
+def test_progress_that_stops_early_shows_how_far_it_came() -> None:
     stream = io.StringIO()
-    with pytest.raises(ValueError, match="broken"), progress("embed", 3, stream=stream):
+    with pytest.raises(ValueError, match="broken"), progress("embed", 3, stream=stream) as bar:
+        bar.advance()
         raise ValueError("broken")
-    assert stream.getvalue().rstrip().endswith("stopped")
+    assert stream.getvalue().startswith("embed: 1 of 3 pairs, ")
 
 
 def test_progress_on_a_terminal_shows_rate_and_total() -> None:
