@@ -1,4 +1,4 @@
-"""Encoded images: decoding them without trusting them, and reading their bytes again from where they lie."""
+"""Encoded images: decoded with distrust, and their bytes read again from where they lie."""
 
 import errno
 import io

@@ -1,4 +1,4 @@
-"""The nouns of the data layer: what is read (Shard, ReadOptions) and what comes of it (Sample, Rejection)."""
+"""The terms of the data layer: what is read (Shard, ReadOptions), and the results (Sample, Rejection)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ CaptionChoice = Literal["all", "first", "choice"]
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """The unit of work: a picklable recipe of what to read."""
+    """The unit of work: what to read, cheap to pickle."""
 
     path: str
     """Local path or fsspec URL."""
@@ -52,7 +52,7 @@ class ReadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRef:
-    """Where the encoded bytes of an image lie, so that they are found again without a scan."""
+    """Where the encoded bytes of an image lie, to read them again without a scan."""
 
     path: str
     offset: int = 0

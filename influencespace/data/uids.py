@@ -20,8 +20,8 @@ def pair_uids(sample: Sample) -> list[str]:
 
     With a uid of its own, an image that came with one caption keeps it; the pairs of an image that came with
     several are `uid#i`, i the place among all its captions, so that leaving some out renames no other.
-    Without one, a uid is 32 hex digits of image bytes and caption; exact copies share it, to be told apart
-    when all are known.
+    Without one, a uid is 32 hex digits of image bytes and caption; exact copies share it, and get
+    endings when all are merged.
     """
     if sample.uid is None:
         image = digest(sample.image)

@@ -283,7 +283,7 @@ def test_a_folder_lists_its_shards_in_order(tmp_path: Path, monkeypatch: pytest.
         ("empty", "Folders within are not searched"),
         ("x.tar.gz", "Unpack it first"),
         ("x.csv", "unknown kind of file"),
-        ("", "no data given"),
+        ("", "no data named"),
         ("carrier-pigeon://x", "cannot be reached"),
     ],
 )

@@ -56,7 +56,7 @@ def write_once(
 ) -> Manifest:
     """Fill the folder `out` unless the same export of the same run is there.
 
-    `write` is given the fingerprint of the export, returns files and digests, and advances. Raises InputError when
+    `write` takes the fingerprint of the export, calls `advance` and returns the digest of each file. Raises InputError when
     `out` holds files that are no export of this kind.
     """
     started = time.monotonic()

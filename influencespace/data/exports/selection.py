@@ -43,13 +43,13 @@ class FinishedRun:
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(
-                f"{folder}: no such run folder. Is it mistyped? It is what --out named in the run."
+                f"{folder}: no such run folder. Is it mistyped? Give the folder that --out of the run named."
             )
         run = cls(folder / "curated.parquet", folder / "embed" / "pool")
         if not run.curated.is_file() or read_manifest(run.pool) is None:
             raise InputError(
                 f"{folder} holds no finished run (no curated.parquet, or no finished embed/pool). "
-                "The command that began it finishes it when it is given again."
+                "Repeat the command that started it to finish it."
             )
         return run
 
@@ -80,8 +80,8 @@ class FinishedRun:
                     places.append(place)
                     rows.append(row)
                     row = next(kept, None)
-            found = batch.take(pa.array(places, pa.int64()))
-            columns = {name: found[name] for name in PAIR}
+            taken = batch.take(pa.array(places, pa.int64()))
+            columns = {name: taken[name] for name in PAIR}
             columns |= {name: pa.array([r[name] for r in rows], pa.float32()) for name in DECISION}
             yield pa.record_batch([columns[f.name].cast(f.type) for f in SELECTED_SCHEMA], SELECTED_SCHEMA)
         if row is not None:
@@ -116,13 +116,13 @@ class Selection:
         """The pairs [start, stop) as mappings of SELECTED_SCHEMA."""
         rows = self._order[start:stop]
         batches = np.searchsorted(self._starts, rows, side="right") - 1
-        found: dict[int, dict[str, Any]] = {}
+        by_row: dict[int, dict[str, Any]] = {}
         # Batch by batch: `take` of a whole table would copy all its strings into memory.
         for batch in np.unique(batches):
             mine = rows[batches == batch]
             taken = self._file.get_batch(int(batch)).take(pa.array(mine - self._starts[batch]))
-            found |= zip(mine.tolist(), taken.to_pylist())
-        return [found[row] for row in rows.tolist()]
+            by_row |= zip(mine.tolist(), taken.to_pylist())
+        return [by_row[row] for row in rows.tolist()]
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class EmbeddingBatch:
 
 
 def import_options(read: ReadOptions, joined: bool) -> ImportOptions:
-    """What `embed.read` says of imported embeddings: with shards it is about those, and the usual columns are taken."""
+    """The part of `embed.read` that concerns imported embeddings: none where it describes shards (`joined`)."""
     if joined:
         return ImportOptions()
     uid = read.uid_column if read.uid_column != ReadOptions.uid_column else None

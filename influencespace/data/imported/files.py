@@ -24,7 +24,7 @@ Floats = npt.NDArray[np.float32]
 Block = tuple[Any, Floats, Floats]
 """Rows of metadata with their image and text embeddings, (n, D) each; a row that has none is NaN."""
 
-# No encoder is this wide: a header that says so is damaged, or wants to fill the memory.
+# No encoder is this wide: a header with more is damaged, or an attack on memory.
 MAX_DIMENSION = 2**16
 
 

@@ -1,4 +1,4 @@
-"""From what the user names (a path, folder, glob, URL) to shards, and from a shard to its samples."""
+"""Shards of the data that the user names (a path, folder, glob, URL), and the samples of a shard."""
 
 import glob
 import re
@@ -85,7 +85,7 @@ def list_files(
     parts = spec.split(",") if isinstance(spec, str) else spec
     names = [name for part in parts for name in _expand_range(part.strip()) if name]
     if not names:
-        raise InputError("no data given: name a file, a folder, a glob or a URL")
+        raise InputError("no data named: give a file, a folder, a glob or a URL")
     return sorted({path for name in names for path in _find(name, preferred, other, class_folders)})
 
 
@@ -96,26 +96,26 @@ def _find(name: str, preferred: tuple[str, ...], other: tuple[str, ...], class_f
         if not path.endswith((*preferred, *other)):
             hint = " Unpack it first." if path.endswith(_PACKED) else ""
             raise InputError(f"{name}: unknown kind of file, expected one of {wanted}.{hint}")
-        found = {path: "file"}
+        entries = {path: "file"}
     elif filesystem.isdir(path):
-        found = {info["name"]: info["type"] for info in filesystem.ls(path, detail=True)}
+        entries = {info["name"]: info["type"] for info in filesystem.ls(path, detail=True)}
     elif glob.has_magic(name):
-        found = {file: info["type"] for file, info in filesystem.glob(path, detail=True).items()}
+        entries = {file: info["type"] for file, info in filesystem.glob(path, detail=True).items()}
     else:
         raise InputError(f"{name}: no such file or folder. Is it mistyped, or not mounted on this machine?")
 
     def is_file(path: str, kind: str) -> bool:
-        return kind == "file" or not filesystem.isdir(path)  # a link tells nothing of what it leads to
+        return kind == "file" or not filesystem.isdir(path)  # the kind of a link does not show where it leads
 
     for suffixes in (preferred, other):
         if matching := [
-            file for file, kind in found.items() if file.endswith(suffixes) and is_file(file, kind)
+            file for file, kind in entries.items() if file.endswith(suffixes) and is_file(file, kind)
         ]:
             return [_address(filesystem, file) for file in matching]
-    if class_folders and (classes := find_classes(filesystem, list(found))):
+    if class_folders and (classes := find_classes(filesystem, list(entries))):
         return [_address(filesystem, path) for path in classes]
     raise InputError(
-        f"{name}: no {wanted} file there (found {len(found)} others). Folders within are not searched: a glob like "
+        f"{name}: no {wanted} file there (found {len(entries)} others). Folders within are not searched: a glob like "
         "'folder/*/*.tar' does that. Class folders of pictures are read where they are two or more and none is without."
     )
 

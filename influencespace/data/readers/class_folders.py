@@ -26,7 +26,7 @@ def pictures(filesystem: Any, folder: str) -> list[str]:
 def find_classes(filesystem: Any, paths: Sequence[str]) -> list[str]:
     """The folders among `paths` if they are classes: two or more, all of which hold pictures; else [].
 
-    One folder of pictures, or one beside annotations, is no class: its name would be everybody's caption.
+    One folder of pictures, or one beside annotations, is no class: its name would be the caption of all pictures.
     """
     folders = [
         path for path in paths if filesystem.isdir(path) and not PurePosixPath(path).name.startswith(".")

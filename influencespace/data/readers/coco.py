@@ -17,7 +17,7 @@ from influencespace.errors import InputError
 
 @dataclass(frozen=True)
 class _Annotations:
-    """What an annotation file says."""
+    """What an annotation file holds."""
 
     images: list[dict[str, Any]]
     captions: dict[object, list[object]]

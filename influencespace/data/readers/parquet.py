@@ -28,7 +28,7 @@ CAPTION_COLUMNS = ("captions", "txt", "caption", "text")
 
 
 def split_row_groups(path: str) -> list[tuple[int, ...] | None]:
-    """Runs of row groups of about SHARD_BYTES; [None] for a small or a damaged one (the reader says so).
+    """Runs of row groups of about SHARD_BYTES; [None] for a small or a damaged one (the reader reports it).
 
     Raises OSError when the file cannot be opened.
     """
@@ -80,7 +80,7 @@ def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[RawSample | Rej
 
 
 def raise_unless_damage(error: Exception) -> None:
-    """Raise `error` if it is the system's: for damage Arrow says OSError too, but without a number."""
+    """Raise `error` if it is the system's: for damage Arrow raises OSError too, but without a number."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
 

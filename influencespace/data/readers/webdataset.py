@@ -78,7 +78,7 @@ def index_tar(file: BinaryIO) -> tuple[list[tarfile.TarInfo], str]:
 
 
 class _Headers:
-    """A tar as tarfile sees it: it would read extended headers of any size, and go round in circles for ever."""
+    """The file for tarfile, with limits: by itself tarfile reads extended headers of any size, and loops on negative sizes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

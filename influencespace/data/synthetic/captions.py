@@ -81,7 +81,7 @@ BOILERPLATE = (
 
 
 def choose_view(scene: Scene, rng: Random) -> Scene:
-    """What a caption says of the scene: people leave out sizes, backgrounds, relations, even whole groups."""
+    """What a caption mentions of the scene: people leave out sizes, backgrounds, relations, even whole groups."""
     groups = scene.groups
     if len(groups) == 2 and rng.random() < 0.15:
         groups = (rng.choice(groups),)
@@ -101,7 +101,7 @@ def _leave_out(group: Group, rng: Random) -> Group:
 
 
 def agrees(view: Scene, scene: Scene) -> bool:
-    """Whether all that the view says is true of the scene."""
+    """Whether all that the view mentions is true of the scene."""
     if view.background not in ("", scene.background):
         return False
     if len(view.groups) == 1:
@@ -151,5 +151,5 @@ def _adjective(meaning: str, rng: Random) -> str:
 
 
 def write_boilerplate(rng: Random) -> str:
-    """A caption that says nothing of its image."""
+    """A caption that does not describe its image."""
     return rng.choice(BOILERPLATE).format(rng.randrange(1, 10_000))

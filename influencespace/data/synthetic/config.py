@@ -41,9 +41,9 @@ class WorldConfig:
     near_duplicates: Fraction = 0.05
     """Fraction of images that show an earlier clean scene again, slightly moved or compressed anew."""
     boilerplate: Fraction = 0.03
-    """Fraction of pairs with a caption that says nothing."""
+    """Fraction of pairs with a caption that describes nothing."""
     irrelevant: Fraction = 0.05
-    """Fraction of images from another domain (charts, pages, textures), rightly captioned."""
+    """Fraction of images from another domain (charts, pages, textures), correctly captioned."""
     rare_group: Fraction = 0.04
     """Fraction of scenes of the group "rare" in `pretrain` and `pool`."""
     rare_group_clean: Fraction = 0.15

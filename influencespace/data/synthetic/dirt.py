@@ -27,7 +27,7 @@ def scene_at(place: Place) -> Scene:
 
 
 def view_at(place: Place, position: int) -> Scene:
-    """What the caption at `position` says of the scene."""
+    """What the caption at `position` mentions of the scene."""
     return choose_view(scene_at(place), place.rng(f"view {position}"))
 
 
@@ -61,19 +61,19 @@ def caption_kind(place: Place, position: int) -> CaptionKind:
 def find_lender(place: Place, position: int) -> Place:
     """Where a wrong caption comes from: the next wrong pair whose caption is false of the scene here.
 
-    So wrong pairs hand their captions down the line: a permutation, but for the rare skip of a caption that
-    would be true. The line goes on past the end of the split, so its last pair may borrow from just beyond.
+    So the captions of wrong pairs are permuted, except for the rare caption that would be true and is skipped.
+    The last wrong pairs of a split borrow from indices just beyond its end.
     """
     scene = scene_at(place)
     for lender in map(place.at, count(place.index + 1)):
         wrong = image_kind(lender) == "scene" and caption_kind(lender, position) == "wrong"
         if wrong and not agrees(view_at(lender, position), scene):
             return lender
-    raise AssertionError("the line of pairs has no end")
+    raise AssertionError("there is always a next pair")
 
 
 def find_original(place: Place) -> Place | None:
-    """What a near duplicate repeats: an earlier scene, rightly captioned; None at the very beginning."""
+    """What a near duplicate repeats: an earlier scene with correct captions; None at the very beginning."""
     rng = place.rng("original")
     for _ in range(ORIGINAL_DRAWS if place.index else 0):
         candidate = place.at(rng.randrange(place.index))

@@ -1,4 +1,4 @@
-"""An irrelevant domain: charts, pages and textures, rightly captioned, but in words that no scene needs."""
+"""An irrelevant domain: charts, pages and textures, with correct captions in words that no scene needs."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _scene_caption(place: Place, position: int) -> Planted:
 
 
 def _plan_duplicate(place: Place, original: Place) -> Plan:
-    """The same scene moved a little and re-lit, or only compressed harder; half of the captions reworded."""
+    """The same scene slightly moved and brighter or darker, or only compressed more; half of the captions reworded."""
     scene, rng = scene_at(original), place.rng("duplicate")
     moved = rng.random() < 0.5
     pairs: list[Planted] = []

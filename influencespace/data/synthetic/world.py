@@ -37,7 +37,7 @@ def write_world(
 ) -> Path:
     """Writes all splits under `out` and returns it; finished files of an interrupted run are kept.
 
-    `advance` is told of each shard that is there.
+    `advance` is called for each finished shard.
 
     Memory does not grow with the number of pairs, and the same config gives the same bytes.
     Raises InputError where `out` holds a world of another config.
