@@ -1,21 +1,19 @@
 """Measures of retrained proxies against direct counting, and paired comparisons of methods."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from chain import Chain
+from chain import Careful, beside, carry, columns
 from safetensors.torch import load_file
 
-from influencespace.data.buckets import read_columns
-from influencespace.engine.local import LocalEngine
+from influencespace.run import Run
 from influencespace.stages.ingest.encode import EmbedConfig
-from influencespace.stages.proxies.proxies import TargetHalves, choosing_loss
+from influencespace.stages.proxies.proxy import Proxy
+from influencespace.stages.proxies.target import TargetHalves, choosing_loss
 from influencespace.stages.selection.selection import METHODS
 from influencespace.stages.training import evaluate
 from influencespace.stages.training.evaluate import EvaluateConfig, Measure, recall_by_group, summarise
@@ -24,41 +22,45 @@ BASELINES = [method for method in METHODS if method != "curated"]
 
 
 def measure(
-    truth: Chain, method: str, seed: int, classes: tuple[str, ...] = (), prompts: torch.Tensor | None = None
+    truth: Run,
+    method: str,
+    seed: int,
+    *,
+    folder: Path | None = None,
+    classes: tuple[str, ...] = (),
+    prompts: torch.Tensor | None = None,
 ) -> Measure:
     return Measure(
-        test=truth.sets["test"],
-        halves=TargetHalves(truth.sets["target"], truth.proxy.seed),
-        config=truth.proxy.train,
-        proxy=truth.out / "train" / f"{method}-{seed}.safetensors",
+        test=truth.test,
+        halves=TargetHalves(truth.target, truth.seed),
+        config=truth.config.proxy.train,
+        proxy=Proxy(folder or truth.at("train"), f"{method}-{seed}"),
+        method=method,
+        seed=seed,
         classes=classes,
         prompts=prompts,
     )
 
 
-def methods(truth: Chain) -> dict[str, dict[str, object]]:
-    return truth.manifest("evaluate").details["methods"]
-
-
-def counted_recall(truth: Chain, method: str, seed: int) -> dict[str, dict[int, float]]:
+def counted_recall(truth: Run, method: str, seed: int) -> dict[str, dict[int, float]]:
     """Recall by looking at each query's best k answers."""
-    test = truth.sets["test"]
-    state = load_file(truth.out / "train" / f"{method}-{seed}.safetensors")
+    test = truth.test
+    state = load_file(truth.at("train") / f"{method}-{seed}.safetensors")
     images, texts = torch.from_numpy(np.array(test.table.images)), test.inputs(slice(None))[1]
     unit = torch.nn.functional.normalize
     S = unit(images @ state["image"], dim=-1) @ unit(texts @ state["text"], dim=-1).T
-    found: dict[str, dict[int, float]] = {"image_to_text": {}, "text_to_image": {}}
+    recall: dict[str, dict[int, float]] = {"image_to_text": {}, "text_to_image": {}}
     for k in (1, 5, 10):
         best = S.topk(k, dim=1).indices.numpy()
         hits = [bool((test.image[best[i]] == i).any()) for i in range(len(images))]
-        found["image_to_text"][k] = 100 * float(np.mean(hits))
+        recall["image_to_text"][k] = 100 * float(np.mean(hits))
         best = S.topk(k, dim=0).indices.numpy()
         hits = [test.image[j] in best[:, j] for j in range(len(texts))]
-        found["text_to_image"][k] = 100 * float(np.mean(hits))
-    return found
+        recall["text_to_image"][k] = 100 * float(np.mean(hits))
+    return recall
 
 
-def test_recall_is_what_counting_gives(truth: Chain) -> None:
+def test_recall_is_what_counting_gives(truth: Run) -> None:
     result = measure(truth, "curated", 0)()
     counted = counted_recall(truth, "curated", 0)
     for way, levels in counted.items():
@@ -69,12 +71,11 @@ def test_recall_is_what_counting_gives(truth: Chain) -> None:
     assert result["by_image"].shape == (50,)
 
 
-def test_methods_are_means_over_seeds(truth: Chain) -> None:
-    found = methods(truth)
-    assert set(found) == set(METHODS)
-    by_image = read_columns(truth.out / "evaluate" / "by_image.parquet")
-    weights = read_columns(truth.out / "curate" / "weights.parquet")
-    for method, measures in found.items():
+def test_methods_are_means_over_seeds(truth: Run) -> None:
+    methods = truth.manifest("evaluate").details["methods"]
+    assert set(methods) == set(METHODS)
+    by_image, weights = columns(truth, "evaluate/by_image"), columns(truth, "selection/weights")
+    for method, measures in methods.items():
         runs = [by_image[f"{method}-{seed}"] for seed in (0, 1)]
         assert measures["mean_recall"] == pytest.approx(np.mean(runs))
         assert measures["seeds"] == [0, 1]
@@ -84,10 +85,11 @@ def test_methods_are_means_over_seeds(truth: Chain) -> None:
         assert measures["recall"]["text_to_image"]["5"] == pytest.approx(np.mean(counted))
         assert measures["kept_fraction"] == pytest.approx((weights[method] > 0).mean())
         assert measures["steps"] == 20
+        assert measures["seconds"] > 0
         assert measures["zero_shot_accuracy"] is None
 
 
-def test_curated_is_compared_with_every_baseline(truth: Chain) -> None:
+def test_curated_is_compared_with_every_baseline(truth: Run) -> None:
     details = truth.manifest("evaluate").details
     assert set(details["comparisons"]) == set(BASELINES)
     for method, comparison in details["comparisons"].items():
@@ -95,19 +97,15 @@ def test_curated_is_compared_with_every_baseline(truth: Chain) -> None:
         assert comparison["difference"] == pytest.approx(expected)
         low, high = comparison["ci"]
         assert low <= comparison["difference"] <= high
-    assert json.loads((truth.out / "evaluate" / "methods.json").read_text()) == {
-        "methods": details["methods"],
-        "comparisons": details["comparisons"],
-    }
 
 
-def test_the_target_loss_is_that_of_the_choosing_half(truth: Chain) -> None:
-    halves = TargetHalves(truth.sets["target"], truth.proxy.seed)
-    found = truth.manifest("evaluate").details["target_loss"]
+def test_the_target_loss_is_that_of_the_choosing_half(truth: Run) -> None:
+    halves = TargetHalves(truth.target, truth.seed)
+    reported = truth.manifest("evaluate").details["target_loss"]
     for method in METHODS:
         heads = [measure(truth, method, seed).heads for seed in (0, 1)]
-        losses = [choosing_loss(head, halves, truth.proxy.train) for head in heads]
-        assert found[method] == pytest.approx(np.mean(losses), rel=1e-5)
+        losses = [choosing_loss(head, halves, truth.config.proxy.train) for head in heads]
+        assert reported[method] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def run(method: str, seed: int, by_image: np.ndarray) -> dict[str, object]:
@@ -144,14 +142,14 @@ def test_without_curated_there_is_nothing_to_compare() -> None:
     assert comparisons == {}
 
 
-def test_zero_shot_takes_the_nearest_class_by_the_mean_of_its_prompts(truth: Chain) -> None:
+def test_zero_shot_takes_the_nearest_class_by_the_mean_of_its_prompts(truth: Run) -> None:
     """Only images whose group is a class count."""
-    test = truth.sets["test"]
+    test = truth.test
     generator = torch.Generator().manual_seed(0)
     prompts = torch.nn.functional.normalize(torch.randn(2, 3, 16, generator=generator), dim=-1)
     classes = ("dog", "cat")
-    found = measure(truth, "curated", 0, classes, prompts)()["zero_shot_accuracy"]
-    state = load_file(truth.out / "train" / "curated-0.safetensors")
+    accuracy = measure(truth, "curated", 0, classes=classes, prompts=prompts)()["zero_shot_accuracy"]
+    state = load_file(truth.at("train") / "curated-0.safetensors")
     unit = torch.nn.functional.normalize
     names = unit(unit(prompts @ state["text"], dim=-1).mean(1), dim=-1)
     u = unit(torch.from_numpy(np.array(test.table.images)) @ state["image"], dim=-1)
@@ -162,29 +160,23 @@ def test_zero_shot_takes_the_nearest_class_by_the_mean_of_its_prompts(truth: Cha
         if group in classes
     ]
     assert 0 < len(right) < 50
-    assert found == pytest.approx(100 * np.mean(right))
-    assert measure(truth, "curated", 0, ("fish",), prompts[:1])()["zero_shot_accuracy"] is None
+    assert accuracy == pytest.approx(100 * np.mean(right))
+    unknown = measure(truth, "curated", 0, classes=("fish",), prompts=prompts[:1])
+    assert unknown()["zero_shot_accuracy"] is None
 
 
-def test_a_result_does_not_depend_on_the_folder(truth: Chain, tmp_path: Path) -> None:
-    moved = tmp_path / "curated-0.safetensors"
-    moved.write_bytes((truth.out / "train" / "curated-0.safetensors").read_bytes())
-    original = measure(truth, "curated", 0)
-    other = Measure(
-        test=original.test,
-        halves=original.halves,
-        config=original.config,
-        proxy=moved,
-        classes=(),
-        prompts=None,
+def test_a_result_does_not_depend_on_the_folder(truth: Run, tmp_path: Path) -> None:
+    (tmp_path / "curated-0.safetensors").write_bytes(
+        (truth.at("train") / "curated-0.safetensors").read_bytes()
     )
-    np.testing.assert_array_equal(other()["by_image"], original()["by_image"])
+    moved, original = measure(truth, "curated", 0, folder=tmp_path)(), measure(truth, "curated", 0)()
+    np.testing.assert_array_equal(moved["by_image"], original["by_image"])
 
 
 def test_prompts_of_another_encoder_are_another_result(
-    truth: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    truth: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where embeddings were given, nothing else that a result depends on names the encoder."""
+    """Where embeddings were provided, nothing else that a result depends on names the encoder."""
     asked: list[str] = []
 
     def prompts(embed: Any, config: EvaluateConfig) -> Any:
@@ -195,17 +187,16 @@ def test_prompts_of_another_encoder_are_another_result(
         return embedded
 
     monkeypatch.setattr(evaluate, "Prompts", prompts)
-    chain = replace(
-        truth, out=tmp_path, source_folder=truth.out, evaluate=EvaluateConfig(classes=("dog", "cat"))
-    )
     encoder = tmp_path / "encoder"
     encoder.mkdir()
-    marks = []
+    settings = {"evaluate.classes": ["dog", "cat"], "embed.encoder": str(encoder)}
+    run = beside(truth, tmp_path / "run", "evaluate", settings=settings)
+    fingerprints = []
     for content in ("one", "another", "another"):
         (encoder / "weights").write_text(content)
-        marks.append(replace(chain, encoder=str(encoder)).run("evaluate").fingerprint)
+        fingerprints.append(carry(run, "evaluate").fingerprint)
     assert len(asked) == 2
-    assert marks[0] != marks[1] == marks[2]
+    assert fingerprints[0] != fingerprints[1] == fingerprints[2]
 
 
 def test_many_prompts_are_embedded_in_batches() -> None:
@@ -231,44 +222,43 @@ def test_many_prompts_are_embedded_in_batches() -> None:
     assert sizes == [4, 4, 2]
 
 
-class Backwards(LocalEngine):
+class Backwards(Careful):
     """The plain loop, whose last task ends first."""
 
     def map(self, *arguments: Any, **options: Any) -> Iterator[Any]:
         return iter(list(super().map(*arguments, **options))[::-1])
 
 
-def test_it_does_not_matter_which_worker_ends_first(truth: Chain, tmp_path: Path) -> None:
-    chain = replace(truth, out=tmp_path, source_folder=truth.out, engine=Backwards())
-    found, expected = (c.run("evaluate").details["methods"] for c in (chain, truth))
-    assert found == expected
+def test_it_does_not_matter_which_worker_ends_first(truth: Run, tmp_path: Path) -> None:
+    run = beside(truth, tmp_path, "evaluate")
+    details = carry(run, "evaluate", engine=Backwards()).details
+    assert details["methods"] == truth.manifest("evaluate").details["methods"]
 
 
 def test_recall_by_group_is_the_mean_over_its_images() -> None:
     shares = np.array([[10.0, 20.0, 60.0, 90.0, 0.0], [30.0, 20.0, 60.0, 90.0, 0.0]])
-    found = recall_by_group(shares, ["a", "a", "b", None, "b"])
-    assert found is not None
-    assert found["by_group"] == {"a": 20.0, "b": 30.0}
-    assert (found["worst_group"], found["worst_group_recall"], found["group_gap"]) == ("a", 20.0, 10.0)
-    low, high = found["worst_group_recall_ci"]
+    recall = recall_by_group(shares, ["a", "a", "b", None, "b"])
+    assert recall is not None
+    assert recall["by_group"] == {"a": 20.0, "b": 30.0}
+    assert (recall["worst_group"], recall["worst_group_recall"], recall["group_gap"]) == ("a", 20.0, 10.0)
+    low, high = recall["worst_group_recall_ci"]
     assert 0 <= low < 20 < high <= 100
-    low, high = found["group_gap_ci"]
+    low, high = recall["group_gap_ci"]
     assert low < 0 < 10 < high
     assert recall_by_group(shares, ["a", None, "a", None, None]) is None
 
 
 def test_a_gap_of_all_images_is_sure() -> None:
     shares = np.array([[0.0, 1.0, 100.0, 99.0] * 10])
-    found = recall_by_group(shares, ["a", "a", "b", "b"] * 10)
-    assert found is not None
-    assert found["group_gap_ci"] == pytest.approx([99, 99], abs=0.5)
+    recall = recall_by_group(shares, ["a", "a", "b", "b"] * 10)
+    assert recall is not None
+    assert recall["group_gap_ci"] == pytest.approx([99, 99], abs=0.5)
 
 
-def test_groups_of_the_test_images_are_reported(truth: Chain) -> None:
-    test = truth.sets["test"]
-    groups = test.column("group")
-    group_of_image = dict(zip(test.image.tolist(), groups, strict=True))
-    shares = read_columns(truth.out / "evaluate" / "by_image.parquet")
+def test_groups_of_the_test_images_are_reported(truth: Run) -> None:
+    groups = truth.test.column("group")
+    group_of_image = dict(zip(truth.test.image.tolist(), groups, strict=True))
+    shares = columns(truth, "evaluate/by_image")
     mean = np.mean([values for name, values in shares.items() if name.startswith("curated-")], 0)
     reported = truth.manifest("evaluate").details["methods"]["curated"]["groups"]
     assert set(reported["by_group"]) == set(groups)

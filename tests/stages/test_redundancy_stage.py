@@ -8,27 +8,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chain import Chain
+from chain import beside, carry, carry_beside, columns, with_sets, with_settings
+from conftest import World
 
 from influencespace.core.additive import fit_additive
-from influencespace.core.select import HARMFUL, KEPT, REDUNDANT, SelectionConfig
-from influencespace.data.artifacts import read_manifest
-from influencespace.data.buckets import read_columns
-from influencespace.stages.selection.evidence import KNOTS, PRUNING_AXES, Scores, decide
-from influencespace.stages.selection.redundancy import RedundancyConfig
+from influencespace.core.select import HARMFUL, KEPT, REDUNDANT
+from influencespace.run import Run
+from influencespace.stages.selection.evidence import KNOTS, PRUNING_AXES, Evidence, PairEvidence
 
 EXACT, NEAR, OTHER_CAPTION = 20, 15, 10
 
 
 @pytest.fixture(scope="module")
-def copied(truth: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def copied(truth: Run, world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The planted world with more pairs at the end of its pool: exact copies, near ones, and old pictures with new captions."""
     out = tmp_path_factory.mktemp("copied")
     folder = out / "pool"
     folder.mkdir()
-    source = truth.world.pool.folder
+    source = truth.pool.folder
     table = pq.read_table(source / "pairs.parquet")
-    columns = table.to_pydict()
+    pairs = table.to_pydict()
     images, texts = np.load(source / "images.npy"), np.load(source / "texts.npy")
     generator = np.random.default_rng(5)
 
@@ -38,17 +37,17 @@ def copied(truth: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
     old = generator.permutation(len(table))[: EXACT + NEAR + OTHER_CAPTION]
     near = old[EXACT : EXACT + NEAR]
-    image, text = (np.array(columns[name])[old] for name in ("image", "text"))
+    image, text = (np.array(pairs[name])[old] for name in ("image", "text"))
     image[EXACT : EXACT + NEAR] = len(images) + np.arange(NEAR)
     text[EXACT:] = len(texts) + np.arange(NEAR + OTHER_CAPTION)
     new_texts = generator.normal(size=(OTHER_CAPTION, texts.shape[1]))
-    np.save(folder / "images.npy", np.concatenate([images, nearly(images[np.array(columns["image"])[near]])]))
+    np.save(folder / "images.npy", np.concatenate([images, nearly(images[np.array(pairs["image"])[near]])]))
     np.save(
         folder / "texts.npy",
         np.concatenate(
             [
                 texts,
-                nearly(texts[np.array(columns["text"])[near]]),
+                nearly(texts[np.array(pairs["text"])[near]]),
                 (new_texts / np.linalg.norm(new_texts, axis=1, keepdims=True)).astype(np.float32),
             ]
         ),
@@ -60,48 +59,42 @@ def copied(truth: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     pq.write_table(pa.concat_tables([table, more]), folder / "pairs.parquet")
     (folder / "manifest.json").write_bytes((source / "manifest.json").read_bytes())
     np.save(folder / "old.npy", old)
-    world = replace(truth.world, pool=replace(truth.world.pool, folder=folder, fingerprint="copied"))
-    chain = replace(truth, out=out, world=world, select=SelectionConfig(weighting="uniform"))
-    chain.run("proxy", "cluster", "redundancy", "curvature", "attribute", "fairness", "curate")
-    return chain
+    run = with_sets(beside(truth, out), pool=replace(world["pool"], folder=folder, fingerprint="copied"))
+    run = with_settings(run, {"selection.weighting": "uniform"})
+    carry(run, "proxies", "cluster", "redundancy", "curvature", "influence", "fairness", "selection")
+    return run
 
 
-def leaders(chain: Chain) -> np.ndarray:
-    return read_columns(chain.out / "redundancy" / "copies.parquet")["leader"]
+def leaders(run: Run) -> np.ndarray:
+    return columns(run, "redundancy/copies")["leader"]
 
 
-def by_config(copied: Chain, out: Path, **settings: object) -> Chain:
-    chain = replace(copied, out=out, source_folder=copied.out, redundancy=RedundancyConfig(**settings))
-    chain.run("redundancy")
-    return chain
-
-
-def test_planted_copies_are_found_and_nothing_else(copied: Chain) -> None:
-    old = np.load(copied.world.pool.folder / "old.npy")
+def test_planted_copies_are_found_and_nothing_else(copied: Run) -> None:
+    old = np.load(copied.pool.folder / "old.npy")
     leader = leaders(copied)
     new = np.arange(len(leader) - len(old), len(leader))
     np.testing.assert_array_equal(leader[leader], leader)
     same = EXACT + NEAR
-    cluster = read_columns(copied.out / "cluster" / "clusters.parquet")["cluster"]
+    cluster = columns(copied, "cluster/clusters")["cluster"]
     together = cluster[old[:same]] == cluster[new[:same]]
     assert together[:EXACT].all()
     np.testing.assert_array_equal(leader[old[:same]] == leader[new[:same]], together)
     assert (leader[new[same:]] == new[same:]).all()
-    found = np.flatnonzero(leader != np.arange(len(leader)))
-    assert set(found) <= {*old[:same], *new[:same]}
-    assert len(found) == together.sum()
-    details = read_manifest(copied.out / "redundancy").details  # type: ignore[union-attr]
+    copies = np.flatnonzero(leader != np.arange(len(leader)))
+    assert set(copies) <= {*old[:same], *new[:same]}
+    assert len(copies) == together.sum()
+    details = copied.manifest("redundancy").details
     assert details == {"pairs": len(leader), "exact_copies": EXACT, "near_copies": together[EXACT:].sum()}
 
 
-def test_the_leader_is_the_best_of_its_group(copied: Chain) -> None:
-    quality = read_columns(copied.out / "attribute" / "strata.parquet", "quality")["quality"]
+def test_the_leader_is_the_best_of_its_group(copied: Run) -> None:
+    quality = columns(copied, "influence/strata", "quality")["quality"]
     leader = leaders(copied)
     assert (quality[leader] >= quality - 1e-9).all()
 
 
-def test_one_of_each_group_is_kept_unless_it_is_harmful(copied: Chain) -> None:
-    curated = pq.read_table(copied.out / "curate" / "curated.parquet").to_pandas()
+def test_one_of_each_group_is_kept_unless_it_is_harmful(copied: Run) -> None:
+    curated = pq.read_table(copied.at("selection") / "curated.parquet").to_pandas()
     leader = leaders(copied)
     copy = leader != np.arange(len(leader))
     reason = curated["reason"].to_numpy()
@@ -111,14 +104,13 @@ def test_one_of_each_group_is_kept_unless_it_is_harmful(copied: Chain) -> None:
     np.testing.assert_allclose(curated["score"], curated["score"].to_numpy()[leader])
     assert (curated["weight"][copy] == 0).all()
     assert (reason == REDUNDANT).any()
-    reasons = read_manifest(copied.out / "curate").details["reasons"]  # type: ignore[union-attr]
-    assert reasons[REDUNDANT] == (reason == REDUNDANT).sum()
-    scores = Scores(copied.out / "attribute", copied.out / "redundancy")
-    assert decide(scores, SelectionConfig(weighting="uniform")).reason.tolist() == reason.tolist()
+    assert copied.manifest("selection").details["reasons"][REDUNDANT] == (reason == REDUNDANT).sum()
+    again = PairEvidence(folder=copied.at("selection")).decide(copied.config.selection)
+    assert again.reason.tolist() == reason.tolist()
 
 
-def test_copies_are_one_piece_of_evidence(copied: Chain) -> None:
-    scores = Scores(copied.out / "attribute", copied.out / "redundancy")
+def test_copies_are_one_piece_of_evidence(copied: Run) -> None:
+    scores = Evidence.of(copied)
     scored, leader = scores.influence, leaders(copied)
     assert len(np.unique(leader[scored["pair"]])) < len(scored["pair"]) == len(leader)  # every pair is scored
     alone = np.unique(leader)
@@ -128,10 +120,10 @@ def test_copies_are_one_piece_of_evidence(copied: Chain) -> None:
     np.testing.assert_allclose(scores.pair_scores[0], expected.predict(axes)[0], rtol=1e-6)
 
 
-def test_five_hundred_copies_of_a_pair_move_no_others_score(copied: Chain) -> None:
+def test_five_hundred_copies_of_a_pair_move_no_others_score(copied: Run) -> None:
     """One placeholder on many pages is no reason to know less of all else."""
-    once = Scores(copied.out / "attribute", copied.out / "redundancy")
-    many = Scores(copied.out / "attribute", copied.out / "redundancy")
+    once = Evidence.of(copied)
+    many = Evidence.of(copied)
     leader = leaders(copied)
     rows = np.append(np.arange(len(leader)), np.full(500, leader[0]))
     many.__dict__["strata"] = {name: values[rows] for name, values in once.strata.items()}
@@ -144,25 +136,27 @@ def test_five_hundred_copies_of_a_pair_move_no_others_score(copied: Chain) -> No
     assert np.median(se) == pytest.approx(np.median(once.pair_scores[1]), rel=0.3)
 
 
-def test_without_looking_nothing_is_a_copy(copied: Chain, tmp_path: Path) -> None:
-    leader = leaders(by_config(copied, tmp_path, find=False))
+def test_without_looking_nothing_is_a_copy(copied: Run, tmp_path: Path) -> None:
+    leader = leaders(carry_beside(copied, tmp_path, "redundancy", find=False))
     np.testing.assert_array_equal(leader, np.arange(len(leader)))
 
 
-def test_threshold_one_finds_exact_copies_only(copied: Chain, tmp_path: Path) -> None:
-    leader = leaders(by_config(copied, tmp_path, image=1, text=1))
+def test_threshold_one_finds_exact_copies_only(copied: Run, tmp_path: Path) -> None:
+    leader = leaders(carry_beside(copied, tmp_path, "redundancy", image=1, text=1))
     assert (leader != np.arange(len(leader))).sum() == EXACT
 
 
-def test_small_parts_lose_few_copies(copied: Chain, tmp_path: Path) -> None:
-    whole, cut = leaders(copied), leaders(by_config(copied, tmp_path, most=40))
+def test_few_copies_are_lost_where_few_pairs_are_compared(copied: Run, tmp_path: Path) -> None:
+    whole, cut = leaders(copied), leaders(carry_beside(copied, tmp_path, "redundancy", max_compared=40))
     rows = np.arange(len(whole))
     assert ((cut != rows) <= (whole != rows)).all()
     assert (cut != rows).sum() >= 0.8 * (whole != rows).sum()
 
 
-def test_pictures_of_a_class_with_one_caption_are_no_copies(truth: Chain, tmp_path: Path) -> None:
-    source, folder = truth.world.pool.folder, tmp_path / "pool"
+def test_pictures_of_a_class_with_one_caption_are_no_copies(
+    truth: Run, world: World, tmp_path: Path
+) -> None:
+    source, folder = truth.pool.folder, tmp_path / "pool"
     shutil.copytree(source, folder)
     table = pq.read_table(source / "pairs.parquet")
     text = pa.array(table["image"].to_numpy() % 3, table.schema.field("text").type)
@@ -170,9 +164,7 @@ def test_pictures_of_a_class_with_one_caption_are_no_copies(truth: Chain, tmp_pa
     pq.write_table(table, folder / "pairs.parquet")
     images = np.load(source / "images.npy")
     np.save(folder / "images.npy", np.repeat(images[:1], len(images), 0))  # as alike as can be
-    world = replace(truth.world, pool=replace(truth.world.pool, folder=folder, fingerprint="classes"))
-    chain = replace(truth, out=tmp_path, world=world, source_folder=truth.out)
-    chain.run("redundancy")
-    leader = leaders(chain)
+    classes = with_sets(truth, pool=replace(world["pool"], folder=folder, fingerprint="classes"))
+    leader = leaders(carry_beside(classes, tmp_path, "redundancy"))
     pairs = np.stack([table["image"].to_numpy(), table["text"].to_numpy()], 1)
     assert len(np.unique(leader)) == len(np.unique(pairs, axis=0))  # exact copies alone have gone

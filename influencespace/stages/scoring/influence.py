@@ -17,7 +17,7 @@ from influencespace.core.strata import balance, means_by, shared_spread, stratif
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, read_bucket, read_columns, write_columns
 from influencespace.errors import STRICT
-from influencespace.estimators.problem import Batch, Directional, Scorer
+from influencespace.estimators.problem import Batch, Directional, Scorer, mean_of_known
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.proxies.proxy import proxy_name
 from influencespace.stages.scoring.curvature import directional, directions_of
@@ -124,7 +124,7 @@ class ScoreSample:
         if self.kind == "caption_control":
             captions_of = np.load(self.sample.with_name("permuted_captions.npy"))[start:stop]
             out = inputs.out_of_fold(self.scorers, rows, captions_of)[0]
-            return {"pair": rows, "influence_out": np.nanmean(out, 1)}
+            return {"pair": rows, "influence_out": mean_of_known(out)}
         own, negative, values = self.scorers.roles(None, inputs.batch(rows))
         out = inputs.out_of_fold(self.scorers, rows)
         if self.kind == "target":
@@ -133,11 +133,11 @@ class ScoreSample:
         by_batch = balanced(values[0], out[0], self.folds)
         return {
             "pair": rows,
-            "own_in": np.nanmean(own[0], 1),
-            "negative_in": np.nanmean(negative[0], 1),
-            "influence_in": np.nanmean(values[0], 1),
-            "influence_out": np.nanmean(out[0], 1),
-            "influence": np.nanmean(by_batch, 1),
+            "own_in": mean_of_known(own[0]),
+            "negative_in": mean_of_known(negative[0]),
+            "influence_in": mean_of_known(values[0]),
+            "influence_out": mean_of_known(out[0]),
+            "influence": mean_of_known(by_batch),
             "by_batch": by_batch,
         }
 
