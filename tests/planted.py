@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from influencespace.data.artifacts import Manifest, fingerprint, write_manifest
 from influencespace.data.merge import PAIRS_SCHEMA, REJECTED_SCHEMA
+from influencespace.data.schema import ImageRef
 from influencespace.data.uids import digest
 
 FloatArray = NDArray[np.float64]
@@ -57,40 +58,33 @@ def plant(
     group = np.argmax(meaning[:, : len(groups)], axis=1) if groups else None
     blur = np.where(group == len(groups) - 1, unclear, 1.0)[:, None] if groups else 1.0
     shown = meaning @ maps[0] + noise * blur * generator.normal(size=(images, dimension))
-    said = meaning[described] @ maps[1] + noise * generator.normal(size=(n, dimension))
+    written = meaning[described] @ maps[1] + noise * generator.normal(size=(n, dimension))
 
     names = [f"pair-{seed}-{i}" for i in range(n)]
     order = np.array(sorted(range(n), key=lambda i: digest(names[i].encode())))
     uids = [names[i] for i in order]
-    X, T = unit(shown), unit(said[order])
+    X, T = unit(shown), unit(written[order])
     image = owner[order]
     columns = {
         "uid": uids,
         "image": image,
         "text": np.arange(n),
         "caption": [f"caption of {uid}" for uid in uids],
-        "image_path": ["planted.tar"] * n,
-        "image_offset": np.zeros(n, np.int64),
-        "image_length": np.full(n, -1),
-        "image_row": np.full(n, -1),
+        **{name: [value] * n for name, value in ImageRef(path="planted.tar").columns().items()},
         "group": [None if group is None else groups[group[i]] for i in image],
         "clip_score": (X[image] * T).sum(1),
         "truncated": np.zeros(n, bool),
         "sharpness": np.full(n, np.nan),
     }
     folder.mkdir(parents=True)
-    pq.write_table(
-        pa.table({key: pa.array(value) for key, value in columns.items()}).cast(PAIRS_SCHEMA),
-        folder / "pairs.parquet",
-    )
+    pairs = pa.table(columns).select(PAIRS_SCHEMA.names).cast(PAIRS_SCHEMA)
+    pq.write_table(pairs, folder / "pairs.parquet")
     pq.write_table(REJECTED_SCHEMA.empty_table(), folder / "rejected.parquet")
     np.save(folder / "images.npy", X)
     np.save(folder / "texts.npy", T)
-    mark = fingerprint(
-        {"planted": [images, captions, wrong, dimension, meanings, noise, groups, unclear, seed]}
-    )
-    write_manifest(folder, Manifest(stage="embed", fingerprint=mark, rows_in=n, rows_out=n))
-    return Planted(folder=folder, fingerprint=mark, uids=uids, wrong=swapped[order])
+    made_by = fingerprint([images, captions, wrong, dimension, meanings, noise, groups, unclear, seed])
+    write_manifest(folder, Manifest(stage="embed", fingerprint=made_by, rows_in=n, rows_out=n))
+    return Planted(folder=folder, fingerprint=made_by, uids=uids, wrong=swapped[order])
 
 
 def unit(rows: FloatArray) -> NDArray[np.float32]:

@@ -100,8 +100,8 @@ def read_rows(path: str, rows: Sequence[int]) -> Iterator[bytes | None]:
         for group, (first, end) in enumerate(pairwise(starts)):
             some = rows[bisect_left(rows, first) : bisect_left(rows, end)]
             for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=[name]) if some else ():
-                here = some[: bisect_left(some, first + len(batch))]
-                yield from (encoded_bytes(batch[name])[row - first].as_py() for row in here)
+                here, images = some[: bisect_left(some, first + len(batch))], encoded_bytes(batch[name])
+                yield from (images[row - first].as_py() for row in here)
                 some = some[len(here) :]
                 if not some:
                     break
