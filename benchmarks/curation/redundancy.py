@@ -46,7 +46,7 @@ def leaders(curation: ScenarioCuration, changes: Changes) -> IntArray:
 
 def same_pair(curation: ScenarioCuration) -> IntArray:
     """A number for each pair that copies share: of its caption, and of the picture that it shows, compressed anew or not (n,)."""
-    found = torch.from_numpy(np.asarray(curation.pool.table.images))
+    found = torch.from_numpy(np.array(curation.pool.table.images))
     sources = curation.sources
     shown = [
         (found @ torch.from_numpy(np.array(known)).T).max(1)

@@ -85,6 +85,7 @@ def mean_of(each: Sequence[Retrained]) -> Retrained:
     )
 
 
+@torch.no_grad()
 def judged(embed: Embed, sets: Sequence[PairSet], objective: Contrastive, batch_size: int) -> dict[str, Any]:
     """Loss on the half of each set that makes choices, and the share of its mean recall of each of its images."""
     losses, shares = [], []
@@ -97,7 +98,6 @@ def judged(embed: Embed, sets: Sequence[PairSet], objective: Contrastive, batch_
     return {"choosing_loss": losses, "shares": shares}
 
 
-@torch.no_grad()
 def retrain(
     pool: PairSet, weight: FloatArray, config: HeadsConfig, seed: int, sets: Sequence[PairSet]
 ) -> dict[str, Any]:

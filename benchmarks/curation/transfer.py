@@ -81,7 +81,6 @@ class Transfer:
     def on_dev(self, tower: TunedTower) -> dict[str, Any]:
         """Loss on the choosing half of each tar of dev, and each image's share of its mean recall."""
 
-        @torch.no_grad()
         def embed(pairs: PairSet) -> tuple[Tensor, Tensor]:
             """Stored embeddings of the images and the tower's of the captions: two (n, D)."""
             t = tower.embed([str(caption) for caption in pairs.column("caption")])

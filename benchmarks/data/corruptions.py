@@ -72,7 +72,7 @@ def wrong(draft: Draft, share: float, rng: np.random.Generator, sources: Sources
 def hard_wrong(draft: Draft, share: float, rng: np.random.Generator, sources: Sources) -> Draft:
     """The caption of one of the ten pictures that look most alike."""
     rows = draft.good(share, rng)
-    base = torch.from_numpy(np.asarray(sources.pool.table.images))
+    base = torch.from_numpy(np.array(sources.pool.table.images))
     alike = torch.cat(
         [(part @ base.T).topk(11, 1).indices[:, 1:] for part in torch.split(base, 1024)]
     ).numpy()

@@ -1,0 +1,164 @@
+"""The curation benchmarks on a tiny synthetic world, with its planted truth."""
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.bench import Bench
+from benchmarks.curation import ablations, redundancy
+from benchmarks.curation.curation import Curation, identity
+from benchmarks.curation.rare_group import RARE, RareGroup
+from benchmarks.curation.retrain_eval import Retrained, mean_of, together
+from benchmarks.curation.scenario_curation import ScenarioCuration
+from benchmarks.data import scenario_pools
+from benchmarks.data.datasets import CLEAN_SCENES, Dataset, Setting, some_images
+from benchmarks.data.scenario_pools import EVERY_SCENARIO, Scenario
+from benchmarks.methods.seed_baseline import SETTINGS, SeedCuration
+from influencespace.config import load_config
+from influencespace.data.pair_set import PairSet
+from influencespace.data.synthetic import WorldConfig, write_world
+from influencespace.stages.ingest.fit_encoder import FitEncoder
+from influencespace.stages.ingest.split import SplitConfig
+
+SETTING = Setting(wrong=0.3, captions=2, steps=8)
+SMALL = {"proxy.train.batch_size": 24, "proxy.folds": 2, "proxy.train.dimension": 16, "cluster.k": 2}
+
+
+class TinyDataset(Dataset):
+    """Synthetic scenes in place of photographs."""
+
+    @property
+    def encoder(self) -> str:
+        return str(self.data / "encoder")
+
+    @property
+    def pool_shards(self) -> str:
+        return str(self.data / "pool" / "*.tar")
+
+    def dev(self, tar: int) -> PairSet:
+        split = ("target", "test")[tar]
+        return self.embedded(split, str(self.data / split / "*.tar"))
+
+    @cached_property
+    def other_domain(self) -> PairSet:
+        return self.dev(1)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes = {"pretrain": 70, "pool": 80, "target": 40, "test": 40}
+    write_world(folder, WorldConfig(seed=1, **sizes, **CLEAN_SCENES))
+    FitEncoder(shards=str(folder / "pretrain"), out=folder / "encoder", steps=3, seed=0)()
+    return TinyDataset(folder, folder / "cache")
+
+
+def test_captions_are_moved_and_scores_are_of_what_is_there(dataset: TinyDataset) -> None:
+    pool, wrong = dataset.corrupted(SETTING)
+    assert wrong.mean() == pytest.approx(0.3, abs=0.01)
+    score = (pool.table.images[pool.image] * pool.table.texts[pool.text]).sum(1)
+    np.testing.assert_allclose(pool.clip_score, score, atol=1e-6)
+    again, _ = dataset.corrupted(SETTING)
+    assert identity(again) == identity(pool)
+
+
+def test_a_curation_is_carried_out_once_and_its_variants_share_its_stages(dataset: TinyDataset) -> None:
+    curation = Curation(dataset, SETTING, SMALL)
+    judged = curation.judged()
+    assert judged["pairs"] == len(curation.pool)
+    assert 0 <= judged["auroc"] <= 1
+    assert Curation(dataset, SETTING, SMALL).judged() == judged
+    other = curation.variant({"selection.target_size": 0.5})
+    assert other.decide().kept.mean() <= 0.5 + 1 / len(curation.pool)
+    assert other.run.at("proxies").is_symlink()
+    assert not other.run.at("selection").is_symlink()
+    assert curation.decide(target_size=0.5).kept.tolist() == other.decide().kept.tolist()
+    weights = curation.weights()
+    assert weights["clip_score"].sum() == weights["random"].sum() == (~curation.wrong).sum()
+    found = curation.by_method((0,))
+    assert {len(shares[0]) for shares in found["shares"].values()} == {len(np.unique(curation.test.image))}
+
+
+@pytest.mark.parametrize("name", ["web", "no target", "file names", "placeholders"])
+def test_a_scenario_has_its_planted_kinds(
+    dataset: TinyDataset, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EVERY_SCENARIO, name, replace(EVERY_SCENARIO[name], captions=2))
+    larger = SplitConfig(target_share=0.45)  # of a pool that is as small as this
+    monkeypatch.setattr("benchmarks.curation.scenario_curation.SplitConfig", lambda: larger)
+    curation = ScenarioCuration(dataset, SETTING, SMALL, name=name)
+    kinds = curation.judge_kinds()
+    assert sum(kind["pairs"] for kind in kinds.values()) == len(curation.pool)
+    assert len(kinds) > 1
+    if name == "web":
+        assert set(curation.weights()) >= {"curated", "early_clip_score", "d2", "semdedup", "image_based"}
+
+
+def test_clean_pools_are_as_they_were(dataset: TinyDataset) -> None:
+    curation = ScenarioCuration(dataset, replace(SETTING, wrong=0), SMALL, name="clean")
+    assert not curation.wrong.any()
+    assert curation.judged()["auroc"] is None
+    assert redundancy.leaders(curation, {"redundancy.image": 1.0}).shape == (len(curation.pool),)
+
+
+def test_the_seed_baseline_removes_whole_clusters(dataset: TinyDataset) -> None:
+    settings = {**SETTINGS, **SMALL}
+    curation = SeedCuration(dataset, SETTING, settings, name="wrong 20")
+    keep = round(0.8 * len(curation.pool))
+    assert curation.whole_clusters(0, keep).sum() == keep
+
+
+def test_the_rare_group_is_thinned_and_named(dataset: TinyDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.curation.rare_group.RULE", r"\b(red)\b")
+    curation = RareGroup(dataset, replace(SETTING, wrong=0), SMALL)
+    groups = np.array(curation.pool.column("group"))
+    assert 0 < (groups == RARE).sum() < (np.array(curation.whole.column("group")) == RARE).sum()
+    assert curation.rare_images.shape == np.unique(curation.test.image).shape
+    assert "curated, groups ignored" in curation.weights()
+    assert curation.by_method((0,))["kept"]["everything, not thinned"] == 1
+
+
+def test_dynamic_training_is_judged(dataset: TinyDataset) -> None:
+    curation = Curation(dataset, SETTING, SMALL)
+    found = ablations.dynamically(curation, "4", (0,))
+    assert len(found["shares"][0]) == len(np.unique(curation.test.image))
+
+
+def test_every_changed_setting_exists() -> None:
+    changes = [each for values in ablations.SETTINGS.values() for each in values.values()]
+    for each in (*changes, *redundancy.THRESHOLDS, SETTINGS):
+        load_config(None, {key: value for key, value in each.items() if key not in ("images", "steps")})
+
+
+def test_a_small_target_has_whole_images(dataset: TinyDataset, tmp_path: Path) -> None:
+    pairs = some_images(dataset.dev(0), 5, tmp_path / "rows.npy")
+    assert len(np.unique(pairs.image)) == 5
+    assert len(pairs) == np.isin(dataset.dev(0).image, pairs.image).sum()
+
+
+def test_scenarios_name_corruptions_that_exist() -> None:
+    assert {one.corruption for one in EVERY_SCENARIO.values()} <= set(scenario_pools.CORRUPTIONS)
+    assert Scenario(corruption="clean", share=0, shifted=True).elsewhere
+
+
+def test_retrained_is_paired_and_averaged() -> None:
+    one = {
+        "shares": {"curated": [[1.0, 2.0]], "random": [[0.0, 1.0]]},
+        "kept": {"curated": 0.5, "random": 0.5},
+    }
+    found = together([one, one])
+    gap, (low, high) = found.compared("random")
+    assert gap == low == high == 1
+    assert found.row("random")["mean_recall"] == 0.5
+    assert mean_of([found, Retrained(shares={"curated": found.shares["curated"] + 2}, kept=found.kept)]).mean(
+        "curated"
+    ) == pytest.approx(2.5)
+    assert found.of_images([0]).mean("curated") == 1
+
+
+def test_a_bench_picks_by_the_kind_of_run(tmp_path: Path) -> None:
+    bench = Bench(quick=True, seeds=(0,), cache=tmp_path, data=None)
+    assert bench.pick(1, 2) == 2
