@@ -83,21 +83,14 @@ def curate(
         table = run.curated()
     """
     flags = {"data": data, "target": target, "test": test, "encoder": encoder, "embeddings": embeddings}
-    return curate_by(resolve(config, settings or {}, flags), out, engine=engine, address=address)
-
-
-def curate_by(
-    config: RunConfig,
-    out: Path | str,
-    *,
-    engine: Literal["ray", "local"] = "ray",
-    address: str | None = None,
-) -> Run:
-    """The job of `curate` by a whole config. What must be refused is refused before Ray starts."""
+    resolved = resolve(config, settings or {}, flags)
     folder = local_folder(out, "--out").expanduser().absolute()
-    pipeline.check(config)
-    with pipeline.alone_in(folder), start(engine, address) as started:
-        return pipeline.curate(config, folder, started)
+    pipeline.check(resolved)
+    with (
+        pipeline.alone_in(folder),
+        start(engine, address) as started,
+    ):  # what is refused is refused before Ray starts
+        return pipeline.curate(resolved, folder, started)
 
 
 def start(engine: Literal["ray", "local"], address: str | None) -> AbstractContextManager[Engine]:

@@ -1,6 +1,6 @@
 """Ray Tune over the decision: thresholds and size on scores computed once, judged by retraining.
 
-A trial makes a subset of a finished run's cached scores, trains a proxy on it and measures that proxy on the
+A trial makes a subset of a finished run's pooled evidence, trains a proxy on it and measures that proxy on the
 choosing half of the target: the half that model choices are made on. Neither the half that gave the target gradient
 nor the test set is looked at, so the run that uses the best settings is still judged on pairs nobody chose by.
 """
@@ -10,11 +10,9 @@ import logging
 import math
 import os
 import shutil
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,27 +29,19 @@ from pydantic.dataclasses import dataclass as options
 from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 
-from influencespace.config import RunConfig, load_config, save_config
+from influencespace.config import save_config
 from influencespace.core.metrics import mean_recall_by_image, retrieval_ranks
 from influencespace.core.select import SelectionConfig
-from influencespace.data.artifacts import (
-    Manifest,
-    atomic_path,
-    fingerprint,
-    is_done,
-    read_manifest,
-    reopen,
-    write_json,
-)
+from influencespace.data.artifacts import atomic_path, write_json
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.local import TaskError
 from influencespace.engine.session import start_ray
-from influencespace.errors import InputError
+from influencespace.errors import STRICT, InputError
 from influencespace.models.heads import Heads
-from influencespace.stages.finish import finish_stage, stage_of
-from influencespace.stages.ingest.split import pair_sets
-from influencespace.stages.proxies.proxies import ProxyConfig, TargetHalves, choosing_loss, train_subset
-from influencespace.stages.selection.evidence import Scores, decide
+from influencespace.run import Details, Run, Stage, Workers
+from influencespace.stages.proxies.target import TargetHalves, choosing_loss
+from influencespace.stages.proxies.train_many import train
+from influencespace.stages.selection.evidence import PairEvidence
 from influencespace.stages.selection.weighting import with_chosen
 
 Settings = Mapping[str, Any]
@@ -61,23 +51,21 @@ Range = tuple[float, float]
 
 LOSS, MEAN_RECALL = "loss", "mean_recall"
 DIRECTION = {LOSS: "min", MEAN_RECALL: "max"}
-SETTINGS = ("weights", "tau_low", "temperature", "target_size")
-TO_SWEEP = "to sweep over"
-TUNE = "tune"  # Tune's own folder, removed at the end
-# A trial whose worker is lost is begun again this often.
-LOST_WORKERS = 2
+SETTINGS = ("weighting", "tau_low", "temperature", "target_size")
+TRIAL = ".trial-"
+"""How files of finished trials begin: with a dot, so that they are no part of the artifact."""
+TUNE = ".tune"  # Tune's own folder, removed at the end
+MAX_LOST_WORKERS = 2  # after which a trial fails
 
 
-@options(frozen=True, kw_only=True)
+@options(frozen=True, kw_only=True, config=STRICT)
 class SweepConfig:
     """What is tried."""
 
     trials: int = Field(default=20, ge=1)
     """Settings to try; the first are the run's own."""
-    seed: int = Field(default=0, ge=0)
-    """Of the search; with one trial at a time it decides every trial."""
-    max_concurrent: int = Field(default=2, ge=1)
-    """Trials at a time, one CPU core each."""
+    max_concurrent: int | None = Field(default=None, ge=1)
+    """Trials at a time, one CPU core each; without it as many as there are cores. One at a time, the run's seed decides all."""
     tau_low: Range = (-0.25, 0.25)
     """Pruning threshold, in standard deviations of single influences."""
     temperature: Range = (0.1, 10.0)
@@ -98,50 +86,37 @@ class SweepConfig:
             raise ValueError("temperature must be above 0, and target_size above 0 and at most 1")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Best:
-    """The outcome of a sweep."""
-
-    settings: dict[str, Any]
-    """Fields of SelectionConfig."""
-    value: float
-    """Their measure."""
-    own: float
-    """The measure of the settings that the run had."""
-    trials: int
-    config: Path
-    """best.yaml, for `influencespace run`."""
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Retraining:
     """The objective: loss and mean recall of a proxy trained on what the settings keep."""
 
-    pool: PairSet
-    target: PairSet
-    scores: Scores
-    select: SelectionConfig
-    proxies: ProxyConfig
-    steps: int
+    run: Run
+    selection: SelectionConfig
     seeds: tuple[int, ...]
 
     def __call__(self, settings: Settings) -> dict[str, float]:
         try:
-            subset = decide(self.scores, replace(self.select, **settings))
+            subset = self._evidence.decide(replace(self.selection, **settings))
         except InputError:  # nothing is kept
             return {LOSS: math.inf, MEAN_RECALL: 0.0, "kept_fraction": 0.0}
-        runs = [self._measure(subset.weight, seed) for seed in self.seeds]
-        means = {name: float(np.mean([run[name] for run in runs])) for name in (LOSS, MEAN_RECALL)}
+        measured = [self._measure(subset.weight, seed) for seed in self.seeds]
+        means = {name: float(np.mean([one[name] for one in measured])) for name in (LOSS, MEAN_RECALL)}
         return means | {"kept_fraction": float(subset.kept.mean())}
 
     @cached_property
+    def _evidence(self) -> PairEvidence:
+        return PairEvidence(folder=self.run.at("selection"))
+
+    @cached_property
     def _halves(self) -> TargetHalves:
-        return TargetHalves(self.target, self.proxies.seed)
+        return TargetHalves(self.run.target, self.run.seed)
 
     def _measure(self, weights: NDArray[np.float64], seed: int) -> dict[str, float]:
-        heads = train_subset(self.pool, weights, self.proxies.train, self.steps, seed).heads
-        loss = choosing_loss(heads, self._halves, self.proxies.train)
-        return {LOSS: loss, MEAN_RECALL: mean_recall(heads, self.target, self._halves.choosing)}
+        steps = self.run.manifest("proxies").details["steps"]
+        config = replace(self.run.config.proxy.train, steps=steps)
+        heads = train(self.run.pool, weights, config, seed).heads
+        recall = mean_recall(heads, self.run.target, self._halves.choosing)
+        return {LOSS: choosing_loss(heads, self._halves, config), MEAN_RECALL: recall}
 
 
 @torch.no_grad()
@@ -154,84 +129,51 @@ def mean_recall(heads: Heads, target: PairSet, rows: NDArray[np.int64]) -> float
     return float(mean_recall_by_image(*retrieval_ranks(u, t, own), own).mean())
 
 
-def sweep(run: Path, config: SweepConfig, out: Path) -> Best:
-    """Search the decision of the finished run `run`; writes best.yaml, trials.parquet and manifest.json to `out`.
+def chosen_selection(run: Run) -> SelectionConfig:
+    """The run's own selection; where it left the weighting open, the one that retraining chose."""
+    return with_chosen(run.config.selection, run.manifest("selection", "to sweep over").details)
 
-    The same call continues a search that was interrupted. Raises InputError where the run has no scores yet.
+
+@dataclass(frozen=True)
+class Sweep(Stage):
+    """Searches the decision of a finished run; writes best.yaml, for `influencespace run`, and trials.parquet.
+
+    The manifest reports the best settings (fields of SelectionConfig), their measure, and that of the run's own.
     """
-    run_config = load_config(run / "config.yaml", {})
-    inputs = {
-        name: stage_of(run, name, TO_SWEEP).fingerprint
-        for name in ("proxy", "redundancy", "attribute", "fairness")
-    }
-    select = confirmed_settings(run, run_config.curate)
-    objective = retraining(run, replace(run_config, curate=select), config.proxy_seeds)
-    own = own_settings(select)
-    mark = fingerprint(
-        {
-            "stage": "sweep",
-            "config": {**asdict(config), "max_concurrent": None},
-            "own": select,
-            "inputs": inputs,
-        }
-    )
-    if not is_done(out, mark):
-        began = time.monotonic()
-        reopen(out)
-        trials = search(objective, own, config, out / f"trials-{mark[:16]}")
-        best = best_of(trials, config.measure)
-        chosen = replace(run_config, curate=replace(select, **_settings(best)))
-        save_config(chosen, out / "best.yaml")
-        with atomic_path(out / "trials.parquet") as aside:
+
+    config: SweepConfig
+    name = "sweep"
+    needs = ("proxies", "selection")
+
+    def settings(self, config: Any) -> Any:
+        return asdict(self.config) | {"max_concurrent": None}, config
+
+    def work(self, run: Run, workers: Workers) -> Details:
+        selection, measure = chosen_selection(run), self.config.measure
+        own = own_settings(selection)
+        trials = self._search(run, Retraining(run, selection, self.config.proxy_seeds), own, workers)
+        best = best_of(trials, measure)
+        settings = {name: best[name] for name in SETTINGS}
+        save_config(
+            replace(run.config, selection=replace(selection, **settings)), workers.folder / "best.yaml"
+        )
+        with atomic_path(workers.folder / "trials.parquet") as aside:
             pq.write_table(pa.Table.from_pylist(trials), aside)
-        details = {
-            "settings": _settings(best),
-            "value": best[config.measure],
-            "own": next(trial[config.measure] for trial in trials if _settings(trial) == own),
-            "trials": len(trials),
-        }
-        finish_stage(out, Manifest(stage="sweep", fingerprint=mark, inputs=inputs, details=details), began)
-    manifest = read_manifest(out)
-    assert manifest is not None
-    return Best(**manifest.details, config=out / "best.yaml")
+        before = next(trial[measure] for trial in trials if own.items() <= trial.items())
+        details = {"settings": settings, "value": best[measure], "own": before, "trials": len(trials)}
+        return Details(details=details)
+
+    def _search(self, run: Run, objective: Objective, own: Settings, workers: Workers) -> list[Trial]:
+        left = self.config.trials - len(read_trials(workers.folder))
+        with workers.progress(left, "trials") as bar:
+            config = replace(self.config, max_concurrent=self.config.max_concurrent or workers.engine.cores)
+            return search(objective, own, config, workers.folder, seed=run.seed, advance=bar.advance)
 
 
-def retraining(run: Path, config: RunConfig, seeds: tuple[int, ...]) -> Retraining:
-    """The objective of a finished run; raises InputError where a stage is missing."""
-    run = run.absolute()  # trials run in a folder of their own
-    sets = pair_sets(run / "split", stage_of(run, "split", TO_SWEEP))
-    return Retraining(
-        pool=_absolute(sets["pool"]),
-        target=_absolute(sets["target"]),
-        scores=Scores(run / "attribute", run / "redundancy", run / "fairness"),
-        select=config.curate,
-        proxies=config.proxy,
-        steps=int(stage_of(run, "proxy", TO_SWEEP).details["steps"]),
-        seeds=seeds,
-    )
-
-
-def _absolute(pairs: PairSet) -> PairSet:
-    rows_file = pairs.rows_file and pairs.rows_file.absolute()
-    return PairSet(pairs.folder.absolute(), rows_file)
-
-
-def confirmed_settings(run: Path, select: SelectionConfig) -> SelectionConfig:
-    """The weights that the run's retraining confirmed in place of a choice that is still open."""
-    if select.weighting != "auto":
-        return select
-    curated = read_manifest(run / "curate")
-    return with_chosen(select, curated.details) if curated else replace(select, weighting="uniform")
-
-
-def own_settings(select: SelectionConfig) -> dict[str, Any]:
-    """The point of the search space that decides as `select` does."""
-    return {
-        "weights": select.weighting,
-        "tau_low": select.tau_low,
-        "temperature": select.temperature,
-        "target_size": 1.0 if select.target_size is None else select.target_size,
-    }
+def own_settings(selection: SelectionConfig) -> dict[str, Any]:
+    """The point of the search space that decides as `selection` does."""
+    values = {name: getattr(selection, name) for name in SETTINGS}
+    return values | {"target_size": 1.0 if selection.target_size is None else selection.target_size}
 
 
 def search_space(config: SweepConfig, own: Settings) -> dict[str, Any]:
@@ -242,26 +184,35 @@ def search_space(config: SweepConfig, own: Settings) -> dict[str, Any]:
         return min(low, own[name]), max(high, own[name])
 
     return {
-        "weights": CategoricalDistribution(("uniform", "influence")),
+        "weighting": CategoricalDistribution(("uniform", "influence")),
         "tau_low": FloatDistribution(*span("tau_low")),
         "temperature": FloatDistribution(*span("temperature"), log=True),
         "target_size": FloatDistribution(*span("target_size")),
     }
 
 
-def search(objective: Objective, own: Settings, config: SweepConfig, folder: Path) -> list[Trial]:
+def search(
+    objective: Objective,
+    own: Settings,
+    config: SweepConfig,
+    folder: Path,
+    *,
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Trial]:
     """Try settings until `folder` holds `config.trials` finished trials, and return these in the order of their ends.
 
     Every finished trial is a file, so the same call continues whatever way the last one ended. (Tune's own restore
     cannot begin a failed trial again under Optuna, and reads pickles.) Raises TaskError or InputError where a trial
     fails, and KeyboardInterrupt where the search was interrupted.
     """
-    folder = folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.absolute()  # trials run in a folder of their own
     done = read_trials(folder)
     if len(done) < config.trials:
-        with start_ray(), _quiet_tune():
-            results = _tuner(objective, own, config, folder, done).fit()
+        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's file says what it gave
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        with start_ray():
+            results = _tuner(objective, own, config, folder, seed, advance).fit()
         shutil.rmtree(folder / TUNE, ignore_errors=True)
         for result in results:
             _raise_failure(result)
@@ -273,25 +224,34 @@ def search(objective: Objective, own: Settings, config: SweepConfig, folder: Pat
 
 def read_trials(folder: Path) -> list[Trial]:
     """The finished trials in the order of their ends."""
-    trials: list[Trial] = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-    return sorted(trials, key=lambda trial: trial["ended"])
+    paths = folder.glob(f"{TRIAL}*.json")
+    return sorted(
+        (json.loads(path.read_text(encoding="utf-8")) for path in paths), key=lambda one: one["ended"]
+    )
 
 
 def _tuner(
-    objective: Objective, own: Settings, config: SweepConfig, folder: Path, done: list[Trial]
+    objective: Objective,
+    own: Settings,
+    config: SweepConfig,
+    folder: Path,
+    seed: int,
+    advance: Callable[[], None],
 ) -> tune.Tuner:
-    """A Tuner for the trials that are left, whose search knows the finished ones."""
+    """A Tuner for the trials that are left, whose search knows the finished ones and begins with the run's own settings."""
+    done = read_trials(folder)
     searcher = OptunaSearch(
         search_space(config, own),
         metric=config.measure,
         mode=DIRECTION[config.measure],
-        points_to_evaluate=None if any(_settings(trial) == own for trial in done) else [dict(own)],
-        seed=config.seed + len(done),  # with the same seed it would begin with the same points again
+        points_to_evaluate=None if any(own.items() <= trial.items() for trial in done) else [dict(own)],
+        seed=seed + len(done),  # with the same seed it would begin with the same points again
     )
-    for trial in done:
-        searcher.add_evaluated_point(_settings(trial), trial[config.measure])
+    for one in done:
+        searcher.add_evaluated_point({name: one[name] for name in SETTINGS}, one[config.measure])
+    trial = tune.with_parameters(_trial, objective=objective, folder=folder)
     return tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, objective=objective, folder=folder), {"cpu": 1}),
+        tune.with_resources(trial, {"cpu": 1}),
         tune_config=tune.TuneConfig(
             num_samples=config.trials - len(done),
             max_concurrent_trials=config.max_concurrent,
@@ -300,8 +260,8 @@ def _tuner(
         run_config=tune.RunConfig(
             name=TUNE,
             storage_path=str(folder),
-            failure_config=tune.FailureConfig(max_failures=LOST_WORKERS),
-            callbacks=[Announce(folder, config)],
+            failure_config=tune.FailureConfig(max_failures=MAX_LOST_WORKERS),
+            callbacks=[Advance(advance)],
             stop=FirstFailure(),
             verbose=0,
         ),
@@ -319,7 +279,7 @@ def _trial(settings: dict[str, Any], objective: Objective, folder: Path) -> None
         tune.report({LOSS: math.nan, MEAN_RECALL: math.nan} | failure)
         return
     trial = settings | measures | {"seconds": time.monotonic() - began, "ended": time.time()}
-    write_json(folder / f"{tune.get_context().get_trial_id()}.json", trial)
+    write_json(folder / f"{TRIAL}{tune.get_context().get_trial_id()}.json", trial)
     tune.report(measures)
 
 
@@ -329,10 +289,6 @@ def _raise_failure(result: Any) -> None:
         raise InputError(failure)
     if failure or result.error:
         raise TaskError(f"a trial of the sweep failed with {result.config}:\n{failure or result.error}")
-
-
-def _settings(trial: Trial) -> dict[str, Any]:
-    return {name: trial[name] for name in SETTINGS}
 
 
 def best_of(trials: list[Trial], measure: str) -> Trial:
@@ -359,32 +315,10 @@ class FirstFailure(tune.Stopper):
 
 
 @dataclass(frozen=True)
-class Announce(tune.Callback):
-    """One plain line on stderr for every finished trial."""
+class Advance(tune.Callback):
+    """Shows every finished trial."""
 
-    folder: Path
-    config: SweepConfig
+    advance: Callable[[], None]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        done = len(list(self.folder.glob("*.json")))
-        measure = self.config.measure
-        text = f"{measure} {(trial.last_result or {}).get(measure, math.nan):.4f} with {trial.config}"
-        print(f"sweep: {done} of {self.config.trials} trials, {text}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _quiet_tune() -> Iterator[None]:
-    """Tune without logs of its own: a trial's file says what it gave."""
-    name = "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    logger = logging.getLogger("ray.tune")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
+        self.advance()

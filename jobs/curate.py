@@ -11,12 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from influencespace import pipeline
+from influencespace import InputError, curate
 from influencespace.cli import refuse
 from influencespace.cli.arguments import named_values
-from influencespace.config import load_config
-from influencespace.engine.session import start_ray
-from influencespace.errors import InputError
+from influencespace.data.locations import local_folder
 from influencespace.report.table import print_summary
 
 
@@ -24,11 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Curate as the options say; returns the exit code 0; ends with code 2 for what the user has to change."""
     options = parser().parse_args(arguments)
     try:
-        out = absolute(options.out)
-        config = load_config(options.config, named_values(options.set, "--set"))
-        pipeline.check(config)
-        with pipeline.alone_in(out), start_ray() as engine:
-            print_summary(pipeline.run(config, out, engine))
+        out, settings = absolute(options.out), named_values(options.set, "--set")
+        print_summary(curate(options.config, out=out, settings=settings).summary())
     except InputError as error:
         refuse(str(error))
     return 0
@@ -38,15 +33,16 @@ def parser() -> argparse.ArgumentParser:
     """The options of the job."""
     options = argparse.ArgumentParser(description="One curation as a Ray job.")
     options.add_argument("--config", type=Path, required=True, help="YAML of the run")
-    options.add_argument("--out", type=Path, required=True, help="run folder, an absolute path all nodes see")
+    options.add_argument("--out", required=True, help="run folder, an absolute path all nodes see")
     options.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override the config"
     )
     return options
 
 
-def absolute(path: Path) -> Path:
-    """`path` as it is; raises InputError where it is relative."""
+def absolute(out: str) -> Path:
+    """The folder `out`; raises InputError where it is a relative path or a URL."""
+    path = local_folder(out, "--out")
     if path.is_absolute():
         return path
     raise InputError(

@@ -1,6 +1,7 @@
 """The forget command over a small run: what it writes, what it says of unknown uids, and its refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,25 @@ from typer.testing import CliRunner
 
 from influencespace.cli import app
 from influencespace.errors import InputError
-from influencespace.stages.proxies.proxies import ALL, Proxy
+from influencespace.pipeline import load_run
+from influencespace.run import Run
+from influencespace.stages.proxies.proxy import ALL, Proxy
 from influencespace.tasks.forget import forget_run, read_uids
 
 
 @pytest.fixture(scope="module")
-def uids(small_run: Path) -> list[str]:
-    return [str(uid) for uid in pq.read_table(small_run / "curated.parquet")["uid"].to_pylist()]
+def run(small_run: Path) -> Run:
+    return load_run(small_run)
 
 
-def test_with_the_steps_of_the_training_it_is_the_retrained_proxy(small_run: Path, uids: list[str]) -> None:
-    found = forget_run(small_run, uids[:8], steps=10, check=True)
+@pytest.fixture(scope="module")
+def uids(run: Run) -> list[str]:
+    uids: list[str] = run.curated()["uid"].to_pylist()
+    return uids
+
+
+def test_with_the_steps_of_the_training_it_is_the_retrained_proxy(run: Run, uids: list[str]) -> None:
+    found = forget_run(run, uids[:8], steps=10, check=True)
     assert (found["deleted"], found["kept"], found["unknown"]) == (8, 142, 0)
     assert found["steps"] == found["steps_of_training"] == 10
     assert found["check"]["distance_to_retrained"] < 1e-3  # float32
@@ -33,14 +42,14 @@ def test_with_the_steps_of_the_training_it_is_the_retrained_proxy(small_run: Pat
     assert len(retrained) == 4
 
 
-def test_what_is_written(small_run: Path, uids: list[str]) -> None:
-    found = forget_run(small_run, uids[8:16])
+def test_what_is_written(run: Run, uids: list[str]) -> None:
+    found = forget_run(run, uids[8:16])
     assert "check" not in found
     assert 1 <= found["steps"] <= found["steps_of_training"]
     paths = {name: Path(path) for name, path in found["paths"].items()}
-    assert paths["forget.json"].parent.parent == small_run / "forget"
-    assert json.loads(paths["forget.json"].read_text()) == found
-    edited, heads = load_file(paths["proxy.safetensors"]), Proxy(small_run / "proxy", ALL).heads
+    assert paths["forget.json"].parent.parent == run.at("forget")
+    assert json.loads(paths["forget.json"].read_text()) | {"paths": found["paths"]} == found
+    edited, heads = load_file(paths["proxy.safetensors"]), Proxy(run.at("proxies"), ALL).heads
     assert edited.keys() == heads.state_dict().keys()
     for name, value in heads.state_dict().items():
         assert edited[name].shape == value.shape
@@ -50,29 +59,27 @@ def test_what_is_written(small_run: Path, uids: list[str]) -> None:
         assert all(np.isfinite(value) and value > 0 for value in measured.values())
 
 
-def test_more_steps_agree_better_with_half_as_many(small_run: Path, uids: list[str]) -> None:
-    few, many = (forget_run(small_run, uids[:30], steps=steps) for steps in (2, 10))
+def test_more_steps_agree_better_with_half_as_many(run: Run, uids: list[str]) -> None:
+    few, many = (forget_run(run, uids[:30], steps=steps) for steps in (2, 10))
     half = "distance_to_edit_of_half_the_steps"
     assert many[half] < few[half]
     assert few["doubtful"] == (few[half] > 0.5)
-    assert forget_run(small_run, uids[:30], steps=1)["doubtful"]
-    assert forget_run(small_run, uids[:30], steps=1)[half] is None
+    assert forget_run(run, uids[:30], steps=1)["doubtful"]
+    assert forget_run(run, uids[:30], steps=1)[half] is None
 
 
-def test_order_and_repeats_are_irrelevant_and_a_finished_edit_is_kept(
-    small_run: Path, uids: list[str]
-) -> None:
-    first = forget_run(small_run, uids[20:24])
-    again = forget_run(small_run, [*uids[20:24][::-1], uids[20]])
+def test_order_and_repeats_are_irrelevant_and_a_finished_edit_is_kept(run: Run, uids: list[str]) -> None:
+    first = forget_run(run, uids[20:24])
+    again = forget_run(run, [*uids[20:24][::-1], uids[20]])
     assert again == first  # seconds, too: nothing was done anew
-    assert forget_run(small_run, uids[20:25])["paths"] != first["paths"]
-    assert "check" in forget_run(small_run, uids[20:24], check=True)
+    assert forget_run(run, uids[20:25])["paths"] != first["paths"]
+    assert "check" in forget_run(run, uids[20:24], check=True)
 
 
-def test_unknown_uids_are_counted_and_listed(small_run: Path, uids: list[str]) -> None:
-    found = forget_run(small_run, [uids[0], "nobody", "nothing"])
+def test_unknown_uids_are_counted_and_listed(run: Run, uids: list[str]) -> None:
+    found = forget_run(run, [uids[0], "nobody", "nothing"])
     assert (found["deleted"], found["unknown"], found["unknown_uids"]) == (1, 2, ["nobody", "nothing"])
-    assert forget_run(small_run, [uids[0]])["unknown_uids"] == []
+    assert forget_run(run, [uids[0]])["unknown_uids"] == []
 
 
 def test_uids_are_read_from_text_and_parquet(tmp_path: Path) -> None:
@@ -82,33 +89,33 @@ def test_uids_are_read_from_text_and_parquet(tmp_path: Path) -> None:
     assert read_uids(text) == read_uids(table) == ["b", "a"]
 
 
-def test_refusals(small_run: Path, uids: list[str], tmp_path: Path) -> None:
+def test_refusals(run: Run, uids: list[str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none of the 1 uid\(s\) is of this run's pool \(first: nobody\)"):
-        forget_run(small_run, ["nobody"])
+        forget_run(run, ["nobody"])
     with pytest.raises(InputError, match="none given"):
-        forget_run(small_run, [])
+        forget_run(run, [])
     with pytest.raises(InputError, match="all 150 pairs"):
-        forget_run(small_run, uids)
+        forget_run(run, uids)
     with pytest.raises(InputError, match="train a proxy on the kept pairs instead"):
-        forget_run(small_run, uids[3:])
+        forget_run(run, uids[3:])
     with pytest.raises(InputError, match="holds no finished run"):
-        forget_run(tmp_path, uids[:3])
+        forget_run(replace(run, folder=tmp_path), uids[:3])
     empty, table = tmp_path / "empty.txt", tmp_path / "other.parquet"
     empty.write_text("\n\n")
     pq.write_table(pa.table({"name": ["a"]}), table)
-    for path, told in (
+    for path, reason in (
         (empty, "names no pair"),
         (tmp_path / "missing.txt", "cannot be read"),
         (table, "has the columns name"),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=reason):
             read_uids(path)
 
 
-def test_the_command(small_run: Path, uids: list[str], tmp_path: Path) -> None:
+def test_the_command(run: Run, uids: list[str], tmp_path: Path) -> None:
     file = tmp_path / "uids.txt"
     file.write_text("\n".join([*uids[40:45], "nobody"]))
-    done = CliRunner().invoke(app, ["forget", str(small_run), "--uids", str(file), "--check"])
+    done = CliRunner().invoke(app, ["forget", str(run.folder), "--uids", str(file), "--check"])
     assert done.exit_code == 0, done.output
     assert "5 pairs forgotten, 145 kept" in done.output
     assert "unknown uids, not of this pool: 1" in done.output

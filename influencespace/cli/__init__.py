@@ -47,7 +47,7 @@ def main() -> None:
         raise
 
 
-def refuse(told: str) -> NoReturn:
+def refuse(reason: str) -> NoReturn:
     """End with one line for the user and exit code 2."""
-    print(f"error: {' '.join(told.split())}", file=sys.stderr)
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
     sys.exit(2)

@@ -1,11 +1,16 @@
 """Arguments that several commands share, and how their texts are read."""
 
 import math
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from influencespace.data.locations import local_folder
 from influencespace.errors import InputError
+
+if TYPE_CHECKING:
+    from influencespace.run import Run
 
 EXAMPLES = {"--set": "cluster.k=200", "--option": "role=own"}
 
@@ -13,17 +18,42 @@ Address = Annotated[
     str | None,
     typer.Option("--address", help="Ray cluster to work on; without it, RAY_ADDRESS or a local Ray."),
 ]
+Finished = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
+
+
+def finished_run(folder: str) -> "Run":
+    """The run in a folder; raises InputError where it is not finished."""
+    path = local_folder(folder, "RUN").expanduser()
+    from influencespace.pipeline import load_run
+    from influencespace.run import read_summary
+
+    read_summary(path)
+    return load_run(path)
 
 
 def named_values(given: list[str], flag: str) -> dict[str, str]:
     """KEY=VALUE as often as it was given."""
-    found = {}
+    values = {}
     for setting in given:
         key, equals, value = setting.partition("=")
         if not (key and equals):
             raise InputError(f"{flag} {setting}: give a name and a value, as in {flag} {EXAMPLES[flag]}")
-        found[key] = value
-    return found
+        values[key] = value
+    return values
+
+
+def options_of(given: list[str]) -> dict[str, Any]:
+    """Options of an estimator, their values read as YAML; raises InputError for what is not."""
+    import yaml
+
+    values = {}
+    for key, value in named_values(given, "--option").items():
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"--option {key}={value} is not valid YAML: {reason}") from None
+    return values
 
 
 def number(text: str, flag: str, wanted: str) -> float:
@@ -35,3 +65,8 @@ def number(text: str, flag: str, wanted: str) -> float:
     if not math.isfinite(value):
         raise InputError(f"{flag} is {text!r}: give {wanted}")
     return value
+
+
+def print_paths(paths: dict[str, Path | str]) -> None:
+    for name, path in paths.items():
+        print(f"{name}: {path}")

@@ -1,39 +1,25 @@
 """The commands that ask something of a finished run."""
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-import yaml
 
-from influencespace.cli.arguments import Address, named_values, number
+from influencespace.cli.arguments import Address, Finished, finished_run, number, options_of, print_paths
 from influencespace.errors import InputError
 
 if TYPE_CHECKING:
     from influencespace.tasks.choose import Choice
 
-Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 Options = Annotated[
     list[str],
     typer.Option("--option", metavar="KEY=VALUE", help="Of the estimator, e.g. --option role=own."),
 ]
 
 
-def options_of(given: list[str]) -> dict[str, Any]:
-    """Options of an estimator, their values read as YAML; raises InputError for what is none."""
-    found = {}
-    for key, value in named_values(given, "--option").items():
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"--option {key}={value} is no YAML: {' '.join(str(error).split())}") from None
-    return found
-
-
 def score(
-    folder: Run,
+    folder: Finished,
     estimator: Annotated[str, typer.Option(help="Name in the table of estimators.")] = "ecif",
     space: Annotated[
         str,
@@ -46,20 +32,20 @@ def score(
     address: Address = None,
 ) -> None:
     """Score every pair of a run's pool by an estimator: higher is more worth keeping."""
+    options = options_of(option)
     from influencespace.engine.session import start_ray
     from influencespace.pipeline import alone_in
-    from influencespace.tasks.score import check_estimator, score_run
+    from influencespace.tasks.score import score_run, scoring_stage
 
-    options = options_of(option)
-    folder = folder.expanduser().absolute()
-    check_estimator(folder, estimator, options, space)
-    with alone_in(folder), start_ray(address) as engine:
-        path, manifest = score_run(folder, estimator, options, engine, space)
+    stage = scoring_stage(estimator, options, space)
+    run = finished_run(folder)
+    with alone_in(run.folder), start_ray(address) as engine:
+        path, manifest = score_run(run, stage, engine)
     print(f"{manifest.rows_out:,} pairs, {manifest.details['without_score']:,} without a score: {path}")
 
 
 def detect(
-    folder: Run,
+    folder: Finished,
     estimator: Annotated[
         str, typer.Option(help="`pooled`, the run's own score, or a name in the table of estimators.")
     ] = "pooled",
@@ -70,27 +56,24 @@ def detect(
     address: Address = None,
 ) -> None:
     """Rank the pairs that look misaligned, with a page of the first ones; precision and recall where truth is given."""
-    from influencespace.engine.local import LocalEngine
-    from influencespace.engine.session import start_ray
-    from influencespace.pipeline import alone_in
-    from influencespace.tasks.detect import detect_run, read_truth
-    from influencespace.tasks.score import POOLED, check_estimator
-
     options = options_of(option)
-    check_estimator(folder, estimator, options)
+    from influencespace.api import start
+    from influencespace.pipeline import alone_in
+    from influencespace.tasks.detect import detect_run, ranking_stage, read_truth
+
+    stage = ranking_stage(estimator, options)
+    run = finished_run(folder)
     known = None if truth is None else read_truth(truth)
-    ray = nullcontext(LocalEngine()) if estimator == POOLED else start_ray(address)
-    with alone_in(folder.expanduser().absolute()), ray as engine:
-        found = detect_run(folder, estimator, options, known, engine)
-    for name, value in found.items():
-        if name != "paths":
-            print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
-    for name, path in found["paths"].items():
-        print(f"{name}: {path}")
+    with alone_in(run.folder), start("ray" if stage else "local", address) as engine:
+        result = detect_run(run, stage, known, engine)
+    paths = result.pop("paths")
+    for name, value in result.items():
+        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    print_paths(paths)
 
 
 def trace(
-    folder: Run,
+    folder: Finished,
     query: Annotated[
         tuple[Path, str] | None, typer.Option(metavar="IMAGE TEXT", help="A picture file and its caption.")
     ] = None,
@@ -108,31 +91,30 @@ def trace(
     address: Address = None,
 ) -> None:
     """Trace an error on a test pair back to the training pairs that caused it, with a page of their pictures."""
+    if not uid and query is None:
+        raise InputError("nothing to trace: give --query IMAGE TEXT, or --uid UID of a test or target pair")
     from influencespace.engine.session import start_ray
     from influencespace.pipeline import alone_in
     from influencespace.stages.scoring.trace import TraceConfig
     from influencespace.tasks.trace import query_by_picture, query_by_uid, trace_run
 
-    queries = [query_by_uid(folder, one) for one in uid]
+    run = finished_run(folder)
+    queries = [query_by_uid(run, one) for one in uid]
     if query is not None:
-        queries.append(query_by_picture(folder, *query))
-    if not queries:
-        raise InputError("nothing to trace: give --query IMAGE TEXT, or --uid UID of a test or target pair")
-    folder = folder.expanduser().absolute()
-    with alone_in(folder), start_ray(address) as engine:
-        traced = trace_run(folder, queries, TraceConfig(top=top), engine, index=index)
-    for found in traced:
-        caption, picture = (found["retrieved"][what] for what in ("caption", "picture"))
+        queries.append(query_by_picture(run, *query))
+    with alone_in(run.folder), start_ray(address) as engine:
+        traced = trace_run(run, queries, TraceConfig(top=top), engine, index=index)
+    for result in traced:
+        caption, picture = (result["retrieved"][what] for what in ("caption", "picture"))
         print(
-            f"{found['query']}: caption at rank {caption['rank']:,} of {caption['of']:,}, picture at rank "
-            f"{picture['rank']:,} of {picture['of']:,}; {len(found['harmful'])} training pairs caused it"
+            f"{result['query']}: caption at rank {caption['rank']:,} of {caption['of']:,}, picture at rank "
+            f"{picture['rank']:,} of {picture['of']:,}"
         )
-        for name, path in found["paths"].items():
-            print(f"{name}: {path}")
+        print_paths(result["paths"])
 
 
 def clean(
-    folder: Run,
+    folder: Finished,
     fraction: Annotated[
         str,
         typer.Option(
@@ -141,18 +123,14 @@ def clean(
     ] = "auto",
 ) -> None:
     """Clean the pool of a run: write which pairs stay, in the columns of curated.parquet, all that stay with weight 1."""
+    share = None if fraction == "auto" else number(fraction, "--fraction", "a share such as 0.2, or auto")
     from influencespace.tasks.choose import clean as choose
 
-    print_choice(
-        choose(
-            folder,
-            None if fraction == "auto" else number(fraction, "--fraction", "a share such as 0.2, or auto"),
-        )
-    )
+    print_choice(choose(finished_run(folder), share))
 
 
 def coreset(
-    folder: Run,
+    folder: Finished,
     size: Annotated[
         str, typer.Option(help="Share of the whole pool (1 or less), or a number of pairs.")
     ] = "0.1",
@@ -162,17 +140,14 @@ def coreset(
     ] = "d2",
 ) -> None:
     """Choose pairs that stand for all that a run kept, the most wanted first."""
+    wanted = number(size, "--size", "a share such as 0.1, or a number of pairs such as 500")
     from influencespace.tasks.choose import coreset as choose
 
-    print_choice(
-        choose(
-            folder, number(size, "--size", "a share such as 0.1, or a number of pairs such as 500"), method
-        )
-    )
+    print_choice(choose(finished_run(folder), wanted, method))
 
 
 def forget(
-    folder: Run,
+    folder: Finished,
     uids: Annotated[
         Path,
         typer.Option(
@@ -184,32 +159,30 @@ def forget(
         typer.Option(min=1, help="Long steps of the edit: more are nearer to retraining, and slower."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Really train again, and tell the distance and the time.")
+        bool, typer.Option("--check", help="Really train again, and report the distance and the time.")
     ] = False,
 ) -> None:
     """Make a run's proxy forget some pairs, without training it again."""
     from influencespace.pipeline import alone_in
-    from influencespace.report.table import read_summary
     from influencespace.tasks.forget import forget_run, read_uids
 
     named = read_uids(uids)
-    read_summary(folder)  # before a folder is made
-    with alone_in(folder.expanduser().absolute()):
-        found = forget_run(folder, named, steps, check)
-    print(f"{found['deleted']:,} pairs forgotten, {found['kept']:,} kept, in {found['seconds']:.2f} s")
-    if found["unknown"]:
-        print(f"unknown uids, not of this pool: {found['unknown']:,}, listed in forget.json")
+    run = finished_run(folder)
+    with alone_in(run.folder):
+        result = forget_run(run, named, steps, check)
+    print(f"{result['deleted']:,} pairs forgotten, {result['kept']:,} kept, in {result['seconds']:.2f} s")
+    if result["unknown"]:
+        print(f"unknown uids, not of this pool: {result['unknown']:,}, listed in forget.json")
     for name in ("gradient_norm_on_kept", "loss_of_deleted"):
-        print(f"{name}: {found[name]['before']:.4f} before, {found[name]['after']:.4f} after")
+        print(f"{name}: {result[name]['before']:.4f} before, {result[name]['after']:.4f} after")
     half = "distance_to_edit_of_half_the_steps"
-    for name, value in ({half: found[half]} | found.get("check", {})).items():
+    for name, value in ({half: result[half]} | result.get("check", {})).items():
         print(f"{name}: {value}")
-    for name, path in found["paths"].items():
-        print(f"{name}: {path}")
-    if found["doubtful"]:
+    print_paths(result["paths"])
+    if result["doubtful"]:
         print(
             "warning: this edit still moves with its number of steps, so it may lie as far from the retrained proxy as the "
-            "unedited one: give more --steps, or train again without the pairs (--check tells what that takes)",
+            "unedited one: give more --steps, or train again without the pairs (--check reports what that takes)",
             file=sys.stderr,
         )
 

@@ -1,5 +1,6 @@
 """Detect misaligned pairs: a ranking, a page of the first ones, and how right it is where the truth is known."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +15,42 @@ from influencespace.data.artifacts import atomic_path, write_json
 from influencespace.engine.local import Engine
 from influencespace.errors import InputError
 from influencespace.report.sheet import Section, cards, write_sheet
-from influencespace.tasks.score import POOLED, score_run
+from influencespace.run import Run, Stage
+from influencespace.tasks.score import score_run, scoring_stage
 
 FloatArray = NDArray[np.float64]
-SHOWN = 60
+POOLED = "pooled"
+"""The run's own score, for which no work is left."""
+MAX_SHOWN = 60
+FILES = ("ranking.parquet", "detect.html", "detect.json")
 # CSV says nothing of types: a uid of digits would lose its zeros, and any word would be true.
 TRUTH = csv.ConvertOptions(column_types={"uid": pa.string(), "wrong": pa.bool_()})
 PRECISION_AT = (0.01, 0.05, 0.1, 0.2, 0.3)
 
 
+def ranking_stage(estimator: str, options: Mapping[str, Any]) -> Stage | None:
+    """The stage whose scores rank, None for the run's own; raises InputError for an estimator or options that there are not."""
+    if estimator != POOLED:
+        return scoring_stage(estimator, options)
+    if options:
+        raise InputError(f"the run's own score takes no options: leave {', '.join(options)} out")
+    return None
+
+
 def detect_run(
-    run: Path, estimator: str, options: dict[str, Any], truth: dict[str, bool] | None, engine: Engine
+    run: Run, stage: Stage | None, truth: dict[str, bool] | None, engine: Engine
 ) -> dict[str, Any]:
     """Rank the pairs of a finished run by how misaligned they seem: the lowest score first.
 
-    `estimator` is `pooled` (the run's own score, for which no work is left) or a name of the table. Writes
-    ranking.parquet (rank, uid, score), detect.html with the first pairs, and detect.json; with the truth (whether each
-    uid is wrong) also AUROC, average precision with the base rate, precision and recall.
+    By the scores of a `ranking_stage`. Writes ranking.parquet
+    (rank, uid, score), detect.html with the first pairs, and detect.json; with the truth (whether each uid is wrong) also
+    AUROC, average precision with the base rate, precision and recall. Returns detect.json and the paths of the files.
     """
-    run = run.expanduser().absolute()
-    if estimator == POOLED:
-        path = run / "curated.parquet"
-    else:
-        path, _ = score_run(run, estimator, options, engine)
-    table = pq.read_table(path, columns=["uid", "score"])
-    score = table["score"].to_numpy().astype(np.float64)
-    order = np.argsort(score, kind="stable")  # nan, which no context could judge, comes last
-    uids = table["uid"].to_pylist()
-    out = run / "detect" / estimator
-    out.mkdir(parents=True, exist_ok=True)
+    name = POOLED if stage is None else stage.name.removeprefix("scores/")
+    table = run.curated() if stage is None else pq.read_table(score_run(run, stage, engine)[0])
+    uids, score = table["uid"].to_pylist(), table["score"].to_numpy().astype(np.float64)
+    order = np.argsort(score, kind="stable")  # nan, which no batch could judge, comes last
+    out = run.at("detect") / name
     ranking = {
         "rank": np.arange(1, len(order) + 1),
         "uid": [uids[i] for i in order],
@@ -50,27 +58,22 @@ def detect_run(
     }
     with atomic_path(out / "ranking.parquet") as aside:
         pq.write_table(pa.table(ranking), aside)
-    found: dict[str, Any] = {"estimator": estimator, "pairs": len(uids)}
-    told = [
-        f"Pairs of lowest score by the estimator {estimator}: they lower the target loss least, or raise it."
+    result: dict[str, Any] = {"estimator": name, "pairs": len(uids)}
+    sentences = [
+        f"Pairs of lowest score by the estimator {name}: they lower the target loss least, or raise it."
     ]
     if truth is not None:
-        found |= judged(uids, score, truth)
-        told.append(
-            f"AUROC {found['auroc']:.3f}, average precision {found['average_precision']:.3f} "
-            f"(base rate {found['base_rate']:.3f}) for {found['wrong']:,} wrong pairs among {found['known']:,}."
+        result |= judged(uids, score, truth)
+        sentences.append(
+            f"AUROC {result['auroc']:.3f}, average precision {result['average_precision']:.3f} "
+            f"(base rate {result['base_rate']:.3f}) for {result['wrong']:,} wrong pairs among {result['known']:,}."
         )
-    write_json(out / "detect.json", found)
-    first = [
-        (uids[i], f"{rank} · score {score[i]:.3g}")
-        for rank, i in enumerate(order[:SHOWN], 1)
-        if np.isfinite(score[i])
-    ]
-    shown = Section(cards=cards(run / "embed" / "pool" / "pairs.parquet", first))
-    write_sheet(out / "detect.html", "Pairs that look misaligned", told, [shown])
-    return found | {
-        "paths": {name: str(out / name) for name in ("ranking.parquet", "detect.html", "detect.json")}
-    }
+    write_json(out / "detect.json", result)
+    first = [(uids[i], f"{rank} · score {score[i]:.3g}") for rank, i in enumerate(order[:MAX_SHOWN], 1)]
+    known = first[: int(np.isfinite(score).sum())]
+    shown = Section(cards=cards(run.pool.folder / "pairs.parquet", known))
+    write_sheet(out / "detect.html", "Pairs that look misaligned", sentences, [shown])
+    return result | {"paths": {name: str(out / name) for name in FILES}}
 
 
 def read_truth(path: Path) -> dict[str, bool]:

@@ -1,4 +1,4 @@
-"""Make the proxy of a finished run forget some pairs without training it again, and say how near that comes."""
+"""Make the proxy of a finished run forget some pairs without training it again, and report how near that comes."""
 
 import json
 import time
@@ -19,21 +19,21 @@ from torch import Tensor
 from influencespace.core.batches import covering_batches
 from influencespace.core.contrastive import info_nce_only
 from influencespace.data.artifacts import atomic_path, fingerprint, write_json
-from influencespace.data.pair_set import PairSet
+from influencespace.engine.local import LocalEngine
 from influencespace.errors import InputError
 from influencespace.estimators.deletion import deletion_displacement, steps_for, without
 from influencespace.estimators.influence import target_gradients
+from influencespace.models.heads import Heads
 from influencespace.models.space import Space
 from influencespace.models.training import train_heads
 from influencespace.models.trajectory import Trajectory, space_at
-from influencespace.report.table import read_summary
-from influencespace.stages.finish import stage_of
-from influencespace.stages.ingest.split import pair_sets
-from influencespace.stages.proxies.proxies import ALL, Proxy, beginning, train_subset
-from influencespace.stages.scoring.score import ScoringInputs
-from influencespace.tasks.score import valued
+from influencespace.run import Details, Run, Stage, Workers, carry_out
+from influencespace.stages.proxies.proxy import Proxy
+from influencespace.stages.proxies.train_many import beginning, train
+from influencespace.stages.scoring.scoring import ScoringInputs
 
 IntArray = NDArray[np.int64]
+FILES = ("proxy.safetensors", "forget.json")
 DOUBTFUL = 0.5
 """Distance to an edit of half the steps above which an edit is not to be used: the real error was up to as large."""
 CHECKING_SEEDS = 3
@@ -44,9 +44,9 @@ def read_uids(path: Path) -> list[str]:
     """Distinct uids in their order: a text file with one a line, or the column uid of a Parquet file. Raises InputError."""
     try:
         if path.suffix == ".parquet":
-            found = [str(uid) for uid in pq.read_table(path)["uid"].to_pylist()]
+            listed = [str(uid) for uid in pq.read_table(path)["uid"].to_pylist()]
         else:
-            found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            listed = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except KeyError:
         names = ", ".join(pq.read_schema(path).names)
         raise InputError(f"{path} has the columns {names}; the column uid is needed") from None
@@ -55,7 +55,7 @@ def read_uids(path: Path) -> list[str]:
             f"uids cannot be read from {path}: {str(error).splitlines()[0]}; give a text file with one uid a line, or a "
             "Parquet file with the column uid"
         ) from None
-    uids = list(dict.fromkeys(uid for uid in found if uid))
+    uids = list(dict.fromkeys(uid for uid in listed if uid))
     if not uids:
         raise InputError(
             f"{path} names no pair: give one uid a line, as in the column uid of curated.parquet"
@@ -65,79 +65,84 @@ def read_uids(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """The proxy of all pairs, the pairs of its pool that it is to forget, and what the edit is measured on."""
+    """The proxy of all pairs of a run, the pairs that it is to forget, and what the edit is measured on."""
 
-    given: ScoringInputs
-    test: PairSet
+    run: Run
     removed: IntArray
 
     @cached_property
-    def space(self) -> Space:
-        return Space(Proxy(self.given.proxy_folder, ALL).heads)
+    def inputs(self) -> ScoringInputs:
+        return ScoringInputs.of(self.run)
 
     @cached_property
-    def proxy(self) -> Tensor:
+    def trained(self) -> Proxy:
+        return self.inputs.trained()
+
+    @cached_property
+    def space(self) -> Space:
+        return Space(self.trained.heads)
+
+    @cached_property
+    def theta(self) -> Tensor:
         """Parameters as they were trained (p,)."""
         return self.space.flatten(self.space.parameters)
 
     @cached_property
     def path(self) -> Trajectory:
-        return self.given.trajectory(self.space)
+        return self.inputs.trajectory(self.space)
 
     @cached_property
     def kept(self) -> NDArray[np.float64]:
         """Weight of each pair of the pool without the removed ones (N,)."""
-        weights = np.ones(len(self.given.pool))
+        weights = np.ones(len(self.run.pool))
         weights[self.removed] = 0
         return weights
 
     @cached_property
     def bank(self) -> list[IntArray]:
-        """The proxy's recorded contexts less the removed pairs."""
-        contexts = Proxy(self.given.proxy_folder, ALL).bank
-        return [rows[self.kept[rows] > 0] for rows in contexts]
+        """The proxy's negative batches less the removed pairs."""
+        return [rows[self.kept[rows] > 0] for rows in self.trained.bank]
 
     def edited(self, steps: int) -> Tensor:
         """Parameters of the edited proxy (p,)."""
-        pool = self.given.pool
-        return self.proxy + deletion_displacement(self.path, self.removed, pool.image, steps)
+        return self.theta + deletion_displacement(self.path, self.removed, self.run.pool.image, steps)
 
     def gradient_norm(self, theta: Tensor) -> float:
-        """Norm of the gradient of the kept pairs' loss, over the recorded contexts."""
-        contexts = [self.given.pool.inputs(rows) for rows in self.bank if len(rows) > 1]
-        folds = [np.zeros(len(images), np.int64) for images, _ in contexts]
+        """Norm of the gradient of the kept pairs' loss, over the negative batches."""
+        batches = [self.run.pool.inputs(rows) for rows in self.bank if len(rows) > 1]
+        folds = [np.zeros(len(images), np.int64) for images, _ in batches]
         space = space_at(self.space, theta)
-        return float(target_gradients(space, contexts, folds, 1, self.path.objective).norm())
+        return float(target_gradients(space, batches, folds, 1, self.path.objective).norm())
 
     @torch.no_grad()
     def removed_loss(self, theta: Tensor) -> float:
-        """Mean loss of the removed pairs, in contexts filled up by kept pairs of other images."""
-        image = self.given.pool.image
+        """Mean loss of the removed pairs, in batches filled up by kept pairs of other images."""
+        image = self.run.pool.image
         others = self.bank[0][~np.isin(image[self.bank[0]], image[self.removed])]
         rows = np.concatenate([self.removed, others])
         space, terms = space_at(self.space, theta), []
-        for context in covering_batches(image[rows], self.path.config.batch_size, self.given.proxies.seed):
-            u, t = space.embed(self.given.pool.inputs(rows[context]))
-            terms.append(self.path.objective.terms(u, t)[context < len(self.removed)])
+        for batch in covering_batches(image[rows], self.path.config.batch_size, self.run.seed):
+            u, t = space.embed(self.run.pool.inputs(rows[batch]))
+            terms.append(self.path.objective.terms(u, t)[batch < len(self.removed)])
         return float(torch.cat(terms).mean())
 
     @torch.no_grad()
     def logits(self, theta: Tensor) -> Tensor:
-        """Test logits in contexts of at most a batch, one after another."""
+        """Test logits, one batch after another."""
         scale = info_nce_only(self.path.objective, "forget").scale
-        space, blocks = space_at(self.space, theta), []
-        for rows in covering_batches(self.test.image, self.path.config.batch_size, self.given.proxies.seed):
-            u, t = space.embed(self.test.inputs(rows))
-            blocks.append((scale * u @ t.T).flatten())
-        return torch.cat(blocks)
+        space, logits = space_at(self.space, theta), []
+        for rows in covering_batches(self.run.test.image, self.path.config.batch_size, self.run.seed):
+            u, t = space.embed(self.run.test.inputs(rows))
+            logits.append((scale * u @ t.T).flatten())
+        return torch.cat(logits)
 
     def measured(self, edited: Tensor, steps: int) -> dict[str, Any]:
         """What is known of an edit without retraining."""
         norm, loss = self.gradient_norm, self.removed_loss
         half = self.distance_to_half_the_steps(edited, steps)
         return {
-            "gradient_norm_on_kept": {"before": norm(self.proxy), "after": norm(edited)},
-            "loss_of_deleted": {"before": loss(self.proxy), "after": loss(edited)},
+            "gradient_norm_on_kept": {"before": norm(self.theta), "after": norm(edited)},
+            "loss_of_deleted": {"before": loss(self.theta), "after": loss(edited)},
             "distance_to_edit_of_half_the_steps": half,
             "doubtful": half is None or half > DOUBTFUL,
         }
@@ -148,25 +153,21 @@ class Forgetting:
             return None
         logits = self.logits(edited)
         doubt = (logits - self.logits(self.edited(steps // 2))).norm()
-        return float(doubt / (logits - self.logits(self.proxy)).norm())
+        return float(doubt / (logits - self.logits(self.theta)).norm())
 
     def checked(self, edited: Tensor) -> dict[str, Any]:
         """Really train again: the distance that the edit leaves, the time that it saves, and the loss it should have."""
         began = time.monotonic()
-        config, pool = self.path.config, self.given.pool
-        seed = self.given.proxies.seed + 1
+        config, pool = self.path.config, self.run.pool
+        seed = self.run.seed + 1
         heads, _ = beginning(pool, self.kept, config, seed)
-        retrained = _flat(
-            train_heads(pool.inputs, without(self.path, self.removed).batches, heads, config).heads
-        )
+        batches = without(self.path, self.removed).batches
+        retrained = _flat(train_heads(pool.inputs, batches, heads, config).heads)
         seconds = time.monotonic() - began
-        fresh = [
-            _flat(train_subset(pool, self.kept, config, config.steps, seed + k).heads)
-            for k in range(CHECKING_SEEDS)
-        ]
-        before, after, same, other = (
-            self.logits(theta) for theta in (self.proxy, edited, retrained, fresh[0])
-        )
+        seeds = range(seed, seed + CHECKING_SEEDS)
+        fresh = [_flat(train(pool, self.kept, config, one).heads) for one in seeds]
+        all_ = (self.theta, edited, retrained, fresh[0])
+        before, after, same, other = (self.logits(theta) for theta in all_)
         return {
             "distance_to_retrained": float((after - same).norm() / (before - same).norm()),
             "distance_to_retrained_on_fresh_batches": float((after - other).norm() / (before - other).norm()),
@@ -175,63 +176,81 @@ class Forgetting:
         }
 
 
-def _flat(heads: torch.nn.Module) -> Tensor:
+def _flat(heads: Heads) -> Tensor:
     space = Space(heads)
     return space.flatten(space.parameters)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Forget(Stage):
+    """Edits the proxy of all pairs as if some had not been in its batches; writes proxy.safetensors and forget.json."""
+
+    removed: tuple[int, ...]
+    """Rows of the pool."""
+    unknown: tuple[str, ...]
+    """Uids that the pool does not hold."""
+    steps: int | None
+    check: bool
+    needs = ("proxies",)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"forget/{fingerprint([self.removed, self.steps, self.check])}"
+
+    def settings(self, config: Any) -> Any:
+        return self.removed, self.unknown, self.steps, self.check
+
+    def work(self, run: Run, workers: Workers) -> Details:
+        forgetting = Forgetting(run, np.array(self.removed, np.int64))
+        steps = steps_for(forgetting.path) if self.steps is None else self.steps
+        began = time.monotonic()
+        edited = forgetting.edited(steps)
+        seconds = time.monotonic() - began
+        state = {name: value.contiguous() for name, value in forgetting.space.unflatten(edited).items()}
+        with atomic_path(workers.folder / "proxy.safetensors") as aside:
+            save_file(state, aside)
+        deleted, pairs = len(self.removed), len(run.pool)
+        result: dict[str, Any] = {
+            "deleted": deleted,
+            "kept": pairs - deleted,
+            "unknown": len(self.unknown),
+            "unknown_uids": self.unknown,
+            "steps": steps,
+            "steps_of_training": len(forgetting.path.batches),
+            "seconds": seconds,
+        }
+        result |= forgetting.measured(edited, steps)
+        if self.check:
+            checked = forgetting.checked(edited)
+            ratio = checked["seconds_of_retraining"] / seconds
+            result["check"] = checked | {"time_of_retraining_over_edit": ratio}
+        write_json(workers.folder / "forget.json", result)
+        return Details(rows_in=pairs, rows_out=pairs - deleted, rejected=deleted)
+
+
 def forget_run(
-    run: Path, uids: Sequence[str], steps: int | None = None, check: bool = False
+    run: Run, uids: Sequence[str], steps: int | None = None, check: bool = False
 ) -> dict[str, Any]:
     """Edit the proxy of all pairs of a finished run as if the named pairs had not been in its batches.
 
     `steps` as in `estimators.deletion`; with `check` the proxy is really trained again and compared. Writes, in a folder
-    of its own for each set of pairs, proxy.safetensors (the edited heads) and forget.json. Distances are between test
-    logits, 1 is the unedited proxy's. Uids that the pool does not hold are listed.
-    Raises InputError where no pair would be deleted, or too few would be kept.
+    of its own for each set of pairs, proxy.safetensors (the edited heads) and forget.json; returns what this says, with the
+    paths. Distances are between test logits, 1 is the unedited proxy's. Uids that the pool does not hold are listed.
+    Raises InputError where no pair would be deleted, or too few would be kept, and where the run is not finished.
     """
-    run = run.expanduser().absolute()
-    read_summary(run)  # without one the stages may be of two configs
-    given, inputs = valued(run)
-    test = pair_sets(run / "split", stage_of(run, "split"))["test"]
-    place = {str(uid): row for row, uid in enumerate(given.pool.column("uid"))}
-    unknown = sorted(set(uids).difference(place))
-    removed = np.array(sorted(place[uid] for uid in set(uids) - set(unknown)), np.int64)
-    if not len(removed):
+    run.summary()  # without one the stages may be of two configs
+    place = {str(uid): row for row, uid in enumerate(run.pool.column("uid"))}
+    unknown = tuple(sorted(set(uids).difference(place)))
+    removed = tuple(sorted(place[uid] for uid in set(uids).intersection(place)))
+    if not removed:
         raise InputError(
             f"none of the {len(uids)} uid(s) is of this run's pool (first: {next(iter(uids), 'none given')}): give those of "
             "the column uid of curated.parquet"
         )
     if len(removed) == len(place):
         raise InputError(f"all {len(place)} pairs of the pool are to be deleted: nothing is left to train on")
-    forgetting = Forgetting(given, test, removed)
-    steps = steps_for(forgetting.path) if steps is None else steps
-    mark = fingerprint({"inputs": inputs, "removed": [str(row) for row in removed], "steps": steps})
-    out = run / "forget" / mark
-    note = out / "forget.json"
-    if note.is_file():
-        done: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-        if done["unknown_uids"] == unknown and ("check" in done or not check):
-            return done
-    began = time.monotonic()
-    edited = forgetting.edited(steps)
-    seconds = time.monotonic() - began
-    state = {name: value.contiguous() for name, value in forgetting.space.unflatten(edited).items()}
-    with atomic_path(out / "proxy.safetensors") as aside:
-        save_file(state, aside)
-    found: dict[str, Any] = {
-        "deleted": len(removed),
-        "kept": len(place) - len(removed),
-        "unknown": len(unknown),
-        "unknown_uids": unknown,
-        "steps": steps,
-        "steps_of_training": len(forgetting.path.batches),
-        "seconds": seconds,
-    }
-    found |= forgetting.measured(edited, steps)
-    if check:
-        judged = forgetting.checked(edited)
-        found["check"] = judged | {"time_of_retraining_over_edit": judged["seconds_of_retraining"] / seconds}
-    found["paths"] = {name: str(out / name) for name in ("proxy.safetensors", "forget.json")}
-    write_json(note, found)
-    return found
+    stage = Forget(removed=removed, unknown=unknown, steps=steps, check=check)
+    carry_out(stage, run, LocalEngine())
+    folder = run.at(stage.name)
+    result: dict[str, Any] = json.loads((folder / "forget.json").read_text(encoding="utf-8"))
+    return result | {"paths": {name: str(folder / name) for name in FILES}}

@@ -223,7 +223,7 @@ class GradientIndex(Stage):
         inputs, out = ScoringInputs.of(run), workers.folder
         problem = inputs.problem(path=False)
         if not (out / SIDES).exists():
-            sides = [p.matrices for p in index_space(problem, self.config.index_dimension).projections]
+            sides = [(p.A, p.B) for p in index_space(problem, self.config.index_dimension).projections]
             _save(
                 out / SIDES, {f"{i}.{side}": m for i, both in enumerate(sides) for side, m in zip("AB", both)}
             )
