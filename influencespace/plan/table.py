@@ -1,86 +1,92 @@
-"""The plan as a table, and below it what does not fit and what is not known."""
+"""The plan as a table, and below it what its figures mean."""
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from influencespace.engine.placement import Resources
 from influencespace.engine.progress import duration
-from influencespace.plan.needs import Need
-from influencespace.plan.planning import Plan
+from influencespace.plan.cost_model import Cost
+from influencespace.plan.planning import LIMIT, Plan
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 UNKNOWN = "?"
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Print what will run: the stages, their sum, and notes."""
+    """Print what will run: the stages, their sum, and what the figures mean."""
     console = console or Console()
     console.print(plan_table(plan))
     for line in sentences(plan):
         console.print(Text(line))
-    for note in plan.notes:
-        console.print(Text(f"Note: {note}", "yellow"))
 
 
 def plan_table(plan: Plan) -> Table:
     """The stages as a rich table for 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    seconds = [cost.seconds for cost in plan.costs]
+    total = sum(filter(None, seconds)) if None not in seconds else None
+    footers = {"Pairs": "", "Reads": "", "Writes": size(plan.written), "Worker": "", "Memory": ""}
     table.add_column("Stage", "Together", style="bold", no_wrap=True)
-    footers = {
-        "Pairs": "",
-        "Reads": size(plan.read),
-        "Writes": size(plan.written),
-        "Workers": "",
-        "Memory": "",
-        "Driver": "",
-        "Time": time_of(plan.seconds),
-    }
-    for heading, footer in footers.items():
+    for heading, footer in (footers | {"Time": time(total)}).items():
         table.add_column(heading, footer, justify="right")
-    for need in plan.stages:
-        table.add_row(need.stage, *_cells(need))
+    for cost in plan.costs:
+        table.add_row(*_cells(cost))
     return table
 
 
-def sentences(plan: Plan) -> list[str]:
-    """Where the figures come from, and what the machines must have."""
-    largest = max(plan.stages, key=lambda need: need.workers * need.worker)
-    counted = ", ".join(
-        f"{role} {found.pairs:,}{'' if found.exact else f' (estimated: {found.indexed} of {found.shards} shards read)'}"
-        for role, found in plan.sizes.surveys.items()
-    )
-    times = "Times are unknown until calibrated: --limit 10000 really runs that many pairs and extrapolates."
-    if plan.calibrated is not None:
-        times = f"Times were extrapolated from {plan.calibrated:,} pairs that went through every stage."
+def _cells(cost: Cost) -> list[str]:
     return [
-        f"Pairs in the data: {counted}; embeddings of {plan.sizes.dimension} numbers.",
-        f"Disk: {size(plan.written)} stay, {size(plan.peak_disk)} at most meanwhile.",
-        f"Memory is that of one worker. {largest.stage} takes most: {size(largest.workers * largest.worker)} "
-        f"for {largest.workers} worker(s), of {size(plan.memory)} there are.",
-        times,
+        cost.stage.replace("/", " "),
+        UNKNOWN if cost.pairs is None else f"{cost.pairs:,}",
+        size(cost.read),
+        size(cost.written),
+        worker(cost.worker),
+        size(cost.memory),
+        time(cost.seconds),
     ]
 
 
-def size(count: float) -> str:
+def sentences(plan: Plan) -> list[str]:
+    """Where the figures come from."""
+    counted = ", ".join(
+        f"{role} {size.pairs:,}{'' if size.exact else f' (estimated: {size.shards_read} of {size.shards} shards read)'}"
+        for role, size in plan.sizes.items()
+    )
+    lines = [f"Pairs in the data: {counted}; embeddings of {plan.sizes['pool'].dimension} numbers."]
+    if not plan.measured:
+        return [
+            *lines,
+            f"Nothing was measured. With --limit {LIMIT} or more, so many pairs go through all stages first, and what "
+            "they take is scaled.",
+        ]
+    lines += [
+        f"Times, files and memory were measured on {plan.measured:,} pairs and on half of them. Times and files are scaled "
+        "to all pairs, memory is that of one worker as measured or declared. A larger --limit gives better figures.",
+    ]
+    if plan.rounds > 1:
+        lines.append(
+            f"The figures are for all {plan.rounds} rounds; a run ends earlier when the target loss stops falling."
+        )
+    return lines
+
+
+def worker(resources: Resources) -> str:
+    """What one worker has: `2 CPU, 1 GPU`."""
+    gpus = f", {resources.gpus:g} GPU" if resources.gpus else ""
+    return f"{resources.cpus:g} CPU{gpus}"
+
+
+def size(count: float | None) -> str:
     """Bytes as people read them: `512 B`, `1.5 GB`."""
+    if count is None:
+        return UNKNOWN
     unit = 0
     while round(count) >= 1000 and unit < len(UNITS) - 1:
         count, unit = count / 1000, unit + 1
     return f"{count:.1f} {UNITS[unit]}" if unit and count < 10 else f"{count:.0f} {UNITS[unit]}"
 
 
-def time_of(seconds: float | None) -> str:
+def time(seconds: float | None) -> str:
     return UNKNOWN if seconds is None else duration(seconds)
-
-
-def _cells(need: Need) -> list[str]:
-    return [
-        f"{need.pairs:,}",
-        size(need.read),
-        size(need.written),
-        str(need.workers),
-        size(need.worker),
-        size(need.driver),
-        time_of(need.seconds),
-    ]
