@@ -81,10 +81,17 @@ class Embed(Stage):
 
     def inputs(self, run: Run) -> Mapping[str, str]:
         shards = shards_of(run.config)[self.role]
-        data = {"data": fingerprint(sorted(shard_identities(shards)))}
+        data = {"data": fingerprint(sorted(shard_identities(shards)))} if shards else {}
         if self.imports(run.config):
-            return imported_identity(run.config.data.embeddings) | (data if shards else {})
+            return imported_identity(run.config.data.embeddings) | data
         return {"encoder": encoder_identity(run.config.embed.encoder)} | data
+
+    def resources(self, run: Run) -> Resources:
+        """Of an encoder's worker; where cores are left open, its machine may give it more than one."""
+        config: EmbedConfig = run.config.embed
+        gpus = config.gpus_per_actor or 0
+        memory = 0 if gpus or self.imports(run.config) else worker_bytes(config)
+        return Resources(cpus=config.cpus_per_actor or 1, gpus=gpus, memory=memory)
 
     def chunks(self, run: Run) -> Path:
         """What each shard has given so far; every file knows the shard that it is of."""
