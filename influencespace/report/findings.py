@@ -23,17 +23,11 @@ LABELS = {
 
 def methods(summary: Summary) -> list[Method]:
     """The record of each method, in order, with its `name`, its `label` and its `comparison` with curated."""
-    records: Mapping[str, Any] = summary.get("methods", {})
-    comparisons: Mapping[str, Any] = summary.get("comparisons", {})
+    records, comparisons = summary.get("methods", {}), summary.get("comparisons", {})
     ordered = [name for name in LABELS if name in records] + sorted(set(records) - set(LABELS))
     return [
-        {
-            **records[name],
-            "name": name,
-            "label": LABELS.get(name, name),
-            "comparison": comparisons.get(name) or {},
-        }
-        for name in ordered
+        {**records[n], "name": n, "label": LABELS.get(n, n), "comparison": comparisons.get(n) or {}}
+        for n in ordered
     ]
 
 
@@ -63,44 +57,41 @@ def findings(summary: Summary) -> list[str]:
     records = {method["name"]: method for method in methods(summary)}
     if "curated" not in records:
         return ["Nothing was retrained, so it is not known whether the curation helped."]
-    curated = records.pop("curated")
-    everything = records.pop("everything", None)
+    curated, everything = records.pop("curated"), records.pop("everything", {})
     sentences = [
         f"Trained on the kept pairs, the proxy reaches a mean recall of {number(curated.get('mean_recall'))} % "
         f"(95 % interval {interval(curated.get('mean_recall_ci'))})."
     ]
-    if everything and everything["comparison"]:
-        sentences.append(_against_everything(everything))
-    return [*sentences, *_against_others(list(records.values())), *weighting_findings(summary)]
-
-
-def _against_everything(everything: Method) -> str:
-    compared = everything["comparison"]
-    recall = f"{number(everything.get('mean_recall'))} %"
-    points = f"{signed(compared.get('difference'))} points, 95 % interval {interval(compared.get('ci'), sign=True)}"
-    return {
-        "ahead": f"The curated set is better than training on everything ({recall}): {points}.",
-        "behind": f"The curated set is worse than training on everything ({recall}): {points}. "
-        "For this pool and target, do not use the curated set.",
-        "unclear": f"Training on everything reaches {recall}. The difference ({points}) includes zero: "
-        "neither is shown to be better.",
-    }[verdict(compared.get("ci"))]
-
-
-def _against_others(others: Sequence[Method]) -> list[str]:
+    if everything.get("comparison"):
+        recall, points = f"{number(everything.get('mean_recall'))} %", _points(everything, "95 % interval ")
+        outcome = {
+            "ahead": f"The curated set is better than training on everything ({recall}): {points}.",
+            "behind": f"The curated set is worse than training on everything ({recall}): {points}. "
+            "For this pool and target, do not use the curated set.",
+            "unclear": f"Training on everything reaches {recall}. The difference ({points}) includes zero: "
+            "neither is shown to be better.",
+        }
+        sentences.append(outcome[verdict(everything["comparison"].get("ci"))])
+    groups: dict[Verdict, list[str]] = {"ahead": [], "unclear": [], "behind": []}
+    for method in records.values():
+        if method["comparison"]:
+            name = f"{method['label']} ({_points(method)})"
+            groups[verdict(method["comparison"].get("ci"))].append(name)
     words = {"ahead": "ahead of", "unclear": "not clearly different from", "behind": "behind"}
-    groups: dict[str, list[str]] = {name: [] for name in words}
-    for method in others:
-        if compared := method["comparison"]:
-            points = f"{signed(compared.get('difference'))} points, {interval(compared.get('ci'), sign=True)}"
-            groups[verdict(compared.get("ci"))].append(f"{method['label']} ({points})")
-    clauses = [f"{words[name]} {_listed(group)}" for name, group in groups.items() if group]
-    return [f"Among the other methods it is {'; '.join(clauses)}."] if clauses else []
+    clauses = [f"{words[outcome]} {_listed(names)}" for outcome, names in groups.items() if names]
+    if clauses:
+        sentences.append(f"Among the other methods it is {'; '.join(clauses)}.")
+    return sentences + weighting_findings(summary)
+
+
+def _points(method: Method, name: str = "") -> str:
+    compared = method["comparison"]
+    return f"{signed(compared.get('difference'))} points, {name}{interval(compared.get('ci'), sign=True)}"
 
 
 def weighting_findings(summary: Summary) -> list[str]:
     """Which weights the kept pairs have, and the target losses of the trials, where there was a choice."""
-    chosen = summary.get("weighting") or {}
+    chosen = summary.get("weights") or {}
     if not chosen.get("trials"):
         return []
     uniform, *weighted = chosen["trials"]

@@ -118,7 +118,7 @@ def chosen(weighting: str, temperature: float, losses: dict[tuple[str, float], f
         {"weighting": w, "temperature": t, "target_loss": x, "confirmed": (w, t) == (weighting, temperature)}
         for (w, t), x in losses.items()
     ]
-    return {"weighting": {"weighting": weighting, "temperature": temperature, "trials": trials}}
+    return {"weights": {"weighting": weighting, "temperature": temperature, "trials": trials}}
 
 
 def test_the_weighting_is_reported_with_the_losses_of_its_trials() -> None:
@@ -132,13 +132,13 @@ def test_the_weighting_is_reported_with_the_losses_of_its_trials() -> None:
     assert "equal weights" in sentence
     assert "3.000 with equal weights, 3.100 with the best others" in sentence
     fair = chosen("influence", 0.5, losses)
-    fair["weighting"]["trials"][0] |= {"group_share": 0.0, "worst_group_loss": 5.0}
-    fair["weighting"]["trials"][2] |= {"group_share": 0.3, "worst_group_loss": 4.5}
+    fair["weights"]["trials"][0] |= {"group_share": 0.0, "worst_group_loss": 5.0}
+    fair["weights"]["trials"][2] |= {"group_share": 0.3, "worst_group_loss": 4.5}
     assert "loss of the worst group is 4.500 instead of 5.000" in weighting_findings(fair)[1]
     assert "CLIP score" not in weighting_findings(fair)[0]
-    fair["weighting"]["trials"][2] |= {"clip_score_share": 0.5}
+    fair["weights"]["trials"][2] |= {"clip_score_share": 0.5}
     assert (
         "by influence and, 0.5 times as much, by the CLIP score of the pretrained encoder"
         in weighting_findings(fair)[0]
     )
-    assert weighting_findings({"weighting": {"weighting": "uniform", "temperature": 1.0, "trials": []}}) == []
+    assert weighting_findings({"weights": {"weighting": "uniform", "temperature": 1.0, "trials": []}}) == []
