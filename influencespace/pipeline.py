@@ -1,6 +1,5 @@
 """The pipeline: the stages in their order, the rounds, and the summary; what is finished is skipped, so that a run continues."""
 
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

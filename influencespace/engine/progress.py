@@ -30,11 +30,13 @@ class _Lines:
     """A stream on which every state of a bar is a line of its own."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._stream, self._last = stream, ""
 
     def write(self, text: str) -> None:
-        if text := text.strip("\r\n "):
+        text = text.strip("\r\n ")
+        if text and text != self._last:
             self._stream.write(f"{text}\n")
+        self._last = text or self._last
 
     def flush(self) -> None:
         self._stream.flush()

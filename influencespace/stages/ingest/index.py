@@ -9,6 +9,7 @@ from influencespace.data.artifacts import fingerprint
 from influencespace.data.chunks import has_fingerprint, pair_rows, read_index, write_index
 from influencespace.data.readers import read_shard
 from influencespace.data.schema import ReadOptions, Shard
+from influencespace.engine.placement import Resources
 from influencespace.run import Workers
 from influencespace.stages.ingest.shards import shard_identities
 
@@ -49,7 +50,7 @@ def index(
         for position, (shard, mark) in enumerate(zip(shards, marks, strict=True))
     ]
     jobs = [partial(index_shard, task, read) for task in tasks]
-    rows = dict(workers.map(jobs, unit="shards", label="index"))
+    rows = dict(workers.map(jobs, unit="shards", label="index", resources=Resources()))
     return [replace(task, rows=rows[task.position]) for task in tasks]
 
 

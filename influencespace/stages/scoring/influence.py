@@ -27,6 +27,9 @@ from influencespace.stages.scoring.scoring import ScoringInputs, ScoringPass, ma
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 Kind = Literal["influence", "target", "caption_control"]
+INFLUENCE = ("pair", "own_in", "negative_in", "influence_in", "influence_out", "influence", "by_batch")
+"""Columns of influence.parquet, a row for each scored pair: its row in the pool; in sample as an anchor, as a negative of
+others and in both roles; out of fold; balanced, as the mean over the negative batches and by each of them."""
 
 
 @options(frozen=True, kw_only=True, config=STRICT)
@@ -128,7 +131,7 @@ class ScoreSample:
         own, negative, values = self.scorers.roles(None, inputs.batch(rows))
         out = inputs.out_of_fold(self.scorers, rows)
         if self.kind == "target":
-            by_fold = np.nanmean(balanced(values, out, self.folds), 2)
+            by_fold = mean_of_known(balanced(values, out, self.folds))
             return {"pair": rows, "by_target_fold": np.ascontiguousarray(by_fold.T)}
         by_batch = balanced(values[0], out[0], self.folds)
         return {
