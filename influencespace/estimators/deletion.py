@@ -1,8 +1,8 @@
 """Deletion without retraining: where the proxy would have ended, had some pairs been left out of its batches.
 
-A proxy that stops early lies at no minimum, so a Newton step from its end knows nothing of what retraining would find.
-What does is a second training: from the same beginning over the same batches in a few long steps, once with the pairs and
-once without. Either ends far from the real proxy, but nearly equally far, so that their difference can be added to it:
+A proxy that stops early is not at a minimum, so a Newton step from its end does not predict retraining. A second training
+does: from the same beginning over the same batches in a few long steps, once with the pairs and once without. Both end far
+from the real proxy, but nearly equally far, so that their difference can be added to it:
 
     theta + short(kept pairs) - short(all pairs)
 
@@ -29,41 +29,41 @@ from influencespace.models.trajectory import BETA1, BETA2, State, Trajectory, pr
 IntArray = NDArray[np.int64]
 
 SHARE = 1 / 25
-"""Of the training's steps, taken twice: a tenth of its time, as a long step has somewhat more to do."""
-FARTHEST = 0.05
+"""Of the training's steps, taken twice: a tenth of its time, as a long step takes somewhat longer."""
+MAX_STEP = 0.05
 """Of the parameters' root mean square at the beginning: AdamW moves a parameter by about its learning rate at each step, and
 a long step that moves it farther overshoots. Chosen on the proxy of high learning rate in docs/benchmarks.md, deletion."""
 
 
 def without(path: Trajectory, removed: IntArray) -> Trajectory:
-    """The training with the same batches less some rows: what an edit is to come near.
+    """The training with the same batches less some rows: the truth that an edit approximates.
 
     Raises InputError where a batch is left with fewer than two pairs, and so without a loss.
     """
-    gone = np.isin(np.arange(1 + max(int(rows.max()) for rows in path.batches)), removed)
-    batches = [rows[~gone[rows]] for rows in path.batches]
-    fewest = min(range(len(batches)), key=lambda index: len(batches[index]))
-    if len(batches[fewest]) < 2:
+    leaves = np.isin(np.arange(1 + max(int(rows.max()) for rows in path.batches)), removed)
+    batches = [rows[~leaves[rows]] for rows in path.batches]
+    smallest = min(range(len(batches)), key=lambda index: len(batches[index]))
+    if len(batches[smallest]) < 2:
         raise InputError(
-            f"without these pairs batch {fewest} of the training has {len(batches[fewest])} of its "
-            f"{len(path.batches[fewest])} pairs left, and no loss: train a proxy on the kept pairs instead"
+            f"without these pairs batch {smallest} of the training has {len(batches[smallest])} of its "
+            f"{len(path.batches[smallest])} pairs left, and no loss: train a proxy on the kept pairs instead"
         )
     return replace(path, batches=batches)
 
 
 def steps_for(path: Trajectory) -> int:
-    """Long steps that are quick where the learning rate lets them be: a share of the training's, more where it is high."""
+    """Number of long steps: a share of the training's, more where the learning rate is high."""
     way = sum(path.rate(index) for index in range(len(path.batches)))
     size = float(path.initial.square().mean().sqrt())
-    careful = math.ceil(way / (FARTHEST * size)) if path.rule == "adamw" else 1
+    careful = math.ceil(way / (MAX_STEP * size)) if path.rule == "adamw" else 1
     return min(len(path.batches), max(1, round(SHARE * len(path.batches)), careful))
 
 
 def segments(path: Trajectory, count: int) -> list[range]:
     """The training's steps cut into at most `count` runs, one for each long step, of equal sums of learning rates."""
     passed = np.cumsum([0.0] + [path.rate(index) for index in range(len(path.batches))])
-    wanted = np.linspace(0, passed[-1], count + 1)
-    edges = np.round(np.interp(wanted, passed, np.arange(len(passed)))).astype(int)
+    cuts = np.linspace(0, passed[-1], count + 1)
+    edges = np.round(np.interp(cuts, passed, np.arange(len(passed)))).astype(int)
     if count >= len(path.batches):
         edges = np.arange(len(passed))  # each step for itself, however small the last ones are
     edges = np.unique(edges)
@@ -86,7 +86,7 @@ class WeightedBatch:
 def batch_with(path: Trajectory, kept: Trajectory, segment: range) -> WeightedBatch:
     """The batch amid a segment, its removed pairs replaced by all of the segment's, each by its share of the batches.
 
-    So no removed pair goes unseen: with their own batch alone, chance would decide which of them are forgotten.
+    So every removed pair counts: with the middle batch alone, chance would decide which of them are forgotten.
     """
     middle = kept.batches[middle_of(segment)]
     everything = np.concatenate([path.batches[index] for index in segment])
@@ -109,8 +109,8 @@ def weighted_gradient(path: Trajectory, theta: Tensor, batch: WeightedBatch, ima
     same_image = torch.from_numpy(images[batch.rows][:, None] == images[batch.rows]).to(theta.device)
     log_weight = torch.where(same_image, -torch.inf, w.log())  # (n, n) of column j as a negative of row i
     log_weight.fill_diagonal_(0.0)
-    found = vjp(lambda q: path.space.embed_at(q, inputs), path.space.unflatten(theta))
-    (u, t), pull = found[0], found[1]
+    outputs = vjp(lambda q: path.space.embed_at(q, inputs), path.space.unflatten(theta))
+    (u, t), pull = outputs[0], outputs[1]
     S = scale * u @ t.T
     P, Q = (S + log_weight).softmax(1), (S + log_weight.T).softmax(0)
     R = (w[:, None] * P + w * Q) / 2 - w.diag()
@@ -120,7 +120,7 @@ def weighted_gradient(path: Trajectory, theta: Tensor, batch: WeightedBatch, ima
 
 
 def long_step(path: Trajectory, state: State, gradient: Tensor, segment: range) -> State:
-    """All steps of a segment at once, as if each were given this gradient; for one step it is the optimiser's own.
+    """All steps of a segment at once, as if each had this gradient; for one step it is the optimiser's own.
 
     AdamW's moments are carried in closed form, but for its preconditioner, which is the one amid the segment.
     """
@@ -159,11 +159,11 @@ def deletion_displacement(
 ) -> Tensor:
     """What to add to a proxy's parameters (p,) in place of training it again without some rows of the pool.
 
-    images (N,) image of each pair; `steps` long steps in each of two short trainings, by default as `steps_for` says.
+    images (N,) image of each pair; `steps` long steps in each of two short trainings, by default those of `steps_for`.
     Reads where the training began and its batches, not its path. Its truth is the proxy retrained from the same beginning
     on the same batches less the pairs; one with fresh batches differs from that by chance, at few pairs by more than by the
-    pairs. To be trusted as far as an edit with half as many steps agrees with it (`tasks/forget.py` reports that): best with
-    a small learning rate and a training that stops early; where one goes on until it settles, long steps overshoot.
+    pairs. Trust it as far as an edit with half as many steps agrees with it (`tasks/forget.py` reports that): best with
+    a small learning rate and a training that stops early; where training converges, long steps overshoot.
     Raises InputError as `without` does and for losses other than InfoNCE, ValueError for fewer than one step.
     """
     if steps is not None and steps < 1:

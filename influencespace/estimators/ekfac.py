@@ -3,7 +3,7 @@
 Source: George et al. 2018, arXiv 1806.03884; for influence: Grosse et al. 2023, arXiv 2308.03296. For a head y = x W the
 Gauss-Newton matrix is taken as U diag(lam) U^T, U = U_A (x) U_S from the eigenvectors of A = mean x x^T and S = mean
 delta delta^T, delta the gradient by y of the loss for labels drawn from the proxy's own softmaxes. The labels of a
-context's 2 M anchors are drawn independently, so with g the gradient of their mean loss G = 2 M E[g g^T] without bias, and
+batch's 2 M anchors are drawn independently, so with g the gradient of their mean loss G = 2 M E[g g^T] without bias, and
 lam is the mean of 2 M (U^T g)^2. The damping is the other estimators' mu D, its diagonal in the same basis.
 """
 
@@ -45,30 +45,30 @@ def label_gradients(
     """Gradients by both heads' outputs (M, d) of the mean loss for labels drawn from the proxy: one pair a draw."""
     y, z = (output.detach().requires_grad_() for output in outputs)
     S = scale * F.normalize(y, dim=-1) @ F.normalize(z, dim=-1).T
-    found = []
+    gradients = []
     for _ in range(draws):
         losses = []
         for logits in (S, S.T):
             labels = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
             losses.append(F.cross_entropy(logits, labels.to(logits.device)))
         by_y, by_z = torch.autograd.grad((losses[0] + losses[1]) / 2, (y, z), retain_graph=True)
-        found.append((by_y, by_z))
-    return found
+        gradients.append((by_y, by_z))
+    return gradients
 
 
 def kronecker_blocks(
-    heads: dict[str, Tensor], contexts: Sequence[Inputs], scale: float, draws: int, seed: int
+    heads: dict[str, Tensor], batches: Sequence[Inputs], scale: float, draws: int, seed: int
 ) -> dict[str, Block]:
-    """Curvature of the heads `image` and `text` over recorded contexts, in float64."""
+    """Curvature of the heads `image` and `text` over negative batches, in float64."""
     generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {"image": [], "text": []}
-    for images, texts in contexts:
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {"image": [], "text": []}
+    for images, texts in batches:
         outputs = images @ heads["image"], texts @ heads["text"]
         inputs = images.double(), texts.double()
         for deltas in label_gradients(outputs, scale, draws, generator):
-            for name, x, delta in zip(parts, inputs, deltas):
-                parts[name].append((x, delta.double()))
-    return {name: _block(rows) for name, rows in parts.items()}
+            for name, x, delta in zip(rows, inputs, deltas):
+                rows[name].append((x, delta.double()))
+    return {name: _block(of_head) for name, of_head in rows.items()}
 
 
 def _block(rows: Sequence[tuple[Tensor, Tensor]]) -> Block:
@@ -86,10 +86,10 @@ def _block(rows: Sequence[tuple[Tensor, Tensor]]) -> Block:
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class EkFac:
-    """Needs no pass over the pool: the factors are the bank's. For proxies that are heads."""
+    """Needs no pass over the pool: the factors come from the negative batches. For proxies that are heads."""
 
     draws: int = Field(default=8, ge=1)
-    """Labels drawn for each anchor of each context."""
+    """Labels drawn for each anchor of each negative batch."""
 
     def fit(self, problem: Problem) -> Fit:
         """Raises InputError where the parameters are not those of two linear heads, or the loss is not InfoNCE."""
@@ -102,7 +102,7 @@ class EkFac:
         g, D = (
             space.unflatten(value.double()) for value in (problem.target_gradient, problem.preconditioner)
         )
-        contexts = [context.inputs for context in problem.bank]
-        blocks = kronecker_blocks(space.parameters, contexts, scale, self.draws, problem.seed)
+        batches = [batch.inputs for batch in problem.bank]
+        blocks = kronecker_blocks(space.parameters, batches, scale, self.draws, problem.seed)
         solved = {name: block.solve(g[name], D[name], problem.damping) for name, block in blocks.items()}
         return immediately(along(problem, space.flatten(solved).to(problem.preconditioner)))

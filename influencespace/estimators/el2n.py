@@ -1,4 +1,4 @@
-"""EL2N for contrastive models: the length of a pair's error vectors against the bank (Paul et al. 2021).
+"""EL2N for contrastive models: the length of a pair's error vectors against negative batches (Paul et al. 2021).
 
 error(z) = sqrt(|P_z - e_z|^2 + |Q_z - e_z|^2), P the softmax of z's image over its own text and those of a negative batch, Q that
 of its text over images, averaged over the batches without the pair's image. For a pointwise loss it is the length of its

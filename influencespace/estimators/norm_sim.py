@@ -1,7 +1,7 @@
-"""NormSim: how near the target's pairs a pair is, by the given encoder (Wang et al. 2024, NormSim-inf).
+"""NormSim: how near a pair is to the target's pairs, by the pretrained encoder (Wang et al. 2024, NormSim-inf).
 
 score(z) = max over target pairs x of cos(z, x), of images as in the paper, of texts, or the mean of both. Higher is more
-like something in the target. It says nothing of whether image and text belong together: the paper uses it after a
+like something in the target. It does not measure whether image and text belong together: the paper uses it after a
 filter by CLIP score or negCLIPLoss.
 """
 
@@ -31,8 +31,8 @@ def largest_cosine(x: Tensor, targets: Tensor, block: int = 4096) -> Tensor:
 
 def norm_sim(targets: list[tuple[int, Tensor]], batch: Batch) -> FloatArray:
     """Mean over the sides (index into the inputs, unit targets) of the largest cosine: (n,); nan for what is not finite."""
-    found = torch.stack([largest_cosine(batch.inputs[side], rows) for side, rows in targets]).mean(0)
-    scores: FloatArray = found.double().cpu().numpy()
+    cosines = torch.stack([largest_cosine(batch.inputs[side], rows) for side, rows in targets]).mean(0)
+    scores: FloatArray = cosines.double().cpu().numpy()
     return scores
 
 
@@ -46,7 +46,7 @@ class NormSim:
         contrastive(problem.objective, "norm_sim")
         sides = {"image": [0], "text": [1], "both": [0, 1]}[self.side]
         targets = [
-            (side, F.normalize(torch.cat([context.inputs[side] for context in problem.target]), dim=-1))
+            (side, F.normalize(torch.cat([chunk.inputs[side] for chunk in problem.target]), dim=-1))
             for side in sides
         ]
         return immediately(partial(norm_sim, targets))

@@ -1,8 +1,8 @@
 """Self-influence: what training on a pair does to the pair's own loss (Koh and Liang 2017; LoGra's projection).
 
 With P the projection and H = G + mu D, g_z . P (P^T H P)^-1 P^T . g_z, always >= 0. It is large for pairs that the
-proxy can fit only by itself, so large is suspicious (mislabelled or rare), and the score is its *negative*: higher is
-more worth keeping. It knows nothing of the target.
+proxy can fit only by itself, so a large value is suspicious (mislabelled or rare), and the score is its *negative*: higher is
+more worth keeping. It does not use the target.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from influencespace.models.projected import ReducedSpace, reduced_space
 
 
 def projected_curvature(problem: Problem, reduced: ReducedSpace) -> Tensor:
-    """P^T (G + mu D) P over the bank's contexts (k, k), in float64."""
+    """P^T (G + mu D) P over the negative batches (k, k), in float64."""
     like = problem.preconditioner
     rows = torch.eye(reduced.space.size, dtype=like.dtype, device=like.device)
     curvature = Curvature(
@@ -56,7 +56,7 @@ class SelfInfluenceScorer:
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class SelfInfluence:
-    """Needs no pass over the pool: the curvature is the bank's."""
+    """Needs no pass over the pool: the curvature comes from the negative batches."""
 
     dimension: int = Field(default=256, ge=1)
     """Numbers that each parameter tensor's gradient is projected to, where it has more."""

@@ -1,4 +1,4 @@
-"""The problem of a model that was trained elsewhere: its towers are the proxy, and nothing is known of its optimiser."""
+"""The problem of a model that was trained elsewhere: its towers are the proxy, and its optimiser is unknown."""
 
 from collections.abc import Sequence
 
@@ -25,10 +25,10 @@ def tower_problem(
     memory: int | None = None,
     seed: int = 0,
 ) -> Problem:
-    """Influence on the target of training a given model a little further on pairs of the pool.
+    """Influence on the target of training a model a little further on pairs of the pool.
 
     As there is no optimiser's state, D = 1; the damping is that of early stopping (`steepest_descent_damping`) on the
-    first context of the bank.
+    first negative batch.
     """
     D = torch.ones(space.size, dtype=space.like.dtype, device=space.like.device)
     return Problem(
@@ -45,14 +45,14 @@ def tower_problem(
     )
 
 
-def steepest_descent_damping(space: Space, context: Inputs, objective: Contrastive, D: Tensor) -> float:
+def steepest_descent_damping(space: Space, batch: Inputs, objective: Contrastive, D: Tensor) -> float:
     """mu = 1 / sum of learning rates for `RESPONSE_STEPS` steps of steepest descent, each g.g / g.Gg long.
 
-    g is the gradient of the context's mean loss. One for a g that is zero or without curvature.
+    g is the gradient of the batch's mean loss. 1 for a g that is zero or without curvature.
     """
-    pairs = len(context[0])
+    pairs = len(batch[0])
     weights = torch.full((1, pairs), 1 / pairs, dtype=space.like.dtype, device=space.like.device)
-    g = space.loss_gradients(context, weights, objective)
-    products = Curvature(space=space, batches=[context], objective=objective, preconditioner=D)
+    g = space.loss_gradients(batch, weights, objective)
+    products = Curvature(space=space, batches=[batch], objective=objective, preconditioner=D)
     curvature = float((g * products(g)).sum() / g.square().sum())
     return curvature / RESPONSE_STEPS if curvature > 0 else 1.0

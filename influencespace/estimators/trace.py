@@ -1,14 +1,14 @@
-"""Misprediction trace-back: which training pairs made the proxy err on a query pair (ECIF, arXiv 2411.11667).
+"""Misprediction trace-back: which training pairs caused the error of the proxy on a query pair (ECIF, arXiv 2411.11667).
 
 Symbols: Pos_n, the loss of query n as an anchor; Neg_n, what it adds to the losses of others as their negative, both the
-mean over recorded contexts; a = H^-1 grad Pos_n, b = H^-1 grad Neg_n, M = [a; b]; g the gradient of a training pair.
+mean over negative batches; a = H^-1 grad Pos_n, b = H^-1 grad Neg_n, M = [a; b]; g the gradient of a training pair.
 
     score = g . (a + b) / |a + b|          relative influence = sqrt((M g)^T (M M^T)^-1 (M g))
 
-The score keeps the house's sign: it is the predicted fall of the query's loss for more weight on the training pair, so a
-*negative* score says that the pair caused the error, a positive one that it held against it. It is an inner product, which
+The score has the sign of all estimators: the predicted fall of the query's loss for more weight on the training pair. A
+*negative* score means that the pair caused the error, a positive one that it opposed it. It is an inner product, which
 exact search finds. The paper's relative influence, the length of g within the plane of a and b, is unsigned and at least
-|score|: it orders candidates that the score has found.
+|score|: it orders the candidates that the score has selected.
 """
 
 from collections.abc import Sequence
@@ -42,36 +42,34 @@ from influencespace.models.heads import Heads
 from influencespace.models.projected import ReducedSpace, projected, reduced_space
 from influencespace.models.space import Inputs
 
-SAME_PICTURE = (
-    1e-4  # distance of unit embeddings: those of one picture in two batches differ by rounding alone
-)
+SAME_IMAGE = 1e-4  # distance of unit embeddings: those of one image in two batches differ by rounding alone
 LABEL_DRAWS = 4  # of the Kronecker factors: more change their leading eigenvectors little
 
 
 def role_gradients(problem: Problem, queries: NegativeBatch) -> Tensor:
-    """grad Pos_n and grad Neg_n of each query, the mean over the contexts without its image: (2, Q, p).
+    """grad Pos_n and grad Neg_n of each query, the mean over the negative batches without its image: (2, Q, p).
 
-    Raises InputError for a query whose image every context holds, and where a gradient is not finite.
+    Raises InputError for a query whose image every negative batch holds, and where a gradient is not finite.
     """
     space, count = problem.space, len(queries.image)
     objective = contrastive(problem.objective, "trace")
-    strange = np.stack([~np.isin(queries.image, context.image) for context in problem.bank])  # (C, Q)
+    strange = np.stack([~np.isin(queries.image, batch.image) for batch in problem.bank])  # (C, Q)
     if not strange.any(0).all():
         raise InputError(
-            "the query's image is in every recorded context of the training pairs: its loss cannot be told without it; "
-            "take another query, or a run with more contexts (proxy.contexts)"
+            "the query's image is in every negative batch: its loss cannot be computed without it; take another query, or a run "
+            "with more negative batches (proxy.negative_batches)"
         )
     shares = torch.from_numpy(strange / strange.sum(0)).to(queries.inputs[0])
     total = torch.zeros(2 * count, space.size, dtype=torch.float64)
-    for context, share in zip(problem.bank, shares):
+    for batch, share in zip(problem.bank, shares):
 
         def losses(u: Tensor, t: Tensor, cu: Tensor, ct: Tensor, share: Tensor = share) -> Tensor:
             own, negative = role_losses(objective, u, t, cu, ct, problem.batch_size)
             return torch.cat([share * own, share * negative])
 
-        pull = vjp(losses, *space.embed(queries.inputs), *space.embed(context.inputs))[1]
+        pull = vjp(losses, *space.embed(queries.inputs), *space.embed(batch.inputs))[1]
         by_u, by_t, by_cu, by_ct = vmap(pull)(torch.eye(2 * count).to(share))
-        rows = space.pullback(queries.inputs, by_u, by_t) + space.pullback(context.inputs, by_cu, by_ct)
+        rows = space.pullback(queries.inputs, by_u, by_t) + space.pullback(batch.inputs, by_cu, by_ct)
         total += rows.double().cpu()
     if not bool(torch.isfinite(total).all()):
         raise InputError(
@@ -97,42 +95,42 @@ def query_directions(
         config,
     )
     M = solution.x.reshape(gradients.shape).transpose(0, 1)
-    # zero where a query is predicted so surely that its loss has no gradient
+    # zero where a query is predicted with such confidence that its loss has no gradient
     length: Tensor = M.sum(1).norm(dim=-1).clamp_min(torch.finfo(M.dtype).tiny)
     return M / length[:, None, None]
 
 
 def images_in_bank(bank: Sequence[NegativeBatch], images: Tensor) -> IntArray:
-    """Number in the bank of each picture (Q, D) that lies there too, by its unit embedding; -1 where it does not: (Q,).
+    """Number in the bank of each query image (Q, D) that is also there, by its unit embedding; -1 where it is not: (Q,).
 
-    A query comes from outside the pool, so that its image has no number there; a context with the same picture must
+    A query comes from outside the pool, so that its image has no number there; a batch with the same image must
     not judge it, by the image rule.
     """
-    found = np.full(len(images), -1)
-    for context in bank:
+    number = np.full(len(images), -1)
+    for batch in bank:
         distances = torch.cdist(
-            images, context.inputs[0], compute_mode="donot_use_mm_for_euclid_dist"
+            images, batch.inputs[0], compute_mode="donot_use_mm_for_euclid_dist"
         )  # a product would round small distances away
         nearest, row = distances.min(1)
-        same = (nearest < SAME_PICTURE).cpu().numpy()
-        found[same] = context.image[row.cpu().numpy()[same]]
-    return found
+        same = (nearest < SAME_IMAGE).cpu().numpy()
+        number[same] = batch.image[row.cpu().numpy()[same]]
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traced:
-    """What n training pairs did to Q queries; nan where no context of the bank can judge a pair."""
+    """What n training pairs did to Q queries; nan where no negative batch can judge a pair."""
 
     own: FloatArray
-    """The part of the score from the training pair as an anchor (Q, n)."""
+    """Score of the training pair as an anchor (Q, n)."""
     negative: FloatArray
-    """The part from the training pair as a negative of others (Q, n)."""
+    """Score of the training pair as a negative of others (Q, n)."""
     relative_influence: FloatArray
     """Unsigned (Q, n)."""
 
     @property
     def score(self) -> FloatArray:
-        """Negative caused the error, positive held against it (Q, n)."""
+        """Negative caused the error, positive opposed it (Q, n)."""
         return self.own + self.negative
 
 
@@ -147,9 +145,9 @@ class Tracer:
 
     def __call__(self, inputs: Inputs, image: IntArray) -> Traced:
         """Pairs by their inputs (two (n, D)) and the image of each (n,)."""
-        found = self.influence(inputs, image)
+        influence = self.influence(inputs, image)
         shape = len(self.inverse_gram), 2, len(image)
-        own, negative = (mean_of_known(part).reshape(shape) for part in (found.own, found.negative))
+        own, negative = (mean_of_known(role).reshape(shape) for role in (influence.own, influence.negative))
         Mg = own + negative
         squared = np.einsum("qin,qij,qjn->qn", Mg, self.inverse_gram, Mg)
         return Traced(
@@ -199,13 +197,13 @@ class Candidates:
 
     def rows(self, ranking: int) -> IntArray:
         """Those of one ranking, the largest first (<= c,)."""
-        found = self.row[ranking]
-        known: IntArray = found[found >= 0]
+        row = self.row[ranking]
+        known: IntArray = row[row >= 0]
         return known
 
 
 def both_ways(scores: FloatArray) -> FloatArray:
-    """Rankings of Q queries (Q, n): first by who caused the error, then by who held against it: (2 Q, n)."""
+    """Rankings of Q queries (Q, n): first by who caused the error, then by who opposed it: (2 Q, n)."""
     return np.concatenate([-scores, scores])
 
 
@@ -215,10 +213,10 @@ def largest_products(rows: Tensor, row: IntArray, vectors: Tensor, count: int) -
 
     index = faiss.IndexFlatIP(rows.shape[1])
     index.add(np.ascontiguousarray(rows.numpy(), np.float32))
-    value, found = index.search(
+    value, place = index.search(
         np.ascontiguousarray(vectors.numpy(), np.float32), max(1, min(count, len(rows)))
     )
-    return Candidates.among(np.where(found < 0, np.nan, value).astype(np.float64), row[found], count)
+    return Candidates.among(np.where(place < 0, np.nan, value).astype(np.float64), row[place], count)
 
 
 def index_space(problem: Problem, dimension: int) -> ReducedSpace:
@@ -232,8 +230,8 @@ def index_space(problem: Problem, dimension: int) -> ReducedSpace:
     heads = isinstance(space.proxy, Heads) and set(space.parameters) == {"image", "text"}
     if not heads or not isinstance(problem.objective, InfoNce):
         return reduced_space(space, dimension, problem.seed)
-    contexts = [context.inputs for context in problem.bank]
-    blocks = kronecker_blocks(space.parameters, contexts, problem.objective.scale, LABEL_DRAWS, problem.seed)
+    batches = [batch.inputs for batch in problem.bank]
+    blocks = kronecker_blocks(space.parameters, batches, problem.objective.scale, LABEL_DRAWS, problem.seed)
     projections = [leading_sides(blocks[name].U_A, blocks[name].U_S, dimension) for name in space.parameters]
     return projected(space, projections)
 
@@ -244,7 +242,7 @@ def indexed_gradients(problem: Problem, reduced: ReducedSpace) -> Gradients:
 
 
 def most_influential(traced: Traced, query: int, sign: int, candidates: int, top: int) -> IntArray:
-    """Columns of `traced` that caused the error of a query (sign -1) or held against it (sign 1): (<= top,).
+    """Columns of `traced` that caused the error of a query (sign -1) or opposed it (sign 1): (<= top,).
 
     Of the `candidates` of lowest (highest) score, those below (above) zero, in falling order of relative influence.
     """

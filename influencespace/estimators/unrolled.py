@@ -22,10 +22,10 @@ from influencespace.core.contrastive_influence import removal
 from influencespace.errors import InputError
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
 from influencespace.models.space import Inputs, Space
-from influencespace.models.trajectory import Answer, Trajectory, adjoint, space_at, step
+from influencespace.models.trajectory import Response, Trajectory, adjoint, space_at
 
 Form = Literal["exact", "taylor", "whole"]
-CHUNK = 64  # gradients without a pair that are held at once: 64 p numbers, and a few times that for a step of each
+CHUNK = 64  # gradients in memory at once: 64 p numbers, and a few times that for a step of each
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def removal_derivative(
 
 
 def gradients_without(space: Space, theta: Tensor, inputs: Inputs, objective: Objective) -> Iterator[Tensor]:
-    """Gradient of the batch loss without each pair in turn, at theta, by a backward pass for each pair: (B, p) in parts."""
+    """Gradient of the batch loss without each pair in turn, at theta, by a backward pass for each pair: (B, p) in chunks."""
 
     def loss(x: Tensor, w: Tensor) -> Tensor:
         u, t = space.embed_at(space.unflatten(x), inputs)
@@ -51,38 +51,37 @@ def gradients_without(space: Space, theta: Tensor, inputs: Inputs, objective: Ob
         yield vmap(grad(loss), in_dims=(None, 0))(theta, weights)
 
 
-def removal_through_step(trajectory: Trajectory, answer: Answer) -> Tensor:
+def removal_through_step(trajectory: Trajectory, response: Response) -> Tensor:
     """Change of the target loss when step t is taken without each of its pairs in turn: (B,), exact in the step itself."""
-    index, inputs = answer.index, trajectory.inputs(trajectory.batches[answer.index])
-    rate, decay, rule = trajectory.rate(index), trajectory.config.weight_decay, trajectory.rule
-    as_it_was = step(answer.state, answer.gradient, index, rate, decay, rule)
+    index, inputs = response.index, trajectory.inputs(trajectory.batches[response.index])
+    as_it_was = trajectory.apply(response.state, response.gradient, index)
     changes = []
-    for gradients in gradients_without(trajectory.space, answer.state.theta, inputs, trajectory.objective):
-        removed = step(answer.state, gradients, index, rate, decay, rule)
-        parts = [(less - full) @ slope for slope, less, full in zip(answer.ahead, removed, as_it_was)]
-        changes.append(sum(parts, torch.zeros_like(parts[0])))
+    for gradients in gradients_without(trajectory.space, response.state.theta, inputs, trajectory.objective):
+        removed = trajectory.apply(response.state, gradients, index)
+        theta, m, v = ((less - full) @ slope for slope, less, full in zip(response.ahead, removed, as_it_was))
+        changes.append(theta + m + v)
     return torch.cat(changes)
 
 
-def removals(trajectory: Trajectory, answer: Answer, form: Form) -> Tensor:
+def removals(trajectory: Trajectory, response: Response, form: Form) -> Tensor:
     """Predicted rise of the target loss when a pair leaves the batch of one step: (B,)."""
     if form == "whole":
-        return removal_through_step(trajectory, answer)
-    space = space_at(trajectory.space, answer.state.theta)
-    inputs = trajectory.inputs(trajectory.batches[answer.index])
-    return removal_derivative(space, inputs, answer.of_gradient, trajectory.objective, form)
+        return removal_through_step(trajectory, response)
+    space = space_at(trajectory.space, response.state.theta)
+    inputs = trajectory.inputs(trajectory.batches[response.index])
+    return removal_derivative(space, inputs, response.of_gradient, trajectory.objective, form)
 
 
 def removal_scores(problem: Problem, trajectory: Trajectory, form: Form = "exact") -> FloatArray:
     """Predicted rise of the target loss when a pair is removed from all its batches: (N,), nan for a pair in none."""
     scores = np.zeros(problem.pool_size)
-    seen = np.zeros(problem.pool_size, bool)
+    trained = np.zeros(problem.pool_size, bool)
     target_gradient = problem.gradient_at(space_at(trajectory.space, trajectory.final))
-    for answer in adjoint(trajectory, target_gradient):
-        rows = trajectory.batches[answer.index]
-        np.add.at(scores, rows, removals(trajectory, answer, form).double().cpu().numpy())
-        seen[rows] = True
-    return np.where(seen, scores, np.nan)
+    for response in adjoint(trajectory, target_gradient):
+        rows = trajectory.batches[response.index]
+        np.add.at(scores, rows, removals(trajectory, response, form).double().cpu().numpy())
+        trained[rows] = True
+    return np.where(trained, scores, np.nan)
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,8 @@ class RowScorer:
                 f"row {outside[0]} is not one of the pool's {len(self.by_row)}: unrolled influence exists only for "
                 "pairs that the proxy was trained on; score others with ecif or tracin"
             )
-        found: FloatArray = self.by_row[batch.row]
-        return found
+        scores: FloatArray = self.by_row[batch.row]
+        return scores
 
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -110,12 +109,12 @@ class Unrolled:
     score_z = sum over the steps t whose batch holds z of dL/dg_t . (g_t of the batch without z - g_t), in units of the
     target loss. SGD: eta_t <lam_{t+1}, g_t - g_t without z> (algorithms.md, 3). Its truth is leave-one-out retraining on the
     same batches less the pair. Where a trainer fills the slot with another pair, compare with the mean score.
-    First order in the parameters: with few pairs, hot learning rates or many steps single removals are no longer small.
+    First order in the parameters: with few pairs, high learning rates or many steps single removals are no longer small.
     """
 
     form: Form = "exact"
-    """What is taken whole and what to first order in a removal. `exact`: the loss whole, the optimiser's step to first order.
-    `whole`: both whole; equal for SGD, nearer to the truth for AdamW, whose first steps are all but signs
+    """What is exact and what is first order in a removal. `exact`: the loss exact, the optimiser's step to first order.
+    `whole`: both exact; equal for SGD, nearer to the truth for AdamW, whose first steps are almost signs
     (tests/estimators/test_unrolled.py), at one backward pass for each pair of each batch.
     `taylor`: the derivative in the pair's weight."""
 

@@ -74,7 +74,7 @@ class DualEncoder(nn.Module):
         return pixels
 
     def tokenize(self, texts: Sequence[str]) -> tuple[dict[str, Tensor], list[bool]]:
-        """Give the text tower's inputs, each (B, L) on the CPU, and which texts were cut to its context."""
+        """The text tower's inputs, each (B, L) on the CPU, and which texts were cut to its maximum length."""
         batch = self.tokenizer(
             list(texts),
             padding="max_length" if self.family.pads_to_full_length else "longest",

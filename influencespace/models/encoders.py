@@ -104,7 +104,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError as error:
         raise InputError(f"device '{name}' is unknown; use cpu, cuda or cuda:<number>") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device '{name}' was asked for, but torch sees no CUDA device; use cpu")
+        raise InputError(f"device '{name}' is not available: torch sees no CUDA device; use cpu")
     return device
 
 
@@ -151,12 +151,12 @@ def embedding_dimension(path_or_hub_id: str, trust_remote_code: bool = False) ->
     """D by an encoder's config.json, without its weights; raises InputError where it is no dual encoder."""
     name = _existing(str(path_or_hub_id))
     with quiet():
-        found = _load(name, "config.json", transformers.AutoConfig, trust_remote_code=trust_remote_code)
-    _family(name, found.model_type, trust_remote_code)
-    text = getattr(found, "text_config", found)
+        config = _load(name, "config.json", transformers.AutoConfig, trust_remote_code=trust_remote_code)
+    _family(name, config.model_type, trust_remote_code)
+    text = getattr(config, "text_config", config)
     # SigLIP has no projection of its own: its text tower ends in `projection_size`.
     widths = (
-        getattr(found, "projection_dim", None),
+        getattr(config, "projection_dim", None),
         getattr(text, "projection_size", None),
         text.hidden_size,
     )

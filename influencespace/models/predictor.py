@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class Predictor(nn.Module):
-    """Any module from inputs (n, ...) to predictions (n, K), in evaluation mode, with the labels (n, K) beside them."""
+    """Any module from inputs (n, ...) to predictions (n, K), in evaluation mode, and the labels (n, K) as they are."""
 
     def __init__(self, module: nn.Module):
         super().__init__()

@@ -37,10 +37,10 @@ class Space:
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """The inverse of `flatten`: (..., p) -> shapes (..., *shape)."""
-        parts = torch.split(vector, [value.numel() for value in self.parameters.values()], -1)
+        flat = torch.split(vector, [value.numel() for value in self.parameters.values()], -1)
         return {
-            name: part.reshape(*part.shape[:-1], *value.shape)
-            for (name, value), part in zip(self.parameters.items(), parts)
+            name: rows.reshape(*rows.shape[:-1], *value.shape)
+            for (name, value), rows in zip(self.parameters.items(), flat)
         }
 
     def embed_at(self, parameters: dict[str, Tensor], inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -70,14 +70,13 @@ class Space:
         return self.flatten(tree)
 
     def gauss_newton(self, inputs: Inputs, directions: Tensor, objective: Objective) -> Tensor:
-        """Gauss-Newton matrix of the loss of one context times directions: (V, p) -> (V, p)."""
+        """Gauss-Newton matrix of the loss of one batch times directions: (V, p) -> (V, p)."""
         return self.pullback(inputs, *curvature(objective, self.tangents(inputs, directions)))
 
     def loss_gradients(self, inputs: Inputs, weights: Tensor, objective: Objective) -> Tensor:
-        """Gradients of weighted loss terms of one context: weights (F, n) -> (F, p), the gradient of weights @ terms.
+        """Gradients of weighted loss terms of one batch: weights (F, n) -> (F, p), the gradient of weights @ terms.
 
-        The whole context serves as negatives for each row of weights, so that rows that sum to 1/n give the gradient
-        of the context's mean loss.
+        The whole batch serves as negatives for each row of weights: weights of 1/n give the gradient of its mean loss.
         """
         u, t = self.embed(inputs)
         pull = vjp(lambda u, t: weights @ objective.terms(u, t), u, t)[1]

@@ -27,36 +27,30 @@ class StreamedSpace(Space):
 
     @torch.no_grad()
     def embed(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        parts = [self.proxy(inputs[0][rows], inputs[1][rows]) for rows in self.batches(inputs)]
-        u, t = (torch.cat(side) for side in zip(*parts))
+        chunks = [self.proxy(inputs[0][rows], inputs[1][rows]) for rows in self.batches(inputs)]
+        u, t = (torch.cat(side) for side in zip(*chunks))
         return u, t
 
     @torch.no_grad()
     def tangents(self, inputs: Inputs, directions: Tensor) -> Tangents:
         trees = [self.unflatten(direction) for direction in directions]
-        found = [
-            [self._along((inputs[0][rows], inputs[1][rows]), tree) for tree in trees]
-            for rows in self.batches(inputs)
-        ]
-        return Tangents(
-            u=torch.cat([batch[0].u for batch in found]),
-            t=torch.cat([batch[0].t for batch in found]),
-            du=torch.cat([torch.cat([one.du for one in batch]) for batch in found], 1),
-            dt=torch.cat([torch.cat([one.dt for one in batch]) for batch in found], 1),
-        )
+        chunks = [self._along((inputs[0][rows], inputs[1][rows]), trees) for rows in self.batches(inputs)]
+        u, t, du, dt = zip(*chunks)
+        return Tangents(u=torch.cat(u), t=torch.cat(t), du=torch.cat(du, 1), dt=torch.cat(dt, 1))
 
-    def _along(self, inputs: Inputs, direction: dict[str, Tensor]) -> Tangents:
+    def _along(self, inputs: Inputs, trees: Sequence[dict[str, Tensor]]) -> tuple[Tensor, ...]:
+        """u, t (n, d), du, dt (V, n, d)."""
         # Of the kernels of attention only this one has forward-mode derivatives.
         with sdpa_kernel(SDPBackend.MATH):
-            both = jvp(lambda q: self.embed_at(q, inputs), (self.parameters,), (direction,))
-        (u, t), (du, dt) = both[0], both[1]
-        return Tangents(u=u, t=t, du=du[None], dt=dt[None])
+            both = [jvp(lambda q: self.embed_at(q, inputs), (self.parameters,), (tree,)) for tree in trees]
+        u, t = both[0][0]
+        return u, t, *(torch.stack(side) for side in zip(*(one[1] for one in both)))
 
     def pullback(self, inputs: Inputs, cotangent_u: Tensor, cotangent_t: Tensor) -> Tensor:
         total = cotangent_u.new_zeros(len(cotangent_u), self.size)
         for rows in self.batches(inputs):
-            part = inputs[0][rows], inputs[1][rows]
-            pull = vjp(lambda q, part=part: self.embed_at(q, part), self.parameters)[1]
+            chunk = inputs[0][rows], inputs[1][rows]
+            pull = vjp(lambda q, chunk=chunk: self.embed_at(q, chunk), self.parameters)[1]
             for row, (by_u, by_t) in enumerate(zip(cotangent_u[:, rows], cotangent_t[:, rows])):
                 total[row] += self.flatten(pull((by_u, by_t))[0])
         return total

@@ -31,7 +31,7 @@ def tower_parameters(proxy: TowerModel, space: str, seed: int = 0) -> list[str]:
         return [name for name, _ in proxy.named_parameters() if ".lora_B." in name]
     names = [name for name, _ in model.named_parameters() if name not in TEMPERATURE]
     if space == "last-blocks":
-        names = [name for part, block in model.named_children() for name in last_block(part, block)]
+        names = [name for part, tower in model.named_children() for name in last_block(part, tower)]
     elif space != "towers":
         names = matching(names, space.split(","))
     return [PREFIX + name for name in names]
@@ -49,14 +49,14 @@ def matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def last_block(name: str, part: nn.Module) -> list[str]:
-    """Parameters of a tower from its last block on; all of a part that has no blocks."""
+def last_block(name: str, tower: nn.Module) -> list[str]:
+    """Parameters of a tower from its last block on; all of a module without blocks."""
     lists = [
-        (f"{name}.{path}", len(found))
-        for path, found in part.named_modules()
-        if isinstance(found, nn.ModuleList) and len(found) > 1
+        (f"{name}.{path}", len(module))
+        for path, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 1
     ]
-    names = [f"{name}.{inner}" for inner, _ in part.named_parameters()]
+    names = [f"{name}.{inner}" for inner, _ in tower.named_parameters()]
     if not lists:
         return names
     path, length = lists[0]  # outermost first
@@ -84,10 +84,10 @@ def adapter_config(model: nn.Module, rank: int, parts: Sequence[str] = ()) -> An
         if isinstance(layer, nn.Linear) and (not parts or name.split(".")[0] in parts)
     ]
     if not linear:
-        found = ", ".join(name for name, _ in model.named_children())
+        names = ", ".join(name for name, _ in model.named_children())
         raise InputError(
-            f"low-rank adapters go beside linear layers, and {type(model).__name__} has none in "
-            f"{' or '.join(parts) or 'any part'}; its parts are {found}"
+            f"low-rank adapters need linear layers, and {type(model).__name__} has none in "
+            f"{' or '.join(parts) or 'any part'}; its parts are {names}"
         )
     return import_peft().LoraConfig(r=rank, lora_alpha=rank, target_modules=linear)
 

@@ -26,7 +26,7 @@ TRIED = (16, 4, 1, 1 / 4, 1 / 16)
 """Movements of the embeddings that are tried, as multiples of the cube root of the precision, the optimum of smooth functions."""
 
 CHEAP = 1.5
-"""Forward mode's operations over embedding's below which it is taken: beside its operations it has more to store."""
+"""Forward mode's operations over embedding's below which it is taken: it also has more to store."""
 
 Embed = Callable[[Tensor], Tensor]
 Moves = list[tuple[nn.Module, dict[str, Tensor]]]
@@ -34,14 +34,14 @@ Moves = list[tuple[nn.Module, dict[str, Tensor]]]
 
 
 class TowerTangents(StreamedSpace):
-    """A Space of towers whose tangents along V given directions take about two forward passes for each, or less.
+    """A Space of towers whose tangents along V directions take about two forward passes for each, or less.
 
     theta is changed tensor by tensor as the passes read it and is itself never touched: memory holds theta and v,
     whatever the number of pairs.
     """
 
     def __init__(self, space: StreamedSpace, directions: Tensor, steps: Tensor):
-        """directions (V, p); steps (V, 2) of the image and the text tower as `choose_steps` found them."""
+        """directions (V, p); steps (V, 2) of the image and the text tower as `choose_steps` chose them."""
         super().__init__(space.proxy, list(space.parameters), rows=space.rows)
         assert isinstance(space.proxy, TowerModel)
         self.towers = space.proxy
@@ -65,12 +65,12 @@ class TowerTangents(StreamedSpace):
         return self._by_rows(self.towers.embed_texts, tokens, 1)
 
     def _by_rows(self, embed: Embed, inputs: Tensor, tower: int) -> tuple[Tensor, Tensor]:
-        found = [
-            [derivative(embed, part, moves, step[tower]) for moves, step in zip(self.moves, self.steps)]
-            for part in torch.split(inputs, self.rows)
+        chunks = [
+            [derivative(embed, rows, moves, step[tower]) for moves, step in zip(self.moves, self.steps)]
+            for rows in torch.split(inputs, self.rows)
         ]
-        x = torch.cat([batch[0][0] for batch in found])
-        return x, torch.cat([torch.stack([dx for _, dx in batch]) for batch in found], 1)
+        x = torch.cat([chunk[0][0] for chunk in chunks])
+        return x, torch.cat([torch.stack([dx for _, dx in chunk]) for chunk in chunks], 1)
 
 
 def derivative(embed: Embed, inputs: Tensor, moves: Moves, step: float) -> tuple[Tensor, Tensor]:
@@ -103,29 +103,33 @@ def moves_along(proxy: nn.Module, direction: dict[str, Tensor]) -> Moves:
     by_value = {id(parameters[name]): change for name, change in direction.items()}
     owned = [
         (
-            part,
-            {name: by_value[id(value)] for name, value in part._parameters.items() if id(value) in by_value},
+            module,
+            {
+                name: by_value[id(value)]
+                for name, value in module._parameters.items()
+                if id(value) in by_value
+            },
         )
-        for part in proxy.modules()
+        for module in proxy.modules()
     ]
-    return [(part, changes) for part, changes in owned if changes]
+    return [(module, changes) for module, changes in owned if changes]
 
 
 @contextmanager
 def read_as(moves: Moves, rule: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
     """Within the block every parameter is read as rule(value, change); its value stays as it is.
 
-    What the rule gives is formed where it is read and lives no longer, so that no second set of parameters is held, and
-    nothing is left of rounding when the block ends.
+    Changed values are computed where they are read and not kept, so that there is no second set of parameters, and no
+    rounding is left when the block ends.
     """
-    before = [part._parameters for part, _ in moves]
+    before = [module._parameters for module, _ in moves]
     try:
-        for part, changes in moves:
-            part._parameters = _ReadAs(part._parameters, changes, rule)
+        for module, changes in moves:
+            module._parameters = _ReadAs(module._parameters, changes, rule)
         yield
     finally:
-        for (part, _), values in zip(moves, before):
-            part._parameters = values
+        for (module, _), values in zip(moves, before):
+            module._parameters = values
 
 
 class _ReadAs(dict[str, nn.Parameter | None]):
@@ -170,8 +174,8 @@ def choose_steps(space: StreamedSpace, directions: Tensor, sample: Inputs) -> tu
             if forward_cost(embed, sample[tower], moves) > CHEAP:
                 steps[row, tower], error = _best_step(embed, sample[tower], moves, exactly)
                 missed += error
-    found = float(exact.du.double().square().sum() + exact.dt.double().square().sum())
-    disagreement = (missed / max(found, torch.finfo(torch.float64).tiny)) ** 0.5
+    squared = float(exact.du.double().square().sum() + exact.dt.double().square().sum())
+    disagreement = (missed / max(squared, torch.finfo(torch.float64).tiny)) ** 0.5
     if not disagreement <= MAX_DISAGREEMENT:
         raise InputError(
             f"central differences and forward mode disagree by {disagreement:.1%} on {len(sample[0])} pairs (at most "

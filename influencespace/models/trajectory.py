@@ -36,21 +36,21 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Answer:
-    """How the target loss at the end answers to step `index`."""
+class Response:
+    """The response of the final target loss to step `index`."""
 
     index: int
     state: State  # before the step
-    gradient: Tensor  # (p,) g_t, which the step was given
+    gradient: Tensor  # (p,) g_t, by which the step was taken
     of_gradient: Tensor  # (p,) dL/dg_t
     ahead: State  # dL/d(state after the step)
 
 
 def space_at(space: Space, theta: Tensor) -> Space:
     """The same proxy at other parameters (p,); shares the module, holds no second one."""
-    moved = copy.copy(space)
-    moved.parameters = space.unflatten(theta)
-    return moved
+    copied = copy.copy(space)
+    copied.parameters = space.unflatten(theta)
+    return copied
 
 
 def loss_gradient(space: Space, theta: Tensor, inputs: Inputs, objective: Objective) -> Tensor:
@@ -99,14 +99,14 @@ class Trajectory:
     """
 
     space: Space
-    """The proxy's parts and forward; its parameter values are not read."""
+    """The proxy's modules and forward; its parameter values are not read."""
     initial: Tensor
     """Parameters before the first step (p,), a copy: training changes the heads in place."""
     config: HeadsConfig
     batches: Sequence[IntArray]
     """Rows of the pool in each step's batch, in their order."""
     inputs: Callable[[IntArray], Inputs]
-    """Embeddings of the given rows of the pool."""
+    """Embeddings of some rows of the pool."""
     objective: Objective
     rule: Rule = "adamw"
 
@@ -120,12 +120,15 @@ class Trajectory:
 
     def after(self, state: State, index: int) -> State:
         """The state after step `index`."""
-        gradient = self.gradient(state, index)
+        return self.apply(state, self.gradient(state, index), index)
+
+    def apply(self, state: State, gradient: Tensor, index: int) -> State:
+        """The state after step `index`, taken by this gradient (p,)."""
         return step(state, gradient, index, self.rate(index), self.config.weight_decay, self.rule)
 
     @property
     def every(self) -> int:
-        """Steps from one stored state to the next: sqrt(T), which makes the memory least."""
+        """Steps from one stored state to the next: sqrt(T), which takes the least memory."""
         return max(1, math.isqrt(len(self.batches)))
 
     @cached_property
@@ -164,31 +167,21 @@ class Trajectory:
                 yield first + offset, states[offset]
 
 
-def step_pullback(
-    trajectory: Trajectory, state: State, gradient: Tensor, index: int, ahead: State
-) -> tuple[State, Tensor]:
-    """Pull dL/d(state after) back through the optimiser alone: -> dL/d(state before) with g_t held fixed, dL/dg_t (p,)."""
-    rate, decay, rule = trajectory.rate(index), trajectory.config.weight_decay, trajectory.rule
-    pull = vjp(lambda s, g: step(s, g, index, rate, decay, rule), state, gradient)[1]
-    before, of_gradient = pull(ahead)
-    return before, of_gradient
+def adjoint(trajectory: Trajectory, target_gradient: Tensor) -> Iterator[Response]:
+    """The response of the final target loss to each step, from the last to the first.
 
-
-def adjoint(trajectory: Trajectory, target_gradient: Tensor) -> Iterator[Answer]:
-    """From the last step to the first, what the target loss makes of it.
-
-    dL/dg_t says how the target loss at the end answers to a change of the gradient that step t was given, through all
-    later steps. target_gradient (p,) is grad L at `trajectory.final`. SGD: dL/dg_t = -eta_t lam_{t+1} with
-    lam_t = lam_{t+1} - eta_t H_t lam_{t+1} (reverse-mode differentiation of training: Maclaurin et al. 2015,
-    arXiv 1502.03492; of a pair's influence: Bae et al. 2024, arXiv 2405.12186). AdamW carries the derivative in theta, m
+    dL/dg_t is its response to a change of the gradient of step t, through all later steps. target_gradient (p,) is grad L at
+    `trajectory.final`. SGD: dL/dg_t = -eta_t lam_{t+1} with lam_t = lam_{t+1} - eta_t H_t lam_{t+1} (reverse-mode
+    differentiation of training: Maclaurin et al. 2015, arXiv 1502.03492; of a pair's influence: Bae et al. 2024, arXiv 2405.12186). AdamW carries the derivative in theta, m
     and v, which is exact; with D held fixed it diverges from retraining (tests/estimators/test_unrolled.py) and saves
     nothing. Raises FloatingPointError, naming the step, on overflow.
     """
     ahead = State(target_gradient, torch.zeros_like(target_gradient), torch.zeros_like(target_gradient))
     for index, state in trajectory.backwards():
         gradient = trajectory.gradient(state, index)
-        before, of_gradient = step_pullback(trajectory, state, gradient, index, ahead)
-        yield Answer(index, state, gradient, of_gradient, ahead)
+        pull = vjp(lambda state, gradient, t=index: trajectory.apply(state, gradient, t), state, gradient)[1]
+        before, of_gradient = pull(ahead)  # through the optimiser alone, with g_t fixed
+        yield Response(index, state, gradient, of_gradient, ahead)
         inputs = trajectory.inputs(trajectory.batches[index])
         through_loss = hessian_product(
             trajectory.space, state.theta, inputs, trajectory.objective, of_gradient

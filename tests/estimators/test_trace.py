@@ -289,7 +289,7 @@ def test_a_picture_of_the_bank_is_known_by_its_embedding() -> None:
 def test_bad_queries_are_told() -> None:
     everywhere = [replace(context, image=np.append(context.image, -7)) for context in PROBLEM.bank]
     lost = replace(QUERIES, image=np.array([-1, -7, -1]))
-    with pytest.raises(InputError, match="in every recorded context"):
+    with pytest.raises(InputError, match="in every negative batch"):
         role_gradients(replace(PROBLEM, bank=everywhere), lost)
     images = QUERIES.inputs[0].clone()
     images[1, 0] = torch.nan
