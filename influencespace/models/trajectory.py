@@ -172,9 +172,9 @@ def adjoint(trajectory: Trajectory, target_gradient: Tensor) -> Iterator[Respons
 
     dL/dg_t is its response to a change of the gradient of step t, through all later steps. target_gradient (p,) is grad L at
     `trajectory.final`. SGD: dL/dg_t = -eta_t lam_{t+1} with lam_t = lam_{t+1} - eta_t H_t lam_{t+1} (reverse-mode
-    differentiation of training: Maclaurin et al. 2015, arXiv 1502.03492; of a pair's influence: Bae et al. 2024, arXiv 2405.12186). AdamW carries the derivative in theta, m
-    and v, which is exact; with D held fixed it diverges from retraining (tests/estimators/test_unrolled.py) and saves
-    nothing. Raises FloatingPointError, naming the step, on overflow.
+    differentiation of training: Maclaurin et al. 2015, arXiv 1502.03492; of a pair's influence: Bae et al. 2024, arXiv
+    2405.12186). AdamW carries the derivative in theta, m and v, which is exact; with D fixed it diverges from retraining
+    (tests/estimators/test_unrolled.py) and saves nothing. Raises FloatingPointError, naming the step, on overflow.
     """
     ahead = State(target_gradient, torch.zeros_like(target_gradient), torch.zeros_like(target_gradient))
     for index, state in trajectory.backwards():
