@@ -3,8 +3,6 @@
 There is one option for each field of WorldConfig.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import sys
@@ -21,8 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m influencespace.data.synthetic", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     for field in dataclasses.fields(WorldConfig):
-        option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=type(field.default), default=field.default, metavar=str(field.type))
+        option, kind = "--" + field.name.replace("_", "-"), type(field.default)
+        parser.add_argument(option, type=kind, default=field.default, metavar=kind.__name__)
     options = vars(parser.parse_args(arguments))
     try:
         print(write_world(options.pop("out"), WorldConfig(**options)))

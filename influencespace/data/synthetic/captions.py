@@ -1,7 +1,5 @@
 """Captions of scenes in two steps: what is mentioned (a view: a scene with gaps), then in which words."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from random import Random
 

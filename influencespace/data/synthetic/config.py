@@ -1,7 +1,5 @@
 """The size and the dirt of a synthetic world, and the seed of everything at a place in it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from random import Random
@@ -72,7 +70,7 @@ class Place:
     split: Split
     index: int
 
-    def at(self, index: int) -> Place:
+    def at(self, index: int) -> "Place":
         """Another place of the same split."""
         return replace(self, index=index)
 

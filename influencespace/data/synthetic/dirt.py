@@ -4,8 +4,6 @@ Nothing here looks at the size of a split, so a larger one begins with the pairs
 needs more memory for more pairs.
 """
 
-from __future__ import annotations
-
 from itertools import count
 from typing import Literal
 

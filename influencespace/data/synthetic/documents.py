@@ -1,7 +1,5 @@
 """An irrelevant domain: charts, pages and textures, with correct captions in words that no scene needs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from random import Random
 

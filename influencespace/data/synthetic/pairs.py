@@ -1,7 +1,5 @@
 """The images of the world with their captions, and the truth about them."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple

@@ -1,7 +1,5 @@
 """Scenes of coloured shapes: what there is to see, drawn at random and rendered as a small picture."""
 
-from __future__ import annotations
-
 import cmath
 import math
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ out/<split>/00000.tar ...        key.jpg, key.txt (first caption), key.json (uid
 out/truth/<split>.parquet        one row a pair: uid, wrong, kind, original
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable
