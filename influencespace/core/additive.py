@@ -10,12 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.strata import weighted_deviation
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 CHUNK = 65_536  # pairs whose design is in memory at once
 PAIRS_PER_KNOT = 10

@@ -7,9 +7,8 @@ one. Training batches, negative batches and the batches of the target all follow
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-IntArray = NDArray[np.int64]
+from influencespace.core.arrays import FloatArray, IntArray
 
 
 def one_pair_an_image(order: IntArray, images: IntArray, size: int) -> Iterator[IntArray]:
@@ -35,7 +34,7 @@ def one_pair_an_image(order: IntArray, images: IntArray, size: int) -> Iterator[
             waiting = candidates
 
 
-def weighted_order(weights: NDArray[np.float64], generator: np.random.Generator) -> IntArray:
+def weighted_order(weights: FloatArray, generator: np.random.Generator) -> IntArray:
     """One epoch: each pair appears `weight` times in expectation (its whole part always, the rest by chance), shuffled.
 
     weights (N,) >= 0 -> (about sum of weights,) pair indices.
@@ -48,7 +47,7 @@ def weighted_order(weights: NDArray[np.float64], generator: np.random.Generator)
 
 
 def training_batches(
-    weights: NDArray[np.float64], images: IntArray, size: int, steps: int, seed: int | Sequence[int]
+    weights: FloatArray, images: IntArray, size: int, steps: int, seed: int | Sequence[int]
 ) -> Iterator[IntArray]:
     """`steps` batches of `size` pairs for a weighted set: epoch after epoch, distinct images in a batch.
 
@@ -79,14 +78,14 @@ def training_batches(
 
 
 def reweighted_batches(
-    weights: NDArray[np.float64],
+    weights: FloatArray,
     images: IntArray,
     size: int,
     steps: int,
     seed: int,
     *,
     every: int,
-    reweigh: Callable[[], NDArray[np.float64]],
+    reweigh: Callable[[], FloatArray],
 ) -> Iterator[IntArray]:
     """`training_batches` with new weights after each `every` batches, when a new epoch begins.
 
@@ -100,7 +99,7 @@ def reweighted_batches(
 
 
 def disjoint_batches(
-    images: IntArray, size: int, count: int, seed: int, weights: NDArray[np.float64] | None = None
+    images: IntArray, size: int, count: int, seed: int, weights: FloatArray | None = None
 ) -> list[IntArray]:
     """`count` disjoint batches of `size` pairs, at most one pair an image over all of them, drawn by weight.
 

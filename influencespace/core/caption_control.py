@@ -1,10 +1,9 @@
 """The permuted-caption control: how many pairs are wrong, judged against captions permuted on purpose; a check, never a rule."""
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 
-FloatArray = NDArray[np.float64]
+from influencespace.core.arrays import FloatArray
 
 
 @dataclass(frozen=True, kw_only=True)

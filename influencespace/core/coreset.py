@@ -8,11 +8,9 @@ import heapq
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
+from influencespace.core.arrays import FloatArray, IntArray
 
 
 def k_center(X: Tensor, size: int) -> IntArray:

@@ -3,18 +3,11 @@
 Group labels are of any kind that sorts. Gap measures and minimax weights are in `benchmarks/fairness`.
 """
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
+from influencespace.core.arrays import BoolArray, FloatArray, IntArray, Labels
 from influencespace.core.strata import between_variance, means_by, rank_within
 from influencespace.errors import InputError
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
-Labels = NDArray[Any]
 
 
 def _numbered(group: Labels) -> tuple[IntArray, int]:

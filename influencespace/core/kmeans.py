@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
+
+from influencespace.core.arrays import IntArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def stable_level(indices: Sequence[float], tolerance: float) -> int:
     return int(settled.argmax() if settled.any() else np.nan_to_num(index, nan=np.inf).argmin())
 
 
-def split_centroids(C: Tensor, X: Tensor, seed: int) -> tuple[Tensor, NDArray[np.int64]]:
+def split_centroids(C: Tensor, X: Tensor, seed: int) -> tuple[Tensor, IntArray]:
     """Two children for each centroid, seeded from its own rows of the sample: (2K, d) at most and each child's parent.
 
     A centroid with fewer than two rows in the sample keeps one child, itself.

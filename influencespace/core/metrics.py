@@ -2,11 +2,11 @@
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
-FloatArray = NDArray[np.float64]
+from influencespace.core.arrays import BoolArray, FloatArray, IntArray
+
 MAX_AT_ONCE = 2**24  # similarities: 128 MB
 BROKEN = -2.0  # below any cosine
 ROUNDING = 1e-12  # of a dot product of unit vectors in float64; what differs in float32 differs by 1e-8
@@ -86,24 +86,24 @@ def interval(draws: FloatArray, coverage: float = 0.95) -> tuple[float, float]:
     return float(np.quantile(draws, tail)), float(np.quantile(draws, 1 - tail))
 
 
-def auroc(scores: FloatArray, positive: NDArray[np.bool_]) -> float:
+def auroc(scores: FloatArray, positive: BoolArray) -> float:
     """Probability that a positive scores above a negative, ties by half; nan when one class is empty."""
     if positive.all() or not positive.any():
         return float("nan")
     return float(roc_auc_score(positive, _ranks(scores)))
 
 
-def average_precision(scores: FloatArray, positive: NDArray[np.bool_]) -> float:
+def average_precision(scores: FloatArray, positive: BoolArray) -> float:
     """Mean precision at each positive in falling order of score, equal scores taken together; nan without positives."""
     return float(average_precision_score(positive, _ranks(scores))) if positive.any() else float("nan")
 
 
-def _ranks(scores: FloatArray) -> NDArray[np.int64]:
+def _ranks(scores: FloatArray) -> IntArray:
     """Ranks of scores, equal for equal ones: scikit-learn refuses infinite scores."""
     return np.unique(scores, return_inverse=True)[1]
 
 
-def precision_recall_at(scores: FloatArray, positive: NDArray[np.bool_], share: float) -> tuple[float, float]:
+def precision_recall_at(scores: FloatArray, positive: BoolArray, share: float) -> tuple[float, float]:
     """Precision and recall of the highest-scoring `share` of the rows (one at least), equal scores in their order."""
     cut = max(1, round(share * len(positive)))
     hits = int(positive[np.argsort(-scores, kind="stable")[:cut]].sum())

@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from influencespace.core.arrays import FloatArray, IntArray
+
 MAX_SHARED = 0.5
 """Share of pairs with another image's caption above which captions are names of classes, not descriptions."""
 

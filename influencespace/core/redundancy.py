@@ -6,11 +6,10 @@ group itself. So every member is near its own leader; connected components would
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
+from influencespace.core.arrays import BoolArray, FloatArray, IntArray
+
 ROUNDING = 1e-5  # of cosines in float32: equal rows have less than 1
 
 
@@ -30,11 +29,9 @@ def near_leaders(images: Tensor, texts: Tensor, image: float, text: float, block
     Unit rows (n, Di), (n, Dt), the best first. Time n x groups, memory block x groups; no block changes the result.
     """
 
-    def near(rows: IntArray, others: IntArray) -> NDArray[np.bool_]:
+    def near(rows: IntArray, others: IntArray) -> BoolArray:
         pictures, captions = images[rows] @ images[others].T, texts[rows] @ texts[others].T
-        both: NDArray[np.bool_] = (
-            ((pictures >= image - ROUNDING) & (captions >= text - ROUNDING)).cpu().numpy()
-        )
+        both: BoolArray = ((pictures >= image - ROUNDING) & (captions >= text - ROUNDING)).cpu().numpy()
         return both
 
     leader = np.arange(len(images))
@@ -51,7 +48,7 @@ def near_leaders(images: Tensor, texts: Tensor, image: float, text: float, block
     return leader
 
 
-def _join(leader: IntArray, rows: IntArray, leading: IntArray, near: NDArray[np.bool_]) -> IntArray:
+def _join(leader: IntArray, rows: IntArray, leading: IntArray, near: BoolArray) -> IntArray:
     """Give each row its first near leader, and return those that have none."""
     joins = near.any(1)
     if joins.any():

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
+from influencespace.core.arrays import FloatArray
 
 ROUNDS = 200  # of the evidence's fixed point
 SETTLED = 1e-4  # relative change of the prior's variance

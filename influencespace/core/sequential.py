@@ -8,11 +8,9 @@ mixture, asymptotic in the sense of Waudby-Smith, Arbour, Sinha, Kennedy and Ram
 """
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import false_discovery_control
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from influencespace.core.arrays import BoolArray, FloatArray, IntArray
 
 
 def tightest_at(count: float, alpha: float) -> float:
@@ -30,7 +28,7 @@ def anytime_p(mean: FloatArray, spread: FloatArray, count: FloatArray, rho: floa
     return np.where(np.isfinite(mean), np.minimum(np.nan_to_num(p, nan=1.0), 1.0), np.nan)
 
 
-def significantly_below_zero(mean: FloatArray, p: FloatArray, rate: float) -> NDArray[np.bool_]:
+def significantly_below_zero(mean: FloatArray, p: FloatArray, rate: float) -> BoolArray:
     """Which means (S,) are below zero at a false discovery rate over all of them: (S,) (Benjamini and Hochberg 1995).
 
     A stratum without a p-value is not among them. Means above zero are no evidence, however small their p: strata that

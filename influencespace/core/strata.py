@@ -8,10 +8,8 @@ normal prior whose variance is estimated by moments (Morris 1983).
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from influencespace.core.arrays import FloatArray, IntArray
 
 
 def quantile_of(quality: FloatArray, count: int) -> IntArray:

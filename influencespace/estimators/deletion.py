@@ -17,16 +17,14 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vjp
 
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.contrastive import info_nce_only
 from influencespace.errors import InputError
 from influencespace.models.space import Inputs
 from influencespace.models.trajectory import BETA1, BETA2, State, Trajectory, preconditioner, step
-
-IntArray = NDArray[np.int64]
 
 SHARE = 1 / 25
 """Of the training's steps, taken twice: a tenth of its time, as a long step takes somewhat longer."""
@@ -80,7 +78,7 @@ class WeightedBatch:
     """Rows of the pool of which each stands for a share of a pair."""
 
     rows: IntArray  # (n,)
-    weights: NDArray[np.float64]  # (n,) above 0
+    weights: FloatArray  # (n,) above 0
 
 
 def batch_with(path: Trajectory, kept: Trajectory, segment: range) -> WeightedBatch:

@@ -11,15 +11,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call, grad, vjp, vmap
 
+from influencespace.core.arrays import IntArray
 from influencespace.core.contrastive import Contrastive, Normalisers, pair_logits, role_losses
 from influencespace.models.projected import ProjectedHeads
 from influencespace.models.space import Inputs, Space
 
-IntArray = NDArray[np.int64]
 Value = Callable[[Tensor, Tensor, Tensor, Normalisers, float], Tensor]
 """A pair's logits S_zz (n,), S_zk (n, M), S_kz (n, M), the batch's log normalisers and r = (B-1)/M -> (n,), row by row."""
 

@@ -6,11 +6,11 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
+from influencespace.core.arrays import IntArray
 from influencespace.core.contrastive import Contrastive, contrastive_loss
 from influencespace.errors import STRICT
 from influencespace.models.heads import Heads
@@ -103,8 +103,8 @@ def adamw_of(heads: Heads, config: HeadsConfig) -> torch.optim.Optimizer:
 
 
 def train_heads(
-    inputs: Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]],
-    batches: Iterable[NDArray[np.int64]],
+    inputs: Callable[[IntArray], tuple[Tensor, Tensor]],
+    batches: Iterable[IntArray],
     heads: Heads,
     config: HeadsConfig,
     *,

@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
+from influencespace.core.arrays import IntArray
 from influencespace.core.contrastive import Objective
 from influencespace.models.space import Inputs, Space
 from influencespace.models.training import HeadsConfig, cosine_factor
 
-IntArray = NDArray[np.int64]
 Rule = Literal["adamw", "sgd"]
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch.optim.AdamW's own, which `train_heads` uses
