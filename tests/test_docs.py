@@ -3,9 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -65,6 +68,11 @@ PYTHON = [(page, i) for page in PAGES for i in range(len(blocks(page, "python"))
 README_COMMANDS = [words for words in commands(PAGES[0]) if words[0] == "influencespace"]
 
 
+def slow_or_not(words: list[str]) -> Any:
+    """A case of the README's commands; that of a sweep is slow, and tried on a small world by `tests/e2e` as well."""
+    return pytest.param(words, id=" ".join(words), marks=[pytest.mark.slow] if words[1] == "sweep" else [])
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all that the documents name: shards, an encoder, pictures, a finished run; tests leave the run as it is."""
@@ -97,7 +105,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_and_local(patch: pytest.MonkeyPatch) -> None:
-    """Make runs small, and do them by the plain loop; sweeps need Ray."""
+    """Make runs small, and do them by the plain loop."""
 
     def small(path: Any = None, overrides: Any = None) -> RunConfig:
         return load_config(path, SMALL | dict(overrides or {}))
@@ -135,17 +143,18 @@ def test_the_python_of_the_documents_runs(within: Path, page: Path, number: int)
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("words", README_COMMANDS, ids=" ".join)
-def test_the_commands_of_the_readme_run(
-    within: Path, words: list[str], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = words[1:]
-    if arguments[0] == "sweep":
-        monkeypatch.undo()
-        monkeypatch.chdir(within)
-        request.getfixturevalue("ray_engine")
-        arguments += ["--trials", "1"]
-    app(arguments, standalone_mode=False)
+@pytest.mark.parametrize("words", map(slow_or_not, README_COMMANDS))
+def test_the_commands_of_the_readme_run(within: Path, words: list[str]) -> None:
+    if words[1] == "sweep":  # by Ray Tune alone: in a process of its own
+        words = [sys.executable, "-m", "influencespace.cli", *words[1:], "--trials", "1"]
+        with tempfile.TemporaryDirectory(prefix="is-", dir="/tmp", ignore_cleanup_errors=True) as home:
+            own = {"HOME": home, "RAY_TMPDIR": home, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local"}
+            done = subprocess.run(
+                words, env={**os.environ, **own}, cwd=within, capture_output=True, text=True, check=False
+            )
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        app(words[1:], standalone_mode=False)
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
