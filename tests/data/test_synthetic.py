@@ -71,9 +71,6 @@ def written(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world"), SMALL)
 
 
-# --- scenes and captions ---
-
-
 @given(seed=seeds, rare=st.booleans())
 def test_a_view_is_true_of_its_scene_and_rare_scenes_have_nothing_of_others(seed, rare):
     rng = Random(seed)
@@ -166,9 +163,6 @@ def test_size_is_to_be_seen():
     assert area("large") > 2 * area("small")
 
 
-# --- what is planted ---
-
-
 def plans_of(config, split, number):
     return [plan_image(config, split, index) for index in range(number)]
 
@@ -254,9 +248,6 @@ def test_retrieval_is_neither_trivial_nor_hopeless():
     assert 0.7 < np.mean([1 / number for number in matches]) < 0.97
 
 
-# --- determinism ---
-
-
 @given(index=st.integers(0, 5000), split=st.sampled_from(SPLITS), seed=st.integers(0, 100))
 @settings(max_examples=30)
 def test_a_pair_depends_on_seed_split_and_index_only(index, split, seed):
@@ -273,9 +264,6 @@ def test_splits_share_no_uid():
     uids = [plan.uid for split in SPLITS for plan in plans_of(SMALL, split, 50)]
     assert len(set(uids)) == len(uids)
     assert all(len(uid) == 32 and int(uid, 16) >= 0 for uid in uids)
-
-
-# --- files ---
 
 
 def test_shards_hold_every_pair_once_and_truth_lies_beside_them(written):
