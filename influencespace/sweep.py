@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -151,7 +152,9 @@ class Sweep(Stage):
     def work(self, run: Run, workers: Workers) -> Details:
         selection, measure = chosen_selection(run), self.config.measure
         own = own_settings(selection)
-        trials = self._search(run, Retraining(run, selection, self.config.proxy_seeds), own, workers)
+        config = replace(self.config, max_concurrent=self.config.max_concurrent or workers.engine.cores)
+        objective = Retraining(run, selection, config.proxy_seeds)
+        trials = search(objective, own, config, workers.folder, seed=run.seed)
         best = best_of(trials, measure)
         settings = {name: best[name] for name in SETTINGS}
         save_config(
@@ -162,12 +165,6 @@ class Sweep(Stage):
         before = next(trial[measure] for trial in trials if own.items() <= trial.items())
         details = {"settings": settings, "value": best[measure], "own": before, "trials": len(trials)}
         return Details(details=details)
-
-    def _search(self, run: Run, objective: Objective, own: Settings, workers: Workers) -> list[Trial]:
-        left = self.config.trials - len(read_trials(workers.folder))
-        with workers.progress(left, "trials") as bar:
-            config = replace(self.config, max_concurrent=self.config.max_concurrent or workers.engine.cores)
-            return search(objective, own, config, workers.folder, seed=run.seed, advance=bar.advance)
 
 
 def own_settings(selection: SelectionConfig) -> dict[str, Any]:
@@ -198,7 +195,6 @@ def search(
     folder: Path,
     *,
     seed: int = 0,
-    advance: Callable[[], None] = lambda: None,
 ) -> list[Trial]:
     """Try settings until `folder` holds `config.trials` finished trials, and return these in the order of their ends.
 
@@ -212,7 +208,7 @@ def search(
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's file says what it gave
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         with start_ray():
-            results = _tuner(objective, own, config, folder, seed, advance).fit()
+            results = _tuner(objective, own, config, folder, seed).fit()
         shutil.rmtree(folder / TUNE, ignore_errors=True)
         for result in results:
             _raise_failure(result)
@@ -236,7 +232,6 @@ def _tuner(
     config: SweepConfig,
     folder: Path,
     seed: int,
-    advance: Callable[[], None],
 ) -> tune.Tuner:
     """A Tuner for the trials that are left, whose search knows the finished ones and begins with the run's own settings."""
     done = read_trials(folder)
@@ -261,7 +256,7 @@ def _tuner(
             name=TUNE,
             storage_path=str(folder),
             failure_config=tune.FailureConfig(max_failures=MAX_LOST_WORKERS),
-            callbacks=[Advance(advance)],
+            callbacks=[Announce(folder, config)],
             stop=FirstFailure(),
             verbose=0,
         ),
@@ -315,10 +310,13 @@ class FirstFailure(tune.Stopper):
 
 
 @dataclass(frozen=True)
-class Advance(tune.Callback):
-    """Shows every finished trial."""
+class Announce(tune.Callback):
+    """One plain line on stderr for every finished trial. (Tune pickles it, so that it can hold no progress bar.)"""
 
-    advance: Callable[[], None]
+    folder: Path
+    config: SweepConfig
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.advance()
+        done, measure = len(read_trials(self.folder)), self.config.measure
+        text = f"{measure} {(trial.last_result or {}).get(measure, math.nan):.4f} with {trial.config}"
+        print(f"sweep: {done} of {self.config.trials} trials, {text}", file=sys.stderr, flush=True)

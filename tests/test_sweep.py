@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,26 @@ import pytest
 import ray
 from pydantic import ValidationError
 
-from influencespace import pipeline
 from influencespace.config import load_config
 from influencespace.core.select import SelectionConfig
-from influencespace.data.artifacts import read_manifest, write_json
-from influencespace.data.synthetic import WorldConfig, write_world
-from influencespace.engine.local import LocalEngine, TaskError
+from influencespace.data.artifacts import write_json
+from influencespace.engine.local import Engine, LocalEngine, TaskError
 from influencespace.engine.session import start_ray
 from influencespace.errors import InputError
-from influencespace.models.tiny_clip import train_tiny_clip
-from influencespace.stages.selection.weighting import with_chosen
-from influencespace.sweep import SweepConfig, best_of, own_settings, retraining, search, search_space, sweep
+from influencespace.pipeline import load_run
+from influencespace.run import Run, carry_out
+from influencespace.stages.selection.evidence import PairEvidence
+from influencespace.sweep import (
+    TRIAL,
+    Retraining,
+    Sweep,
+    SweepConfig,
+    best_of,
+    chosen_selection,
+    own_settings,
+    search,
+    search_space,
+)
 
 OWN = own_settings(SelectionConfig(weighting="uniform"))
 
@@ -68,19 +77,9 @@ def calls(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def own_ray() -> Iterator[None]:
-    """The Ray that runs already, or a small one."""
-    # Workers need not find this module by its name.
+def by_value() -> None:
+    """Workers need not find this module by its name."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    with (
-        tempfile.TemporaryDirectory(prefix="is-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for name, value in own_home(folder).items():
-            patch.setenv(name, value)
-        patch.delenv("RAY_ADDRESS", raising=False)
-        with start_ray(num_cpus=4):
-            yield
 
 
 def own_home(folder: str) -> dict[str, str]:
@@ -90,26 +89,28 @@ def own_home(folder: str) -> dict[str, str]:
 
 @pytest.mark.ray
 def test_a_search_tries_the_own_settings_and_remembers_its_trials(
-    own_ray: None, tmp_path: Path, calls: Path
+    ray_engine: Engine, by_value: None, tmp_path: Path, calls: Path
 ) -> None:
     folder = tmp_path / "trials"
-    trials = search(Valley(calls), OWN, SweepConfig(trials=4, seed=1), folder)
+    trials = search(Valley(calls), OWN, SweepConfig(trials=4, max_concurrent=2), folder, seed=1)
     assert len(trials) == len(Valley(calls).settings()) == 4
     assert sum(all(trial[name] == value for name, value in OWN.items()) for trial in trials) == 1
     for trial in trials:
         assert -0.25 <= trial["tau_low"] <= 0.25
         assert 0.1 <= trial["temperature"] <= 10
-        assert trial["weights"] in ("uniform", "influence")
-    assert {path.suffix for path in folder.iterdir()} == {".json"}
+        assert trial["weighting"] in ("uniform", "influence")
+    assert all(path.name.startswith(TRIAL) for path in folder.iterdir())
 
-    assert search(Valley(calls), OWN, SweepConfig(trials=4, seed=1), folder) == trials
+    assert search(Valley(calls), OWN, SweepConfig(trials=4, max_concurrent=2), folder, seed=1) == trials
     assert len(Valley(calls).settings()) == 4
-    assert search(Valley(calls), OWN, SweepConfig(trials=5, seed=1), folder)[:4] == trials
+    assert search(Valley(calls), OWN, SweepConfig(trials=5), folder, seed=1)[:4] == trials
     assert len({*Valley(calls).settings()}) == 5
 
 
 @pytest.mark.ray
-def test_a_failed_trial_ends_the_sweep_and_is_done_again(own_ray: None, tmp_path: Path, calls: Path) -> None:
+def test_a_failed_trial_ends_the_sweep_and_is_done_again(
+    ray_engine: Engine, by_value: None, tmp_path: Path, calls: Path
+) -> None:
     config = SweepConfig(trials=3, max_concurrent=1)
     with pytest.raises(TaskError, match=r"(?s)a trial of the sweep failed with .*ZeroDivisionError: broken"):
         search(Valley(calls, fail_at=2), OWN, config, tmp_path / "trials")
@@ -122,18 +123,22 @@ def test_a_failed_trial_ends_the_sweep_and_is_done_again(own_ray: None, tmp_path
 
 
 @pytest.mark.ray
-def test_wrong_input_found_by_a_trial_stays_an_error_for_people(own_ray: None, tmp_path: Path) -> None:
+def test_wrong_input_found_by_a_trial_stays_an_error_for_people(
+    ray_engine: Engine, by_value: None, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=r"^the target is too small$"):
         search(complain, OWN, SweepConfig(trials=1), tmp_path / "trials")
 
 
 @pytest.mark.ray
-def test_settings_that_keep_nothing_do_not_end_the_search(own_ray: None, tmp_path: Path) -> None:
+def test_settings_that_keep_nothing_do_not_end_the_search(
+    ray_engine: Engine, by_value: None, tmp_path: Path
+) -> None:
     """The search is past its random beginning and has to learn from infinite losses."""
     for number in range(12):
         settings = {**OWN, "tau_low": (number - 6) / 30}
         trial = settings | keep_nothing_above_zero(settings) | {"seconds": 1.0, "ended": float(number)}
-        write_json(tmp_path / f"{number}.json", trial)
+        write_json(tmp_path / f"{TRIAL}{number}.json", trial)
     trials = search(keep_nothing_above_zero, OWN, SweepConfig(trials=13), tmp_path)
     assert sum(math.isinf(trial["loss"]) for trial in trials[:12]) == 5
     assert best_of(trials, "loss")["tau_low"] <= 0
@@ -173,9 +178,9 @@ def test_a_killed_search_continues(tmp_path: Path, calls: Path) -> None:
 
 
 def test_the_run_s_own_settings_are_a_point_of_the_search() -> None:
-    select = SelectionConfig(weighting="influence", tau_low=-3.0, temperature=20.0, target_size=0.4)
-    own = own_settings(select)
-    assert replace(select, **own) == select
+    selection = SelectionConfig(weighting="influence", tau_low=-3.0, temperature=20.0, target_size=0.4)
+    own = own_settings(selection)
+    assert replace(selection, **own) == selection
     space = search_space(SweepConfig(), own)
     assert own.keys() == space.keys()
     assert all(space[name]._contains(space[name].to_internal_repr(own[name])) for name in own)
@@ -203,6 +208,7 @@ def test_the_best_is_the_first_of_equals_and_keeps_something() -> None:
         {"target_size": (0.5, 1.5)},
         {"proxy_seeds": ()},
         {"measure": "auroc"},
+        {"seed": 1},
     ],
 )
 def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
@@ -211,32 +217,21 @@ def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on a tiny world, by an encoder that has learnt nothing."""
-    folder = tmp_path_factory.mktemp("run")
-    write_world(folder / "world", WorldConfig(pretrain=0, pool=150, target=60, test=0, shard_size=75))
-    noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
-    train_tiny_clip(noise, ["a red circle"] * 8, seed=0, out=folder / "encoder", steps=1, batch_size=8)
-    settings = {
-        "data.pool": str(folder / "world" / "pool" / "*.tar"),
-        "data.target": str(folder / "world" / "target" / "*.tar"),
-        "embed.encoder": str(folder / "encoder"),
-        "proxy.train": {"steps": 10, "batch_size": 16, "dimension": 16},
-        "proxy.folds": 2,
-        "proxy.contexts": 2,
-        "proxy.choose_steps": False,
-        "cluster.k": 2,
-        "attribute": {"quantiles": 4, "budget": 30, "caption_control": 20},
-        "train": {"seeds": [0], "methods": ["curated"]},
-    }
-    pipeline.run(load_config(None, settings), folder / "run", LocalEngine())
-    (folder / "run" / "split" / "test.npy").unlink()  # a sweep that looked at the test set would fail
-    return folder / "run"
+def run(small_run: Path) -> Run:
+    """Without its test set: a sweep that looked at it would fail."""
+    whole = load_run(small_run)
+    return replace(whole, sets={role: whole.sets[role] for role in ("pool", "target")})
 
 
-def test_the_objective_is_the_retrained_proxy_on_the_choosing_half(finished_run: Path) -> None:
-    config = load_config(finished_run / "config.yaml")
-    objective = retraining(finished_run, config, (0, 1))
+def copied(run: Run, folder: Path) -> Run:
+    """The run as far as a sweep reads it, in another folder."""
+    for stage in Sweep.needs:
+        shutil.copytree(run.at(stage), folder / stage)
+    return replace(run, folder=folder)
+
+
+def test_the_objective_is_the_retrained_proxy_on_the_choosing_half(run: Run) -> None:
+    objective = Retraining(run, chosen_selection(run), (0, 1))
     whole = objective(OWN)
     assert objective(OWN) == whole
     assert 0 < whole["kept_fraction"] <= 1
@@ -249,35 +244,38 @@ def test_the_objective_is_the_retrained_proxy_on_the_choosing_half(finished_run:
     assert nothing == {"loss": math.inf, "mean_recall": 0.0, "kept_fraction": 0.0}
 
 
+def test_a_trial_of_the_own_settings_decides_as_the_run_did(run: Run) -> None:
+    selection = chosen_selection(run)
+    subset = PairEvidence(folder=run.at("selection")).decide(replace(selection, **own_settings(selection)))
+    curated = run.curated()
+    np.testing.assert_array_equal(subset.kept, curated["kept"].to_numpy())
+    np.testing.assert_array_equal(subset.weight.astype(np.float32), curated["weight"].to_numpy())
+
+
 @pytest.mark.ray
-def test_a_sweep_writes_the_best_config(own_ray: None, finished_run: Path, tmp_path: Path) -> None:
-    config = SweepConfig(trials=3)
-    best = sweep(finished_run, config, tmp_path / "sweep")
-    trials = pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()
-    assert best.trials == len(trials) == 3
-    assert best.value == min(trial["loss"] for trial in trials) <= best.own
-    ours, theirs = load_config(best.config), load_config(finished_run / "config.yaml")
-    told = read_manifest(finished_run / "curate")
-    assert told is not None
-    chosen = with_chosen(
-        theirs.curate, told.details
-    )  # what retraining chose, where the search leaves it alone
-    assert ours == replace(theirs, curate=replace(chosen, **best.settings))
-    stamp = best.config.stat().st_mtime_ns
-    assert sweep(finished_run, config, tmp_path / "sweep") == best
-    assert best.config.stat().st_mtime_ns == stamp
+def test_a_sweep_writes_the_best_config(ray_engine: Engine, by_value: None, run: Run, tmp_path: Path) -> None:
+    run = copied(run, tmp_path / "run")
+    stage = Sweep(SweepConfig(trials=3))
+    best = carry_out(stage, run, ray_engine)
+    trials = pq.read_table(run.at("sweep") / "trials.parquet").to_pylist()
+    assert best.details["trials"] == len(trials) == 3
+    assert best.details["value"] == min(trial["loss"] for trial in trials) <= best.details["own"]
+    config = load_config(run.at("sweep") / "best.yaml")
+    chosen = replace(chosen_selection(run), **best.details["settings"])
+    assert config == replace(run.config, selection=chosen)
+    assert {path.name for path in run.at("sweep").iterdir()} == {
+        *("best.yaml", "trials.parquet", "manifest.json")
+    }
+    assert carry_out(stage, run, LocalEngine()) == best  # nothing is done anew
+    # how many at a time changes no file
+    assert carry_out(Sweep(SweepConfig(trials=3, max_concurrent=7)), run, LocalEngine()) == best
 
 
-def test_a_run_without_scores_is_refused(finished_run: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished_run, tmp_path / "run")
-    (tmp_path / "run" / "attribute" / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"no finished attribute stage to sweep over"):
-        sweep(tmp_path / "run", SweepConfig(), tmp_path / "sweep")
-
-
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"config\.yaml cannot be read"):
-        sweep(tmp_path, SweepConfig(), tmp_path / "sweep")
+def test_a_run_without_a_decision_is_refused(run: Run, tmp_path: Path) -> None:
+    run = copied(run, tmp_path / "run")
+    (run.at("selection") / "manifest.json").unlink()
+    with pytest.raises(InputError, match="no finished selection stage"):
+        carry_out(Sweep(SweepConfig()), run, LocalEngine())
 
 
 if __name__ == "__main__":
