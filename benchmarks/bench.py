@@ -12,51 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.cache import ROOT, OutOfTimeError, cached, code_digest
+from benchmarks.wanted import Interval, Wanted
 from influencespace.data.artifacts import installed_versions, write_json
 
 RESULTS = ROOT / "benchmarks" / "results"
-Interval = tuple[float, float]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a promise asks for: in words, and as a test of what was measured and its 95 % interval."""
-
-    words: str
-    holds: Callable[[float, Interval], bool]
-
-
-def at_least(bound: float) -> Wanted:
-    return Wanted(f"at least {bound:g}", lambda value, _: value >= bound)
-
-
-def at_most(bound: float) -> Wanted:
-    return Wanted(f"at most {bound:g}", lambda value, _: value <= bound)
-
-
-def above(bound: float) -> Wanted:
-    return Wanted(f"above {bound:g}", lambda value, _: value > bound)
-
-
-def between(low: float, high: float) -> Wanted:
-    return Wanted(f"{low:g} to {high:g}", lambda value, _: low <= value <= high)
-
-
-def within(distance: float, of: float) -> Wanted:
-    return Wanted(f"within {distance:g} of {of:.3f}", lambda value, _: abs(value - of) <= distance)
-
-
-def significantly_above(bound: float) -> Wanted:
-    return Wanted(f"significantly above {bound:g} (95 % CI)", lambda _, around: around[0] > bound)
-
-
-def significantly_below(bound: float) -> Wanted:
-    return Wanted(f"significantly below {bound:g} (95 % CI)", lambda _, around: around[1] < bound)
-
-
-def not_significantly_below(bound: float) -> Wanted:
-    return Wanted(f"not significantly below {bound:g} (95 % CI)", lambda _, around: around[1] >= bound)
 
 
 @dataclass(kw_only=True)

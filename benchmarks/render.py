@@ -50,8 +50,9 @@ def rendered(text: str, results: Path = RESULTS) -> str:
 
     def replace(match: re.Match[str]) -> str:
         name, *columns = match[3].split()
-        by_kind = {"pivot": pivot_table, "short": partial(pivot_table, digits=1)}
-        make = by_kind.get(match[2], part_table if columns else targets_table)
+        make: Callable[..., str] = part_table if columns else targets_table
+        if match[2] != "table":
+            make = partial(pivot_table, digits=1 if match[2] == "short" else 3)
         return match[1] + make(read(name, results), *columns) + match[4]
 
     def claimed(match: re.Match[str]) -> str:

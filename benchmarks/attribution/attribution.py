@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import wanted
 from benchmarks.arrays import FloatArray
 from benchmarks.attribution.attribution_setup import RATES, Study, SyntheticStudy
 from benchmarks.attribution.deletion import deletion
@@ -26,7 +27,7 @@ from benchmarks.attribution.scoring import (
     pearson,
     target_loss,
 )
-from benchmarks.bench import Bench, Benchmark, at_least, between, significantly_above
+from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import cached, each_seed
 from benchmarks.data.datasets import Dataset
 from influencespace.core.batches import training_batches
@@ -90,10 +91,12 @@ def leave_one_out(bench: Bench) -> None:
             bench.row(estimator=name, rule=label, pearson=mean, lowest=lowest, ensemble=ensemble, slope=slope)
             if name in PROMISED:
                 what = f"leave-one-out, {rule}, Pearson of `{name}` (ensemble; lowest and highest of single proxies)"
-                bench.target(what, at_least(0.97), ensemble, (lowest, max(single)))
+                bench.target(what, wanted.at_least(0.97), ensemble, (lowest, max(single)))
             if slope is not None:
                 bench.target(
-                    f"leave-one-out, {rule}, slope of the truth over `{name}`", between(0.8, 1.2), slope
+                    f"leave-one-out, {rule}, slope of the truth over `{name}`",
+                    wanted.between(0.8, 1.2),
+                    slope,
                 )
 
 
@@ -164,7 +167,7 @@ def lds_part(bench: Bench) -> None:
     best = max((name for name in TABLE if name not in OURS), key=lambda name: values[name])
     bench.target(
         f"LDS of ecif minus that of the best peer method, {best}",
-        significantly_above(0),
+        wanted.significantly_above(0),
         values["ecif"] - values[best],
         interval(draws["ecif"] - draws[best]),
     )

@@ -15,10 +15,11 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.func import functional_call, grad
 
+from benchmarks import wanted
 from benchmarks.arrays import FloatArray, IntArray
 from benchmarks.attribution.attribution_setup import Study
 from benchmarks.attribution.scoring import SCORES, agreement, path_of, pearson, target_loss
-from benchmarks.bench import Bench, Benchmark, Wanted, between
+from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import each_seed
 from benchmarks.data.datasets import Dataset
 from influencespace.core.batches import training_batches
@@ -210,13 +211,12 @@ def calibrated(truth: str, bench: Bench) -> None:
             what = truth.replace("_", " ")
             bench.target(
                 f"{what}, slope of the real change over that by `{name}`",
-                between(0.5, 1.5),
+                wanted.between(0.5, 1.5),
                 slope(a, b),
                 around,
             )
-            one_quantile = Wanted("within one quantile", lambda value, _: abs(value) <= 1)
             name = f"{what}, zero crossing by `{name}` less the real one, in deciles"
-            bench.target(name, one_quantile, apart - turn)
+            bench.target(name, wanted.one_quantile, apart - turn)
 
 
 for _truth in TRUTHS:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from benchmarks import wanted
 from benchmarks.arrays import BoolArray, FloatArray, IntArray
 from benchmarks.attribution.scoring import SCORES
-from benchmarks.bench import Bench, Benchmark, above, significantly_below
+from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import cached
 from benchmarks.curation.retrain_eval import Retrained
 from benchmarks.data.class_folders import NAMES, ClassWorld, folder_classes, right, true_classes
@@ -181,7 +182,7 @@ def without_harmful(share: float, bench: Bench) -> None:
     found = compared(bench, share, harmful=True)
     for rival in RIVALS:
         name = f"accuracy without the most harmful {share:.0%} by ecif, minus that by {rival}"
-        bench.target(name, above(0), *found.compared(rival, "ecif"))
+        bench.target(name, wanted.above(0), *found.compared(rival, "ecif"))
 
 
 BENCHMARK.parts["harmful"] = partial(without_harmful, REMOVED)
@@ -194,7 +195,7 @@ def valuable(bench: Bench) -> None:
     name = (
         f"accuracy without the most valuable {REMOVED:.0%} by ecif, minus that without a random {REMOVED:.0%}"
     )
-    bench.target(name, significantly_below(0), *found.compared("random", "ecif"))
+    bench.target(name, wanted.significantly_below(0), *found.compared("random", "ecif"))
 
 
 BENCHMARK.parts["all_wrong"] = partial(without_harmful, WRONG)

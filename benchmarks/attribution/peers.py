@@ -16,6 +16,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from benchmarks import wanted
 from benchmarks.arrays import FloatArray
 from benchmarks.attribution.digits import (
     RATES,
@@ -28,7 +29,7 @@ from benchmarks.attribution.digits import (
 )
 from benchmarks.attribution.lds import ceiling, foretold, half_subsets, lds, lds_draws
 from benchmarks.attribution.scoring import BLIND, SCORES, Score, damping_at, score_all, tuned
-from benchmarks.bench import Bench, Benchmark, at_least, not_significantly_below
+from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import each_seed
 from benchmarks.methods.packages import PEERS, SELF_INFLUENCE, Peer, TrainedClassifier, quiet
 from influencespace.core.metrics import auroc, interval
@@ -205,7 +206,7 @@ def agreement(bench: Bench) -> None:
             )
             if same:
                 name = f"Spearman of `{ours}` with {peer}, {kind} proxy (median and 95 % of target groups)"
-                bench.target(name, at_least(0.95), middle, interval(values))
+                bench.target(name, wanted.at_least(0.95), middle, interval(values))
 
 
 def subset_losses(study: Classification, subsets: FloatArray, seed: int) -> dict[str, Any]:
@@ -239,7 +240,7 @@ def lds_part(bench: Bench) -> None:
             )
             name = f"LDS of the best of ours, `{ours}`, minus that of the best peer, {theirs}, {kind} proxy"
             around = interval(draws[ours] - draws[theirs])
-            bench.target(name, not_significantly_below(0), values[ours] - values[theirs], around)
+            bench.target(name, wanted.not_significantly_below(0), values[ours] - values[theirs], around)
 
 
 @BENCHMARK.part

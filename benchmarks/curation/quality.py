@@ -1,13 +1,15 @@
 """How well curation works on real pairs: Flickr8k with captions shuffled on purpose, judged by the planted truth alone."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import wanted
 from benchmarks.arrays import FloatArray
-from benchmarks.bench import Bench, Benchmark, Wanted, above, at_least, not_significantly_below, within
-from benchmarks.cache import cached, code_digest
+from benchmarks.bench import Bench, Benchmark
+from benchmarks.cache import code_digest
 from benchmarks.curation.curation import Curation, retrained, swapped
 from benchmarks.curation.retrain_eval import together
 from benchmarks.data.datasets import ENGINE, Dataset, Setting
@@ -26,7 +28,7 @@ def detection(bench: Bench) -> None:
         result = Curation(Dataset.of(bench), Setting(wrong=0.3, captions=captions, steps=200)).judged()
         bench.row(captions=captions, steps=200, **result)
         name = f"AUROC of the pooled score, 30% wrong, {captions} caption(s) an image"
-        bench.target(name, at_least(bound), result["auroc"])
+        bench.target(name, wanted.at_least(bound), result["auroc"])
 
 
 def dirty(bench: Bench) -> list[Curation]:
@@ -44,7 +46,7 @@ def recall(bench: Bench) -> None:
         bench.row(**found.row(name))
     for name in ("clip_score", "proxy_clip_score"):
         what = f"mean recall of curated minus {name} at the true fraction, 30% wrong, {captions} captions"
-        bench.target(what, not_significantly_below(0), *found.compared(name))
+        bench.target(what, wanted.not_significantly_below(0), *found.compared(name))
 
 
 @BENCHMARK.part
@@ -85,11 +87,10 @@ def removal(bench: Bench) -> None:
     crossings = [
         int(np.argmax(values > 0)) if (values > 0).any() else DECILES for values in (predicted, change)
     ]
-    one_quantile = Wanted("within one quantile", lambda value, _: value <= 1)
     apart = float(abs(crossings[0] - crossings[1]))
-    bench.target("crossing of T against real removal of deciles, 30% wrong", one_quantile, apart)
+    bench.target("crossing of T against real removal of deciles, 30% wrong", wanted.one_quantile, apart)
     name = "correlation of T with the real change of the target loss, by decile"
-    bench.target(name, above(0), float(np.corrcoef(predicted, change)[0, 1]))
+    bench.target(name, wanted.above(0), float(np.corrcoef(predicted, change)[0, 1]))
 
 
 @BENCHMARK.part
@@ -102,7 +103,11 @@ def fraction(bench: Bench) -> None:
                 result = Curation(Dataset.of(bench), setting).judged()
                 bench.row(captions=captions, steps=steps, **result)
                 name = f"fraction pruned, {wrong:.0%} wrong, {captions} captions, {steps} steps"
-                bench.target(name, within(0.05, result["wrong"]), result["pruned"])
+                bench.target(name, wanted.within(0.05, result["wrong"]), result["pruned"])
+
+
+def demo_summary(folder: Path, seed: int) -> dict[str, Any]:
+    return run_demo(folder, ENGINE, seed=seed).summary()
 
 
 @BENCHMARK.part
@@ -110,8 +115,7 @@ def demo(bench: Bench) -> None:
     """What `make demo` ends in, for several synthetic worlds with 25 % wrong captions."""
     for seed in bench.seeds:
         folder = bench.cache / "demo" / fingerprint([seed, code_digest("influencespace.demo")])
-        make = partial(run_demo, folder, ENGINE, seed=seed)
-        summary = cached(bench.cache, ["demo", seed], make)
+        summary = bench.cached(["demo", seed], partial(demo_summary, folder, seed))
         for method, found in summary["methods"].items():
             compared = summary["comparisons"].get(method, {})
             bench.row(
@@ -125,4 +129,4 @@ def demo(bench: Bench) -> None:
         for method in ("everything", "random", "clip_score"):
             compared = summary["comparisons"][method]
             name = f"synthetic world {seed}: mean recall of curated minus {method}"
-            bench.target(name, above(0), compared["difference"], tuple(compared["ci"]))
+            bench.target(name, wanted.above(0), compared["difference"], tuple(compared["ci"]))

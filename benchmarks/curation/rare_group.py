@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks import wanted
 from benchmarks.arrays import BoolArray, FloatArray
-from benchmarks.bench import Bench, at_least
+from benchmarks.bench import Bench
 from benchmarks.curation.curation import Curation, identity, retrained, swapped
 from benchmarks.data.datasets import Setting, link_embeddings, store_pairs, with_column, with_rows
 from influencespace.core.metrics import interval
@@ -136,7 +137,7 @@ def rare_group(bench: Bench) -> None:
         )
     (ours, our_draws), (theirs, their_draws) = gap("curated"), gap("everything")
     name = "rare group: gap in recall, how much smaller than everything's"
-    bench.target(name, at_least(0.3), 1 - ours / theirs, interval(1 - our_draws / their_draws))
+    bench.target(name, wanted.at_least(0.3), 1 - ours / theirs, interval(1 - our_draws / their_draws))
     for name, what in (("all", "mean recall"), ("rare", "recall of the group")):
         compared = of[name].compared("everything")
-        bench.target(f"rare group: {what} of curated minus everything's", at_least(0), *compared)
+        bench.target(f"rare group: {what} of curated minus everything's", wanted.at_least(0), *compared)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import wanted
 from benchmarks.arrays import BoolArray, FloatArray, IntArray
-from benchmarks.bench import Bench, Benchmark, at_least, at_most, significantly_above
+from benchmarks.bench import Bench, Benchmark
 from benchmarks.curation.curation import Changes
 from benchmarks.curation.retrain_eval import Retrained
 from benchmarks.curation.scenario_curation import ScenarioCuration, scenario_setting
@@ -81,8 +82,10 @@ def copies(bench: Bench) -> None:
         bench.row(image=config.image, text=config.text, **result)
         if config == RedundancyConfig():
             for name in ("recall", "precision"):
-                bench.target(f"copies by the default thresholds, {name}", at_least(0.95), result[name])
-            bench.target("share of clean pairs taken for copies", at_most(0.01), result["pruned_of_clean"])
+                bench.target(f"copies by the default thresholds, {name}", wanted.at_least(0.95), result[name])
+            bench.target(
+                "share of clean pairs taken for copies", wanted.at_most(0.01), result["pruned_of_clean"]
+            )
 
 
 def by_rule(
@@ -119,7 +122,7 @@ def retraining(bench: Bench) -> None:
     }
     found = by_rule(bench, curation, rules)
     name = "mean recall of curated minus the pool without copies"
-    bench.target(name, at_least(-0.5), *found.compared("oracle"))
+    bench.target(name, wanted.at_least(-0.5), *found.compared("oracle"))
 
 
 def size(share: float, bench: Bench) -> None:
@@ -156,11 +159,11 @@ def size(share: float, bench: Bench) -> None:
     found = by_rule(bench, curation, rules)
     ratio = found.mean("curated") / found.mean("everything")
     bench.target(
-        f"mean recall at {share:g} of a clean pool, as a share of everything's", at_least(0.99), ratio
+        f"mean recall at {share:g} of a clean pool, as a share of everything's", wanted.at_least(0.99), ratio
     )
     for name in ("random", "clip_score"):
         what = f"mean recall at {share:g} of a clean pool, curated minus {name}"
-        bench.target(what, significantly_above(0), *found.compared(name))
+        bench.target(what, wanted.significantly_above(0), *found.compared(name))
 
 
 for _share in (0.7, 0.5):

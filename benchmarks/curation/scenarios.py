@@ -10,16 +10,8 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.bench import (
-    Bench,
-    Benchmark,
-    above,
-    at_least,
-    at_most,
-    not_significantly_below,
-    significantly_above,
-    within,
-)
+from benchmarks import wanted
+from benchmarks.bench import Bench, Benchmark
 from benchmarks.curation.curation import retrained
 from benchmarks.curation.rare_group import rare_group
 from benchmarks.curation.retrain_eval import Retrained, mean_of, together
@@ -55,13 +47,13 @@ def judge(
     judged = [each.judged() for each in pools]
     if pools[0].scenario.corruption in ("clean", "wrong"):
         farthest = max(judged, key=lambda each: float(abs(each["pruned"] - each["wrong"])))
-        wanted = within(0.04, farthest["wrong"]) if farthest["wrong"] else at_most(0.05)
+        asked = wanted.within(0.04, farthest["wrong"]) if farthest["wrong"] else wanted.at_most(0.05)
         what = "fraction pruned by the method itself, by the target for which it is farther off"
-        bench.target(f"{of}{name}: {what}", wanted, farthest["pruned"])
+        bench.target(f"{of}{name}: {what}", asked, farthest["pruned"])
     else:
         precision = min((each["precision"] for each in judged if each["pruned"]), default=None)
         what = "share of what was pruned as harmful that is dirt, by the target for which it is lower"
-        bench.target(f"{of}{name}: {what}", at_least(0.9), precision)
+        bench.target(f"{of}{name}: {what}", wanted.at_least(0.9), precision)
     found = retrained(pools, bench.seeds)
     for method in found.shares:
         bench.row(**{column: name}, **found.row(method))
@@ -72,18 +64,16 @@ def judge(
 
 def compare(bench: Bench, what: str, name: str, found: Retrained) -> None:
     """Ours with the oracle, with the best simple filter, and with others of a given size."""
-    bench.target(f"{what} curated minus the oracle's", at_least(-0.5), *found.compared("oracle"))
+    bench.target(f"{what} curated minus the oracle's", wanted.at_least(-0.5), *found.compared("oracle"))
     best = found.best(FILTERS)
-    wanted = significantly_above(0) if name in LED else not_significantly_below(0)
-    bench.target(
-        f"{what} curated minus that of the best simple filter, {best}", wanted, *found.compared(best)
-    )
+    asked = wanted.significantly_above(0) if name in LED else wanted.not_significantly_below(0)
+    bench.target(f"{what} curated minus that of the best simple filter, {best}", asked, *found.compared(best))
     if SIZED in found.shares:
         share = found.mean(SIZED) / found.mean("everything")
-        bench.target(f"{what} {SIZED}, as a share of everything's", at_least(0.99), share)
+        bench.target(f"{what} {SIZED}, as a share of everything's", wanted.at_least(0.99), share)
         for other in ("random", "clip_score"):
             bench.target(
-                f"{what} {SIZED} minus {other} of that size", above(0), *found.compared(other, SIZED)
+                f"{what} {SIZED} minus {other} of that size", wanted.above(0), *found.compared(other, SIZED)
             )
 
 
@@ -98,7 +88,7 @@ def in_fewer_steps(
         bench.row(**label, **both.row(ours))
         if part == 2:
             name = f"{what}: mean recall of curated after half of the steps minus everything's after all"
-            bench.target(name, at_least(0), *both.compared("everything", ours))
+            bench.target(name, wanted.at_least(0), *both.compared("everything", ours))
 
 
 for _name in SCENARIOS:
@@ -117,7 +107,7 @@ def every_kind(bench: Bench) -> None:
     best = found.best([method for method in found.shares if method not in ("curated", "oracle")])
     for other in (best, "oracle"):
         what = f"mean over {len(names)} scenarios: recall of curated minus that of {other}"
-        bench.target(what, significantly_above(0), *found.compared(other))
+        bench.target(what, wanted.significantly_above(0), *found.compared(other))
 
 
 @BENCHMARK.part

@@ -9,11 +9,11 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from benchmarks import wanted
 from benchmarks.arrays import FloatArray
-from benchmarks.bench import Bench, Benchmark, significantly_above
+from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import cached
 from benchmarks.curation.curation import Curation, identity, swapped
 from benchmarks.curation.retrain_eval import judged, together
@@ -150,4 +150,4 @@ def recall(bench: Bench) -> None:
         bench.row(**found.row(method))
     for method in BEATEN:
         name = f"mean recall with a text tower tuned on curated minus {method}, 30% wrong"
-        bench.target(name, significantly_above(0), *found.compared(method))
+        bench.target(name, wanted.significantly_above(0), *found.compared(method))

@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from benchmarks import wanted
 from benchmarks.arrays import FloatArray
-from benchmarks.bench import Bench, significantly_above
+from benchmarks.bench import Bench
 from benchmarks.curation.curation import retrained
 from benchmarks.curation.retrain_eval import Retrained
 from benchmarks.curation.scenario_curation import ScenarioCuration, scenario_setting
@@ -73,4 +74,4 @@ def seed_baseline(bench: Bench) -> None:
         bench.row(**{name: row[name] for name in ("method", "mean_recall", "interval", "kept")})
     for theirs, one in (("random", found), (DRAWS, drawn)):
         name = f"seed baseline's settings: mean recall of curated minus {theirs}"
-        bench.target(name, significantly_above(0), *one.compared(theirs))
+        bench.target(name, wanted.significantly_above(0), *one.compared(theirs))

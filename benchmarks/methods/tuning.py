@@ -6,7 +6,6 @@ already has both in one space, and nothing else then learns what the tower shoul
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from influencespace.core.contrastive import Contrastive
-from influencespace.errors import InputError
 from influencespace.models.dual_encoder import DualEncoder, unit
 from influencespace.models.tower_parameters import adapter_config, import_peft
 from influencespace.models.training import cosine_factor
@@ -29,7 +25,6 @@ TEXT_TOWER = ("text_model", "text_projection")
 PART = 32
 """Captions embedded at once. Padding costs as much as words: a batch of 256 of Flickr8k takes 10 s on a core padded to its
 longest caption, and 4 s in parts of like length."""
-FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's names
 
 
 @options(frozen=True, kw_only=True)
@@ -69,10 +64,6 @@ class TunedTower:
     def _features(self, captions: Sequence[str]) -> Tensor:
         return self.encoder.text_features(self.encoder.tokenize(captions)[0])
 
-    def save(self, folder: Path) -> None:
-        """Write the adapters as peft does, into safetensors; the encoder itself is not written."""
-        self.adapted.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-
 
 def adapt_text_tower(encoder: DualEncoder, rank: int, seed: int) -> TunedTower:
     """Put low-rank adapters beside all linear layers of an encoder's text tower, which then still embeds as before.
@@ -84,35 +75,6 @@ def adapt_text_tower(encoder: DualEncoder, rank: int, seed: int) -> TunedTower:
         torch.manual_seed(seed)
         adapted = import_peft().get_peft_model(encoder.model, config)
     return TunedTower(encoder.eval(), adapted)  # eval: dropout would add noise that no seed here settles
-
-
-def load_tuned(encoder: DualEncoder, folder: Path) -> TunedTower:
-    """Put saved adapters into the encoder that they were trained in; it is changed in place.
-
-    Raises InputError where the folder has no adapters in safetensors, they do not fit, or peft is not installed.
-    """
-    peft = import_peft()
-    for name in FILES:  # for what is missing peft would go on to look for a pickle, and on the hub
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} holds no adapters: there is no {name} in it")
-    try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = False  # so that tuning can go on
-        adapted = peft.get_peft_model(encoder.model, config)
-        found = peft.set_peft_model_state_dict(adapted, load_file(folder / FILES[1]))
-    except (RuntimeError, ValueError, SafetensorError) as error:
-        raise _unfit(folder, " ".join(str(error).split())[:300]) from error
-    missing = [name for name in found.missing_keys if ".lora_" in name]
-    if missing or found.unexpected_keys:
-        counts = f"{len(found.unexpected_keys)} belong to no layer of it, {len(missing)} are missing"
-        raise _unfit(folder, counts)
-    return TunedTower(encoder.eval(), adapted)
-
-
-def _unfit(folder: Path, reason: str) -> InputError:
-    return InputError(
-        f"the adapters in {folder} do not fit this encoder; was it another that was tuned? {reason}"
-    )
 
 
 def tune(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from benchmarks.bench import Bench, Benchmark, Wanted, at_least, at_most
+from benchmarks import wanted
+from benchmarks.bench import Bench, Benchmark
 from benchmarks.data.datasets import encoder_of
 from benchmarks.speed.processes import last_line_of, peak_mb, reset_peak, tiny_world
 from influencespace.data.images import decode_image
@@ -145,20 +146,16 @@ def possible(work: dict[str, Callable[[], object]]) -> None:
 
 def promises(bench: Bench, part: str, space: str, ratios: dict[str, list[float]]) -> None:
     """The targets of one space, each a median over rounds with its extremes."""
+
+    def promise(name: str, asked: wanted.Wanted, found: list[float]) -> None:
+        around = (min(found), max(found)) if found else None
+        bench.target(name, asked, median(found) if found else None, around)
+
     ours = ratios[SCORING]
-    against = {
-        route: [theirs / mine for theirs, mine in zip(ratios[route], ours)]
-        for route in ("per-sample gradients, one by one", "per-sample gradients, vmap")
-    }
-    named = {f"scoring through {space} over embedding ({part}, median of rounds)": (ours, at_most(2.2))} | {
-        f"{route}, over scoring through {space} ({part})": (found, at_least(bound))
-        for (route, found), bound in zip(against.items(), (8.0, 1.5))
-    }
-    for name, (found, wanted) in named.items():
-        if found:
-            bench.target(name, wanted, median(found), (min(found), max(found)))
-        else:
-            bench.target(name, wanted, None)
+    promise(f"scoring through {space} over embedding ({part}, median of rounds)", wanted.at_most(2.2), ours)
+    for route, bound in (("per-sample gradients, one by one", 8.0), ("per-sample gradients, vmap", 1.5)):
+        found = [theirs / mine for theirs, mine in zip(ratios[route], ours)]
+        promise(f"{route}, over scoring through {space} ({part})", wanted.at_least(bound), found)
 
 
 @BENCHMARK.part
@@ -195,13 +192,13 @@ def memory_of(bench: Bench, name: str, encoder: str, sizes: tuple[int, int]) -> 
         bench.row(encoder=name, pairs=pairs, **peak)
     peaks = [peak["scoring_peak_mb"] for peak in found]
     what = f"peak memory of scoring, {sizes[1]:,} pairs against {sizes[0]:,} ({name}, ratio)"
-    bench.target(what, at_most(1.05), peaks[1] / peaks[0])
+    bench.target(what, wanted.at_most(1.05), peaks[1] / peaks[0])
     if found[0]["model_mb"] < 50:  # an allocator's whims are larger
         return
     more = max(peak["scoring_peak_mb"] - peak["embedding_peak_mb"] for peak in found)
-    wanted = Wanted("at most 2, within a twentieth", lambda models, _: models <= 2.1)
+    twice = wanted.Wanted("at most 2, within a twentieth", lambda models, _: models <= 2.1)
     name = f"models held while scoring, beside one batch ({name})"
-    bench.target(name, wanted, 1 + more / found[0]["model_mb"])
+    bench.target(name, twice, 1 + more / found[0]["model_mb"])
 
 
 def as_child(encoder: str, pairs: int) -> None:

@@ -1,7 +1,6 @@
 """The curation benchmarks on a tiny synthetic world, with its planted truth."""
 
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,49 +13,17 @@ from benchmarks.curation.rare_group import RARE, RareGroup
 from benchmarks.curation.retrain_eval import Retrained, mean_of, together
 from benchmarks.curation.scenario_curation import ScenarioCuration
 from benchmarks.data import scenario_pools
-from benchmarks.data.datasets import CLEAN_SCENES, Dataset, Setting, some_images
+from benchmarks.data.datasets import Dataset, Setting, some_images
 from benchmarks.data.scenario_pools import EVERY_SCENARIO, Scenario
 from benchmarks.methods.seed_baseline import SETTINGS, SeedCuration
 from influencespace.config import load_config
-from influencespace.data.pair_set import PairSet
-from influencespace.data.synthetic import WorldConfig, write_world
-from influencespace.stages.ingest.fit_encoder import FitEncoder
 from influencespace.stages.ingest.split import SplitConfig
 
 SETTING = Setting(wrong=0.3, captions=2, steps=8)
 SMALL = {"proxy.train.batch_size": 24, "proxy.folds": 2, "proxy.train.dimension": 16, "cluster.k": 2}
 
 
-class TinyDataset(Dataset):
-    """Synthetic scenes in place of photographs."""
-
-    @property
-    def encoder(self) -> str:
-        return str(self.data / "encoder")
-
-    @property
-    def pool_shards(self) -> str:
-        return str(self.data / "pool" / "*.tar")
-
-    def dev(self, tar: int) -> PairSet:
-        split = ("target", "test")[tar]
-        return self.embedded(split, str(self.data / split / "*.tar"))
-
-    @cached_property
-    def other_domain(self) -> PairSet:
-        return self.dev(1)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
-    folder = tmp_path_factory.mktemp("tiny")
-    sizes = {"pretrain": 70, "pool": 80, "target": 40, "test": 40}
-    write_world(folder, WorldConfig(seed=1, **sizes, **CLEAN_SCENES))
-    FitEncoder(shards=str(folder / "pretrain"), out=folder / "encoder", steps=3, seed=0)()
-    return TinyDataset(folder, folder / "cache")
-
-
-def test_captions_are_moved_and_scores_are_of_what_is_there(dataset: TinyDataset) -> None:
+def test_captions_are_moved_and_scores_are_of_what_is_there(dataset: Dataset) -> None:
     pool, wrong = dataset.corrupted(SETTING)
     assert wrong.mean() == pytest.approx(0.3, abs=0.01)
     score = (pool.table.images[pool.image] * pool.table.texts[pool.text]).sum(1)
@@ -65,7 +32,7 @@ def test_captions_are_moved_and_scores_are_of_what_is_there(dataset: TinyDataset
     assert identity(again) == identity(pool)
 
 
-def test_a_curation_is_carried_out_once_and_its_variants_share_its_stages(dataset: TinyDataset) -> None:
+def test_a_curation_is_carried_out_once_and_its_variants_share_its_stages(dataset: Dataset) -> None:
     curation = Curation(dataset, SETTING, SMALL)
     judged = curation.judged()
     assert judged["pairs"] == len(curation.pool)
@@ -84,7 +51,7 @@ def test_a_curation_is_carried_out_once_and_its_variants_share_its_stages(datase
 
 @pytest.mark.parametrize("name", ["web", "no target", "file names", "placeholders"])
 def test_a_scenario_has_its_planted_kinds(
-    dataset: TinyDataset, name: str, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(EVERY_SCENARIO, name, replace(EVERY_SCENARIO[name], captions=2))
     larger = SplitConfig(target_share=0.45)  # of a pool that is as small as this
@@ -97,21 +64,21 @@ def test_a_scenario_has_its_planted_kinds(
         assert set(curation.weights()) >= {"curated", "early_clip_score", "d2", "semdedup", "image_based"}
 
 
-def test_clean_pools_are_as_they_were(dataset: TinyDataset) -> None:
+def test_clean_pools_are_as_they_were(dataset: Dataset) -> None:
     curation = ScenarioCuration(dataset, replace(SETTING, wrong=0), SMALL, name="clean")
     assert not curation.wrong.any()
     assert curation.judged()["auroc"] is None
     assert redundancy.leaders(curation, {"redundancy.image": 1.0}).shape == (len(curation.pool),)
 
 
-def test_the_seed_baseline_removes_whole_clusters(dataset: TinyDataset) -> None:
+def test_the_seed_baseline_removes_whole_clusters(dataset: Dataset) -> None:
     settings = {**SETTINGS, **SMALL}
     curation = SeedCuration(dataset, SETTING, settings, name="wrong 20")
     keep = round(0.8 * len(curation.pool))
     assert curation.whole_clusters(0, keep).sum() == keep
 
 
-def test_the_rare_group_is_thinned_and_named(dataset: TinyDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rare_group_is_thinned_and_named(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.curation.rare_group.RULE", r"\b(red)\b")
     curation = RareGroup(dataset, replace(SETTING, wrong=0), SMALL)
     groups = np.array(curation.pool.column("group"))
@@ -121,7 +88,7 @@ def test_the_rare_group_is_thinned_and_named(dataset: TinyDataset, monkeypatch: 
     assert curation.by_method((0,))["kept"]["everything, not thinned"] == 1
 
 
-def test_dynamic_training_is_judged(dataset: TinyDataset) -> None:
+def test_dynamic_training_is_judged(dataset: Dataset) -> None:
     curation = Curation(dataset, SETTING, SMALL)
     found = ablations.dynamically(curation, "4", (0,))
     assert len(found["shares"][0]) == len(np.unique(curation.test.image))
@@ -133,7 +100,7 @@ def test_every_changed_setting_exists() -> None:
         load_config(None, {key: value for key, value in each.items() if key not in ("images", "steps")})
 
 
-def test_a_small_target_has_whole_images(dataset: TinyDataset, tmp_path: Path) -> None:
+def test_a_small_target_has_whole_images(dataset: Dataset, tmp_path: Path) -> None:
     pairs = some_images(dataset.dev(0), 5, tmp_path / "rows.npy")
     assert len(np.unique(pairs.image)) == 5
     assert len(pairs) == np.isin(dataset.dev(0).image, pairs.image).sum()

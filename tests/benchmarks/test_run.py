@@ -9,23 +9,20 @@ from typing import Any
 import pytest
 
 from benchmarks import run
-from benchmarks.bench import (
-    Bench,
-    Benchmark,
-    Results,
+from benchmarks.bench import Bench, Benchmark, Results, run_parts
+from benchmarks.cache import ROOT, OutOfTimeError
+from benchmarks.run import NAMES, load, main
+from benchmarks.wanted import (
     Wanted,
     above,
     at_least,
     at_most,
     between,
     not_significantly_below,
-    run_parts,
     significantly_above,
     significantly_below,
     within,
 )
-from benchmarks.cache import ROOT, OutOfTimeError
-from benchmarks.run import NAMES, load, main
 
 
 @pytest.mark.parametrize("name", NAMES)

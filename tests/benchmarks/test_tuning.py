@@ -10,7 +10,7 @@ import torch
 from tiny_encoders import CAPTIONS, FAMILY_MAKERS
 from torch import Tensor, nn
 
-from benchmarks.methods.tuning import TunedTower, TuningConfig, adapt_text_tower, load_tuned, tune
+from benchmarks.methods.tuning import TunedTower, TuningConfig, adapt_text_tower, tune
 from influencespace.core.batches import training_batches
 from influencespace.core.contrastive import InfoNce, Sigmoid
 from influencespace.errors import InputError
@@ -107,17 +107,6 @@ def test_the_seed_settles_the_adapters(encoder_folders: dict[str, Path]) -> None
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_saved_adapters_give_the_same_embeddings(encoder_folders: dict[str, Path], tmp_path: Path) -> None:
-    tower, _ = tuned(encoder_of(encoder_folders), captions(16))
-    tower.save(tmp_path)
-    assert not [path for path in tmp_path.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
-    loaded = load_tuned(encoder_of(encoder_folders), tmp_path)
-    with torch.no_grad():
-        assert torch.equal(loaded.embed(CAPTIONS), tower.embed(CAPTIONS))
-        fresh = adapt_text_tower(encoder_of(encoder_folders), CONFIG.rank, 0).embed(CAPTIONS)
-    assert not torch.allclose(loaded.embed(CAPTIONS), fresh, atol=1e-3)
-
-
 def test_pairs_without_weight_are_never_seen(encoder_folders: dict[str, Path]) -> None:
     said = captions(32)
     weights = (np.arange(32) % 3 > 0).astype(np.float64)
@@ -165,44 +154,6 @@ def test_a_text_tower_without_linear_layers_is_told(encoder_folders: dict[str, P
         InputError, match=r"CLIPModel has none in text_model or text_projection; its parts are"
     ):
         adapt_text_tower(encoder, 4, 0)
-
-
-def test_a_folder_without_adapters_and_one_of_another_tower_are_told(
-    encoder_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match=r"holds no adapters: there is no adapter_config.json"):
-        load_tuned(encoder_of(encoder_folders), tmp_path)
-    adapt_text_tower(encoder_of(encoder_folders, "flava"), 4, 0).save(tmp_path)
-    with pytest.raises(InputError, match="do not fit this encoder"):
-        load_tuned(encoder_of(encoder_folders), tmp_path)
-
-
-def test_broken_adapters_and_those_of_another_rank_are_told(
-    encoder_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    adapt_text_tower(encoder_of(encoder_folders), 4, 0).save(tmp_path)
-    weights = tmp_path / "adapter_model.safetensors"
-    good = weights.read_bytes()
-    weights.write_bytes(good[: len(good) // 2])
-    with pytest.raises(InputError, match="do not fit this encoder"):
-        load_tuned(encoder_of(encoder_folders), tmp_path)
-    weights.unlink()
-    with pytest.raises(InputError, match=r"there is no adapter_model.safetensors"):
-        load_tuned(encoder_of(encoder_folders), tmp_path)
-    adapt_text_tower(encoder_of(encoder_folders), 2, 0).save(tmp_path)
-    weights.write_bytes(good)
-    with pytest.raises(InputError, match="do not fit this encoder"):
-        load_tuned(encoder_of(encoder_folders), tmp_path)
-
-
-def test_loaded_adapters_can_be_tuned_further(encoder_folders: dict[str, Path], tmp_path: Path) -> None:
-    said = captions(CONFIG.batch_size)
-    first, losses = tuned(encoder_of(encoder_folders), said)
-    first.save(tmp_path)
-    loaded = load_tuned(encoder_of(encoder_folders), tmp_path)
-    u, rows = images(len(said)), np.arange(len(said))
-    further = tune(loaded, lambda rows: (u[rows], said), [rows] * 5, LOSS, CONFIG)
-    assert further[-1] < further[0] < losses[0]
 
 
 def test_tuning_needs_peft(encoder_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
