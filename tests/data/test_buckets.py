@@ -1,34 +1,52 @@
-"""Blocks of a stage's results: found again by their mark, joined in order, and gone afterwards."""
+"""Buckets of a stage's results: written once, joined in order, and removed afterwards."""
 
 from pathlib import Path
 
 import numpy as np
 
-from influencespace.data.buckets import has_bucket, join_buckets, read_columns, remove_buckets, write_bucket
+from influencespace.data.buckets import (
+    Columns,
+    WriteBucket,
+    buckets_of,
+    join_buckets,
+    read_bucket,
+    read_columns,
+    remove_buckets,
+    write_bucket,
+)
 
 
-def test_a_block_counts_only_for_what_it_was_computed_from(tmp_path: Path) -> None:
-    write_bucket(tmp_path, "score", 0, "one", {"x": np.arange(3)})
-    assert has_bucket(tmp_path, "score", 0, "one")
-    assert not has_bucket(tmp_path, "score", 0, "another")
-    assert not has_bucket(tmp_path, "score", 3, "one")
+def test_a_bucket_that_is_there_is_not_computed_again(tmp_path: Path) -> None:
+    computed: list[tuple[int, int]] = []
+
+    def compute(start: int, stop: int) -> Columns:
+        computed.append((start, stop))
+        return {"x": np.arange(start, stop), "y": np.ones((stop - start, 2))}
+
+    tasks = [
+        WriteBucket(folder=tmp_path, table="score", start=a, stop=b, compute=compute)
+        for a, b in buckets_of(5, 2)
+    ]
+    assert [task() for task in tasks * 2] == [2, 2, 1] * 2
+    assert computed == [(0, 2), (2, 4), (4, 5)]
+    assert read_bucket(tmp_path, "score", 4, "y")["y"].shape == (1, 2)
 
 
-def test_blocks_are_joined_in_the_order_that_is_asked_for(tmp_path: Path) -> None:
+def test_buckets_are_joined_in_the_order_that_is_asked_for(tmp_path: Path) -> None:
     for start in (0, 4, 2):
-        write_bucket(tmp_path, "score", start, "one", {"x": np.arange(start, start + 2)})
+        write_bucket(tmp_path, "score", start, {"x": np.arange(start, start + 2)})
     assert join_buckets(tmp_path, "score", [0, 2, 4]) == 6
     assert read_columns(tmp_path / "score.parquet")["x"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_joined_blocks_stay_for_a_task_that_is_begun_again(tmp_path: Path) -> None:
-    write_bucket(tmp_path, "score", 0, "one", {"x": np.arange(2)})
+def test_joined_buckets_stay_for_a_task_that_is_begun_again(tmp_path: Path) -> None:
+    write_bucket(tmp_path, "score", 0, {"x": np.arange(2)})
     assert [join_buckets(tmp_path, "score", [0]) for _ in range(2)] == [2, 2]
 
 
-def test_no_block_is_left_behind_whoever_wrote_it(tmp_path: Path) -> None:
-    write_bucket(tmp_path, "score", 0, "one", {"x": np.arange(2)})
-    write_bucket(tmp_path, "score", 7, "of a killed run with larger blocks", {"x": np.arange(2)})
+def test_no_bucket_is_left_behind(tmp_path: Path) -> None:
+    write_bucket(tmp_path, "score", 0, {"x": np.arange(2)})
+    write_bucket(tmp_path, "score", 7, {"x": np.arange(2)})
     remove_buckets(tmp_path)
     assert not list(tmp_path.iterdir())
     remove_buckets(tmp_path)
