@@ -282,7 +282,7 @@ def carry_out(stage: Stage, run: Run, engine: Engine) -> Manifest:
     The work is done in a folder beside the stage's, named by its fingerprint, which takes the stage's place once it is whole:
     a killed stage continues there, and files of other settings are never taken for its own.
     """
-    folder = run.at(stage.name)
+    folder = run.at(stage.name).resolve()  # it may lie elsewhere by a link, which stays
     mark, inputs = stage_fingerprint(stage, run)
     working = folder.with_name(f".{folder.name}-{mark[:16]}")
     if not is_done(folder, mark):

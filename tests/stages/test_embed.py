@@ -10,8 +10,8 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,23 @@ import pytest
 import torch
 from PIL import Image
 
+from influencespace.config import load_config
 from influencespace.data.artifacts import Manifest, read_manifest
 from influencespace.data.embeddings import EmbeddingTable, read_rejected, rejected_reasons
 from influencespace.data.readers import list_shards
-from influencespace.data.schema import ReadOptions
 from influencespace.data.uids import digest
 from influencespace.engine.local import Engine, LocalEngine
+from influencespace.engine.placement import Machine
 from influencespace.errors import InputError
-from influencespace.stages.ingest.embed import Workers, embed, share
+from influencespace.run import Run, carry_out
+from influencespace.stages.ingest.embed import Embed, embed_share
 from influencespace.stages.ingest.encode import EmbedConfig
-from influencespace.stages.ingest.imports import import_embeddings
+from influencespace.stages.ingest.shards import shard_identities
 
 SIDE = 4
 DIMENSION = SIDE * SIDE * 3
-CONFIG = EmbedConfig(encoder="fake", batch_size=4, keep_parts=True)
+POOL = "embed/pool"
+SMALL: dict[str, Any] = {"embed.encoder": "fake", "embed.batch_size": 4, "embed.keep_chunks": True}
 
 
 @dataclass
@@ -75,14 +78,28 @@ def load_fake(log: Path, config: EmbedConfig, device: str, **options: Any) -> Fa
 
 
 def run(
-    data: str | list[str],
+    data: str,
     out: Path,
     engine: Engine | None = None,
-    config: EmbedConfig = CONFIG,
+    *,
+    settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Manifest:
-    loader = partial(load_fake, out.with_suffix(".log"), **options)
-    return embed(list_shards(data), config, out, engine or LocalEngine(), load_encoder=loader)
+    """The embed stage for the pool of a run, whose artifact is `out`."""
+    assert out.match(POOL)
+    config = load_config(None, SMALL | {"data.pool": data} | dict(settings or {}))
+    stage = Embed("pool", partial(load_fake, out.with_suffix(".log"), **options))
+    return carry_out(stage, Run(folder=out.parents[1], config=config), engine or LocalEngine())
+
+
+def provided(path: Path, out: Path, engine: Engine | None = None, data: str = "", **read: Any) -> Manifest:
+    """The same where the embeddings are there already."""
+    settings = {"data.embeddings": str(path)} | {f"embed.read.{name}": value for name, value in read.items()}
+    return run(data, out, engine, settings=settings)
+
+
+def chunks(out: Path) -> Path:
+    return out.with_name("pool.chunks")
 
 
 def calls(out: Path, kind: str) -> int:
@@ -150,8 +167,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Two shards, and what the plain loop makes of them."""
     folder = tmp_path_factory.mktemp("world")
     data = write_world(folder / "data", 2)
-    run(data, folder / "out")
-    return data, folder / "out"
+    run(data, folder / POOL)
+    return data, folder / POOL
 
 
 def test_the_artifact_is_whole_and_in_canonical_order(world: tuple[str, Path]) -> None:
@@ -212,16 +229,16 @@ def test_shards_and_their_order_change_nothing(
     world: tuple[str, Path], tmp_path: Path, shards: int, seed: int | None
 ) -> None:
     order = None if seed is None else np.random.default_rng(seed).permutation(24).tolist()
-    run(write_world(tmp_path / "data", shards, order), tmp_path / "out")
-    assert_same(tmp_path / "out", world[1])
+    run(write_world(tmp_path / "data", shards, order), tmp_path / POOL)
+    assert_same(tmp_path / POOL, world[1])
 
 
 def test_batch_size_changes_nothing_and_needs_no_new_run(world: tuple[str, Path], tmp_path: Path) -> None:
-    run(world[0], tmp_path / "out", config=replace(CONFIG, batch_size=64))
-    assert_same(tmp_path / "out", world[1])
-    before = calls(tmp_path / "out", "image")
-    run(world[0], tmp_path / "out", config=replace(CONFIG, batch_size=2))
-    assert calls(tmp_path / "out", "image") == before
+    run(world[0], tmp_path / POOL, settings={"embed.batch_size": 64})
+    assert_same(tmp_path / POOL, world[1])
+    before = calls(tmp_path / POOL, "image")
+    run(world[0], tmp_path / POOL, settings={"embed.batch_size": 2})
+    assert calls(tmp_path / POOL, "image") == before
 
 
 @pytest.mark.ray
@@ -229,11 +246,11 @@ def test_batch_size_changes_nothing_and_needs_no_new_run(world: tuple[str, Path]
 def test_ray_equals_the_plain_loop(
     world: tuple[str, Path], tmp_path: Path, ray_engine: Engine, actors: int
 ) -> None:
-    manifest = run(world[0], tmp_path / "out", ray_engine, replace(CONFIG, num_actors=actors))
-    assert_same(tmp_path / "out", world[1])
+    manifest = run(world[0], tmp_path / POOL, ray_engine, settings={"embed.num_actors": actors})
+    assert_same(tmp_path / POOL, world[1])
     assert manifest.details["workers"] >= 1
     assert manifest.details["startup_seconds"] >= 0
-    assert pq.read_table(tmp_path / "out" / "pairs.parquet").equals(pq.read_table(world[1] / "pairs.parquet"))
+    assert pq.read_table(tmp_path / POOL / "pairs.parquet").equals(pq.read_table(world[1] / "pairs.parquet"))
 
 
 def test_a_finished_stage_is_not_run_again(world: tuple[str, Path]) -> None:
@@ -243,11 +260,11 @@ def test_a_finished_stage_is_not_run_again(world: tuple[str, Path]) -> None:
 
 
 def test_a_stopped_run_goes_on_at_its_last_shard(world: tuple[str, Path], tmp_path: Path) -> None:
-    data, out = write_world(tmp_path / "data", 7), tmp_path / "out"
+    data, out = write_world(tmp_path / "data", 7), tmp_path / POOL
     with pytest.raises(RuntimeError, match="the power is gone"):
         run(data, out, fail_after=9)
     assert read_manifest(out) is None
-    done = len(list((out / "parts").glob("*.embed.arrow")))
+    done = len(list(chunks(out).glob("*.embed.arrow")))
     assert 0 < done < 7
     manifest = run(data, out)
     assert manifest.details["resumed_shards"] == done
@@ -255,38 +272,39 @@ def test_a_stopped_run_goes_on_at_its_last_shard(world: tuple[str, Path], tmp_pa
     assert not list(out.rglob("*.tmp"))
 
 
-def test_lost_parts_are_made_again_and_only_those(tmp_path: Path) -> None:
-    data, out = write_world(tmp_path / "data", 3), tmp_path / "out"
+def test_lost_chunks_are_made_again_and_only_those(tmp_path: Path) -> None:
+    data, out = write_world(tmp_path / "data", 3), tmp_path / POOL
     files = run(data, out).files
     embedded = calls(out, "image")
-    for name in ("manifest.json", "parts/00001.embed.arrow", "parts/00002.index.arrow"):
-        (out / name).unlink()
+    (out / "manifest.json").unlink()
+    for name in ("00001.embed.arrow", "00002.index.arrow"):
+        (chunks(out) / name).unlink()
     manifest = run(data, out)
     assert manifest.files == files
     assert manifest.details["resumed_shards"] == 2
     assert 0 < calls(out, "image") - embedded < embedded
 
 
-def test_a_broken_part_is_made_again(tmp_path: Path) -> None:
-    data, out = write_world(tmp_path / "data", 2), tmp_path / "out"
+def test_a_broken_chunk_is_made_again(tmp_path: Path) -> None:
+    data, out = write_world(tmp_path / "data", 2), tmp_path / POOL
     files = run(data, out).files
     (out / "manifest.json").unlink()
-    (out / "parts" / "00000.embed.arrow").write_bytes(b"ARROW1")
+    (chunks(out) / "00000.embed.arrow").write_bytes(b"ARROW1")
     assert run(data, out).files == files
 
 
 def test_a_changed_config_is_embedded_anew(tmp_path: Path) -> None:
-    data, out = write_world(tmp_path / "data", 2), tmp_path / "out"
+    data, out = write_world(tmp_path / "data", 2), tmp_path / POOL
     first = run(data, out)
-    second = run(data, out, config=replace(CONFIG, dtype="bfloat16"))
+    second = run(data, out, settings={"embed.dtype": "bfloat16"})
     assert second.fingerprint != first.fingerprint
     assert second.details["resumed_shards"] == 0
-    third = run(data, out, config=replace(CONFIG, read=replace(CONFIG.read, captions="first")))
+    third = run(data, out, settings={"embed.read.captions": "first"})
     assert third.rows_out < first.rows_out
 
 
 def test_changed_data_is_embedded_anew(tmp_path: Path) -> None:
-    data, out = write_world(tmp_path / "data", 2), tmp_path / "out"
+    data, out = write_world(tmp_path / "data", 2), tmp_path / POOL
     first = run(data, out)
     write_tar(tmp_path / "data" / "1.tar", [sample(77, uid="new")])
     second = run(data, out)
@@ -296,12 +314,13 @@ def test_changed_data_is_embedded_anew(tmp_path: Path) -> None:
     assert {"new#0", "new#1"} <= set(uids)
 
 
-def test_parts_go_when_they_have_served(tmp_path: Path) -> None:
-    data, out = write_world(tmp_path / "data", 1), tmp_path / "out"
-    run(data, out, config=replace(CONFIG, keep_parts=False))
+def test_chunks_are_removed_when_they_have_served(tmp_path: Path) -> None:
+    data, out = write_world(tmp_path / "data", 1), tmp_path / POOL
+    run(data, out, settings={"embed.keep_chunks": False})
     assert sorted(path.name for path in out.iterdir()) == [
         *("images.npy", "manifest.json", "pairs.parquet", "rejected.parquet", "texts.npy")
     ]
+    assert not chunks(out).exists()
 
 
 KILLED = """
@@ -317,12 +336,12 @@ run(sys.argv[1], Path(sys.argv[2]))
 
 
 def test_a_killed_process_leaves_what_the_next_one_finishes(world: tuple[str, Path], tmp_path: Path) -> None:
-    data, out = write_world(tmp_path / "data", 7), tmp_path / "out"
+    data, out = write_world(tmp_path / "data", 7), tmp_path / POOL
     command = [sys.executable, "-c", KILLED, data, str(out), str(Path(__file__).parent)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
-        while not list(out.glob("parts/*.embed.arrow")) and time.monotonic() < deadline:
+        while not list(chunks(out).glob("*.embed.arrow")) and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.01)
     finally:
@@ -372,9 +391,9 @@ def test_bad_input_is_listed_and_everything_else_is_there(
         data / "2.tar", [bad("text", b"no image, words"), good(20), bad("bomb", bomb(), extension="png")]
     )
     engine = LocalEngine() if kind == "local" else request.getfixturevalue("ray_engine")
-    manifest = run(str(data), tmp_path / "out", engine)
+    manifest = run(str(data), tmp_path / POOL, engine)
 
-    reasons = {row["uid"]: row["reason"] for row in read_rejected(tmp_path / "out").to_pylist()}
+    reasons = {row["uid"]: row["reason"] for row in read_rejected(tmp_path / POOL).to_pylist()}
     broken = reasons.keys() - {"cut", "blank", "text", "bomb"}
     assert len(reasons) == manifest.rejected == 5
     assert len(broken) == 1
@@ -383,7 +402,7 @@ def test_bad_input_is_listed_and_everything_else_is_there(
     assert "empty" in reasons["blank"]
     assert "not a readable image" in reasons["text"]
     assert "pixels" in reasons["bomb"]
-    uids = set(EmbeddingTable.open(tmp_path / "out").pairs("uid")["uid"].to_pylist())
+    uids = set(EmbeddingTable.open(tmp_path / POOL).pairs("uid")["uid"].to_pylist())
     assert uids == {"good-0", "good-1", "good-2", "good-10", "good-12", "good-20"}
 
 
@@ -391,9 +410,9 @@ def test_an_undecodable_image_rejects_each_of_its_pairs_in_every_shard(tmp_path:
     broken = {"jpg": b"no image", "json": json.dumps({"captions": ["one", "two"]}).encode()}
     for i in range(2):
         write_tar(tmp_path / "data" / f"{i}.tar", [sample(i), broken])
-    manifest = run(str(tmp_path / "data"), tmp_path / "out")
+    manifest = run(str(tmp_path / "data"), tmp_path / POOL)
     assert (manifest.rows_in, manifest.rows_out, manifest.rejected) == (8, 4, 4)
-    assert len(read_rejected(tmp_path / "out")) == 4
+    assert len(read_rejected(tmp_path / POOL)) == 4
 
 
 def test_an_embedding_that_is_not_finite_is_a_rejection(
@@ -408,53 +427,76 @@ def test_an_embedding_that_is_not_finite_is_a_rejection(
 
     monkeypatch.setattr(FakeEncoder, "encode_image", sometimes_nan)
     write_tar(tmp_path / "data" / "0.tar", [sample(i) for i in range(3)])
-    manifest = run(str(tmp_path / "data"), tmp_path / "out")
+    manifest = run(str(tmp_path / "data"), tmp_path / POOL)
     assert (manifest.rows_out, manifest.rejected) == (4, 2)
-    assert read_rejected(tmp_path / "out")["reason"].to_pylist() == ["the embedding is not finite"] * 2
+    assert read_rejected(tmp_path / POOL)["reason"].to_pylist() == ["the embedding is not finite"] * 2
 
 
 def test_what_cannot_be_read_at_all_is_an_error_for_people(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no \.tar, \.parquet, \.json file there"):
+        run(str(tmp_path / "none" / "*.tar"), tmp_path / POOL)
     with pytest.raises(InputError, match="no shards"):
-        embed([], CONFIG, tmp_path / "out", LocalEngine())
+        shard_identities([])
     data = write_world(tmp_path / "data", 2)
+    config = load_config(None, SMALL | {"data.pool": data, "embed.encoder": "/no/such/encoder"})
+    with pytest.raises(InputError, match="does not exist"):
+        carry_out(Embed("pool"), Run(folder=tmp_path, config=config), LocalEngine())
     shards = list_shards(data)
     (tmp_path / "data" / "1.tar").unlink()
     with pytest.raises(InputError, match=r"1\.tar is gone"):
-        embed(shards, CONFIG, tmp_path / "out", LocalEngine())
-    with pytest.raises(InputError, match="does not exist"):
-        embed(shards[:1], replace(CONFIG, encoder="/no/such/encoder"), tmp_path / "out", LocalEngine())
+        shard_identities(shards)
 
 
 GIGABYTE = 2**30
+PLENTY = 1000 * GIGABYTE
 
 
-@dataclass
-class Machine(LocalEngine):
-    cores: int = 2
-    gpus: int = 0
-    memory: int = 1000 * GIGABYTE
+class Machines(LocalEngine):
+    """The plain loop that says it has such machines."""
+
+    def __init__(self, *machines: Machine) -> None:
+        self._machines = machines
+
+    @property
+    def machines(self) -> Sequence[Machine]:
+        return self._machines
+
+    @property
+    def cores_per_task(self) -> int:
+        return int(max(machine.cpus for machine in self._machines))
+
+
+def machine(cpus: int, gpus: int = 0, memory: int = PLENTY) -> Machine:
+    return Machine(cpus=cpus, gpus=gpus, memory=memory)
 
 
 @pytest.mark.parametrize(
-    ("machine", "config", "expected"),
+    ("machines", "settings", "expected"),
     [
-        (Machine(1), CONFIG, (1, 1, 0)),
-        (Machine(2), CONFIG, (2, 1, 0)),
-        (Machine(200), CONFIG, (100, 2, 0)),  # no more workers than shards
-        (Machine(16, memory=24 * GIGABYTE), CONFIG, (4, 4, 0)),
-        (Machine(16, memory=GIGABYTE), CONFIG, (1, 16, 0)),
-        (Machine(16), replace(CONFIG, num_actors=4), (4, 4, 0)),
-        (Machine(16), replace(CONFIG, cpus_per_actor=4), (4, 4, 0)),
-        (Machine(16, 2), CONFIG, (2, 8, 1)),
-        (Machine(16, 2), replace(CONFIG, gpus_per_actor=0.5), (4, 4, 0.5)),
-        (Machine(16, 2), replace(CONFIG, gpus_per_actor=0), (16, 1, 0)),
+        ([machine(1)], {}, (1, 1, 0)),
+        ([machine(2)], {}, (2, 1, 0)),
+        ([machine(200)], {}, (100, 2, 0)),  # no more workers than shards
+        ([machine(16, memory=24 * GIGABYTE)], {}, (4, 4, 0)),
+        ([machine(16, memory=GIGABYTE)], {}, (1, 16, 0)),
+        ([machine(16)], {"num_actors": 4}, (4, 4, 0)),
+        ([machine(16)], {"cpus_per_actor": 4}, (4, 4, 0)),
+        ([machine(16, 2)], {}, (2, 8, 1)),
+        ([machine(16, 2)], {"gpus_per_actor": 0.5}, (4, 4, 0.5)),
+        ([machine(16, 2)], {"gpus_per_actor": 0}, (16, 1, 0)),
+        # a head without GPUs that is larger than those with them
+        ([machine(64), *[machine(8, 1)] * 2], {}, (2, 8, 1)),
+        ([machine(16), *[machine(48, 4)] * 4], {}, (16, 12, 1)),
+        ([*[machine(96, 8)] * 8, *[machine(96)] * 8], {}, (64, 12, 1)),
+        ([machine(4, 2)], {"gpus_per_actor": 0.4}, (4, 1, 0.4)),
     ],
 )
 def test_machines_are_shared_among_the_workers(
-    machine: Machine, config: EmbedConfig, expected: tuple[int, int, float]
+    machines: list[Machine], settings: dict[str, Any], expected: tuple[int, int, float]
 ) -> None:
-    actors, cpus, gpus = expected
-    assert share(config, machine, tasks=100) == Workers(num_actors=actors, num_cpus=cpus, num_gpus=gpus)
+    share = embed_share(EmbedConfig(encoder="fake", **settings), Machines(*machines), tasks=100)
+    resources = share.resources
+    assert (share.workers, resources.cpus, resources.gpus) == expected
+    assert share.device == ("cuda" if resources.gpus else "cpu")
 
 
 def write_imported(path: Path, uids: Sequence[str | None], seed: int = 0) -> None:
@@ -473,35 +515,30 @@ def test_imported_embeddings_alone_make_the_artifact(
 ) -> None:
     engine = LocalEngine() if kind == "local" else request.getfixturevalue("ray_engine")
     write_imported(tmp_path / "a.parquet", ["x", "y", "z", "y"])
-    manifest = import_embeddings(str(tmp_path / "a.parquet"), tmp_path / "out", engine)
+    manifest = provided(tmp_path / "a.parquet", tmp_path / POOL, engine)
     assert (manifest.rows_in, manifest.rows_out, manifest.rejected) == (4, 3, 1)
-    table = EmbeddingTable.open(tmp_path / "out")
+    table = EmbeddingTable.open(tmp_path / POOL)
     assert dict(
         zip(table.pairs("uid")["uid"].to_pylist(), table.pairs("caption")["caption"].to_pylist())
     ) == {uid: f"about {uid}" for uid in "xyz"}
     images, texts = table.images[table.column("image")], table.texts[table.column("text")]
     np.testing.assert_allclose(table.column("clip_score"), (images * texts).sum(1), atol=1e-6)
-    assert import_embeddings(str(tmp_path / "a.parquet"), tmp_path / "out", engine) == manifest
+    assert provided(tmp_path / "a.parquet", tmp_path / POOL, engine) == manifest
 
 
 def test_imported_embeddings_are_joined_by_uid_and_the_missing_are_listed(tmp_path: Path) -> None:
     samples = [sample(i, uid=f"own-{i}", captions=1) for i in range(4)] + [sample(0, uid="again", captions=1)]
     write_tar(tmp_path / "data" / "0.tar", samples)
     write_imported(tmp_path / "a.parquet", ["own-3", "own-0", "stranger", "own-1"])
-    manifest = import_embeddings(
-        str(tmp_path / "a.parquet"),
-        tmp_path / "out",
-        LocalEngine(),
-        shards=list_shards(str(tmp_path / "data")),
-    )
+    manifest = provided(tmp_path / "a.parquet", tmp_path / POOL, data=str(tmp_path / "data"))
     assert (manifest.rows_in, manifest.rows_out, manifest.rejected) == (5, 3, 2)
     assert manifest.details["unmatched_embeddings"] == 1
-    rejected = read_rejected(tmp_path / "out").to_pylist()
+    rejected = read_rejected(tmp_path / POOL).to_pylist()
     assert {row["uid"]: row["reason"] for row in rejected} == {
         "own-2": "no embedding given",
         "again": "no embedding given",
     }
-    table = EmbeddingTable.open(tmp_path / "out")
+    table = EmbeddingTable.open(tmp_path / POOL)
     given = {row["uid"]: row["image_embedding"] for row in pq.read_table(tmp_path / "a.parquet").to_pylist()}
     for row in table.pairs().to_pylist():
         expected = np.array(given[row["uid"]]) / np.linalg.norm(given[row["uid"]])
@@ -513,14 +550,9 @@ def test_imported_embeddings_are_joined_by_uid_and_the_missing_are_listed(tmp_pa
 def test_joined_rows_that_name_no_pair_are_listed_too(tmp_path: Path) -> None:
     write_tar(tmp_path / "data" / "0.tar", [sample(i, uid=f"own-{i}", captions=1) for i in range(2)])
     write_imported(tmp_path / "a.parquet", ["own-0", None, "own-1", None])
-    manifest = import_embeddings(
-        str(tmp_path / "a.parquet"),
-        tmp_path / "out",
-        LocalEngine(),
-        shards=list_shards(str(tmp_path / "data")),
-    )
+    manifest = provided(tmp_path / "a.parquet", tmp_path / POOL, data=str(tmp_path / "data"))
     assert (manifest.rows_in, manifest.rows_out, manifest.rejected) == (4, 2, 2)
-    assert rejected_reasons(tmp_path / "out") == {"the pair has no uid": 2}
+    assert rejected_reasons(tmp_path / POOL) == {"the pair has no uid": 2}
 
 
 def test_pictures_that_arrive_later_are_read(tmp_path: Path) -> None:
@@ -533,7 +565,7 @@ def test_pictures_that_arrive_later_are_read(tmp_path: Path) -> None:
     document.write_text(json.dumps({"images": entries, "annotations": captions}))
     for i in range(2):
         Image.new("RGB", (8, 8), (90 * i, 10, 10)).save(folder / f"{i}.png")
-        manifest = run(str(document), tmp_path / "out")
+        manifest = run(str(document), tmp_path / POOL)
         assert manifest.rows_out == i + 1
 
 
@@ -542,7 +574,6 @@ def test_the_column_that_identifies_imported_pairs_can_be_named(tmp_path: Path) 
     table = pq.read_table(tmp_path / "a.parquet")
     pq.write_table(table.rename_columns({"uid": "name"}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"no column uid .* as embed\.read\.uid_column"):
-        import_embeddings(str(tmp_path / "a.parquet"), tmp_path / "out", LocalEngine())
-    read = ReadOptions(uid_column="name")
-    import_embeddings(str(tmp_path / "a.parquet"), tmp_path / "out", LocalEngine(), read=read)
-    assert EmbeddingTable.open(tmp_path / "out").pairs("uid")["uid"].to_pylist() == ["x", "y"]
+        provided(tmp_path / "a.parquet", tmp_path / POOL)
+    provided(tmp_path / "a.parquet", tmp_path / POOL, uid_column="name")
+    assert EmbeddingTable.open(tmp_path / POOL).pairs("uid")["uid"].to_pylist() == ["x", "y"]

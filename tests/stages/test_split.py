@@ -1,33 +1,41 @@
 """Roles: given ones are taken whole, missing ones are cut by image, and too little is refused."""
 
 import shutil
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from chain import Idle
 from planted import Planted, plant
 
+from influencespace.config import load_config
 from influencespace.data.artifacts import Manifest, read_manifest
 from influencespace.data.pair_set import PairSet
-from influencespace.engine.local import LocalEngine
+from influencespace.engine.local import Engine, LocalEngine
 from influencespace.errors import InputError
-from influencespace.stages.ingest.split import SplitConfig, pair_sets, split
+from influencespace.run import Run, carry_out
+from influencespace.stages.ingest.split import Split, pair_sets
+
+FIFTH = {"split.target_share": 0.2}
 
 
 def cut(
-    out: Path, config: SplitConfig | None = None, **roles: Planted
+    out: Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    engine: Engine | None = None,
+    **roles: Planted,
 ) -> tuple[Manifest, dict[str, PairSet]]:
-    """The split of planted roles."""
-    manifest = split(
-        {role: planted.folder for role, planted in roles.items()},
-        {role: planted.fingerprint for role, planted in roles.items()},
-        config or SplitConfig(),
-        out,
-        LocalEngine(),
-    )
-    return manifest, pair_sets(out, manifest)
+    """The split of a run whose roles are embedded: links to planted ones."""
+    for role, planted in roles.items():
+        (out / "embed").mkdir(parents=True, exist_ok=True)
+        if not (out / "embed" / role).exists():
+            (out / "embed" / role).symlink_to(planted.folder)
+    config = load_config(None, {f"data.{role}": "somewhere" for role in roles} | dict(settings or {}))
+    run = Run(folder=out, config=config)
+    return carry_out(Split(), run, engine or LocalEngine()), pair_sets(run)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +54,9 @@ def images(pairs: PairSet) -> set[int]:
 
 def test_given_roles_are_taken_whole(pool: Planted, target: Planted, tmp_path: Path) -> None:
     test = plant(tmp_path / "own", 60, captions=3, seed=3)
-    manifest, sets = cut(tmp_path, pool=pool, target=target, test=test)
+    manifest, sets = cut(tmp_path / "run", pool=pool, target=target, test=test)
     for role, planted in (("pool", pool), ("target", target), ("test", test)):
-        assert sets[role].folder == planted.folder
+        assert sets[role].folder.resolve() == planted.folder
         np.testing.assert_array_equal(sets[role].rows, np.arange(len(planted)))
     assert manifest.details["notes"] == []
     assert manifest.details["rows"] == {"pool": 800, "target": 180, "test": 180}
@@ -56,40 +64,47 @@ def test_given_roles_are_taken_whole(pool: Planted, target: Planted, tmp_path: P
 
 
 def test_a_run_folder_may_be_moved(pool: Planted, tmp_path: Path) -> None:
-    shutil.copytree(pool.folder, tmp_path / "run" / "embed")
-    copied = replace(pool, folder=tmp_path / "run" / "embed")
-    manifest, _ = cut(tmp_path / "run" / "split", SplitConfig(target_share=0.2), pool=copied)
+    shutil.copytree(pool.folder, tmp_path / "run" / "embed" / "pool")
+    cut(tmp_path / "run", FIFTH, pool=pool)
     (tmp_path / "run").rename(tmp_path / "moved")
-    after = pair_sets(tmp_path / "moved" / "split", manifest)
-    assert after["pool"].folder == tmp_path / "moved" / "embed"
+    after = pair_sets(Run(folder=tmp_path / "moved", config=None))
+    assert after["pool"].folder == tmp_path / "moved" / "embed" / "pool"
     uids = PairSet(pool.folder).column("uid")
     assert after["pool"].column("uid") == [uids[row] for row in after["pool"].rows]
 
 
-def test_a_stage_that_lies_elsewhere_by_a_link_finds_its_embeddings(pool: Planted, tmp_path: Path) -> None:
-    (tmp_path / "scratch" / "deep" / "split").mkdir(parents=True)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "split").symlink_to(tmp_path / "scratch" / "deep" / "split")
-    _, sets = cut(tmp_path / "run" / "split", SplitConfig(target_share=0.2), pool=pool)
-    assert sets["pool"].folder == pool.folder
+@pytest.mark.parametrize("name", ["run", "run/split"])
+def test_what_lies_elsewhere_by_a_link_finds_its_embeddings(
+    pool: Planted, tmp_path: Path, name: str
+) -> None:
+    elsewhere = tmp_path / "scratch" / "deep" / name
+    elsewhere.mkdir(parents=True)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to(elsewhere)
+    for settings in (FIFTH, {"split.target_share": 0.3}):
+        _, sets = cut(tmp_path / "run", settings, pool=pool)
+        assert sets["pool"].folder.resolve() == pool.folder
+        assert len(sets["pool"]) > 0
+    assert (tmp_path / name).is_symlink()
+    assert list(elsewhere.rglob("pool.npy"))
 
 
 def test_embeddings_of_two_encoders_are_refused(pool: Planted, tmp_path: Path) -> None:
     other = plant(tmp_path / "other", 60, dimension=12)
     with pytest.raises(InputError, match=r"cannot be compared \(pool 16, target 12\)"):
-        cut(tmp_path / "split", pool=pool, target=other)
+        cut(tmp_path / "run", pool=pool, target=other)
 
 
 @pytest.mark.parametrize(("asked", "drawn"), [(0.4, "50%"), (0.35, "33%"), (0.2, "20%")])
-def test_the_share_that_is_told_is_the_one_that_was_drawn(
+def test_the_reported_share_is_the_one_that_was_drawn(
     pool: Planted, tmp_path: Path, asked: float, drawn: str
 ) -> None:
-    manifest, sets = cut(tmp_path, SplitConfig(target_share=asked), pool=pool)
+    manifest, sets = cut(tmp_path, {"split.target_share": asked}, pool=pool)
     assert f"a seeded {drawn} of its images" in manifest.details["notes"][0]
     assert len(images(sets["pool"])) == pytest.approx(400 * (1 - float(drawn[:-1]) / 100), abs=2)
 
 
-def test_pairs_in_two_roles_are_told(pool: Planted, target: Planted, tmp_path: Path) -> None:
+def test_pairs_in_two_roles_are_reported(pool: Planted, target: Planted, tmp_path: Path) -> None:
     manifest, _ = cut(tmp_path, pool=pool, target=target, test=target)
     (note,) = manifest.details["notes"]
     assert note.startswith("180 of the 180 pairs of the test are in the target too")
@@ -111,7 +126,7 @@ def test_a_missing_test_set_is_half_of_the_targets_images(
 def test_a_missing_target_is_the_better_half_of_some_images_of_the_pool(
     pool: Planted, tmp_path: Path
 ) -> None:
-    manifest, sets = cut(tmp_path, SplitConfig(target_share=0.2), pool=pool)
+    manifest, sets = cut(tmp_path, FIFTH, pool=pool)
     whole = PairSet(pool.folder)
     pooled = images(sets["pool"])
     chosen = images(sets["target"]) | images(sets["test"])
@@ -139,13 +154,13 @@ def test_a_missing_target_with_a_test_set_keeps_the_test_set(
     manifest, sets = cut(tmp_path, pool=pool, test=target)
     assert len(sets["test"]) == len(target)
     assert images(sets["pool"]).isdisjoint(images(sets["target"]))
-    assert sets["target"].folder == pool.folder
+    assert sets["target"].folder.resolve() == pool.folder
     assert len(manifest.details["notes"]) == 1
 
 
 def test_the_seed_decides(pool: Planted, tmp_path: Path) -> None:
     rows = [
-        cut(tmp_path / str(i), SplitConfig(seed=seed, target_share=0.2), pool=pool)[1]["target"].rows
+        cut(tmp_path / str(i), FIFTH | {"seed": seed}, pool=pool)[1]["target"].rows
         for i, seed in enumerate([0, 0, 1])
     ]
     np.testing.assert_array_equal(rows[0], rows[1])
@@ -154,10 +169,7 @@ def test_the_seed_decides(pool: Planted, tmp_path: Path) -> None:
 
 def test_a_second_call_does_nothing(pool: Planted, target: Planted, tmp_path: Path) -> None:
     manifest, _ = cut(tmp_path, pool=pool, target=target)
-    again = split(
-        {"pool": pool.folder, "target": target.folder}, manifest.inputs, SplitConfig(), tmp_path, Idle()
-    )
-    assert again == manifest == read_manifest(tmp_path)
+    assert cut(tmp_path, engine=Idle(), pool=pool, target=target)[0] == manifest
 
 
 def test_a_role_of_too_few_images_is_refused(pool: Planted, target: Planted, tmp_path: Path) -> None:
@@ -166,7 +178,7 @@ def test_a_role_of_too_few_images_is_refused(pool: Planted, target: Planted, tmp
         cut(tmp_path / "a", pool=few, target=target, test=target)
     with pytest.raises(InputError, match=r"the target has 60 pair\(s\) of 15 image\(s\)"):
         cut(tmp_path / "b", pool=pool, target=few, test=target)
-    assert read_manifest(tmp_path / "a") is None
+    assert read_manifest(tmp_path / "a" / "split") is None
 
 
 def test_a_role_that_was_set_apart_and_is_too_small_is_explained(
@@ -174,12 +186,12 @@ def test_a_role_that_was_set_apart_and_is_too_small_is_explained(
 ) -> None:
     advice = r"No target and no test was given, .* give one, or enlarge split\.target_share"
     with pytest.raises(InputError, match=rf"the (target|test) has .* {advice}"):
-        cut(tmp_path / "a", SplitConfig(target_share=0.05), pool=pool)
+        cut(tmp_path / "a", {"split.target_share": 0.05}, pool=pool)
     few = plant(tmp_path / "few", 20, seed=5)
     with pytest.raises(InputError, match=r"of 10 image\(s\).* No test was given, .* enlarge the target"):
         cut(tmp_path / "b", pool=pool, target=few)
 
 
-def test_an_unfinished_artifact_is_refused(pool: Planted, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no finished embeddings"):
-        split({"pool": tmp_path}, {}, SplitConfig(), tmp_path / "out", LocalEngine())
+def test_roles_that_are_not_embedded_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no finished embed/pool stage"):
+        carry_out(Split(), Run(folder=tmp_path, config=load_config()), LocalEngine())

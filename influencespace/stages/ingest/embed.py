@@ -45,7 +45,9 @@ def embed_share(config: EmbedConfig, engine: Engine, tasks: int) -> Share:
     gpus = config.gpus_per_actor
     if gpus is None:
         gpus = float(any(machine.gpus >= 1 for machine in machines))
-    need = Resources(cpus=config.cpus_per_actor, gpus=gpus, memory=0 if gpus else worker_bytes(config))
+    # what a worker may need is an estimate, and no reason to refuse a machine that has less
+    memory = min(worker_bytes(config), max(machine.memory for machine in machines))
+    need = Resources(cpus=config.cpus_per_actor, gpus=gpus, memory=0 if gpus else memory)
     return share(machines, tasks, need=need, workers=config.num_actors, max_cpus=engine.cores_per_task)
 
 
