@@ -41,7 +41,7 @@ class Slicer:
         """The config on about so many pairs of the pool, and of target and test, which are written into `folder`."""
         config, paths = self.config, {"pool": ""}
         for role in self.sizes:
-            limit = pool if role == "pool" else others
+            limit = min(pool if role == "pool" else others, self.sizes[role].pairs)
             if role == "pool" and config.data.embeddings is not None:
                 paths["embeddings"] = self._embeddings(folder / "embeddings.parquet", limit)
             else:

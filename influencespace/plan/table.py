@@ -56,15 +56,16 @@ def sentences(plan: Plan) -> list[str]:
     )
     lines = [f"Pairs in the data: {counted}; embeddings of {plan.sizes['pool'].dimension} numbers."]
     if not plan.measured:
-        return [
-            *lines,
-            f"Nothing was measured. With --limit {LIMIT} or more, so many pairs go through all stages first, and what "
-            "they take is scaled.",
-        ]
-    lines += [
-        f"Times, files and memory were measured on {plan.measured:,} pairs and on half of them. Times and files are scaled "
-        "to all pairs, memory is that of one worker as measured or declared. A larger --limit gives better figures.",
-    ]
+        lines.append(
+            f"Nothing was measured: use --limit {LIMIT} to run all stages on a slice, and to scale what they take."
+        )
+        return lines
+    times = plan.sizes["pool"].pairs / plan.measured
+    lines.append(
+        f"Times, files and memory were measured on {plan.measured:,} pairs of the pool, and on half of them. Times and files "
+        f"are scaled to the whole pool, which is {times:,.1f} times as large. Memory is that of one worker, as measured or "
+        "declared. A larger --limit gives better figures."
+    )
     if plan.rounds > 1:
         lines.append(
             f"The figures are for all {plan.rounds} rounds; a run ends earlier when the target loss stops falling."

@@ -68,7 +68,7 @@ COLUMNS = (
     Column("Curated is ahead by", lead),
     Column("Image to text, R@1/5/10", _recall("image_to_text"), wide=True),
     Column("Text to image, R@1/5/10", _recall("text_to_image"), wide=True),
-    Column("Zero-shot, %", lambda method: Cell(text=number(method.get("zero_shot_accuracy"), 1))),
+    Column("Zero-shot, %", lambda method: Cell(text=number(method.get("zero_shot_accuracy"), 1)), wide=True),
     Column("Kept", lambda method: Cell(text=percent(method.get("kept_fraction")))),
     Column("Steps", lambda method: Cell(text=count(method.get("steps")))),
     Column("Time", lambda method: Cell(text=seconds(method.get("seconds")))),
