@@ -34,11 +34,11 @@ lint: $(STAMP)
 	ruff format --check .
 	mypy
 
-# The figures of docs/benchmarks.md, anew; real data in INFLUENCESPACE_DATA. The extra is other packages, to compare with.
+# The figures of the documents, anew; real data in INFLUENCESPACE_DATA. The extra is other packages, to compare with.
 bench: $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[cpu,bench]"
-	cd benchmarks && python quality.py && python scenarios.py && python transfer.py && python redundancy.py && python ablations.py && python attribution.py && python peers.py && python calibration.py && \
-		python cleaning.py && python fairness.py && python throughput.py && python towers.py && python tables.py
+	python benchmarks/run.py all
+	python benchmarks/render.py
 
 clean:
 	rm -rf $(VENV) runs .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -50,7 +50,8 @@ def test_scores_of_groups_leave_out_what_is_blind(study: Study, monkeypatch: pyt
     assert losses.shape == (2, attribution.GROUPS)
 
 
-def test_a_deletion_is_compared_with_retraining(study: Study) -> None:
+def test_a_deletion_is_compared_with_retraining(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deletion, "SHARES", (0.1, 0.2))
     found = deletion.edits(replace(study, config=replace(CONFIG, steps=20)), 0)
     assert len(found["cases"]) == 3 * len(deletion.SHARES)
     row = deletion.summary([found["cases"][1], found["cases"][1]])
