@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
@@ -81,7 +81,7 @@ class Small:
         return train_heads(self.rows, self.batches(weights, seed), heads, self.config).heads
 
     @property
-    def target_contexts(self) -> list[NegativeBatch]:
+    def target_batches(self) -> list[NegativeBatch]:
         """One for InfoNCE. The sigmoid loss adds negatives up: as many as in training, or its bias is wrong for the target."""
         size = self.targets if self.loss == "info_nce" else self.batch_size
         chosen = torch.arange(self.targets).split(size)
@@ -92,7 +92,7 @@ class Small:
 
     @torch.no_grad()
     def target_loss(self, heads: Heads) -> float:
-        terms = [self.config.objective.terms(*heads(*context.inputs)) for context in self.target_contexts]
+        terms = [self.config.objective.terms(*heads(*batch.inputs)) for batch in self.target_batches]
         return float(torch.cat(terms).mean())
 
     @cached_property
@@ -109,14 +109,14 @@ class Small:
         trained = train_heads(
             self.rows, self.batches(np.ones(self.pairs), 0), heads, self.config, on_step=keep
         )
-        contexts = disjoint_batches(np.arange(self.pairs), self.batch_size - 1, 4, seed=7)
+        bank = disjoint_batches(np.arange(self.pairs), self.batch_size - 1, 4, seed=7)
         return Problem(
             space=Space(trained.heads),
             objective=self.config.objective,
             batch_size=self.batch_size,
             pool_size=self.pairs,
-            bank=[NegativeBatch(inputs=self.rows(rows), image=rows) for rows in contexts],
-            target=self.target_contexts,
+            bank=[NegativeBatch(inputs=self.rows(rows), image=rows) for rows in bank],
+            target=self.target_batches,
             preconditioner=floored(trained.preconditioner),
             damping=damping_of(CurvatureConfig(damping_factor=1.0), trained.sum_of_learning_rates, 0.0),
             checkpoints=[self._checkpoint(step, state) for step, state in kept],
@@ -136,22 +136,25 @@ class Small:
         )
 
     def _checkpoint(self, step: int, state: dict[str, Tensor]) -> Checkpoint:
-        def load() -> Space:
-            heads = initial_heads(INPUT, INPUT, OUTPUT, 0).double()
-            heads.load_state_dict(state)
-            return Space(heads)
-
         factor = 0.5 * (1 + np.cos(np.pi * (step - 1) / self.steps))
-        return Checkpoint(step=step, learning_rate=self.learning_rate * float(factor), load=load)
+        return Checkpoint(
+            step=step, learning_rate=self.learning_rate * float(factor), load=partial(space_of, state)
+        )
 
     def cut(self, sizes: Sequence[int] | None = None, order: np.ndarray | None = None) -> list[Batch]:
-        """The pool in batches of the given sizes, in the given order."""
+        """The pool in batches of these sizes, in this order."""
         order = np.arange(self.pairs) if order is None else order
         borders = np.cumsum(sizes)[:-1] if sizes is not None else []
         return [
             Batch(uid=[f"pair-{i}" for i in rows], inputs=self.rows(rows), image=rows, row=rows)
             for rows in np.split(order, borders)
         ]
+
+
+def space_of(state: dict[str, Tensor]) -> Space:
+    heads = initial_heads(INPUT, INPUT, OUTPUT, 0).double()
+    heads.load_state_dict(state)
+    return Space(heads)
 
 
 def embeddings(n: int, seed: int) -> Inputs:

@@ -10,7 +10,6 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from influencespace.core.contrastive import Pointwise, cross_entropy
-from influencespace.core.metrics import auroc
 from influencespace.estimators.datainf import DataInf
 from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.problem import Problem, scores
@@ -91,23 +90,3 @@ def test_projecting_hardly_changes_the_scores() -> None:
     problem, pool = wide()
     found, truth = (scores(DataInf(dimension=k), problem, [batch_of(pool)]) for k in (128, 640))
     assert spearmanr(found, truth).statistic > 0.99
-
-
-def test_it_takes_two_passes() -> None:
-    assert len(laws.passes(DataInf(), PROBLEM)) == 2
-
-
-def test_passes_merge() -> None:
-    laws.assert_passes_merge(DataInf(dimension=6))
-
-
-def test_scores_do_not_depend_on_the_partition() -> None:
-    laws.assert_scores_do_not_depend_on_the_partition(DataInf(dimension=6))
-
-
-def test_bad_pairs_are_nan_and_harm_no_other() -> None:
-    laws.assert_bad_pairs_are_nan_and_harm_no_other(DataInf())
-
-
-def test_wrong_captions_score_low() -> None:
-    assert auroc(-scores(DataInf(), PROBLEM, laws.WHOLE), laws.SMALL.wrong) > 0.6

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influencespace.core.metrics import auroc
 from influencespace.estimators.less import Less, projection_rows
 from influencespace.estimators.problem import Problem, scores
 
@@ -49,15 +48,3 @@ def test_directions_keep_norms_in_expectation() -> None:
     x = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     squares = [float((projection_rows(50, 8, seed) @ x).square().sum()) for seed in range(400)]
     assert abs(np.mean(squares) / float(x @ x) - 1) < 4 * np.sqrt(2 / 8 / 400)
-
-
-def test_scores_do_not_depend_on_the_partition() -> None:
-    laws.assert_scores_do_not_depend_on_the_partition(Less(dimension=24))
-
-
-def test_bad_pairs_are_nan_and_harm_no_other() -> None:
-    laws.assert_bad_pairs_are_nan_and_harm_no_other(Less())
-
-
-def test_wrong_captions_score_low() -> None:
-    assert auroc(-scores(Less(), PROBLEM, laws.WHOLE), laws.SMALL.wrong) > 0.7

@@ -43,7 +43,3 @@ def test_a_pair_that_is_not_finite_is_nan() -> None:
     inputs = (torch.full((1, 6), torch.nan, dtype=torch.float64), laws.SMALL.target[1][:1])
     batch = Batch(uid=["a"], inputs=inputs, image=np.array([0]), row=np.array([0]))
     assert np.isnan(scores(NormSim(), PROBLEM, [batch])[0])
-
-
-def test_scores_do_not_depend_on_the_partition() -> None:
-    laws.assert_scores_do_not_depend_on_the_partition(NormSim(side="both"))

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from influencespace.core.metrics import auroc
 from influencespace.estimators.problem import scores
 from influencespace.estimators.self_influence import SelfInfluence
 from influencespace.models.projected import reduced_space
@@ -28,15 +27,3 @@ def test_it_is_minus_the_inverse_curvature_between_a_gradient_and_itself(dimensi
 
 def test_it_is_never_positive() -> None:
     assert (scores(SelfInfluence(), PROBLEM, laws.WHOLE) < 0).all()
-
-
-def test_scores_do_not_depend_on_the_partition() -> None:
-    laws.assert_scores_do_not_depend_on_the_partition(SelfInfluence(dimension=6))
-
-
-def test_bad_pairs_are_nan_and_harm_no_other() -> None:
-    laws.assert_bad_pairs_are_nan_and_harm_no_other(SelfInfluence())
-
-
-def test_wrong_captions_score_low() -> None:
-    assert auroc(-scores(SelfInfluence(), PROBLEM, laws.WHOLE), laws.SMALL.wrong) > 0.7

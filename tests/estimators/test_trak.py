@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from influencespace.core.contrastive import InfoNce, pair_logits
-from influencespace.core.metrics import auroc
 from influencespace.estimators.problem import scores
 from influencespace.estimators.trak import Trak, margins
 from influencespace.models.projected import reduced_space
@@ -72,19 +71,3 @@ def test_a_margin_of_equals_is_the_number_of_negatives() -> None:
     same = torch.nn.functional.normalize(torch.ones(4, 3, dtype=torch.float64), dim=-1)
     found = margins(*pair_logits(same, same, same, same, 7.0), factor=3.0)
     np.testing.assert_allclose(found, -math.log(12))
-
-
-def test_passes_merge() -> None:
-    laws.assert_passes_merge(Trak(dimension=6))
-
-
-def test_scores_do_not_depend_on_the_partition() -> None:
-    laws.assert_scores_do_not_depend_on_the_partition(Trak(dimension=6))
-
-
-def test_bad_pairs_are_nan_and_harm_no_other() -> None:
-    laws.assert_bad_pairs_are_nan_and_harm_no_other(Trak())
-
-
-def test_wrong_captions_score_low() -> None:
-    assert auroc(-scores(Trak(), PROBLEM, laws.WHOLE), laws.SMALL.wrong) > 0.6
