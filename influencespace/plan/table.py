@@ -11,7 +11,7 @@ from influencespace.plan.cost_model import Cost
 from influencespace.plan.planning import LIMIT, Plan
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-UNKNOWN = "?"
+UNKNOWN, NOT_COUNTED = "?", "–"
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -39,11 +39,11 @@ def plan_table(plan: Plan) -> Table:
 def _cells(cost: Cost) -> list[str]:
     return [
         cost.stage.replace("/", " "),
-        UNKNOWN if cost.pairs is None else f"{cost.pairs:,}",
+        NOT_COUNTED if cost.pairs is None else f"{cost.pairs:,}",
         size(cost.read),
         size(cost.written),
         worker(cost.worker),
-        size(cost.memory),
+        NOT_COUNTED if cost.memory is None else size(cost.memory),
         time(cost.seconds),
     ]
 
