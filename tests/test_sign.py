@@ -1,7 +1,6 @@
 """The sign, by real retraining: without what scores call harmful the target's loss falls, without what helps it rises."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,25 +8,33 @@ import torch
 from numpy.typing import NDArray
 from planted import Planted, plant
 
+from influencespace.config import load_config
 from influencespace.core.contrastive import info_nce
 from influencespace.core.metrics import auroc
-from influencespace.core.select import SelectionConfig
+from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.local import LocalEngine
-from influencespace.estimators.influence import CurvatureConfig
-from influencespace.models.training import HeadsConfig
-from influencespace.stages.proxies.proxies import ProxyConfig, proxies, train_subset
-from influencespace.stages.scoring.cluster import ClusterConfig, cluster
-from influencespace.stages.scoring.curvature import TargetConfig, curvature
-from influencespace.stages.scoring.influence import InfluenceConfig, attribute
-from influencespace.stages.selection.evidence import Scores, decide
+from influencespace.pipeline import STAGES
+from influencespace.run import Run, carry_out
+from influencespace.stages.proxies.train_many import train
+from influencespace.stages.selection.evidence import Evidence
 
 PAIRS, WRONG, QUANTILES = 600, 0.25, 10
 SEEDS = (100, 101, 102)
-PROXYS = ProxyConfig(
-    train=HeadsConfig(dimension=32, steps=60, batch_size=64, learning_rate=0.02),
-    choose_steps=False,
-    folds=3,
+CONFIG = load_config(
+    None,
+    {
+        "proxy.train.dimension": 32,
+        "proxy.train.steps": 60,
+        "proxy.train.batch_size": 64,
+        "proxy.train.learning_rate": 0.02,
+        "proxy.choose_steps": False,
+        "proxy.folds": 3,
+        "cluster.k": 2,
+        "curvature.target_folds": 4,
+        "influence.quantiles": QUANTILES,
+        "influence.control_samples": 100,
+    },
 )
 
 
@@ -36,13 +43,13 @@ class Scored:
     """A planted pool with the scores of all its pairs, and what proxies retrained on parts of it lose."""
 
     planted: Planted
-    pool: PairSet
+    run: Run
     unseen: PairSet  # of the target's kind, used by no stage
-    scores: Scores
+    evidence: Evidence
 
     @property
     def influence(self) -> NDArray[np.float64]:
-        columns = self.scores.influence
+        columns = self.evidence.influence
         return columns["influence"][np.argsort(columns["pair"])]
 
     def losses(self, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -52,13 +59,13 @@ class Scored:
     @torch.no_grad()
     def _loss(self, weights: NDArray[np.float64], seed: int) -> float:
         with torch.enable_grad():
-            heads = train_subset(self.pool, weights, PROXYS.train, PROXYS.train.steps, seed).heads
+            heads = train(self.run.pool, weights, CONFIG.proxy.train, seed).heads
         u, t = heads(*self.unseen.inputs(slice(None)))
-        return float(info_nce(u @ t.T / PROXYS.train.temperature))
+        return float(info_nce(u @ t.T / CONFIG.proxy.train.temperature))
 
     def rise_without(self, rows: NDArray[np.int64]) -> float:
         """How much the mean loss rises when these pairs are left out."""
-        kept = np.ones(len(self.pool), bool)
+        kept = np.ones(PAIRS, bool)
         everything = self.losses(kept)
         kept[rows] = False
         return float((self.losses(kept) - everything).mean())
@@ -71,24 +78,12 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Scored:
     planted = plant(out / "pool", PAIRS, wrong=WRONG, seed=1, **world)
     target = PairSet(plant(out / "target", 400, seed=2, **world).folder)
     unseen = PairSet(plant(out / "unseen", 400, seed=3, **world).folder)
-    pool, engine = PairSet(planted.folder), LocalEngine()
-    at: dict[str, Path] = {name: out / name for name in ("proxy", "cluster", "curvature", "attribute")}
-    proxies(pool, target, {}, PROXYS, at["proxy"], engine)
-    cluster(pool, PAIRS, {}, ClusterConfig(k=2), at["cluster"], engine)
-    curvature(
-        pool,
-        target,
-        PROXYS,
-        at["proxy"],
-        {},
-        CurvatureConfig(),
-        TargetConfig(folds=4),
-        at["curvature"],
-        engine,
-    )
-    config = InfluenceConfig(quantiles=QUANTILES, caption_control=100)
-    attribute(pool, PROXYS, at, {}, config, at["attribute"], engine)
-    return Scored(planted=planted, pool=pool, unseen=unseen, scores=Scores(at["attribute"]))
+    sets = {"pool": PairSet(planted.folder), "target": target, "test": target}
+    run = Run(folder=out, config=CONFIG, sets=sets)
+    until = next(place for place, stage in enumerate(STAGES) if stage.name == "train")
+    for stage in STAGES[:until]:
+        carry_out(stage, run, LocalEngine())
+    return Scored(planted=planted, run=run, unseen=unseen, evidence=Evidence.of(run))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2])
@@ -104,7 +99,7 @@ def test_without_the_most_helpful_pairs_the_loss_rises(scored: Scored, share: fl
 
 
 def test_removing_whole_strata_moves_the_loss_as_their_influence_says(scored: Scored) -> None:
-    quantile = scored.scores.strata["quantile"]
+    quantile = scored.evidence.strata["quantile"]
     strata = [np.flatnonzero(quantile == q) for q in range(QUANTILES)]
     predicted = np.array([scored.influence[rows].mean() for rows in strata])
     found = np.array([scored.rise_without(rows) for rows in strata])
@@ -118,9 +113,9 @@ def test_wrong_captions_score_low(scored: Scored) -> None:
 
 
 def test_the_subset_that_is_decided_trains_a_better_proxy(scored: Scored) -> None:
-    subset = decide(scored.scores, SelectionConfig())
-    wrong = scored.planted.wrong
-    assert wrong[~subset.kept].mean() > 0.8
-    assert (wrong & subset.kept).sum() < 0.4 * wrong.sum()
+    curated, wrong = scored.run.at("selection") / "curated.parquet", scored.planted.wrong
+    kept = read_columns(curated, "kept")["kept"].astype(bool)
+    assert wrong[~kept].mean() > 0.8
+    assert (wrong & kept).sum() < 0.4 * wrong.sum()
     everything = scored.losses(np.ones(PAIRS, bool))
-    assert (scored.losses(subset.kept) < everything - 0.2).all()
+    assert (scored.losses(kept) < everything - 0.2).all()

@@ -14,6 +14,7 @@ from influencespace.config import load_config
 from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.engine.local import LocalEngine
 from influencespace.stages.ingest.fit_encoder import FitEncoder
+from influencespace.stages.ingest.shards import ROLES
 
 # Settings under which every stage still has work to do, but little.
 SMALL = (
@@ -22,12 +23,13 @@ SMALL = (
     "proxy.train.dimension=32",
     "proxy.choose_steps=false",
     "proxy.folds=2",
-    "proxy.contexts=2",
+    "proxy.negative_batches=2",
     "curvature.rank=8",
-    "attribute.quantiles=8",
-    "attribute.caption_control=60",
+    "influence.quantiles=8",
+    "influence.control_samples=60",
     "train.seeds=[0]",
 )
+STAGES = (*(f"embed/{role}" for role in ROLES), "split", *(stage.name for stage in pipeline.STAGES))
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -109,10 +111,21 @@ def run_arguments(world: Path, out: Path, *settings: str) -> list[object]:
     ]
 
 
+def working_folder(out: Path, stage: str) -> Path | None:
+    """Where a stage is at work; None where it is not."""
+    folder = out / stage
+    return next(folder.parent.glob(f".{folder.name}-*"), None)
+
+
+def times(run: Path) -> dict[str, int]:
+    """When each stage was finished."""
+    return {stage: (run / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+
+
 def run_here(world: Path, out: Path, **settings: Any) -> dict[str, Any]:
     """The same job by the plain loop in this process, and its summary; `data__pool` stands for data.pool."""
     small = dict(setting.split("=", 1) for setting in SMALL)
-    data = {f"data.{role}": str(world / role) for role in pipeline.ROLES}
-    given = {key.replace("__", "."): value for key, value in settings.items()}
-    config = load_config(None, small | data | {"embed.encoder": str(world / "encoder")} | given)
-    return pipeline.run(config, out, LocalEngine())
+    data = {f"data.{role}": str(world / role) for role in ROLES}
+    other = {key.replace("__", "."): value for key, value in settings.items()}
+    config = load_config(None, small | data | {"embed.encoder": str(world / "encoder")} | other)
+    return pipeline.curate(config, out, LocalEngine()).summary()

@@ -83,17 +83,17 @@ def test_a_config_with_a_typo_names_the_near_key(influencespace: Command, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "reason"),
     [
         ("cluster.kk=4", "there is no cluster.kk; did you mean cluster.k?"),
         ("train.seeds=many", "train.seeds"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(
-    influencespace: Command, tmp_path: Path, setting: str, said: str
+    influencespace: Command, tmp_path: Path, setting: str, reason: str
 ) -> None:
     done = influencespace("run", "--data", "x", "--set", setting, "--out", tmp_path / "run")
-    assert said in error_of(done)
+    assert reason in error_of(done)
     assert not (tmp_path / "run").exists()
 
 
@@ -101,12 +101,65 @@ def test_a_run_needs_data(influencespace: Command, tmp_path: Path) -> None:
     assert "no data was given: use --data" in error_of(influencespace("run", "--out", tmp_path / "run"))
 
 
-def test_a_floor_over_several_rounds_is_refused(
+def test_a_group_share_over_several_rounds_is_refused(
     influencespace: Command, shard: Path, bert: Path, tmp_path: Path
 ) -> None:
-    settings = ("--set", "curate.floor=0.5", "--set", "iterate=3")
+    settings = ("--set", "selection.min_group_share=0.5", "--set", "iterate=3")
     done = influencespace("run", "--data", shard, "--encoder", bert, "--out", tmp_path / "run", *settings)
-    assert "set iterate to 1, or the floor to 0" in error_of(done)
+    assert "set iterate to 1, or min_group_share to 0" in error_of(done)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "--data", "x", "--encoder", "y"),
+        ("demo",),
+        ("sweep", "config.yaml"),
+        ("export", "runs/mine", "--to", "npy"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_url_is_no_folder_to_write_into(
+    influencespace: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = error_of(influencespace(*arguments, "--out", "s3://bucket/folder"))
+    assert line.startswith("error: --out s3://bucket/folder: URLs cannot be written to")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["show", "score", "clean"])
+def test_a_run_is_not_looked_for_behind_a_url(influencespace: Command, command: str) -> None:
+    assert "URLs cannot be written to" in error_of(influencespace(command, "s3://bucket/run"))
+
+
+QUICK = """
+import sys
+from influencespace import cli
+sys.argv = ["influencespace", *sys.argv[1:]]
+try:
+    cli.main()
+finally:
+    assert not {"torch", "ray", "transformers", "pyarrow"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["run", "--help"], 0), (["run"], 2), (["export", "x", "--to", "zip"], 2)],
+)
+def test_help_and_wrong_flags_import_no_library(
+    environment: dict[str, str], arguments: list[str], code: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Error" not in done.stderr
 
 
 def test_a_run_needs_a_folder(influencespace: Command) -> None:

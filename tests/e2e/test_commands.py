@@ -9,26 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import SMALL, Command, run_arguments, run_here
+from conftest import SMALL, STAGES, Command, run_arguments, run_here, times
 from PIL import Image
 from scipy.stats import spearmanr
 
 from influencespace import pipeline
 from influencespace.config import load_config
 from influencespace.data.pair_set import PairSet
+from influencespace.sweep import SETTINGS
 
 pytestmark = pytest.mark.e2e
-STAGES = (
-    "proxy",
-    "cluster",
-    "redundancy",
-    "curvature",
-    "attribute",
-    "fairness",
-    "curate",
-    "train",
-    "evaluate",
-)
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +65,7 @@ def test_embeddings_are_joined_to_the_pairs_of_the_shards(
     assert summary["rejected"]["pool"] == 0
     mine, theirs = (pq.read_table(folder / "curated.parquet") for folder in (tmp_path, finished))
     assert mine["uid"] == theirs["uid"]
-    single = Path("attribute", "influence.parquet")
+    single = Path("influence", "influence.parquet")
     influence = [pq.read_table(folder / single)["influence"].to_numpy() for folder in (tmp_path, finished)]
     assert spearmanr(*influence).statistic >= 0.9999
     # embeddings do not say how sharp a picture is, which the pooled score of a run on pictures knows
@@ -83,7 +73,7 @@ def test_embeddings_are_joined_to_the_pairs_of_the_shards(
     assert spearmanr(*scores).statistic >= 0.9
 
 
-def test_a_plan_is_calibrated_on_a_slice_and_leaves_nothing(
+def test_a_plan_is_measured_on_a_slice_and_leaves_nothing(
     influencespace: Command, finished: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "config.yaml"
@@ -95,20 +85,20 @@ def test_a_plan_is_calibrated_on_a_slice_and_leaves_nothing(
     for stage in ("embed", "split", *STAGES):
         assert stage in rows
         assert "?" not in rows[stage], "a time is unknown"
-    assert "300" in rows["proxy"]
-    said = " ".join(done.stdout.split())
-    assert "pool 300, target 80, test 80" in said
-    assert "extrapolated from 150 pairs" in said
+    assert "300" in rows["proxies"]
+    printed = " ".join(done.stdout.split())
+    assert "pool 300, target 80, test 80" in printed
+    assert "measured on 150 pairs of the pool" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_a_sweep_finds_settings_for_a_run(influencespace: Command, finished: Path, tmp_path: Path) -> None:
     config = finished / "config.yaml"
-    before = (finished / "train" / "manifest.json").stat().st_mtime_ns
+    before = times(finished)
     done = influencespace("sweep", config, "--out", finished, "--trials", 3)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
-    assert (finished / "train" / "manifest.json").stat().st_mtime_ns == before
+    assert times(finished) == before
     trials = pq.read_table(finished / "sweep" / "trials.parquet").to_pylist()
     assert len(trials) == 3
     best = min(trials, key=lambda trial: trial["loss"])
@@ -117,9 +107,9 @@ def test_a_sweep_finds_settings_for_a_run(influencespace: Command, finished: Pat
     path = finished / "sweep" / "best.yaml"
     assert f"influencespace run {path} --out {finished}" in done.stdout
     chosen, own = load_config(path, {}), load_config(config, {})
-    for name in ("weights", "tau_low", "temperature", "target_size"):
-        assert getattr(chosen.curate, name) == best[name]
-    assert replace(chosen, curate=own.curate) == own
+    for name in SETTINGS:
+        assert getattr(chosen.selection, name) == best[name]
+    assert replace(chosen, selection=own.selection) == own
     again = influencespace("sweep", config, "--out", finished, "--trials", 3)
     assert again.returncode == 0, again.stderr[-3000:]
     assert next(line for line in again.stdout.splitlines() if line.startswith("best of")) == line
@@ -150,7 +140,7 @@ def test_score_and_detect_work_on_a_finished_run(
     assert ranking["score"] == sorted(ranking["score"])
     page = (run / "detect" / "pooled" / "detect.html").read_text()
     assert page.count("data:image/jpeg;base64,") > 10
-    for arguments, said in (
+    for arguments, reason in (
         (["score", run, "--estimator", "eciff"], "there is no estimator 'eciff'"),
         (
             ["score", run, "--estimator", "trak", "--space", "towers"],
@@ -160,7 +150,7 @@ def test_score_and_detect_work_on_a_finished_run(
     ):
         refused = influencespace(*arguments)
         assert refused.returncode == 2
-        assert said in refused.stderr
+        assert reason in refused.stderr
         assert "Traceback" not in refused.stderr
 
 
@@ -185,7 +175,7 @@ def test_an_error_is_traced_back_on_a_finished_run(
         assert "a blue circle" in page.read_text() or uid in page.read_text()
         found = json.loads((page.parent / "trace.json").read_text())
         assert len(found["harmful"]) == len(found["helpful"]) == 4
-    for arguments, said in (
+    for arguments, reason in (
         (["--uid", "nobody"], "uid 'nobody' is in neither the test nor the target set"),
         (["--query", tmp_path / "none.png", "a dog"], "none.png cannot be read"),
         (["--query", picture, ""], "is empty"),
@@ -193,7 +183,7 @@ def test_an_error_is_traced_back_on_a_finished_run(
     ):
         refused = influencespace("trace", run, *arguments)
         assert refused.returncode == 2
-        assert said in refused.stderr
+        assert reason in refused.stderr
         assert "Traceback" not in refused.stderr
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Command, command_line, run_arguments
+from conftest import Command, command_line, run_arguments, working_folder
 
 from influencespace.data.artifacts import file_digest
 
@@ -33,26 +33,26 @@ def interrupted_in(
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 300
-    while not (out / stage).is_dir():
+    while (working := working_folder(out, stage)) is None:
         assert driver.poll() is None, driver.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
     if stage == "train":  # when Ray Train is at work
-        while not list((out / stage).glob("*.safetensors")):
+        while not list(working.glob("*.safetensors")):
             assert driver.poll() is None, driver.communicate()[1][-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.01)
     os.killpg(driver.pid, signal.SIGINT)
-    _, said = driver.communicate(timeout=120)
+    _, errors = driver.communicate(timeout=120)
     assert not (out / stage / "manifest.json").exists(), f"{stage} was too quick to be interrupted"
-    return driver.returncode, said
+    return driver.returncode, errors
 
 
 def check_interrupted(stage: str, world: Path, out: Path, environment: dict[str, str]) -> None:
-    code, said = interrupted_in(stage, run_arguments(world, out), out, environment)
-    assert code == 130, said
-    assert "Traceback" not in said
-    assert "the same command continues" in said.splitlines()[-1]
+    code, errors = interrupted_in(stage, run_arguments(world, out), out, environment)
+    assert code == 130, errors
+    assert "Traceback" not in errors
+    assert "the same command continues" in errors.splitlines()[-1]
     assert not (out / "curated.parquet").exists()
 
 
@@ -62,7 +62,7 @@ def test_an_interrupted_run_says_so(environment: dict[str, str], world: Path, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["embed/pool", "proxy", "train"])
+@pytest.mark.parametrize("stage", ["embed/pool", "proxies", "train"])
 def test_an_interrupted_run_continues_to_the_same_subset(
     influencespace: Command,
     environment: dict[str, str],

@@ -19,16 +19,16 @@ from influencespace.stages.selection.selection import KeptRows
 
 pytestmark = pytest.mark.e2e
 # A threshold amid the scores, and no margin, so that every round prunes some pairs.
-SETTINGS = {"iterate": 3, "proxy__train__steps": 100, "curate__tau_low": 0.3, "curate__margin": 0.0}
+SETTINGS = {"iterate": 3, "proxy__train__steps": 100, "selection__tau_low": 0.3, "selection__margin_se": 0.0}
 FOLDERS = ("", "round-1", "round-2")
 
 
 class Idle(LocalEngine):
-    """A engine that is given no work but to look up which pairs a round kept."""
+    """An engine that is given no work but to look up which pairs a round kept."""
 
-    def map(self, recipe: Any, tasks: Any, **options: Any) -> Iterator[Any]:
+    def map(self, factory: Any, tasks: Any, **options: Any) -> Iterator[Any]:
         assert all(isinstance(task, KeptRows) for task in tasks)
-        return super().map(recipe, tasks, **options)
+        return super().map(factory, tasks, **options)
 
     def pool(self, *arguments: Any, **options: Any) -> Any:
         raise AssertionError("there was nothing to do")
@@ -37,9 +37,9 @@ class Idle(LocalEngine):
 def run_with_losses(
     world: Path, out: Path, losses: tuple[float, ...], monkeypatch: pytest.MonkeyPatch, **settings: Any
 ) -> dict[str, Any]:
-    """A run whose rounds are told to have these target losses."""
-    told = dict(zip(("mine", "round-1", "round-2"), losses))
-    monkeypatch.setattr(pipeline.Round, "target_loss", property(lambda self: told[self.folder.name]))
+    """A run whose rounds are made to have these target losses."""
+    planned = dict(zip(("mine", "round-1", "round-2"), losses))
+    monkeypatch.setattr(pipeline.Round, "target_loss", property(lambda self: planned[self.run.folder.name]))
     return run_here(world, out, **SETTINGS | settings)
 
 
@@ -60,22 +60,22 @@ def test_each_round_curates_what_the_one_before_kept(rounds: Path) -> None:
     everything = [str(uid) for uid in PairSet(rounds / "embed" / "pool").column("uid")]
     left = everything
     for folder in FOLDERS:
-        curate, size = rounds / folder / "curate", len(left)
-        for stage in ("proxy", "cluster", "attribute"):
+        selection, size = rounds / folder / "selection", len(left)
+        for stage in ("proxies", "cluster", "influence"):
             manifest = read_manifest(rounds / folder / stage)
             assert manifest is not None
             assert manifest.rows_out == size
-        table = decisions(curate)
+        table = decisions(selection)
         assert table.index.tolist() == everything
         assert set(table.index[table["kept"]]) < set(left)
         left = table.index[table["kept"]].tolist()
         if folder != FOLDERS[-1]:
-            chosen = PairSet(rounds / "embed" / "pool", curate / "kept.npy").column("uid")
+            chosen = PairSet(rounds / "embed" / "pool", rounds / folder / "kept.npy").column("uid")
             assert list(chosen) == left
 
 
 def test_a_pair_keeps_the_decision_of_the_round_that_dropped_it(rounds: Path) -> None:
-    tables = [decisions(rounds / folder / "curate") for folder in FOLDERS]
+    tables = [decisions(rounds / folder / "selection") for folder in FOLDERS]
     for before, after in pairwise(tables):
         dropped = before.index[~before["kept"]]
         assert len(dropped)
@@ -90,8 +90,8 @@ def test_a_pair_keeps_the_decision_of_the_round_that_dropped_it(rounds: Path) ->
 
 def test_every_method_chooses_among_all_pairs_in_every_round(rounds: Path) -> None:
     for folder in FOLDERS:
-        kept = decisions(rounds / folder / "curate")["kept"].to_numpy()
-        weights = read_columns(rounds / folder / "curate" / "weights.parquet")
+        kept = decisions(rounds / folder / "selection")["kept"].to_numpy()
+        weights = read_columns(rounds / folder / "selection" / "weights.parquet")
         np.testing.assert_array_equal(weights["curated"] > 0, kept)
         assert (weights.pop("everything") == 1).all()
         for name, weight in weights.items():
@@ -99,14 +99,14 @@ def test_every_method_chooses_among_all_pairs_in_every_round(rounds: Path) -> No
             assert (weight > 0).sum() == kept.sum(), name
 
 
-def test_the_best_round_is_taken_and_the_rest_told(
+def test_the_best_round_is_taken_and_all_are_reported(
     world: Path, rounds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summary = run_with_losses(world, rounds, (3.0, 2.0, 1.0), monkeypatch)
     assert [each["target_loss"] for each in summary["rounds"]] == [3.0, 2.0, 1.0]
     assert [Path(each["folder"]) for each in summary["rounds"]] == [rounds / folder for folder in FOLDERS]
     best = rounds / "round-2"
-    assert file_digest(rounds / "curated.parquet") == file_digest(best / "curate" / "curated.parquet")
+    assert file_digest(rounds / "curated.parquet") == file_digest(best / "selection" / "curated.parquet")
     table = decisions(rounds)
     assert len(table) == summary["rows"]["pool"]
     assert summary["reasons"] == table["reason"].value_counts().to_dict()
@@ -132,7 +132,7 @@ def test_rounds_end_when_the_target_loss_stops_falling(
 ) -> None:
     summary = run_with_losses(world, rounds, losses, monkeypatch)
     assert len(summary["rounds"]) == made
-    expected = rounds / best / "curate" / "curated.parquet"
+    expected = rounds / best / "selection" / "curated.parquet"
     assert file_digest(rounds / "curated.parquet") == file_digest(expected)
     assert ("evaluate (round 3)" in summary["stages"]) == (made == 3)
 
@@ -148,7 +148,7 @@ def test_the_losses_are_those_of_the_curated_proxies(world: Path, rounds: Path) 
     falls = np.diff(losses) < 0
     assert falls[:-1].all()
     assert len(losses) == 3 or not falls[-1]
-    best = rounds / FOLDERS[int(np.argmin(losses))] / "curate" / "curated.parquet"
+    best = rounds / FOLDERS[int(np.argmin(losses))] / "selection" / "curated.parquet"
     assert file_digest(rounds / "curated.parquet") == file_digest(best)
 
 

@@ -14,19 +14,19 @@ from scipy.stats import spearmanr
 pytestmark = pytest.mark.e2e
 
 # A threshold amid the scores.
-PRUNED = {"proxy__train__steps": 100, "curate__tau_low": 0.2}
+PRUNED = {"proxy__train__steps": 100, "selection__tau_low": 0.2}
 # number of shards, seed of the order, and settings of who computes what at once
 DEALS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "two shards": (2, 1, {}),
     "seven shards in small batches": (7, 2, {"embed__batch_size": 7, "embed__decode_threads": 1}),
-    "one shard in small blocks": (
+    "one shard in small buckets": (
         1,
         3,
         {
             "embed__batch_size": 13,
             "proxy__bucket_size": 37,
             "cluster__bucket_size": 41,
-            "attribute__bucket_size": 29,
+            "influence__bucket_size": 29,
         },
     ),
 }

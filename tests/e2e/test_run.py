@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Command, command_line, run_arguments, run_here
+from conftest import STAGES, Command, command_line, run_arguments, run_here, times, working_folder
 
 from influencespace.data.artifacts import file_digest
 from influencespace.data.readers import list_shards, read_shard
@@ -19,21 +19,6 @@ from influencespace.data.schema import Sample
 
 pytestmark = pytest.mark.e2e
 METHODS = {"curated", "everything", "random", "clip_score", "proxy_clip_score", "neg_clip_loss"}
-STAGES = (
-    "embed/pool",
-    "embed/target",
-    "embed/test",
-    "split",
-    "proxy",
-    "cluster",
-    "redundancy",
-    "curvature",
-    "attribute",
-    "fairness",
-    "curate",
-    "train",
-    "evaluate",
-)
 
 
 def test_a_run_leaves_subset_summary_and_page(finished: Path) -> None:
@@ -58,10 +43,10 @@ def test_a_run_leaves_subset_summary_and_page(finished: Path) -> None:
 
 
 def test_the_same_command_again_does_nothing(influencespace: Command, world: Path, finished: Path) -> None:
-    before = {stage: (finished / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+    before = times(finished)
     again = influencespace(*run_arguments(world, finished))
     assert again.returncode == 0, again.stderr[-3000:]
-    assert before == {stage: (finished / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+    assert times(finished) == before
 
 
 @pytest.mark.slow
@@ -71,19 +56,19 @@ def test_a_dynamic_proxy_is_trained_where_it_is_asked_for(
     """In a copy of the finished run, of which only the training and what follows are done anew."""
     out = tmp_path / "dynamic"
     shutil.copytree(finished, out)
-    before = {stage: (out / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
-    methods = "train.methods=[curated,everything,dynamic]"
-    done = influencespace(*run_arguments(world, out, methods, "train.refresh=15"))
+    before = times(out)
+    asked = "train.methods=[curated,everything,dynamic]"
+    done = influencespace(*run_arguments(world, out, asked, "train.refresh=15"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Dynamic" in done.stdout
-    after = {stage: (out / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+    after = times(out)
     assert {stage for stage in STAGES if before[stage] != after[stage]} == {"train", "evaluate"}
-    found = json.loads((out / "summary.json").read_text())["methods"]
-    assert set(found) == {"curated", "everything", "dynamic"}
-    assert found["dynamic"]["kept_fraction"] == found["curated"]["kept_fraction"] < 1
-    assert found["dynamic"]["steps"] == 40
-    assert found["dynamic"]["mean_recall"] > 0
-    proxies = {method: file_digest(out / "train" / f"{method}-0.safetensors") for method in found}
+    methods = json.loads((out / "summary.json").read_text())["methods"]
+    assert set(methods) == {"curated", "everything", "dynamic"}
+    assert methods["dynamic"]["kept_fraction"] == methods["curated"]["kept_fraction"] < 1
+    assert methods["dynamic"]["steps"] == 40
+    assert methods["dynamic"]["mean_recall"] > 0
+    proxies = {name: file_digest(out / "train" / f"{name}-0.safetensors") for name in methods}
     assert len(set(proxies.values())) == 3
     assert proxies["curated"] == file_digest(finished / "train" / "curated-0.safetensors")
 
@@ -93,12 +78,11 @@ def test_a_changed_decision_recomputes_only_what_follows(world: Path, tmp_path: 
 
     def finish(**settings: float) -> tuple[dict[str, int], str, float]:
         kept = run_here(world, tmp_path, **settings)["kept_fraction"]
-        times = {stage: (tmp_path / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
-        return times, file_digest(tmp_path / "curated.parquet"), kept
+        return times(tmp_path), file_digest(tmp_path / "curated.parquet"), kept
 
     before, digest, _ = finish()
-    after, halved, kept = finish(curate__target_size=0.5)
-    assert {stage for stage in STAGES if before[stage] != after[stage]} == {"curate", "train", "evaluate"}
+    after, halved, kept = finish(selection__target_size=0.5)
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == {"selection", "train", "evaluate"}
     assert kept == pytest.approx(0.5, abs=0.01)
     assert halved != digest
     assert finish()[1] == digest
@@ -138,7 +122,7 @@ def killed_in(stage: str, arguments: list[object], out: Path, environment: dict[
     manifest = out / stage / "manifest.json"
     deadline = time.monotonic() + 300
     while driver.poll() is None and time.monotonic() < deadline:
-        if (out / stage).is_dir() and not manifest.exists():
+        if working_folder(out, stage) is not None and not manifest.exists():
             time.sleep(random.uniform(0, 0.1))
             os.kill(driver.pid, signal.SIGKILL)
             driver.wait()
@@ -153,7 +137,7 @@ def test_a_killed_run_continues_to_the_same_subset(
     influencespace: Command, environment: dict[str, str], world: Path, finished: Path, tmp_path: Path
 ) -> None:
     arguments = run_arguments(world, tmp_path / "killed")
-    assert killed_in("proxy", arguments, tmp_path / "killed", environment)
+    assert killed_in("proxies", arguments, tmp_path / "killed", environment)
     done = influencespace(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert file_digest(tmp_path / "killed" / "curated.parquet") == file_digest(finished / "curated.parquet")

@@ -8,89 +8,93 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chain import Chain, Counting, Idle, Killed, assert_equal_results, times
+from chain import Counting, Killed, assert_equal_results, beside, carry, carry_beside, columns
 from safetensors.torch import load_file
 from torch import Tensor
 
 from influencespace.config import load_config
 from influencespace.core.additive import fit_additive
 from influencespace.core.select import SelectionConfig, capped_weights
-from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import InputError
 from influencespace.estimators.filters import neg_clip_loss
 from influencespace.models.gradients import PairGradients
 from influencespace.models.heads import Heads
 from influencespace.models.space import Space
-from influencespace.stages.proxies.proxies import TargetHalves
+from influencespace.models.training import Alone, Trained
+from influencespace.run import Run
 from influencespace.stages.selection.evidence import KNOTS, VALUE_AXES
 from influencespace.stages.training import dynamic
-from influencespace.stages.training.dynamic import Reweighting, train_dynamically
-from influencespace.stages.training.train import TrainConfig
+from influencespace.stages.training.dynamic import DynamicTrainer, Reweighting
 
 BOTH = ("curated", "dynamic")
 
 
-def train_by(truth: Chain, out: Path, **settings: Any) -> Chain:
-    """The train stage alone, with one seed."""
-    config = TrainConfig(**{"seeds": (0,), "methods": BOTH} | settings)
-    chain = replace(truth, out=out, source_folder=truth.out, train=config)
-    chain.run("train")
-    return chain
+def train_by(truth: Run, out: Path, refresh: int) -> Run:
+    """The train stage with one seed."""
+    return carry_beside(truth, out, "train", seeds=[0], methods=list(BOTH), refresh=refresh)
 
 
-def proxy(folder: Path, name: str) -> dict[str, Tensor]:
-    return load_file(folder / "train" / f"{name}.safetensors")
+def heads_of(run: Run, name: str) -> dict[str, Tensor]:
+    state = load_file(run.at("train") / f"{name}.safetensors")
+    return {side: state[side] for side in ("image", "text")}
 
 
-def curated_weights(truth: Chain) -> np.ndarray:
-    return read_columns(truth.out / "curate" / "weights.parquet", "curated")["curated"]
+def curated_weights(truth: Run) -> np.ndarray:
+    return columns(truth, "selection/weights", "curated")["curated"]
+
+
+def reweighting_of(run: Run) -> Reweighting:
+    return DynamicTrainer.of(run).reweighting
+
+
+def trained(truth: Run, pool: PairSet, weights: np.ndarray, reweighting: Reweighting, refresh: int) -> Trained:
+    trainer = DynamicTrainer(reweighting=reweighting, refresh=refresh)
+    return trainer(pool, weights, truth.config.proxy.train, 0, Alone())
 
 
 @pytest.mark.parametrize("refresh", [20, 1000])
-def test_without_a_refresh_it_is_the_curated_proxy(truth: Chain, tmp_path: Path, refresh: int) -> None:
-    train_by(truth, tmp_path, refresh=refresh)
-    torch.testing.assert_close(proxy(tmp_path, "dynamic-0"), proxy(tmp_path, "curated-0"), rtol=0, atol=0)
+def test_without_a_refresh_it_is_the_curated_proxy(truth: Run, tmp_path: Path, refresh: int) -> None:
+    run = train_by(truth, tmp_path, refresh)
+    torch.testing.assert_close(heads_of(run, "dynamic-0"), heads_of(run, "curated-0"), rtol=0, atol=0)
 
 
-def test_a_refresh_changes_the_proxy_from_then_on(truth: Chain, tmp_path: Path) -> None:
-    proxies = []
-    for refresh in (5, 15):
-        train_by(truth, tmp_path / str(refresh), refresh=refresh)
-        proxies.append(proxy(tmp_path / str(refresh), "dynamic-0")["text"])
-    proxies.append(proxy(tmp_path / "5", "curated-0")["text"])
+def test_a_refresh_changes_the_proxy_from_then_on(truth: Run, tmp_path: Path) -> None:
+    runs = [train_by(truth, tmp_path / str(refresh), refresh) for refresh in (5, 15)]
+    proxies = [heads_of(run, "dynamic-0")["text"] for run in runs]
+    proxies.append(heads_of(runs[0], "curated-0")["text"])
     for k, left in enumerate(proxies):
         for right in proxies[:k]:
             assert not torch.equal(left, right)
 
 
 def test_pairs_that_are_not_kept_are_never_drawn_and_others_by_other_weights(
-    truth: Chain, monkeypatch: pytest.MonkeyPatch
+    truth: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[np.ndarray] = []
+    anew: list[np.ndarray] = []
     drawn: list[np.ndarray] = []
     reweighted, train_heads = dynamic.reweighted_batches, dynamic.train_heads
 
-    def watched(weights: Any, images: Any, size: int, steps: int, seed: int, every: int, reweigh: Any) -> Any:
-        def noted() -> np.ndarray:
-            found.append(reweigh())
-            return found[-1]
+    def watched(*arguments: Any, every: int, reweigh: Any) -> Any:
+        def recorded() -> np.ndarray:
+            anew.append(reweigh())
+            return anew[-1]
 
-        return reweighted(weights, images, size, steps, seed, every, noted)
+        return reweighted(*arguments, every=every, reweigh=recorded)
 
-    def noting(inputs: Any, batches: Iterable[np.ndarray], *arguments: Any, **options: Any) -> Any:
+    def recording(inputs: Any, batches: Iterable[np.ndarray], *arguments: Any, **options: Any) -> Any:
         return train_heads(inputs, (drawn.append(rows) or rows for rows in batches), *arguments, **options)
 
     monkeypatch.setattr(dynamic, "reweighted_batches", watched)
-    monkeypatch.setattr(dynamic, "train_heads", noting)
+    monkeypatch.setattr(dynamic, "train_heads", recording)
     weights = curated_weights(truth)
     assert 0 < (weights == 0).sum() < len(weights)
-    trained = train_dynamically(truth.sets["pool"], weights, truth.reweighting, 5, 20, seed=0)
-    assert (len(found), len(drawn), len(trained.losses)) == (3, 20, 20)
-    for weight in found:
+    proxy = trained(truth, truth.pool, weights, reweighting_of(truth), 5)
+    assert (len(anew), len(drawn), len(proxy.losses)) == (3, 20, 20)
+    for weight in anew:
         assert ((weight > 0) == (weights > 0)).all()
         assert weight[weights > 0].mean() == pytest.approx(1)
-        assert weight.max() <= truth.select.max_weight * (1 + 1e-9)
+        assert weight.max() <= truth.config.selection.max_weight * (1 + 1e-9)
         assert weight.std() > 0
     assert (weights[np.concatenate(drawn)] > 0).all()
 
@@ -98,7 +102,7 @@ def test_pairs_that_are_not_kept_are_never_drawn_and_others_by_other_weights(
 CHOSEN = SelectionConfig(weighting="influence", temperature=0.5, clip_score_share=0.5)
 
 
-def trained_so_far(truth: Chain, steps: int) -> tuple[Heads, Tensor]:
+def trained_so_far(truth: Run, steps: int) -> tuple[Heads, Tensor]:
     """Heads and preconditioner of the curated proxy in the midst of its training."""
     seen: list[tuple[Heads, Tensor]] = []
 
@@ -110,66 +114,66 @@ def trained_so_far(truth: Chain, steps: int) -> tuple[Heads, Tensor]:
             seen.append((heads, preconditioner))
             raise Stopped
 
-    watched = Watched(**vars(truth.reweighting))
+    watched = Watched(**vars(reweighting_of(truth)))
     with pytest.raises(Stopped):
-        train_dynamically(truth.sets["pool"], curated_weights(truth), watched, steps, 20, seed=0)
+        trained(truth, truth.pool, curated_weights(truth), watched, steps)
     return seen[0]
 
 
-def test_the_weights_are_those_of_their_definition(truth: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weights_are_those_of_their_definition(truth: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of every pair by autograd, in place of tangents; the target's gradient half alone."""
     monkeypatch.setattr(dynamic, "MAX_SCORED", 50)
     heads, D = trained_so_far(truth, 7)
-    pool, target, config = truth.sets["pool"], truth.sets["target"], truth.proxy
-    reweighting = replace(truth.reweighting, decided=CHOSEN)
+    pool, target, train = truth.pool, truth.target, truth.config.proxy.train
+    reweighting = replace(reweighting_of(truth), decided=CHOSEN)
+    inputs = reweighting.inputs
     kept = np.flatnonzero(curated_weights(truth) > 0)
-    found = reweighting.weights(kept, heads, D)
+    weights = reweighting.weights(kept, heads, D)
 
-    halves = TargetHalves(target, config.seed)
     terms, pairs = torch.zeros(()), 0
-    for rows in halves.contexts(halves.gradient, config.train.batch_size):
-        terms = terms + config.train.objective.terms(*heads(*target.inputs(rows))).sum()
+    for rows in inputs.target_batches:
+        terms = terms + train.objective.terms(*heads(*target.inputs(rows))).sum()
         pairs += len(rows)
     gradient = torch.autograd.grad(terms / pairs, list(heads.parameters()))
     v = torch.cat([part.flatten() for part in gradient]) / D.clamp_min(1e-3 * float(D.mean()))
 
-    scored = read_columns(truth.out / "attribute" / "influence.parquet", "pair")["pair"]
+    scored = columns(truth, "influence/influence", "pair")["pair"]
     sample = np.array([row for row in scored if row in set(kept)][:50])
-    bank = reweighting.proxy.reference_bank(pool)
+    bank = inputs.trained().reference_bank(pool)
     gradients = PairGradients(
-        space=Space(heads), bank=bank, objective=config.train.objective, batch_size=config.train.batch_size
+        space=Space(heads), bank=bank, objective=train.objective, batch_size=train.batch_size
     )
     influence = (gradients(pool.inputs(sample), pool.image[sample]) @ v.double()).numpy()
-    strata = read_columns(truth.out / "attribute" / "strata.parquet")
+    strata = columns(truth, "influence/strata")
     axes = np.stack([strata[name][kept] for name in VALUE_AXES], 1)
     with torch.no_grad():
-        contexts = [(*heads(*context.inputs), context.image) for context in bank]
+        embedded = [(*heads(*batch.inputs), batch.image) for batch in bank]
         u, t = heads(*pool.inputs(kept))
-    seen = neg_clip_loss(u, t, pool.image[kept], contexts, 1 / config.train.temperature)
-    axes[:, VALUE_AXES.index("seen")] = seen
+    in_sample = neg_clip_loss(u, t, pool.image[kept], embedded, 1 / train.temperature)
+    axes[:, VALUE_AXES.index("in_sample")] = in_sample
     rows = np.array([list(kept).index(row) for row in sample])
     stratum = (strata["cluster"] * 1000 + strata["quantile"])[kept]
     stands_for = np.array(
         [np.sum(stratum == stratum[row]) / np.sum(stratum[rows] == stratum[row]) for row in rows]
     )
     predicted, _ = fit_additive(axes, rows, influence, KNOTS, stands_for).predict(axes)
-    given = strata["given"][kept]
+    given = strata["pretrained"][kept]
     followed = predicted + 0.5 * predicted.std() * (given - given.mean()) / given.std()
     spread = np.sqrt(np.cov(influence, aweights=stands_for, bias=True))
     expected = capped_weights(followed / (spread * 0.5), CHOSEN.max_weight)
-    np.testing.assert_allclose(found, expected, rtol=1e-3)
-    assert found.std() > 0.01
+    np.testing.assert_allclose(weights, expected, rtol=1e-3)
+    assert weights.std() > 0.01
 
 
-@pytest.mark.parametrize(("weights", "temperature"), [("uniform", 1.0), ("influence", 0.25)])
-def test_the_temperature_is_the_confirmed_one(truth: Chain, weights: Any, temperature: float) -> None:
-    decided = SelectionConfig(weights=weights, temperature=0.25)
-    assert replace(truth.reweighting, decided=decided).rule.temperature == temperature
+@pytest.mark.parametrize(("weighting", "temperature"), [("uniform", 1.0), ("influence", 0.25)])
+def test_the_temperature_is_the_chosen_one(truth: Run, weighting: Any, temperature: float) -> None:
+    decided = SelectionConfig(weighting=weighting, temperature=0.25)
+    assert replace(reweighting_of(truth), decided=decided).rule.temperature == temperature
 
 
-def test_a_later_rounds_pool_is_part_of_what_is_trained_on(truth: Chain, tmp_path: Path) -> None:
+def test_a_later_rounds_pool_is_part_of_what_is_trained_on(truth: Run, tmp_path: Path) -> None:
     """The scored pairs lie elsewhere among all pairs: the same proxy, its rows named otherwise."""
-    pool, weights = truth.sets["pool"], curated_weights(truth)
+    pool, weights, reweighting = truth.pool, curated_weights(truth), reweighting_of(truth)
     rows = np.sort(np.random.default_rng(0).permutation(len(pool))[: len(pool) - 40])
     seen: list[np.ndarray] = []
 
@@ -182,33 +186,28 @@ def test_a_later_rounds_pool_is_part_of_what_is_trained_on(truth: Chain, tmp_pat
     part = PairSet(pool.folder, tmp_path / "rows.npy")
     inside = np.zeros(len(pool))
     inside[rows] = weights[rows]
-    watched = Watched(**vars(replace(truth.reweighting, pool=part)))
-    train_dynamically(pool, inside, watched, 10, 20, seed=0)
+    watched = Watched(**vars(replace(reweighting, inputs=replace(reweighting.inputs, pool=part))))
+    trained(truth, pool, inside, watched, 10)
     np.testing.assert_array_equal(part.rows[seen[0]], pool.rows[inside > 0])
 
 
-def test_a_finished_proxy_is_not_trained_again_and_a_killed_one_is(truth: Chain, tmp_path: Path) -> None:
-    settings = {"seeds": (0, 1), "refresh": 6}
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train_by(truth, whole, **settings)
-    before = times(whole)
-    train_by(replace(truth, engine=Idle()), whole, **settings)
-    assert times(whole) == before
+def test_a_killed_one_continues_to_the_same(truth: Run, tmp_path: Path) -> None:
+    whole = train_by(truth, tmp_path / "whole", 6)
+    settings = {"train.seeds": [0], "train.methods": list(BOTH), "train.refresh": 6}
+    cut, again = beside(truth, tmp_path / "cut", "train", settings=settings), Counting()
     with pytest.raises(Killed):
-        train_by(replace(truth, engine=Counting(most=2)), cut, **settings)
-    again = Counting()
-    train_by(replace(truth, engine=again), cut, **settings)
-    assert again.tasks == 2
-    assert_equal_results(whole / "train", cut / "train")
+        carry(cut, "train", engine=Counting(limit=1))
+    carry(cut, "train", engine=again)
+    assert again.tasks == 2  # of which one finds its proxy
+    assert_equal_results(whole.at("train"), cut.at("train"))
 
 
-def test_evaluation_counts_the_pairs_it_begins_with(truth: Chain, tmp_path: Path) -> None:
-    chain = replace(train_by(truth, tmp_path, refresh=5), source_folder=None)
-    for name in ("proxy", "curate"):
-        (tmp_path / name).symlink_to(truth.out / name)
-    details = chain.run("evaluate").details
+def test_evaluation_counts_the_pairs_it_begins_with(truth: Run, tmp_path: Path) -> None:
+    settings = {"train.seeds": [0], "train.methods": list(BOTH), "train.refresh": 5}
+    run = beside(truth, tmp_path, "train", "evaluate", settings=settings)
+    details = carry(run, "train", "evaluate").details
     assert set(details["comparisons"]) == {"dynamic"}
-    kept = {method: found["kept_fraction"] for method, found in details["methods"].items()}
+    kept = {method: measures["kept_fraction"] for method, measures in details["methods"].items()}
     assert kept["dynamic"] == kept["curated"] == pytest.approx((curated_weights(truth) > 0).mean())
 
 
