@@ -32,8 +32,7 @@ def caption_images(image: IntArray, text: IntArray) -> FloatArray:
     """
     pairs = np.unique(np.stack([text, image]), axis=1)
     captions, counts = np.unique(pairs[0], return_counts=True)
-    images: FloatArray = np.log(counts[np.searchsorted(captions, text)])
-    return images
+    return np.log(counts[np.searchsorted(captions, text)])
 
 
 def shared_captions(image: IntArray, text: IntArray) -> float:
@@ -57,5 +56,4 @@ def agreement(texts: NDArray[np.float32], image: IntArray) -> FloatArray:
     np.add.at(total, owner, texts)
     others = counts[owner] - 1
     cosines = np.einsum("nd,nd->n", total[owner] - texts, texts.astype(np.float64))
-    mean: FloatArray = np.where(others > 0, cosines / np.maximum(others, 1), np.nan)
-    return mean
+    return np.where(others > 0, cosines / np.maximum(others, 1), np.nan)

@@ -31,8 +31,7 @@ def near_leaders(images: Tensor, texts: Tensor, image: float, text: float, block
 
     def near(rows: IntArray, others: IntArray) -> BoolArray:
         pictures, captions = images[rows] @ images[others].T, texts[rows] @ texts[others].T
-        both: BoolArray = ((pictures >= image - ROUNDING) & (captions >= text - ROUNDING)).cpu().numpy()
-        return both
+        return ((pictures >= image - ROUNDING) & (captions >= text - ROUNDING)).cpu().numpy()
 
     leader = np.arange(len(images))
     leading = np.empty(0, np.int64)
@@ -81,8 +80,7 @@ def _along_greatest_spread(X: Tensor) -> FloatArray:
     for _ in range(10):  # the cut needs no exact direction
         direction = X.T @ (X @ direction)
         direction = direction / direction.norm().clamp_min(torch.finfo(X.dtype).tiny)
-    along: FloatArray = (X @ direction).double().cpu().numpy()
-    return along
+    return (X @ direction).double().cpu().numpy()
 
 
 def joint_mean(values: FloatArray, leader: IntArray) -> FloatArray:

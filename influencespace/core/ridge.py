@@ -23,8 +23,7 @@ class Ridge:
 
     def predict(self, features: FloatArray) -> FloatArray:
         """Values of rows by their features (n, F): (n,)."""
-        values: FloatArray = self.offset + (features - self.centre) @ self.coefficients
-        return values
+        return self.offset + (features - self.centre) @ self.coefficients
 
 
 def fit_ridge(features: FloatArray, values: FloatArray) -> Ridge:

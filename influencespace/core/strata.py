@@ -45,8 +45,7 @@ def pairs_stood_for(stratum: IntArray, rows: IntArray) -> FloatArray:
     """How many pairs of its stratum (n,) each sampled row (m,) stands for: (m,). Strata without any stand for nothing."""
     sampled = stratum[rows]
     everywhere = np.bincount(stratum)
-    stood_for: FloatArray = everywhere[sampled] / np.bincount(sampled, minlength=len(everywhere))[sampled]
-    return stood_for
+    return everywhere[sampled] / np.bincount(sampled, minlength=len(everywhere))[sampled]
 
 
 def weighted_deviation(values: FloatArray, weight: FloatArray) -> float:

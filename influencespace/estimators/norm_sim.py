@@ -32,8 +32,7 @@ def largest_cosine(x: Tensor, targets: Tensor, block: int = 4096) -> Tensor:
 def norm_sim(targets: list[tuple[int, Tensor]], batch: Batch) -> FloatArray:
     """Mean over the sides (index into the inputs, unit targets) of the largest cosine: (n,); nan for what is not finite."""
     cosines = torch.stack([largest_cosine(batch.inputs[side], rows) for side, rows in targets]).mean(0)
-    scores: FloatArray = cosines.double().cpu().numpy()
-    return scores
+    return cosines.double().cpu().numpy()
 
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

@@ -86,8 +86,7 @@ def pair_weights(gradients: PairGradients, batch: Batch) -> FloatArray:
 def sample_weights(gradients: SampleGradients, batch: Batch) -> FloatArray:
     """1 - p_z of a classifier: (n,)."""
     logits, labels = gradients.space.embed(batch.inputs)
-    weights: FloatArray = (-log_odds(logits, labels)).sigmoid().double().cpu().numpy()
-    return weights
+    return (-log_odds(logits, labels)).sigmoid().double().cpu().numpy()
 
 
 def margin_gradients(problem: Problem, space: Space) -> Gradients:

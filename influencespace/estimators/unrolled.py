@@ -98,8 +98,7 @@ class RowScorer:
                 f"row {outside[0]} is not one of the pool's {len(self.by_row)}: unrolled influence exists only for "
                 "pairs that the proxy was trained on; score others with ecif or tracin"
             )
-        scores: FloatArray = self.by_row[batch.row]
-        return scores
+        return self.by_row[batch.row]
 
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
