@@ -62,10 +62,10 @@ class Slicer:
         samples = (item for shard in shards for item in read_shard(shard, read) if isinstance(item, Sample))
         tars = min(len(shards), self.workers)
         folder.mkdir(parents=True)
+        pairs = 0
         for number in range(tars):
-            pairs = 0
             with new_tar(folder / f"{number:05d}.tar") as tar:
-                while pairs < limit / tars and (sample := next(samples, None)):
+                while pairs < limit * (number + 1) / tars and (sample := next(samples, None)):
                     caption = {"captions": list(sample.captions), "uid": sample.uid, "group": sample.group}
                     known = {name: value for name, value in caption.items() if value is not None}
                     files = {"jpg": sample.image, "json": json.dumps(known).encode()}
