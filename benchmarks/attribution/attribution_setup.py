@@ -86,7 +86,7 @@ class Study(Setup):
             target or self.target,
             self.config,
             rule=self.rule,
-            contexts=NEGATIVE_BATCHES,
+            negative_batches=NEGATIVE_BATCHES,
             seed=seed,
         )
 

@@ -1,6 +1,6 @@
 """ECIF: a pair's influence in both of its roles, as an anchor and as everybody else's negative, by a closed form.
 
-Source: arXiv 2411.11667, in the bank form: against recorded contexts that do not hold the pair's image, with the negative
+Source: arXiv 2411.11667, against recorded negative batches that do not hold the pair's image, with the negative
 role's derivative as checked against autograd (some digests print a sum of inverse probabilities).
 """
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from dataclasses import field as plain_field
 from typing import Literal
 
-import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor

@@ -1,6 +1,6 @@
-"""What influence through the curvature is made of: contexts, damping, the Nystrom sketch, the solve, the scorer.
+"""The pieces of influence through the curvature: negative batches, damping, the Nystrom sketch, the solve, the scorer.
 
-H = G + mu D is the response of the trainer: G the Gauss-Newton matrix over recorded contexts, D AdamW's preconditioner,
+H = G + mu D is the response of the trainer: G the Gauss-Newton matrix over negative batches, D AdamW's preconditioner,
 mu = c / sum of learning rates + weight decay. Everything is done in coordinates scaled by D^1/2, in which
 H = G~ + mu I. score(z) = grad L_target . H^-1 . grad l_z, so positive is a predicted fall of the target loss.
 """
@@ -8,7 +8,7 @@ H = G~ + mu I. score(z) = grad L_target . H^-1 . grad l_z, so positive is a pred
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,13 @@ from torch import Tensor
 
 from influencespace.core.conjugate_gradients import Solution, conjugate_gradients
 from influencespace.core.contrastive import Objective, Pointwise, contrastive
-from influencespace.core.contrastive_influence import Tangents, influence, pointwise_influence, summarise
+from influencespace.core.contrastive_influence import (
+    BatchSummary,
+    Tangents,
+    influence,
+    pointwise_influence,
+    summarise,
+)
 from influencespace.core.nystrom import Sketch, nystrom, probes
 from influencespace.errors import STRICT
 from influencespace.models.space import Inputs, Space
@@ -49,22 +55,22 @@ class CurvatureConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NegativeBatch:
-    """Inputs of one recorded context, and the image of each of its pairs."""
+    """Inputs of one recorded batch of negatives, and the image of each of its pairs."""
 
     inputs: Inputs  # two (M, D)
     image: IntArray  # (M,)
 
 
 def target_gradients(
-    space: Space, contexts: Sequence[Inputs], folds: Sequence[IntArray], count: int, objective: Objective
+    space: Space, batches: Sequence[Inputs], folds: Sequence[IntArray], count: int, objective: Objective
 ) -> Tensor:
     """Gradient of the target loss by fold of the target's images: (F, p), whose mean is the gradient of the mean loss.
 
-    folds gives the fold of each pair of each context. Negatives are the whole context, whatever the fold.
+    `folds` has the fold of each pair of each batch. Negatives are the whole batch, whatever the fold.
     """
     pairs = sum(len(fold) for fold in folds)
     total = torch.zeros(count, space.size, dtype=torch.float64)
-    for inputs, fold in zip(contexts, folds):
+    for inputs, fold in zip(batches, folds):
         weights = torch.nn.functional.one_hot(torch.from_numpy(fold), count).T.double() * (count / pairs)
         total += space.loss_gradients(inputs, weights.to(space.like), objective).double().cpu()
     return total.to(space.like)
@@ -132,13 +138,13 @@ def solve(
 
 @dataclass(frozen=True, kw_only=True)
 class Influence:
-    """Influence of n pairs along V directions in each of C contexts; nan where the context holds the pair's image.
+    """Influence of n pairs along V directions against each of C negative batches; nan where one holds the pair's image.
 
-    A pointwise loss asks no context: C is 1, and nothing is negative.
+    A pointwise loss has no negatives: C is 1, and `negative` is zero.
     """
 
     own: NDArray[np.float64]  # (V, n, C)
-    negative: NDArray[np.float64]  # (V, n, C), its mean over bank pairs subtracted
+    negative: NDArray[np.float64]  # (V, n, C), its mean over recorded pairs subtracted
 
     @property
     def by_batch(self) -> NDArray[np.float64]:
@@ -146,7 +152,7 @@ class Influence:
 
 
 class HasTangents(Protocol):
-    """What a scorer asks of a Space."""
+    """What a scorer needs of a Space."""
 
     def tangents(self, inputs: Inputs, directions: Tensor) -> Tangents:
         """Embeddings of n pairs and their derivatives along directions (V, p)."""
@@ -165,19 +171,19 @@ class InfluenceScorer:
 
     @cached_property
     def offset(self) -> NDArray[np.float64]:
-        """Mean negative influence of bank pairs in the contexts that are not theirs (V,).
+        """Mean negative influence of recorded pairs against the batches that are not theirs (V,).
 
-        One extra negative lifts every loss: an artefact of asking for z's presence rather than for another pair's.
-        Raises ValueError for a bank of one context.
+        One extra negative lifts every loss, whoever it is: the influence of z's presence in place of another pair's is wanted.
+        Raises ValueError for a single negative batch.
         """
         if len(self.bank) < 2:
             raise ValueError(
-                "a bank needs two contexts or more: what a pair is as a negative is told by the others"
+                "influence needs two negative batches or more: pairs of each are scored against the others"
             )
         means = []
         for k in range(len(self.bank)):
             others = [tangents for j, tangents in enumerate(self._bank_tangents) if j != k]
-            negative = [self._in_context(k, other)[1] for other in others]
+            negative = [self._against(k, other)[1] for other in others]
             means.append(torch.cat(negative, 1).double().mean(1))
         return torch.stack(means).mean(0).cpu().numpy()
 
@@ -189,7 +195,7 @@ class InfluenceScorer:
             return Influence(own=alone, negative=np.zeros_like(alone))
         own, negative = [], []
         for k, recorded in enumerate(self.bank):
-            a, b = (x.double().cpu().numpy() for x in self._in_context(k, pairs))
+            a, b = (x.double().cpu().numpy() for x in self._against(k, pairs))
             shared = np.isin(image, recorded.image)
             own.append(np.where(shared, np.nan, a))
             negative.append(np.where(shared, np.nan, b - self.offset[:, None]))
@@ -197,16 +203,18 @@ class InfluenceScorer:
 
     @cached_property
     def _bank_tangents(self) -> list[Tangents]:
-        return [self._tangents(context.inputs) for context in self.bank]
+        return [self._tangents(batch.inputs) for batch in self.bank]
 
     @cached_property
-    def _contexts(self) -> list[Any]:
-        """What scores against each context need, computed once."""
-        objective = contrastive(self.objective, "a bank")
+    def _summaries(self) -> list[BatchSummary]:
+        """What scores against each negative batch need, computed once."""
+        objective = contrastive(self.objective, "a negative batch")
         return [summarise(objective, tangents, self.batch_size) for tangents in self._bank_tangents]
 
-    def _in_context(self, k: int, pairs: Tangents) -> tuple[Tensor, Tensor]:
-        return influence(contrastive(self.objective, "a bank"), pairs, self._contexts[k], self.form)
+    def _against(self, k: int, pairs: Tangents) -> tuple[Tensor, Tensor]:
+        return influence(
+            contrastive(self.objective, "a negative batch"), pairs, self._summaries[k], self.form
+        )
 
     @torch.no_grad()
     def _tangents(self, inputs: Inputs) -> Tangents:

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from influencespace.core.contrastive import Objective, Pointwise
 from influencespace.core.conjugate_gradients import Solution
+from influencespace.core.contrastive import Objective, Pointwise
 from influencespace.core.nystrom import Sketch
 from influencespace.errors import InputError
 from influencespace.estimators.influence import Curvature, NegativeBatch, target_gradients
@@ -69,7 +69,7 @@ class Problem:
     """N."""
     bank: Sequence[NegativeBatch]
     target: Sequence[NegativeBatch]
-    """The target's pairs, each in one context."""
+    """The target's pairs, each in one batch."""
     preconditioner: Tensor
     """AdamW's D = sqrt(v_hat) + eps at the end of training (p,); ones for SGD."""
     damping: float
@@ -102,14 +102,14 @@ class Problem:
 
         Raises InputError where the target has fewer than two pairs, or where the gradient is not finite.
         """
-        pairs = sum(len(context.image) for context in self.target)
+        pairs = sum(len(batch.image) for batch in self.target)
         if pairs < 2:
             raise InputError(
                 f"the target has {pairs} pair(s): a contrastive loss needs two, and a useful target a hundred or more"
             )
-        contexts = [context.inputs for context in self.target]
-        one_fold = [np.zeros(len(context.image), np.int64) for context in self.target]
-        gradient = target_gradients(space, contexts, one_fold, 1, self.objective)[0]
+        batches = [batch.inputs for batch in self.target]
+        one_fold = [np.zeros(len(batch.image), np.int64) for batch in self.target]
+        gradient = target_gradients(space, batches, one_fold, 1, self.objective)[0]
         if not bool(torch.isfinite(gradient).all()):
             raise InputError(
                 "the gradient of the target loss is not finite: the proxy's parameters or the target's embeddings hold "
@@ -122,7 +122,7 @@ class Scorer(Protocol):
     """Scores pairs row by row, whatever the batch they come in."""
 
     def __call__(self, batch: Batch) -> FloatArray:
-        """Scores (n,): higher is more worth keeping. nan where no context of the bank can judge the pair."""
+        """Scores (n,): higher is more worth keeping. nan where no negative batch can judge the pair."""
 
 
 class Fold(Protocol):
@@ -192,7 +192,7 @@ def scores(estimator: Estimator, problem: Problem, batches: Sequence[Batch]) -> 
 
 
 def mean_of_known(values: FloatArray) -> FloatArray:
-    """Mean over contexts, the last axis, of those that can judge a pair, as the others are nan: (..., C) -> (...)."""
+    """Mean over negative batches, the last axis; those that cannot judge a pair are nan: (..., C) -> (...)."""
     known = np.isfinite(values)
     count = known.sum(-1)
     mean: FloatArray = np.where(known, values, 0.0).sum(-1) / np.where(count > 0, count, np.nan)
@@ -200,8 +200,8 @@ def mean_of_known(values: FloatArray) -> FloatArray:
 
 
 def where_strange(values: FloatArray, bank: Sequence[Recorded], image: IntArray) -> FloatArray:
-    """Values (n, C) where the context is without the pair's image, nan where it cannot judge the pair."""
-    strange = ~np.stack([np.isin(image, context.image) for context in bank], 1)
+    """Values (n, C) where the negative batch is without the pair's image, nan where it cannot judge the pair."""
+    strange = ~np.stack([np.isin(image, batch.image) for batch in bank], 1)
     return np.where(strange, values, np.nan)
 
 

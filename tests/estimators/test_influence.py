@@ -247,7 +247,7 @@ def test_a_fold_without_pairs_has_no_gradient() -> None:
 
 def test_a_bank_of_one_context_is_refused() -> None:
     lone = InfluenceScorer(SPACE, directions(), bank()[:1], LOSS, 8)
-    with pytest.raises(ValueError, match="two contexts or more"):
+    with pytest.raises(ValueError, match="two negative batches or more"):
         lone(embeddings(3, 70), np.arange(3) + 1000)
 
 
