@@ -15,7 +15,7 @@ from benchmarks import wanted
 from benchmarks.arrays import FloatArray
 from benchmarks.attribution.attribution_setup import RATES, Study, SyntheticStudy
 from benchmarks.attribution.deletion import deletion
-from benchmarks.attribution.lds import ceiling, foretold, half_subsets, lds, lds_draws
+from benchmarks.attribution.lds import Foretold, half_subsets
 from benchmarks.attribution.price import speed
 from benchmarks.attribution.scoring import (
     BLIND,
@@ -26,22 +26,20 @@ from benchmarks.attribution.scoring import (
     path_of,
     pearson,
     target_loss,
+    trained_heads,
 )
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import cached, each_seed
 from benchmarks.data.datasets import Dataset
-from influencespace.core.batches import training_batches
 from influencespace.core.metrics import auroc, average_precision, interval, precision_recall_at
 from influencespace.estimators.influence import NegativeBatch
-from influencespace.estimators.proxy_problem import rows_of
 from influencespace.estimators.table import TABLE
-from influencespace.models.heads import Heads, initial_heads
-from influencespace.models.training import HeadsConfig, train_heads
+from influencespace.models.heads import Heads
+from influencespace.models.training import HeadsConfig
 
 BENCHMARK = Benchmark(data="flickr8k", quick_seeds=(0, 1))
 PROMISED = ("ecif", "ecif, early stopping", "unrolled", "unrolled, whole")
 GROUPS = 4  # of the target's images, each an output whose rise and fall is to be foretold
-CHUNK = 10  # subsets that are one cached result
 SLOW_AND_ALIKE = ("unrolled, whole", "unrolled, taylor")  # one backward pass a pair and step; as `unrolled`
 ABLATED = 0.3  # the share of wrong captions at which other forms and settings are compared too
 
@@ -102,15 +100,11 @@ def leave_one_out(bench: Bench) -> None:
 
 def subset_losses(study: Study, subsets: FloatArray, seed: int) -> dict[str, Any]:
     """Loss of each target group of a proxy trained on each subset, with batches of its own: (S, G)."""
-    images, texts = study.pool.inputs
-    config = study.config
     groups = [study.target_group(g, GROUPS) for g in range(GROUPS)]
     losses = []
     for weights in subsets:
-        heads = initial_heads(images.shape[1], texts.shape[1], config.dimension, seed)
-        batches = training_batches(weights, study.pool.image, config.batch_size, config.steps, seed)
-        trained = train_heads(partial(rows_of, study.pool.inputs), batches, heads, config).heads
-        losses.append([group_loss(trained, group, config) for group in groups])
+        heads = trained_heads(study.pool, weights, study.config, seed)
+        losses.append([group_loss(heads, group, study.config) for group in groups])
     return {"losses": losses}
 
 
@@ -132,37 +126,21 @@ def lds_part(bench: Bench) -> None:
     config = HeadsConfig(batch_size=64, steps=bench.pick(100, 20))
     study = Study(dataset=Dataset.of(bench), pairs=bench.pick(400, 200), wrong=0.3, config=config).tuned()
     cache, subsets = study.dataset.cache, half_subsets(study.size, bench.pick(120, 20))
-    chunks = [
-        each_seed(
-            cache,
-            bench.seeds,
-            ["subsets", study.key, len(subsets), start],
-            subset_losses,
-            study,
-            subsets[start : start + CHUNK],
-        )
-        for start in range(0, len(subsets), CHUNK)
-    ]
-    losses = np.concatenate(
-        [[run["losses"] for run in chunk] for chunk in chunks], 1
-    )  # (seeds, subsets, groups)
+    key = ["subsets", study.key, len(subsets)]
+    retrained = each_seed(cache, bench.seeds, key, subset_losses, study, subsets)
     runs = [
         each_seed(cache, bench.seeds, ["scores", study.key, g, GROUPS], group_scores, study, g)
         for g in range(GROUPS)
     ]
-    truth = -losses.mean(0)
-    others = "(one seed's proxies against the others')"
-    bench.row(estimator=others, lds=ceiling(losses), interval=None, single_proxy=None)
-    values: dict[str, float] = {}
-    draws: dict[str, FloatArray] = {}
+    scores = {
+        name: np.array([[run[name] for run in runs[0 if name in BLIND else g]] for g in range(GROUPS)])
+        for name in measured()
+    }
+    found = Foretold(subsets, np.array([run["losses"] for run in retrained]))
+    bench.row(estimator=found.REPEATED, lds=found.ceiling, interval=None, single_proxy=None)
+    values, draws = found.lds_of({name: by_group.swapaxes(0, 1) for name, by_group in scores.items()})
     for name in measured():
-        groups = [runs[0 if name in BLIND else g] for g in range(GROUPS)]
-        by_seed = np.array([[run[name] for run in group] for group in groups]).swapaxes(
-            0, 1
-        )  # (seeds, groups, N)
-        ensemble = foretold(subsets, by_seed.mean(0))
-        values[name], draws[name] = lds(ensemble, truth), lds_draws(ensemble, truth)
-        single = float(np.mean([lds(foretold(subsets, one), truth) for one in by_seed]))
+        single = float(np.mean([found.lds(one) for one in scores[name].swapaxes(0, 1)]))
         bench.row(estimator=name, lds=values[name], interval=list(interval(draws[name])), single_proxy=single)
     best = max((name for name in TABLE if name not in OURS), key=lambda name: values[name])
     bench.target(

@@ -16,20 +16,18 @@ from torch import Tensor
 
 from benchmarks import wanted
 from benchmarks.arrays import BoolArray, FloatArray, IntArray
-from benchmarks.attribution.scoring import SCORES
+from benchmarks.attribution.scoring import SCORES, trained_heads
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import cached
 from benchmarks.curation.retrain_eval import Retrained
 from benchmarks.data.class_folders import NAMES, ClassWorld, folder_classes, right, true_classes
-from influencespace.core.batches import training_batches
 from influencespace.core.metrics import auroc
 from influencespace.core.select import top_fraction
 from influencespace.data.artifacts import fingerprint
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.influence import NegativeBatch
-from influencespace.estimators.proxy_problem import proxy_problem, rows_of
-from influencespace.models.heads import initial_heads
-from influencespace.models.training import HeadsConfig, train_heads
+from influencespace.estimators.proxy_problem import proxy_problem
+from influencespace.models.training import HeadsConfig
 
 BENCHMARK = Benchmark(seeds=(0, 1, 2, 3, 4))
 WRONG, REMOVED = 0.2, 0.1
@@ -97,16 +95,12 @@ class Cleaning:
 
     def rights(self, kept: BoolArray) -> dict[str, Any]:
         """Which test pictures proxies of the kept pairs name rightly (retrainings, n)."""
-        images, texts = self.pool.inputs
-        (test, shown), config = self.test, self.config
+        test, shown = self.test
         rights = []
         for number in range(self.retrainings):
             seed = self.world.seed + 1000 * (number + 1)
-            heads = initial_heads(images.shape[1], texts.shape[1], config.dimension, seed)
-            weight = kept.astype(np.float64)
-            batches = training_batches(weight, self.pool.image, config.batch_size, config.steps, seed)
-            trained = train_heads(partial(rows_of, self.pool.inputs), batches, heads, config).heads
-            rights.append(right(trained, test, self.prompts, shown).astype(int).tolist())
+            heads = trained_heads(self.pool, kept.astype(np.float64), self.config, seed)
+            rights.append(right(heads, test, self.prompts, shown).astype(int).tolist())
         return {"right": rights}
 
     def accuracies(self, kept: BoolArray) -> FloatArray:

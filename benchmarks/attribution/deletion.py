@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import wanted
 from benchmarks.arrays import IntArray
 from benchmarks.attribution.attribution_setup import Study
-from benchmarks.attribution.scoring import path_of, score_all
+from benchmarks.attribution.scoring import path_of, score_all, trained_heads
 from benchmarks.bench import Bench
 from benchmarks.cache import each_seed
 from benchmarks.data.datasets import Dataset
@@ -21,9 +21,8 @@ from influencespace.core.contrastive import info_nce_only
 from influencespace.estimators.deletion import deletion_displacement, steps_for, without
 from influencespace.estimators.grad_dot import GradDot
 from influencespace.estimators.influence import NegativeBatch
-from influencespace.models.heads import initial_heads
 from influencespace.models.space import Space
-from influencespace.models.training import HeadsConfig, train_heads
+from influencespace.models.training import HeadsConfig
 from influencespace.models.trajectory import Trajectory, space_at
 
 SHARES = (0.01, 0.1)
@@ -142,10 +141,8 @@ class TrainedProxy:
 
     def trained(self, batches: Sequence[IntArray]) -> Tensor:
         """Parameters of a proxy trained on these batches by the library's own loop (p,)."""
-        images, texts = self.study.pool.inputs
-        config = self.study.config
-        heads = initial_heads(images.shape[1], texts.shape[1], config.dimension, self.seed).to(images)
-        space = Space(train_heads(self.path.inputs, batches, heads, config).heads)
+        ones = np.ones(self.study.size)
+        space = Space(trained_heads(self.study.pool, ones, self.study.config, self.seed, batches))
         return space.flatten(space.parameters)
 
     @torch.no_grad()

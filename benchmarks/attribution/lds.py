@@ -1,6 +1,9 @@
 """The linear datamodeling score (Park et al. 2023): how well sums of scores foretell losses after training on random halves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 from scipy.stats import rankdata
@@ -16,27 +19,44 @@ def half_subsets(pairs: int, count: int) -> FloatArray:
     return np.stack([generator.permutation(pairs) < pairs // 2 for _ in range(count)]).astype(np.float64)
 
 
-def lds(predicted: FloatArray, truth: FloatArray) -> float:
-    """Spearman over subsets, mean over outputs: two (S, G)."""
-    a, b = (rankdata(x, axis=0) - (len(x) + 1) / 2 for x in (predicted, truth))
+def mean_spearman(a: FloatArray, b: FloatArray) -> float:
+    """Spearman over subsets, mean over outputs; 0 where all are alike: two (S, G)."""
+    a, b = (rankdata(x, axis=0) - (len(x) + 1) / 2 for x in (a, b))
     lengths = np.sqrt((a**2).sum(0) * (b**2).sum(0))
     return float(((a * b).sum(0) / np.where(lengths > 0, lengths, 1)).mean())
 
 
-def foretold(subsets: FloatArray, scores: FloatArray) -> FloatArray:
-    """Sums of scores (G, N) over subsets (S, N): (S, G)."""
-    sums: FloatArray = subsets @ np.nan_to_num(scores).T
-    return sums
+@dataclass(frozen=True)
+class Foretold:
+    """What proxies trained on subsets came to, and how well scores foretell it."""
 
+    REPEATED: ClassVar[str] = "(one seed's proxies against the others')"
+    subsets: FloatArray  # (S, N)
+    losses: FloatArray  # (seeds, S, G)
 
-def lds_draws(predicted: FloatArray, truth: FloatArray) -> FloatArray:
-    """The score over resampled subsets, the same for every estimator: (DRAWS,)."""
-    count = len(truth)
-    rows = [np.random.default_rng(draw).integers(0, count, count) for draw in range(DRAWS)]
-    return np.array([lds(predicted[drawn], truth[drawn]) for drawn in rows])
+    @cached_property
+    def truth(self) -> FloatArray:
+        truth: FloatArray = -self.losses.mean(0)
+        return truth
 
+    @property
+    def ceiling(self) -> float:
+        """How well one seed's proxies foretell those of the others."""
+        rest = [-np.delete(self.losses, seed, 0).mean(0) for seed in range(len(self.losses))]
+        return float(np.mean([mean_spearman(-one, other) for one, other in zip(self.losses, rest)]))
 
-def ceiling(losses: FloatArray) -> float:
-    """How well one seed's proxies foretell those of the others: losses (R, S, G)."""
-    others: Sequence[FloatArray] = [-np.delete(losses, seed, 0).mean(0) for seed in range(len(losses))]
-    return float(np.mean([lds(-one, other) for one, other in zip(losses, others)]))
+    def lds(self, scores: FloatArray) -> float:
+        """Of sums of scores (G, N) over the subsets."""
+        return mean_spearman(self.subsets @ np.nan_to_num(scores).T, self.truth)
+
+    def lds_of(self, scores: Mapping[str, FloatArray]) -> tuple[dict[str, float], dict[str, FloatArray]]:
+        """Of ensembles of scores (seeds, G, N) by name, and over resampled subsets, the same for all."""
+        count = len(self.truth)
+        drawn = [np.random.default_rng(draw).integers(0, count, count) for draw in range(DRAWS)]
+        sums = {name: self.subsets @ np.nan_to_num(each.mean(0)).T for name, each in scores.items()}
+        values = {name: mean_spearman(each, self.truth) for name, each in sums.items()}
+        draws = {
+            name: np.array([mean_spearman(each[rows], self.truth[rows]) for rows in drawn])
+            for name, each in sums.items()
+        }
+        return values, draws

@@ -27,7 +27,7 @@ from benchmarks.attribution.digits import (
     right_probability,
     sample_loop,
 )
-from benchmarks.attribution.lds import ceiling, foretold, half_subsets, lds, lds_draws
+from benchmarks.attribution.lds import Foretold, half_subsets
 from benchmarks.attribution.scoring import BLIND, SCORES, Score, damping_at, score_all, tuned
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import each_seed
@@ -223,14 +223,9 @@ def lds_part(bench: Bench) -> None:
         key = ["peers' subsets", study.key, len(subsets)]
         repeats = range(bench.pick(RETRAININGS, 2))
         runs = each_seed(bench.cache, tuple(repeats), key, subset_losses, study, subsets)
-        losses = np.array([run["losses"] for run in runs])  # (seeds, S, G)
-        truth = -losses.mean(0)
-        bench.row(
-            method="(one seed's proxies against the others')", proxy=kind, lds=ceiling(losses), interval=None
-        )
-        predicted = {name: foretold(subsets, values.mean(0)) for name, values in scores.values.items()}
-        values = {name: lds(sums, truth) for name, sums in predicted.items()}
-        draws = {name: lds_draws(sums, truth) for name, sums in predicted.items()}
+        found = Foretold(subsets, np.array([run["losses"] for run in runs]))
+        bench.row(method=found.REPEATED, proxy=kind, lds=found.ceiling, interval=None)
+        values, draws = found.lds_of(scores.values)
         for name in sorted(values, key=lambda name: -values[name]):
             bench.row(method=name, proxy=kind, lds=values[name], interval=list(interval(draws[name])))
         not_installed(bench, proxy=kind, lds=None, interval=None)

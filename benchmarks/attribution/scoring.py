@@ -1,7 +1,7 @@
 """What is measured of estimators: scores of a whole pool by every line of the table, for a proxy that was really trained."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
@@ -11,16 +11,18 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from benchmarks.arrays import FloatArray
+from benchmarks.arrays import FloatArray, IntArray
 from benchmarks.cache import cached
+from influencespace.core.batches import training_batches
 from influencespace.estimators.ecif import Ecif
 from influencespace.estimators.influence import CurvatureConfig, NegativeBatch, damping_of
 from influencespace.estimators.problem import Estimator, Problem, scores
-from influencespace.estimators.proxy_problem import batch_of
+from influencespace.estimators.proxy_problem import batch_of, rows_of
 from influencespace.estimators.table import TABLE
 from influencespace.estimators.unrolled import Unrolled
+from influencespace.models.heads import Heads, initial_heads
 from influencespace.models.space import Space
-from influencespace.models.training import HeadsConfig
+from influencespace.models.training import HeadsConfig, train_heads
 from influencespace.models.trajectory import Trajectory, space_at
 
 Score = Callable[[Problem], FloatArray]
@@ -127,6 +129,21 @@ SCORES: Mapping[str, Score] = {
     "unrolled, taylor": _of(partial(Unrolled, form="taylor")),
 }
 """What is measured: the whole table, and other forms of those in units of the loss."""
+
+
+def trained_heads(
+    pool: NegativeBatch,
+    weights: FloatArray,
+    config: HeadsConfig,
+    seed: int,
+    batches: Iterable[IntArray] | None = None,
+) -> Heads:
+    """Heads trained on a pool by weight (n,), or on these batches."""
+    images, texts = pool.inputs
+    heads = initial_heads(images.shape[1], texts.shape[1], config.dimension, seed).to(images)
+    if batches is None:
+        batches = training_batches(weights, pool.image, config.batch_size, config.steps, seed)
+    return train_heads(partial(rows_of, pool.inputs), batches, heads, config).heads
 
 
 def agreement(repeats: FloatArray, measure: Callable[[FloatArray, FloatArray], float]) -> float | None:

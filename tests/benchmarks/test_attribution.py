@@ -11,7 +11,7 @@ from benchmarks.attribution import attribution, calibration, cleaning, deletion,
 from benchmarks.attribution.attribution_setup import Study, SyntheticStudy
 from benchmarks.attribution.cleaning import Cleaning
 from benchmarks.attribution.digits import RATES, Classification
-from benchmarks.attribution.lds import ceiling, foretold, half_subsets, lds, lds_draws
+from benchmarks.attribution.lds import Foretold, half_subsets, mean_spearman
 from benchmarks.attribution.scoring import SCORES, agreement, pearson, tuned
 from benchmarks.bench import Bench
 from benchmarks.data.class_folders import NAMES, ClassWorld
@@ -114,14 +114,17 @@ def test_digits_are_the_same_problem_for_all(tmp_path: Path) -> None:
 
 def test_the_score_is_the_mean_spearman() -> None:
     truth = np.random.default_rng(0).normal(size=(20, 3))
-    assert lds(truth, truth) == pytest.approx(1)
-    assert lds(-truth, truth) == pytest.approx(-1)
-    assert lds(np.zeros_like(truth), truth) == 0
-    assert ceiling(np.stack([truth, truth])) == pytest.approx(1)
-    assert lds_draws(truth, truth).min() == pytest.approx(1)
-    subsets = half_subsets(10, 4)
-    assert subsets.sum(1).tolist() == [5] * 4
-    assert foretold(subsets, np.ones((2, 10))).tolist() == [[5, 5]] * 4
+    assert mean_spearman(truth, truth) == pytest.approx(1)
+    assert mean_spearman(-truth, truth) == pytest.approx(-1)
+    assert mean_spearman(np.zeros_like(truth), truth) == 0
+    subsets, scores = half_subsets(10, 20), np.random.default_rng(1).normal(size=(3, 10))
+    assert subsets.sum(1).tolist() == [5] * 20
+    found = Foretold(subsets, np.stack([-subsets @ scores.T] * 2))
+    assert found.ceiling == pytest.approx(1)
+    values, draws = found.lds_of({"right": scores[None], "wrong": -scores[None]})
+    assert values == pytest.approx({"right": 1, "wrong": -1})
+    assert found.lds(scores) == values["right"]
+    assert draws["right"].min() == pytest.approx(1)
 
 
 def test_agreement_is_over_pairs_of_repeats() -> None:
