@@ -66,8 +66,8 @@ class Slicer:
         for number in range(tars):
             with new_tar(folder / f"{number:05d}.tar") as tar:
                 while pairs < limit * (number + 1) / tars and (sample := next(samples, None)):
-                    caption = {"captions": list(sample.captions), "uid": sample.uid, "group": sample.group}
-                    known = {name: value for name, value in caption.items() if value is not None}
+                    record = {"captions": list(sample.captions), "uid": sample.uid, "group": sample.group}
+                    known = {name: value for name, value in record.items() if value is not None}
                     files = {"jpg": sample.image, "json": json.dumps(known).encode()}
                     add_sample(tar, f"{pairs:09d}", files)
                     pairs += len(sample.captions)

@@ -102,7 +102,7 @@ def weighting_findings(summary: Summary) -> list[str]:
             "The kept pairs have equal weights: no other weights were better after retraining "
             f"(target loss {before} with equal weights, {best} with the best others)."
         ]
-    (taken,) = (trial for trial in weighted if trial["confirmed"])
+    (taken,) = (trial for trial in weighted if trial["chosen"])
     basis = "influence"
     if share := taken.get("clip_score_share"):
         basis += f" and, {share:g} times as much, by the CLIP score of the pretrained encoder"

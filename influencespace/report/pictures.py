@@ -16,6 +16,7 @@ from PIL import Image
 from influencespace.data.images import RejectedImage, decode_image, read_image_bytes
 from influencespace.data.schema import ImageRef
 from influencespace.report.strata import records
+from influencespace.stages.selection.selection import CURATED
 
 SIDE = 160  # pixels of the longer side
 QUALITY = 80  # of the JPEG; a picture takes about 6 kB
@@ -25,7 +26,7 @@ CANDIDATES = 10 * SHOWN
 MAX_CAPTION = 300
 BATCH_ROWS = 65_536
 
-DECISION = ("uid", "kept", "weight", "score", "score_se", "stratum", "reason")
+
 PLACE = ("path", "offset", "length", "row")
 
 
@@ -36,7 +37,7 @@ class Example:
     caption: str
     picture: str | None
     decision: Any
-    """The pair's row of curated.parquet, with an attribute for each of DECISION; `score_se` may be nan."""
+    """The pair's row of curated.parquet, with an attribute for each of CURATED; `score_se` may be nan."""
 
 
 def examples(run: Path, threshold: float = 0.0, margin: float = 0.0) -> dict[str, list[Example]]:
@@ -54,7 +55,7 @@ def examples(run: Path, threshold: float = 0.0, margin: float = 0.0) -> dict[str
 def _choose(curated: Path, threshold: float, margin: float) -> dict[str, list[Any]]:
     """CANDIDATES for each group; ties stay in canonical order, which is random order."""
     first: dict[str, list[pd.DataFrame]] = {"best": [], "borderline": [], "worst": []}
-    for batch in pq.ParquetFile(curated).iter_batches(BATCH_ROWS, columns=list(DECISION)):
+    for batch in pq.ParquetFile(curated).iter_batches(BATCH_ROWS, columns=list(CURATED)):
         rows = batch.to_pandas().fillna({"stratum": "", "reason": ""})
         rows = rows.astype({"score": float, "score_se": float})
         ranks = {

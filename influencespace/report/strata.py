@@ -20,23 +20,18 @@ def influence_by_quantile(strata: pd.DataFrame) -> pd.DataFrame:
     Columns: quantile, pairs, scored, quality, influence, influence_se (strata taken as independent), kept (fraction of
     the pairs). Strata in which nothing was scored count for `pairs`, `quality` and `kept` alone; means of nothing are nan.
     """
-    known = strata["pairs"].where(np.isfinite(strata["influence"]), 0)
-    sums = pd.DataFrame(
-        {
-            "quantile": strata["quantile"],
-            "pairs": strata["pairs"],
-            "known": known,
-            "scored": strata["scored"],
-            "quality": strata["pairs"] * strata["quality"],
-            "influence": known * strata["influence"],
-            "influence_se": (known * strata["influence_se"]) ** 2,
-            "kept": strata["pairs"] * strata["kept"],
-        }
+    pairs, known = strata["pairs"], strata["pairs"].where(np.isfinite(strata["influence"]), 0)
+    weighted = strata[["quantile", "pairs", "scored"]].assign(
+        known=known,
+        quality=pairs * strata["quality"],
+        influence=known * strata["influence"],
+        influence_se=(known * strata["influence_se"]) ** 2,
+        kept=pairs * strata["kept"],
     )
-    sums = sums.groupby("quantile", as_index=False).sum()
+    sums = weighted.groupby("quantile", as_index=False).sum()
     sums["influence_se"] **= 0.5
-    sums[["quality", "kept"]] = sums[["quality", "kept"]].div(sums["pairs"], axis=0)
-    sums[["influence", "influence_se"]] = sums[["influence", "influence_se"]].div(sums["known"], axis=0)
+    for total, means in {"pairs": ["quality", "kept"], "known": ["influence", "influence_se"]}.items():
+        sums[means] = sums[means].div(sums[total], axis=0)
     return sums
 
 
