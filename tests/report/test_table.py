@@ -115,7 +115,7 @@ def test_numbers_as_people_read_them() -> None:
 
 def chosen(weighting: str, temperature: float, losses: dict[tuple[str, float], float]) -> dict[str, Any]:
     trials = [
-        {"weighting": w, "temperature": t, "target_loss": x, "confirmed": (w, t) == (weighting, temperature)}
+        {"weighting": w, "temperature": t, "target_loss": x, "chosen": (w, t) == (weighting, temperature)}
         for (w, t), x in losses.items()
     ]
     return {"weights": {"weighting": weighting, "temperature": temperature, "trials": trials}}

@@ -100,17 +100,14 @@ class WriteSelection:
         labels = np.char.add(
             np.char.mod("c%03d/q", strata["cluster"]), np.char.mod("%02d", strata["quantile"])
         )
-        return pa.table(
-            {
-                "uid": pa.array(uids, pa.string()),
-                "kept": pa.array(subset.kept),
-                "weight": pa.array(subset.weight.astype(np.float32)),
-                "score": pa.array(score.astype(np.float32)),
-                "score_se": pa.array(se.astype(np.float32)),
-                "stratum": pa.array(labels.tolist(), pa.string()),
-                "reason": pa.array(subset.reason.tolist(), pa.string()),
-            }
+        values = (
+            pa.array(uids, pa.string()),
+            pa.array(subset.kept),
+            *(pa.array(one.astype(np.float32)) for one in (subset.weight, score, se)),
+            pa.array(labels.tolist(), pa.string()),
+            pa.array(subset.reason.tolist(), pa.string()),
         )
+        return pa.table(dict(zip(CURATED, values, strict=True)))
 
     def _strata_table(self, subset: Subset) -> Columns:
         scores, strata = self.evidence, self.evidence.strata
