@@ -310,7 +310,7 @@ def _work(
     reported = stage.work(run, workers)
     remove_buckets(working)
     for path in working.glob(".*"):  # what only served the work
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     files = {p.name: file_digest(p) for p in sorted(working.iterdir()) if p.is_file() and p.name[0] != "."}
     manifest = Manifest(
         stage=str(stage.name),

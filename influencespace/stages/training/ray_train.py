@@ -1,6 +1,5 @@
 """Retraining by Ray Train: runs side by side, or all workers sharing every batch of one run after another."""
 
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -52,15 +51,24 @@ def train_share(config: dict[str, Any]) -> None:
     ray.train.report({})
 
 
-def train_by_ray(trainings: Sequence[TrainProxy], sharing: int, workers: Workers) -> None:
-    """Train what is left: with `sharing` = 1 as many runs at once as there are cores, else `sharing` workers share each run."""
+def train_by_ray(trainings: Sequence[TrainProxy], sharing: int, workers: Workers) -> list[dict[str, Any]]:
+    """Train what is left; the records of all, in their order.
+
+    With `sharing` = 1 there are as many runs at once as there are cores, else `sharing` workers share each run.
+    """
+    if left := [one for one in trainings if one.proxy.record is None]:
+        _fit(left, sharing, workers)
+    records = [one.proxy.record for one in trainings]
+    missing = [one.training.name for one, record in zip(trainings, records) if record is None]
+    assert not missing, f"training ended without {missing}"
+    return [record for record in records if record is not None]
+
+
+def _fit(left: Sequence[TrainProxy], sharing: int, workers: Workers) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    left = [one for one in trainings if one.proxy.record is None]
-    if not left:
-        return
-    engine, storage = workers.engine, workers.folder / "ray"
+    engine, storage = workers.engine, workers.folder / ".ray"
     count = sharing if sharing > 1 else min(engine.cores, len(left))
     cores = max(1, min(engine.cores_per_task, engine.cores // count))
     trainer = TorchTrainer(
@@ -75,7 +83,6 @@ def train_by_ray(trainings: Sequence[TrainProxy], sharing: int, workers: Workers
     )
     with workers.progress(len(left), "proxies") as bar, _watching(left, bar.advance):
         _in_a_thread(trainer.fit)
-    shutil.rmtree(storage, ignore_errors=True)
 
 
 def _in_a_thread(work: Callable[[], object]) -> None:

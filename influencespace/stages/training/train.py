@@ -1,6 +1,7 @@
 """The train stage: proxies retrained on each method's weighted subset, at equal steps, by Ray Train."""
 
 from dataclasses import field as plain_field
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -62,14 +63,11 @@ class Train(Stage):
             for seed in config.seeds
             for method in config.methods
         }
-        if not isinstance(workers.engine, LocalEngine):
-            tasks = [
-                TrainProxy(
-                    pool=run.everything, config=run.config.proxy.train, training=one, folder=workers.folder
-                )
-                for one in trainings.values()
-            ]
-            train_by_ray(tasks, config.workers, workers)
-        records = train_many(run.everything, run.config.proxy.train, list(trainings.values()), workers)
+        ordered, heads = list(trainings.values()), run.config.proxy.train
+        if isinstance(workers.engine, LocalEngine):
+            records = train_many(run.everything, heads, ordered, workers)
+        else:
+            make = partial(TrainProxy, pool=run.everything, config=heads, folder=workers.folder)
+            records = train_by_ray([make(training=one) for one in ordered], config.workers, workers)
         methods = {name: {"method": name.rpartition("-")[0]} for name in trainings}
         return Details(details={"runs": [record | methods[record["name"]] for record in records]})
