@@ -104,7 +104,7 @@ def shard_stats(shards: Sequence[Shard], read: ReadOptions, dimension: int) -> S
 
 
 def embedding_stats(path: str, read: ReadOptions, joined: bool) -> SetSize:
-    """The rows that the metadata of imported embeddings counts; raises InputError when nothing usable is found."""
+    """The rows that the metadata of imported embeddings counts; raises InputError when there is no usable pair."""
     chunks = list_chunks(path)
     files = {name for chunk in chunks for name in (chunk.metadata, chunk.images, chunk.texts) if name}
     batches = read_imported_embeddings(path, import_options(read, joined=joined))

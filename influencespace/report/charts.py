@@ -62,7 +62,7 @@ class Chart:
         body = re.sub(r"font-family: [^;\"<]*;? ?", "", body)  # the page has its own
         for colour, name in VARIABLES.items():
             body = body.replace(colour, f"var(--{name})")
-        body = re.sub(r'<g id="mark-(\d+)">', lambda found: self._opened(int(found[1])), body)
+        body = re.sub(r'<g id="mark-(\d+)">', lambda match: self._opened(int(match[1])), body)
         box = f"0 0 {WIDTH} {72 * self.figure.get_figheight():g}"
         return Markup(f'<svg viewBox="{box}" role="img" aria-label="{escape(self.label)}"><defs>{body}')
 
