@@ -43,9 +43,9 @@ class Bench:
         )
         return self.data
 
-    def cached(self, key: Any, make: Callable[[], dict[str, Any]], code: str = "") -> dict[str, Any]:
+    def cached(self, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """As `benchmarks.cache.cached`, in the benchmark's cache."""
-        return cached(self.cache, key, make, code)
+        return cached(self.cache, key, make)
 
     def row(self, **cells: Any) -> None:
         self.rows.append(cells)

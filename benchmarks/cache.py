@@ -22,13 +22,12 @@ class OutOfTimeError(RuntimeError):
     """The minutes that were allowed are over; what is measured is written, and marked as incomplete."""
 
 
-def cached(folder: Path, key: Any, make: Callable[[], dict[str, Any]], code: str = "") -> dict[str, Any]:
-    """The JSON result of `make` for this key, computed once for its code.
+def cached(folder: Path, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The JSON result of `make` for this key and for the code that it runs, computed once.
 
-    The code is all that the module of `make` imports (of a bound method: the module of its object's class), or all that the
-    module named `code` does. Raises OutOfTimeError where it is not there and the time is over.
+    Raises OutOfTimeError where it is not there and the time is over.
     """
-    path = folder / "results" / f"{fingerprint([key, code_digest(code or module_of(make))])}.json"
+    path = folder / "results" / f"{fingerprint([key, code_digest(*modules_of(make))])}.json"
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
@@ -46,11 +45,26 @@ def each_seed(
     return [cached(folder, [*key, seed], functools.partial(make, *about, seed)) for seed in seeds]
 
 
-def module_of(function: Callable[..., Any]) -> str:
-    """Name of the module whose code a function runs."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return str(type(function.__self__).__module__ if inspect.ismethod(function) else function.__module__)
+def modules_of(work: Callable[..., Any]) -> list[str]:
+    """Modules of `PACKAGES` whose code a function runs: its own, and those of the objects that it is bound to or closes over."""
+    found: set[str] = set()
+    waiting: list[Any] = [work]
+    seen: set[int] = set()
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, functools.partial):
+            waiting += [one.func, *one.args, *one.keywords.values()]
+        elif inspect.ismethod(one):
+            waiting += [one.__func__, one.__self__]
+        elif inspect.isfunction(one):
+            found.add(one.__module__)
+            waiting += [cell.cell_contents for cell in one.__closure__ or ()]
+        else:
+            found.add(type(one).__module__)
+    return sorted(name for name in found if name.split(".")[0] in PACKAGES)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ tenth that it finds most valuable, at equal steps, and judged by zero-shot accur
 only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -135,45 +135,32 @@ def everything(cleaning: Cleaning) -> BoolArray:
     return np.ones(len(cleaning.wrong), bool)
 
 
-def measure(
-    pools: Sequence[Cleaning], choices: dict[str, Choice]
-) -> tuple[Retrained, dict[str, float | None]]:
-    """Accuracy of each choice by retraining and test picture, and how much of what it removed was wrong, in all pools."""
+def compared(
+    bench: Bench, pools: Sequence[Cleaning], choices: Mapping[str, Choice], **cells: Any
+) -> Retrained:
+    """A row for every choice: accuracy over all pools, retrainings and test pictures, and how much of what it removed was wrong."""
     kept = {name: [choose(pool) for pool in pools] for name, choose in choices.items()}
-    shares = {
+    accuracy = {
         name: np.concatenate([pool.accuracies(mask) for pool, mask in zip(pools, masks)])
         for name, masks in kept.items()
     }
-    wrong = {
-        name: [float(pool.wrong[~mask].mean()) for pool, mask in zip(pools, masks) if not mask.all()]
-        for name, masks in kept.items()
-    }
-    return Retrained(shares=shares, kept={}), {
-        name: float(np.mean(found)) if found else None for name, found in wrong.items()
-    }
-
-
-def cells(found: tuple[Retrained, dict[str, float | None]], name: str) -> dict[str, Any]:
-    retrained, wrong = found
-    around = list(retrained.around(name))
-    return {"accuracy": retrained.mean(name), "interval": around, "wrong_of_removed": wrong[name]}
-
-
-def compared(bench: Bench, share: float, harmful: bool) -> Retrained:
-    """A row for every method."""
-    choices: dict[str, Choice] = {"everything": everything}
-    if harmful:
-        choices["oracle"] = lambda cleaning: ~cleaning.wrong
-    choices |= {name: without(name, share, harmful) for name in METHODS}
-    found = measure(cleanings(bench), choices)
-    for name in choices:
-        bench.row(method=name, **cells(found, name))
-    return found[0]
+    found = Retrained(shares=accuracy)
+    for name, masks in kept.items():
+        wrong = [float(pool.wrong[~mask].mean()) for pool, mask in zip(pools, masks) if not mask.all()]
+        bench.row(
+            **cells,
+            method=name,
+            accuracy=found.mean(name),
+            interval=list(found.around(name)),
+            wrong_of_removed=float(np.mean(wrong)) if wrong else None,
+        )
+    return found
 
 
 def without_harmful(share: float, bench: Bench) -> None:
     """Accuracy without the most harmful share, by every method."""
-    found = compared(bench, share, harmful=True)
+    oracle: dict[str, Choice] = {"everything": everything, "oracle": lambda cleaning: ~cleaning.wrong}
+    found = compared(bench, cleanings(bench), oracle | {name: without(name, share) for name in METHODS})
     for rival in RIVALS:
         name = f"accuracy without the most harmful {share:.0%} by ecif, minus that by {rival}"
         bench.target(name, wanted.above(0), *found.compared(rival, "ecif"))
@@ -185,10 +172,10 @@ BENCHMARK.parts["harmful"] = partial(without_harmful, REMOVED)
 @BENCHMARK.part
 def valuable(bench: Bench) -> None:
     """Accuracy without the most valuable tenth, by every method."""
-    found = compared(bench, REMOVED, harmful=False)
-    name = (
-        f"accuracy without the most valuable {REMOVED:.0%} by ecif, minus that without a random {REMOVED:.0%}"
-    )
+    choices = {name: without(name, REMOVED, harmful=False) for name in METHODS}
+    found = compared(bench, cleanings(bench), {"everything": everything, **choices})
+    less = f"accuracy without the most valuable {REMOVED:.0%} by ecif"
+    name = f"{less}, minus that without a random {REMOVED:.0%}"
     bench.target(name, wanted.significantly_below(0), *found.compared("random", "ecif"))
 
 
@@ -202,8 +189,7 @@ def false_negatives(bench: Bench) -> None:
     config = replace(pools[0].config, batch_size=len(NAMES))
     for apart in (False, True):
         same = [replace(pool, config=config, one_a_name=apart) for pool in pools]
-        found = measure(same, {"everything": everything, "ecif": without("ecif", REMOVED)})
-        aurocs = {"ecif": float(np.mean([auroc(-pool.scores["ecif"], pool.wrong) for pool in same]))}
-        for name in found[1]:
-            batches = "one picture a name" if apart else "as they come"
-            bench.row(batches=batches, method=name, **cells(found, name), auroc=aurocs.get(name))
+        batches = "one picture a name" if apart else "as they come"
+        compared(bench, same, {"everything": everything}, batches=batches, auroc=None)
+        value = float(np.mean([auroc(-pool.scores["ecif"], pool.wrong) for pool in same]))
+        compared(bench, same, {"ecif": without("ecif", REMOVED)}, batches=batches, auroc=value)

@@ -5,7 +5,7 @@ themselves it never sees, but the face reveals them. The target is 200 profiles 
 influence, the other chooses the steps and when to stop, by really retrained proxies. Test profiles judge, with blind labels.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -15,21 +15,10 @@ import numpy as np
 from benchmarks import wanted
 from benchmarks.arrays import BoolArray, FloatArray, IntArray, Labels
 from benchmarks.bench import Bench, Benchmark
-from benchmarks.data.faircv import Profiles, read_profiles
+from benchmarks.data.faircv import read_profiles
 from benchmarks.fairness.gaps import demographic_parity, equalised_odds, worst_group
-from benchmarks.methods.faircv_model import (
-    CAP,
-    CONFIG,
-    GAP,
-    MEAN,
-    TARGET,
-    TEMPERATURES,
-    TEST,
-    WORST,
-    Applicants,
-    iterated,
-    on_the_mean,
-)
+from benchmarks.methods import faircv_model as model
+from benchmarks.methods.faircv_model import GAP, MEAN, TEST, WORST, Applicants, iterated
 from benchmarks.methods.fairlearn_baselines import equal_decisions, uncorrelated
 from influencespace.core.fairness import with_floors
 from influencespace.core.metrics import interval
@@ -82,7 +71,7 @@ def measured(applicants: Applicants, rounds: int) -> dict[str, Any]:
     """Scores of the test profiles by every method, and the weights that it gave the pool: lists, for the cache."""
     train, test, group = applicants.train, applicants.test, applicants.group
     labels = applicants.profiles.biased[train]
-    influence = on_the_mean(applicants, applicants.problem())[1][:, 0]
+    influence = model.on_the_mean(applicants, applicants.problem())[1][:, 0]
     kept = influence >= 0  # one round, no choice to make
     floors = with_floors(kept, influence, group[train], FLOOR)
     drawn = np.random.default_rng(applicants.seed).permutation(kept)
@@ -141,33 +130,14 @@ class Judged:
 
 
 Measure = Callable[[Judged], float]
-
-
-def gap(judged: Judged) -> float:
-    """Largest difference of mean scores between groups."""
-    return demographic_parity(judged.scores, judged.group)
-
-
-def error(judged: Judged) -> float:
-    """Mean distance from the blind label."""
-    return float(judged.errors.mean())
-
-
-def gap_of_decisions(judged: Judged) -> float:
-    """Largest difference between groups in the share that is decided for."""
-    return demographic_parity(judged.decided, judged.group)
-
-
 MEASURES: dict[str, Measure] = {
-    "gap": gap,
-    "error": error,
-    "worst_error": lambda judged: worst_group(judged.errors, judged.group),
-    "gap_of_decisions": gap_of_decisions,
-    "equalised_odds": lambda judged: equalised_odds(judged.decided, judged.good, judged.group),
+    "gap": lambda one: demographic_parity(one.scores, one.group),
+    "error": lambda one: float(one.errors.mean()),
+    "worst_error": lambda one: worst_group(one.errors, one.group),
+    "gap_of_decisions": lambda one: demographic_parity(one.decided, one.group),
+    "equalised_odds": lambda one: equalised_odds(one.decided, one.good, one.group),
     # share of the truly good that is decided for, in the group where it is least
-    "worst_recall": lambda judged: (
-        1 - worst_group(1 - judged.decided[judged.good], judged.group[judged.good])
-    ),
+    "worst_recall": lambda one: 1 - worst_group(1 - one.decided[one.good], one.group[one.good]),
 }
 WITH_INTERVAL = ("gap", "error", "equalised_odds")
 
@@ -191,47 +161,37 @@ def experiment(name: str, bench: Bench) -> None:
     """All methods on one experiment."""
     profiles = read_profiles(bench.real / "faircv" / FILES[name])
     group, rounds = getattr(profiles, name), bench.pick(ROUNDS, 2)
-    settings = [CONFIG, CAP, TEMPERATURES, TEST, TARGET, CHOSEN, FLOOR, rounds]
+    settings = [model.CONFIG, model.CAP, model.TEMPERATURES, TEST, model.TARGET, CHOSEN, FLOOR, rounds]
     splits = [Applicants(profiles=profiles, group=group, seed=seed) for seed in bench.seeds]
     results = [
         bench.cached(["fairness", name, split.seed, settings], partial(measured, split, rounds))
         for split in splits
     ]
-    judged = {method: judge(method, profiles, splits, results) for method in METHODS}
-    biased = profiles.biased != profiles.blind
+    biased, judged = profiles.biased != profiles.blind, {}
     for method, provided in METHODS.items():
-        weights = [result["weights"].get(method) for result in results]
-        shares = [
-            (
-                w[biased[split.train]].sum() / w.sum(),
-                min(w[group[split.train] == g].mean() for g in np.unique(group)),
+        judged[method] = [
+            Judged(
+                group=group[split.test],
+                blind=profiles.blind[split.test],
+                scores=np.array(result["scores"].get(method, np.full(TEST, np.nan))),
+                chance=np.array(result["chance"][method]) if method in result["chance"] else None,
             )
-            for w, split in zip(map(np.array, weights), splits)
-            if w.ndim
+            for split, result in zip(splits, results)
         ]
+        of_biased, least = [], []
+        for split, result in zip(splits, results):
+            if method in result["weights"]:
+                w, of = np.array(result["weights"][method]), group[split.train]
+                of_biased.append(w[biased[split.train]].sum() / w.sum())
+                least.append(min(w[of == name].mean() for name in np.unique(of)))
         bench.row(
             method=method,
             provided=provided,
             **cells(judged[method]),
-            weight_of_biased=mean_or_none(share for share, _ in shares),
-            least_group_weight=mean_or_none(least for _, least in shares),
+            weight_of_biased=float(np.mean(of_biased)) if of_biased else None,
+            least_group_weight=float(np.mean(least)) if least else None,
         )
     promises(name, bench, judged["everything"], judged[OURS])
-
-
-def judge(
-    method: str, profiles: Profiles, splits: Sequence[Applicants], results: Sequence[dict[str, Any]]
-) -> list[Judged]:
-    """What a method makes of each split's test profiles."""
-    return [
-        Judged(
-            group=split.group[split.test],
-            blind=profiles.blind[split.test],
-            scores=np.array(result["scores"].get(method, np.full(TEST, np.nan))),
-            chance=np.array(result["chance"][method]) if method in result["chance"] else None,
-        )
-        for split, result in zip(splits, results)
-    ]
 
 
 def cells(splits: Sequence[Judged]) -> dict[str, Any]:
@@ -248,27 +208,17 @@ def cells(splits: Sequence[Judged]) -> dict[str, Any]:
 
 def promises(name: str, bench: Bench, everything: Sequence[Judged], ours: Sequence[Judged]) -> None:
     """Both promises of the gap, and that of the error."""
-    for what, measure in {
-        "mean scores": gap,
-        f"decisions for the top {CHOSEN:.0%}": gap_of_decisions,
-    }.items():
-        bench.target(
-            f"{name}: gap of {what}, {OURS}, as a share of that of everything",
-            wanted.at_most(0.5),
-            mean_of(measure, ours) / mean_of(measure, everything),
-            interval(draws(measure, ours) / draws(measure, everything)),
-        )
-    bench.target(
-        f"{name}: error on blind labels, {OURS}, minus that of everything",
-        wanted.at_most(0),
-        mean_of(error, ours) - mean_of(error, everything),
-        interval(draws(error, ours) - draws(error, everything)),
-    )
-
-
-def mean_or_none(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return float(np.mean(known)) if known else None
+    decisions = f"decisions for the top {CHOSEN:.0%}"
+    for what, measure in (("mean scores", MEASURES["gap"]), (decisions, MEASURES["gap_of_decisions"])):
+        ratio = mean_of(measure, ours) / mean_of(measure, everything)
+        around = interval(draws(measure, ours) / draws(measure, everything))
+        named = f"{name}: gap of {what}, {OURS}, as a share of that of everything"
+        bench.target(named, wanted.at_most(0.5), ratio, around)
+    error = MEASURES["error"]
+    difference = mean_of(error, ours) - mean_of(error, everything)
+    around = interval(draws(error, ours) - draws(error, everything))
+    named = f"{name}: error on blind labels, {OURS}, minus that of everything"
+    bench.target(named, wanted.at_most(0), difference, around)
 
 
 for _name in FILES:

@@ -35,28 +35,15 @@ class Applicants:
     group: Labels  # (n,) what labels are biased by
     seed: int
 
-    @cached_property
-    def _split(self) -> list[IntArray]:
-        order = np.random.default_rng(self.seed).permutation(len(self.group))
-        return np.split(order, [TEST, TEST + TARGET // 2, TEST + TARGET])
+    def _rows(self, start: int, stop: int | None) -> IntArray:
+        return np.random.default_rng(self.seed).permutation(len(self.group))[start:stop]
 
-    @property
-    def test(self) -> IntArray:
-        return self._split[0]
-
-    @property
-    def influencing(self) -> IntArray:
-        """Half of the target, whose loss gives influence."""
-        return self._split[1]
-
-    @property
-    def choosing(self) -> IntArray:
-        """The other half, which compares retrained proxies."""
-        return self._split[2]
-
-    @property
-    def train(self) -> IntArray:
-        return self._split[3]
+    test = property(lambda self: self._rows(0, TEST))
+    influencing = property(lambda self: self._rows(TEST, TEST + TARGET // 2))
+    """Half of the target, whose loss gives influence."""
+    choosing = property(lambda self: self._rows(TEST + TARGET // 2, TEST + TARGET))
+    """The other half, which compares retrained proxies."""
+    train = property(lambda self: self._rows(TEST + TARGET, None))
 
     @cached_property
     def inputs(self) -> FloatArray:

@@ -89,10 +89,12 @@ def test_wrong_folders_are_cleaned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     pool = Cleaning(world=world, config=CONFIG, retrainings=1)
     assert pool.wrong.sum() == 24
     choices = {"everything": cleaning.everything, "ecif": cleaning.without("ecif", 0.25)}
-    found, wrong = cleaning.measure([pool], choices)
+    bench = Bench(quick=True, seeds=(0,), cache=tmp_path, data=None)
+    found = cleaning.compared(bench, [pool], choices)
     assert found.shares["ecif"].shape == (1, 96)
-    assert wrong["everything"] is None
-    assert 0 <= (wrong["ecif"] or 0) <= 1
+    whole, cleaned = bench.rows
+    assert whole["wrong_of_removed"] is None
+    assert 0 <= cleaned["wrong_of_removed"] <= 1
     apart = replace(pool, one_a_name=True)
     assert 40 < len(np.unique(apart.pool.image)) <= len(NAMES)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import cache
-from benchmarks.cache import OutOfTimeError, cached, code_digest, each_seed, import_closure, module_of
+from benchmarks.cache import OutOfTimeError, cached, code_digest, each_seed, import_closure, modules_of
 from benchmarks.run import NAMES
 
 FILES = {
@@ -81,12 +81,30 @@ def test_nothing_new_is_begun_when_the_time_is_over(tmp_path: Path, monkeypatch:
         cached(tmp_path, "b", dict)
 
 
-def test_the_code_is_that_of_what_runs() -> None:
-    class Base:
-        def work(self) -> None: ...
+class Base:
+    def work(self) -> dict[str, Any]:
+        return self.later()
 
-    class Derived(Base): ...
+    def later(self) -> dict[str, Any]:
+        return cached(Path(), "key", lambda: self.work())
 
-    Derived.__module__ = "elsewhere"
-    assert module_of(functools.partial(functools.partial(cached))) == "benchmarks.cache"
-    assert module_of(Derived().work) == "elsewhere"
+
+class Derived(Base): ...
+
+
+Base.__module__, Derived.__module__ = "benchmarks.base", "benchmarks.derived"
+
+
+def test_the_code_is_that_of_what_runs_and_of_whose_it_is() -> None:
+    work: Any = functools.partial(functools.partial(import_closure), Derived(), root=Path())
+    assert modules_of(work) == ["benchmarks.cache", "benchmarks.derived"]
+    assert modules_of(Derived().work) == ["benchmarks.derived"]
+
+
+def test_what_a_function_closes_over_is_its_code_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[Any] = []
+    monkeypatch.setattr(cache, "code_digest", lambda *modules: keys.append(modules))
+    monkeypatch.setattr(cache, "deadline", 0.0)
+    with pytest.raises(OutOfTimeError):
+        Derived().later()
+    assert keys == [("benchmarks.derived",)]
