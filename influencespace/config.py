@@ -115,7 +115,7 @@ def _advice(errors: Sequence[Any]) -> str:
     key = _key_of(first)
     # of a setting that may be one thing or another: what is wrong with it as each of them
     reasons = dict.fromkeys(ADVICE.get(one["type"], one["msg"]) for one in errors if _key_of(one) == key)
-    return f"{key} is {first['input']!r}: {'; or: '.join(reasons)}"
+    return f"{key or 'a name'} is {first['input']!r}: {'; or: '.join(reasons)}"
 
 
 def _unknown(names: list[str], value: Any) -> str:

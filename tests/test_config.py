@@ -1,5 +1,6 @@
 """The config: what is saved is what is loaded, and what cannot be is refused with the near key."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from influencespace.config import RunConfig, as_tree, load_config, save_config
+from influencespace.config import RENAMED, RunConfig, as_tree, load_config, save_config
 from influencespace.errors import InputError
 
 
@@ -34,8 +35,8 @@ def written(folder: Path, text: str) -> Path:
 
 def test_the_prototypes_settings_are_read() -> None:
     config = load_config(Path(__file__).parents[1] / "configs" / "prototype.yaml")
-    assert (config.cluster.k, config.curvature.rank, config.attribute.budget) == (100, 10, 5)
-    assert (config.curate.target_size, config.curate.tau_low, config.curate.max_weight) == (0.8, -0.001, 5)
+    assert (config.cluster.k, config.curvature.rank, config.influence.max_samples) == (100, 10, 5)
+    assert (config.selection.target_size, config.selection.tau_low, config.selection.max_weight) == (0.8, -0.001, 5)
     assert config.proxy.first_steps(51_200) == 10 * 100
 
 
@@ -63,7 +64,7 @@ class TestRoundTrip:
                 "test": "test set",
             },
             "cluster": {"k": k, "fusion": {"name": "weighted_sum", "weight": 0.25}},
-            "curate": {"tau_low": tau, "conservative": True, "target_size": 0.5},
+            "selection": {"tau_low": tau, "conservative": True, "target_size": 0.5},
             "train": {"seeds": list(seeds)},
             "seed": seed,
         }
@@ -71,7 +72,7 @@ class TestRoundTrip:
         config = load_config(path)
         save_config(config, path)
         assert load_config(path) == config
-        assert (config.data.pool, config.cluster.k, config.curate.tau_low) == (pool, k, tau)
+        assert (config.data.pool, config.cluster.k, config.selection.tau_low) == (pool, k, tau)
         assert (config.train.seeds, config.seed) == (seeds, seed)
 
     def test_every_setting_can_be_overridden_by_its_dotted_name(self) -> None:
@@ -105,9 +106,10 @@ class TestOverrides:
             ("cluster.k", "auto", "auto"),
             ("train.seeds", "[3, 4]", (3, 4)),
             ("evaluate.classes", "[cat, dog]", ("cat", "dog")),
-            ("curate.target_size", "0.3", 0.3),
-            ("curate.target_size", "null", None),
-            ("curate.conservative", "true", True),
+            ("selection.target_size", "0.3", 0.3),
+            ("selection.target_size", "null", None),
+            ("selection.conservative", "true", True),
+            ("selection.fairness", "off", "off"),
             ("embed.gpus_per_actor", "0.5", 0.5),
             ("data.target", "dev/*.tar", "dev/*.tar"),
             ("data.target", "[a.tar, b.tar]", ("a.tar", "b.tar")),
@@ -161,23 +163,70 @@ class TestRefusals:
         assert near in str(error.value)
 
     @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("student.folds", "proxy.folds"),
+            ("student.train.steps", "proxy.train.steps"),
+            ("student.most_doublings", "proxy.max_doublings"),
+            ("student.least_gain", "proxy.min_gain"),
+            ("student.contexts", "proxy.negative_batches"),
+            ("student.block_size", "proxy.bucket_size"),
+            ("student.seed", "seed"),
+            ("split.seed", "seed"),
+            ("cluster.least_size", "cluster.min_cluster_size"),
+            ("redundancy.most", "redundancy.max_compared"),
+            ("target.folds", "curvature.target_folds"),
+            ("attribute.quantiles", "influence.quantiles"),
+            ("attribute.budget", "influence.max_samples"),
+            ("attribute.first_look", "influence.initial_samples"),
+            ("attribute.level", "influence.alpha"),
+            ("attribute.target_budget", "influence.target_samples"),
+            ("attribute.placebo", "influence.control_samples"),
+            ("curate.tau_low", "selection.tau_low"),
+            ("curate.tau_high", "selection.temperature"),
+            ("curate.weights", "selection.weighting"),
+            ("curate.groups", "selection.fairness"),
+            ("curate.floor", "selection.min_group_share"),
+            ("curate.margin", "selection.margin_se"),
+            ("curate.false_share", "selection.max_false_discovery"),
+            ("curate.cautious", "selection.conservative"),
+            ("embed.keep_parts", "embed.keep_chunks"),
+        ],
+    )
+    def test_an_old_key_is_refused_by_its_new_name(self, tmp_path: Path, old: str, new: str) -> None:
+        *sections, last = old.split(".")
+        tree: Any = {last: 1}
+        for section in reversed(sections):
+            tree = {section: tree}
+        for refused in (lambda: load_config(None, {old: "1"}), lambda: load_config(written(tmp_path, yaml.safe_dump(tree)))):
+            with pytest.raises(InputError, match=rf"{re.escape(old)} is called {re.escape(new)}\b"):
+                refused()
+
+    def test_every_new_name_is_one(self) -> None:
+        for old, new in RENAMED.items():
+            name = new.split(" ")[0]
+            assert old not in DEFAULTS
+            sections = {key.rpartition(".")[0] for key in DEFAULTS} | {key.split(".")[0] for key in DEFAULTS}
+            assert name in DEFAULTS or name in sections or name == "influence.options.form"
+
+    @pytest.mark.parametrize(
         ("key", "value"),
         [
             ("cluster.k", "many"),
             ("cluster.k", "0"),
-            ("proxy.seed", "-1"),
+            ("seed", "-1"),
             ("train.seeds", "[-1]"),
             ("cluster.epochs", "0"),
             ("cluster.fusion.name", "addition"),
             ("proxy.folds", "1"),
             ("proxy.train.learning_rate", "-1"),
-            ("curate.target_size", "1.5"),
-            ("curate.weights", "heavy"),
+            ("selection.target_size", "1.5"),
+            ("selection.weighting", "heavy"),
             ("train.seeds", "[one]"),
             ("data.pool", "[1, 2]"),
             ("embed.read.captions", "some"),
             ("iterate", "0"),
-            ("attribute.budget", "2.5"),
+            ("influence.max_samples", "2.5"),
         ],
     )
     def test_a_bad_value_names_key_and_value(self, key: str, value: str) -> None:
@@ -221,14 +270,14 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "text", ["a: [1\n", "a: b: c\n", "\tx: 1\n", "x: !!python/object:os.system {}\n"]
     )
-    def test_what_is_no_yaml_is_refused_in_one_line(self, tmp_path: Path, text: str) -> None:
-        with pytest.raises(InputError, match="no YAML") as error:
+    def test_what_is_not_yaml_is_refused_in_one_line(self, tmp_path: Path, text: str) -> None:
+        with pytest.raises(InputError, match="is not valid YAML") as error:
             load_config(written(tmp_path, text))
         assert "\n" not in str(error.value)
 
     def test_bytes_that_are_no_text_are_refused(self, tmp_path: Path) -> None:
         (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(InputError, match="no YAML"):
+        with pytest.raises(InputError, match="is not valid YAML"):
             load_config(tmp_path / "config.yaml")
 
     def test_a_file_that_is_not_there_is_named(self, tmp_path: Path) -> None:
@@ -238,8 +287,8 @@ class TestRefusals:
             load_config(tmp_path)
 
     @pytest.mark.parametrize("text", ["1: {k: 2}\n", "cluster: {1: 2}\n", "null: 3\n"])
-    def test_keys_that_are_no_names_are_refused(self, tmp_path: Path, text: str) -> None:
-        with pytest.raises(InputError, match="there is no"):
+    def test_keys_that_are_not_text_are_refused(self, tmp_path: Path, text: str) -> None:
+        with pytest.raises(InputError, match=r"config: (a name|cluster) is .*Keys should be strings"):
             load_config(written(tmp_path, text))
 
     @pytest.mark.parametrize("key", ["", ".", "cluster.", ".k"])

@@ -27,13 +27,17 @@ class Machine:
 
     def places(self, need: Resources) -> int:
         """How many workers of this need fit at once."""
-        limits = [self.cpus // need.cpus] if need.cpus else []
+        limits = [_whole(self.cpus / need.cpus)] if need.cpus else []
         if need.gpus:
             whole = need.gpus >= 1  # a fraction lies within one GPU
-            limits.append(self.gpus // need.gpus if whole else int(self.gpus) * (1 // need.gpus))
+            limits.append(_whole(self.gpus / need.gpus) if whole else int(self.gpus) * _whole(1 / need.gpus))
         if need.memory:
             limits.append(self.memory // need.memory)
         return int(min(limits, default=0))
+
+
+def _whole(ratio: float) -> int:
+    return int(ratio + 1e-9)  # ten tenths are one, of floats too
 
 
 def places(machines: Sequence[Machine], need: Resources) -> int:

@@ -24,7 +24,7 @@ SOON_MISSED = {
 
 @dataclass(frozen=True)
 class SlowSquare:
-    """A recipe whose worker takes a while and says where it worked."""
+    """A factory whose worker takes a while and says where it worked."""
 
     def __call__(self) -> Callable[[int], tuple[int, int, str]]:
         return self.work
@@ -44,7 +44,7 @@ def main() -> None:
         with start_ray(address=cluster.address) as engine:
             before = engine.cores
             results, lost = [], False
-            for result in engine.map(SlowSquare(), range(TASKS), num_actors=4):
+            for result in engine.map(SlowSquare(), range(TASKS), workers=4):
                 results.append(result)
                 at_work = second.node_id in {node for *_, node in results}  # its workers may start late
                 if not lost and at_work and len(results) >= BEFORE_THE_LOSS:

@@ -1,6 +1,7 @@
 """A curation as a Ray job on a real head node, and a map that loses a node."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,9 +35,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "train": {"steps": 10, "batch_size": 32, "dimension": 16},
             "folds": 2,
             "choose_steps": False,
-            "contexts": 2,
+            "negative_batches": 2,
         },
-        "attribute": {"quantiles": 4, "budget": 50, "caption_control": 40},
+        "influence": {"quantiles": 4, "max_samples": 50, "control_samples": 40},
         "train": {"seeds": [0], "methods": ["curated", "everything"]},
     }
 
@@ -83,22 +84,41 @@ def test_a_job_with_wrong_input_fails_with_one_line(
     assert "Traceback" not in job.stdout
 
 
-def test_a_map_that_loses_a_node_gives_every_result_once(
-    ray_environment: dict[str, str], tmp_path: Path
-) -> None:
-    program, came_back = Path(__file__).with_name("lose_a_node.py"), tmp_path / "outcome.json"
+def run_program(name: str, argument: Path, environment: dict[str, str]) -> None:
+    """A program beside this file, on a cluster of its own."""
+    rooms = [str(Path(__file__).parents[1] / room) for room in ("", "stages")]
     done = subprocess.run(
-        [sys.executable, str(program), str(came_back)],
-        env=ray_environment,
+        [sys.executable, str(Path(__file__).with_name(name)), str(argument)],
+        env=environment | {"PYTHONPATH": os.pathsep.join(rooms)},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    outcome = json.loads(came_back.read_text(encoding="utf-8"))
+
+
+def test_a_map_that_loses_a_node_gives_every_result_once(
+    ray_environment: dict[str, str], tmp_path: Path
+) -> None:
+    run_program("lose_a_node.py", tmp_path / "outcome.json", ray_environment)
+    outcome = json.loads((tmp_path / "outcome.json").read_text(encoding="utf-8"))
     results = sorted(outcome["results"])
     assert [(task, square) for task, square, _ in results] == [(task, task * task) for task in range(48)]
     assert outcome["cores"] == [4, 2]
     nodes = [node for *_, node in outcome["results"]]
     assert outcome["lost"] in nodes
     assert nodes[-1] != outcome["lost"]
+
+
+def test_embedding_workers_start_on_gpu_nodes_that_are_smaller_than_the_head(
+    ray_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """None ever started where workers were as large as the largest machine allows."""
+    run_program("place_on_gpus.py", tmp_path, ray_environment)
+    outcome = json.loads((tmp_path / "outcome.json").read_text(encoding="utf-8"))
+    assert outcome["share"]["workers"] == 2
+    assert outcome["share"]["resources"] == {"cpus": 4, "gpus": 1, "memory": 0}
+    assert outcome["pairs"] == 44
+    assert {started["device"] for started in outcome["started"]} == {"cuda"}
+    assert {started["node"] for started in outcome["started"]} <= {*outcome["gpu_nodes"]}
+    assert "no machine has them: the nearest has 4, 1" in outcome["refusal"]

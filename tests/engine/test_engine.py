@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from influencespace.engine import ray_engine as module
-from influencespace.engine.local import Engine, LocalEngine, TaskError, run_once
+from influencespace.engine.local import Engine, LocalEngine, TaskError, run_once, run_task
+from influencespace.engine.placement import Resources
 from influencespace.engine.progress import duration, progress
 from influencespace.engine.ray_engine import RayEngine
 from influencespace.engine.session import _knock, start_ray
@@ -25,7 +27,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 
 @dataclass(frozen=True)
 class Square:
-    """A recipe; its worker dies, raises or complains at chosen tasks."""
+    """A factory; its worker dies, raises or complains at chosen tasks."""
 
     fail_at: int = -1
     complain_at: int = -1
@@ -49,10 +51,13 @@ class Square:
 
 @dataclass(frozen=True)
 class Noise:
-    """A recipe whose states are floats, where the order of a sum shows in the last bits."""
+    """A factory whose states are floats, where the order of a sum shows in the last bits."""
 
     def __call__(self) -> Callable[..., np.ndarray]:
         return lambda task, shared: np.random.default_rng(task).normal(size=100) * 10.0 ** (task % 7) + shared
+
+
+TWO_CORES = Resources(cpus=2)
 
 
 def in_a_list(left: int | list[int], right: int) -> list[int]:
@@ -64,12 +69,12 @@ def add(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def test_map_gives_every_result_once(engine: Engine) -> None:
-    assert sorted(engine.map(Square(), range(5), num_actors=2)) == [0, 1, 4, 9, 16]
+    assert sorted(engine.map(Square(), range(5), workers=2)) == [0, 1, 4, 9, 16]
     assert list(engine.map(Square(), [])) == []
 
 
 def test_fold_merges_in_the_order_of_the_tasks(engine: Engine) -> None:
-    with engine.pool(Square(), num_actors=2) as pool:
+    with engine.pool(Square(), workers=2) as pool:
         assert pool.fold([3, 1, 2], in_a_list) == [9, 1, 4]
         assert pool.fold([3], add, shared=100) == 109
         with pytest.raises(ValueError, match="at least one task"):
@@ -77,19 +82,19 @@ def test_fold_merges_in_the_order_of_the_tasks(engine: Engine) -> None:
 
 
 @pytest.mark.ray
-def test_any_number_of_actors_gives_the_same_bits(ray_engine: Engine) -> None:
+def test_any_number_of_workers_gives_the_same_bits(ray_engine: Engine) -> None:
     tasks = list(range(12))
     with LocalEngine().pool(Noise()) as pool:
         truth = pool.fold(tasks, add, shared=0.1)
-    for actors in (1, 3):
-        with ray_engine.pool(Noise(), num_actors=actors) as pool:
+    for workers in (1, 3):
+        with ray_engine.pool(Noise(), workers=workers) as pool:
             for _ in range(2):
                 np.testing.assert_array_equal(pool.fold(tasks, add, shared=0.1), truth)
 
 
 def test_an_unexpected_error_names_the_task(engine: Engine) -> None:
     with pytest.raises(TaskError, match=r"task 2 failed: ZeroDivisionError: no such number"):
-        list(engine.map(Square(fail_at=2), range(4), num_actors=2))
+        list(engine.map(Square(fail_at=2), range(4), workers=2))
     with (
         engine.pool(Square(fail_at=2)) as pool,
         pytest.raises(TaskError, match=r"task 2 failed: ZeroDivisionError"),
@@ -104,10 +109,10 @@ def test_an_error_for_people_stays_one(engine: Engine) -> None:
 
 @pytest.mark.ray
 def test_a_killed_worker_is_replaced_and_its_task_done_again(ray_engine: Engine, tmp_path: Path) -> None:
-    mapped = ray_engine.map(Square(die_at=2, marker=tmp_path / "map"), range(4), num_actors=2)
+    mapped = ray_engine.map(Square(die_at=2, marker=tmp_path / "map"), range(4), workers=2)
     assert sorted(mapped) == [0, 1, 4, 9]
     assert (tmp_path / "map").exists()
-    with ray_engine.pool(Square(die_at=2, marker=tmp_path / "fold"), num_actors=2) as pool:
+    with ray_engine.pool(Square(die_at=2, marker=tmp_path / "fold"), workers=2) as pool:
         assert pool.fold(range(4), add) == 14
     assert (tmp_path / "fold").exists()
 
@@ -128,19 +133,19 @@ def test_a_task_that_kills_every_worker_ends_the_run(
 
 @pytest.mark.ray
 def test_a_pool_may_hold_every_core_and_still_run_a_job(ray_engine: Engine) -> None:
-    with ray_engine.pool(Square(), num_actors=8) as pool:
+    with ray_engine.pool(Square(), workers=4, resources=TWO_CORES) as pool:
         assert pool.fold(range(32), add) == sum(n * n for n in range(32))
         assert pool.run(Job(20)) == 22
 
 
 @pytest.mark.ray
 def test_a_pool_works_with_the_actors_that_find_a_place(ray_engine: Engine) -> None:
-    with ray_engine.pool(Square(), num_actors=7) as most:
-        assert most.fold(range(7), add) == 91
-        with ray_engine.pool(Square(), num_actors=3) as pool:  # one core is left for them
+    with ray_engine.pool(Square(), workers=3, resources=TWO_CORES) as large:
+        assert large.fold(range(7), add) == 91
+        with ray_engine.pool(Square(), workers=3, resources=TWO_CORES) as pool:  # one finds two cores
             assert pool.fold([3, 1, 2], in_a_list) == [9, 1, 4]
             assert pool.run(Job(20)) == 22
-        assert sorted(ray_engine.map(Square(), range(5), num_actors=3)) == [0, 1, 4, 9, 16]
+        assert sorted(ray_engine.map(Square(), range(5), workers=3)) == [0, 1, 4, 9, 16]
 
 
 def test_a_job_of_a_pool_may_fail(engine: Engine) -> None:
@@ -154,6 +159,39 @@ def test_a_job_of_a_pool_may_fail(engine: Engine) -> None:
 def test_no_task_may_ask_for_more_than_a_machine_has(ray_engine: Engine) -> None:
     assert RayEngine().cores_per_task == 7  # of 8: a submitted job's driver may hold one
     assert RayEngine(2).cores_per_task == 2
+    (machine,) = RayEngine().machines
+    assert (machine.cpus, machine.gpus) == (8, 0)
+    assert machine.memory > 0
+    for resources in (Resources(cpus=9), Resources(gpus=1), Resources(memory=10**15)):
+        with pytest.raises(InputError, match="no machine has them"):
+            list(ray_engine.map(Square(), range(2), resources=resources))
+        refused = pytest.raises(InputError, match="no machine has them")
+        with refused, ray_engine.pool(Square(), resources=resources):
+            pass
+
+
+@pytest.mark.ray
+def test_resources_are_those_of_every_worker(ray_engine: Engine) -> None:
+    resources = Resources(cpus=2, memory=10**6)
+    for factory, tasks in ((run_task, [assigned]), (Assigned(), [0])):
+        assert list(ray_engine.map(factory, tasks, resources=resources)) == [(2, 10**6)]
+    with ray_engine.pool(Assigned(), resources=resources) as pool:
+        assert pool.fold([0], in_a_list) == (2, 10**6)
+
+
+def assigned() -> tuple[float, float]:
+    import ray
+
+    resources = ray.get_runtime_context().get_assigned_resources()
+    return resources["CPU"], resources["memory"]
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """A factory whose workers report what they have."""
+
+    def __call__(self) -> Callable[..., tuple[float, float]]:
+        return lambda *task: assigned()
 
 
 def test_one_job_runs_on_one_worker(engine: Engine) -> None:
@@ -164,7 +202,7 @@ def wait_policy() -> str:
     return os.environ["OMP_WAIT_POLICY"]
 
 
-def test_workers_are_told_that_threads_sleep_while_they_wait(engine: Engine) -> None:
+def test_the_environment_of_workers_lets_threads_sleep_while_they_wait(engine: Engine) -> None:
     """OpenMP reads it from the environment. Spinning threads make a training on a busy machine several times slower."""
     assert run_once(engine, wait_policy) == "PASSIVE"
 
@@ -198,9 +236,9 @@ def test_progress_without_a_terminal_writes_plain_lines() -> None:
 
 def test_progress_that_stops_early_shows_how_far_it_came() -> None:
     stream = io.StringIO()
-    with pytest.raises(ValueError, match="broken"), progress("embed", 3, stream=stream) as bar:
+    with suppress(ZeroDivisionError), progress("embed", 3, stream=stream) as bar:
         bar.advance()
-        raise ValueError("broken")
+        bar.advance(1 // 0)
     assert stream.getvalue().startswith("embed: 1 of 3 pairs, ")
 
 
@@ -224,7 +262,7 @@ def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_no_ray_to_join_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_ray_to_join_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def alone(**_: Any) -> None:
         raise ConnectionError("Could not find any running Ray instance")
 
@@ -234,7 +272,7 @@ def test_no_ray_to_join_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
+def test_a_cluster_that_does_not_answer_is_reported_at_once() -> None:
     for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
         with pytest.raises(InputError, match="no Ray cluster answers at"):
             _knock(address)
