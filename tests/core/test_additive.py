@@ -28,7 +28,7 @@ def test_lines_are_found_from_some_of_the_pairs(seed: int) -> None:
     assert np.abs(fitted(axes, rows, truth[rows]) - truth)[inner].max() < 0.3
 
 
-def test_a_bend_along_one_axis_and_a_slope_along_another_are_told_apart() -> None:
+def test_a_bend_along_one_axis_and_a_slope_along_another_are_kept_apart() -> None:
     axes, rows = pool(0, 8000)
     truth = np.minimum(axes[:, 0], 0) + 0.3 * axes[:, 1]
     noise = np.random.default_rng(1).normal(size=len(rows))

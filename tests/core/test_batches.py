@@ -1,4 +1,4 @@
-"""Laws of batches and contexts: one pair an image, nothing lost, weights respected."""
+"""Laws of batches and negative batches: one pair an image, nothing lost, weights respected."""
 
 import numpy as np
 import pytest
@@ -89,7 +89,7 @@ def test_a_small_weighted_set_has_batches_of_which_some_pairs_are_left_out(sprea
 
 
 @given(images=image_lists, size=st.integers(2, 30), count=st.integers(1, 5))
-def test_contexts_are_disjoint_with_distinct_images_and_skip_weightless_pairs(
+def test_negative_batches_are_disjoint_with_distinct_images_and_skip_weightless_pairs(
     images: np.ndarray, size: int, count: int
 ) -> None:
     weights = (np.arange(len(images)) % 3 > 0).astype(float)
@@ -97,12 +97,12 @@ def test_contexts_are_disjoint_with_distinct_images_and_skip_weightless_pairs(
         with pytest.raises(ValueError, match="four or more"):
             batches.disjoint_batches(images, size, count, 0, weights)
         return
-    contexts = batches.disjoint_batches(images, size, count, 0, weights)
-    together = np.concatenate(contexts)
-    assert len(contexts) >= 2
+    recorded_batches = batches.disjoint_batches(images, size, count, 0, weights)
+    together = np.concatenate(recorded_batches)
+    assert len(recorded_batches) >= 2
     assert len(set(images[together])) == len(together)
     assert (weights[together] > 0).all()
-    assert max(map(len, contexts)) <= size
+    assert max(map(len, recorded_batches)) <= size
 
 
 def test_a_set_without_weight_is_refused() -> None:

@@ -61,7 +61,7 @@ def test_the_order_of_the_rows_changes_nothing(name: str, n: int, seed: int) -> 
 
 
 @every_order
-def test_what_cannot_be_chosen_is_told(name: str) -> None:
+def test_what_cannot_be_chosen_is_reported(name: str) -> None:
     for size in (0, 6):
         with pytest.raises(ValueError, match="of 5 rows cannot be chosen"):
             ORDERS[name](rows(5, 0), size)

@@ -18,10 +18,10 @@ from influencespace.core.quality import (
 @given(seed=st.integers(0, 2**31), scale=st.floats(0.01, 100), shift=st.floats(-10, 10))
 def test_units_do_not_matter(seed: int, scale: float, shift: float) -> None:
     generator = np.random.default_rng(seed)
-    seen, held_out = generator.normal(size=(2, 20))
-    axis = quality_axis(seen, held_out)
-    np.testing.assert_allclose(axis, quality_axis(scale * seen + shift, held_out), atol=1e-8)
-    np.testing.assert_allclose(axis, quality_axis(held_out, seen))
+    in_sample, out_of_fold = generator.normal(size=(2, 20))
+    axis = quality_axis(in_sample, out_of_fold)
+    np.testing.assert_allclose(axis, quality_axis(scale * in_sample + shift, out_of_fold), atol=1e-8)
+    np.testing.assert_allclose(axis, quality_axis(out_of_fold, in_sample))
     assert axis.mean() == pytest.approx(0, abs=1e-9)
 
 

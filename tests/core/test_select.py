@@ -50,7 +50,7 @@ def test_what_is_below_the_threshold_goes(pairs: tuple[np.ndarray, ...], unit: f
 
 
 @given(pairs=scored(), rate=st.floats(0, 0.5))
-def test_where_many_are_surely_harmful_some_less_sure_ones_go_along(
+def test_where_many_are_significantly_harmful_some_less_sure_ones_go_along(
     pairs: tuple[np.ndarray, ...], rate: float
 ) -> None:
     score, se, _ = pairs
@@ -66,7 +66,7 @@ def test_where_many_are_surely_harmful_some_less_sure_ones_go_along(
     np.testing.assert_array_equal(harmful[score < 0], sure[score < 0] | along)
 
 
-def test_the_more_are_surely_harmful_the_more_doubtful_ones_go_with_them() -> None:
+def test_the_more_are_significantly_harmful_the_more_doubtful_ones_go_with_them() -> None:
     doubtful, good = np.linspace(-0.25, -0.15, 10), np.full(10, 5.0)
     for sure, gone in ((0, 0), (10, 1), (60, 8), (600, 10)):
         score = np.concatenate([np.full(sure, -9.0), doubtful, good])

@@ -224,7 +224,7 @@ def test_influence_without_any_variance_pools_to_itself(constant: float) -> None
     np.testing.assert_allclose(pooled.se, 0, atol=1e-6)
 
 
-def test_what_cannot_be_pooled_is_said() -> None:
+def test_what_cannot_be_pooled_is_reported() -> None:
     values, cluster, quantile, _ = planted(departure=0.0, noise=1.0, each=5)
     with pytest.raises(ValueError, match="1 of 7 quantiles are empty"):
         strata.pool(values, cluster, quantile, 3, 7)

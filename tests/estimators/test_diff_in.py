@@ -44,9 +44,9 @@ def test_the_derivative_of_presence_is_what_the_influence_scorer_computes() -> N
 
 def test_the_bracket_is_of_dense_hessians_and_gradients_of_single_pairs() -> None:
     """<g_V, H_B G_z + H_z G_B>, G_z and H_z of B l(C + z) - (B - 1) l(C), up to what all pairs have alike."""
-    space, context = PROBLEM.space, PROBLEM.bank[1]
+    space, recorded = PROBLEM.space, PROBLEM.bank[1]
     g = grad(loss)(THETA, space, SMALL.target)
-    G_B, H_B = grad(loss)(THETA, space, context.inputs), hessian(loss)(THETA, space, context.inputs)
+    G_B, H_B = grad(loss)(THETA, space, recorded.inputs), hessian(loss)(THETA, space, recorded.inputs)
 
     def l_z(theta: Tensor, z: Inputs, other: Inputs) -> Tensor:
         joined = (torch.cat([other[0], z[0]]), torch.cat([other[1], z[1]]))
@@ -55,7 +55,7 @@ def test_the_bracket_is_of_dense_hessians_and_gradients_of_single_pairs() -> Non
     strangers = np.setdiff1d(np.arange(60), np.concatenate([c.image for c in PROBLEM.bank[:2]]))[:4]
     single = replace(PROBLEM, bank=PROBLEM.bank[:2])
     batch = SMALL.cut([4], strangers)[0]
-    fast = interaction(single, context, batch)
+    fast = interaction(single, recorded, batch)
     slow = []
     for pair in strangers:
         z = SMALL.rows(np.array([pair]))

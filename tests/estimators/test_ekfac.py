@@ -15,7 +15,7 @@ from influencespace.estimators.problem import scores
 from influencespace.models.projected import reduced_space
 
 PROBLEM = laws.SMALL.problem
-CONTEXTS = [context.inputs for context in PROBLEM.bank]
+BATCHES = [recorded.inputs for recorded in PROBLEM.bank]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def curvature() -> torch.Tensor:
 
 def rotation(draws: int) -> tuple[torch.Tensor, torch.Tensor]:
     """U (p, p) and lam (p,) of both heads together."""
-    blocks = kronecker_blocks(PROBLEM.space.parameters, CONTEXTS, PROBLEM.objective.scale, draws, 0)
+    blocks = kronecker_blocks(PROBLEM.space.parameters, BATCHES, PROBLEM.objective.scale, draws, 0)
     found = [blocks[name] for name in PROBLEM.space.parameters]
     U = torch.block_diag(*(torch.kron(block.U_A, block.U_S) for block in found))
     return U, torch.cat([block.lam.flatten() for block in found])
@@ -61,7 +61,7 @@ def test_the_direction_is_nearer_to_the_exact_one_than_the_gradient_is() -> None
         D = problem.preconditioner
         return float((x * D * exact).sum() / ((x * D * x).sum() * (exact * D * exact).sum()).sqrt())
 
-    blocks = kronecker_blocks(problem.space.parameters, CONTEXTS, problem.objective.scale, 200, 0)
+    blocks = kronecker_blocks(problem.space.parameters, BATCHES, problem.objective.scale, 200, 0)
     g, D = (problem.space.unflatten(v) for v in (problem.target_gradient, problem.preconditioner))
     found = problem.space.flatten({k: blocks[k].solve(g[k], D[k], problem.damping) for k in blocks})
     plain = problem.target_gradient / problem.preconditioner

@@ -23,12 +23,12 @@ def loop(space: Space) -> list[float]:
     found = []
     for z in range(laws.SMALL.pairs):
         lengths = []
-        for context in PROBLEM.bank:
-            if z in context.image:
+        for recorded in PROBLEM.bank:
+            if z in recorded.image:
                 continue
-            assert len(context.image) == PROBLEM.batch_size - 1
+            assert len(recorded.image) == PROBLEM.batch_size - 1
             u, t = space.proxy(images[z : z + 1], texts[z : z + 1])
-            cu, ct = space.proxy(*context.inputs)
+            cu, ct = space.proxy(*recorded.inputs)
             rows = (
                 PROBLEM.objective.scale * u @ torch.cat([t, ct]).T,
                 PROBLEM.objective.scale * t @ torch.cat([u, cu]).T,
@@ -73,7 +73,7 @@ def unit(n: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("times", [1, 2, 5])
-def test_a_small_context_stands_for_copies_of_its_pairs(times: int) -> None:
+def test_a_small_negative_batch_stands_for_copies_of_its_pairs(times: int) -> None:
     u, t, cu, ct = (unit(n, seed) for seed, n in enumerate((4, 4, 6, 6)))
     copies = errors(u, t, cu.repeat(times, 1), ct.repeat(times, 1), 3.0, 6 * times + 1)
     torch.testing.assert_close(errors(u, t, cu, ct, 3.0, 6 * times + 1), copies)

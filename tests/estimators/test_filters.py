@@ -25,20 +25,20 @@ def test_the_clip_score_is_the_cosine() -> None:
     np.testing.assert_allclose(clip_score(u, u), 1)
 
 
-def test_neg_clip_loss_is_the_cosine_less_the_context() -> None:
+def test_neg_clip_loss_is_the_cosine_less_the_negative_batch() -> None:
     u, t = unit(4, 0), unit(4, 1)
-    contexts = [(unit(7, 2), unit(7, 3), np.arange(7)), (unit(5, 4), unit(5, 5), np.arange(5))]
-    found = neg_clip_loss(u, t, np.arange(100, 104), contexts, SCALE)
+    recorded_batches = [(unit(7, 2), unit(7, 3), np.arange(7)), (unit(5, 4), unit(5, 5), np.arange(5))]
+    found = neg_clip_loss(u, t, np.arange(100, 104), recorded_batches, SCALE)
     for i in range(4):
         losses = []
-        for images, texts, _ in contexts:
+        for images, texts, _ in recorded_batches:
             as_image = math.log(sum(math.exp(SCALE * float(u[i] @ other)) for other in texts))
             as_text = math.log(sum(math.exp(SCALE * float(t[i] @ other)) for other in images))
             losses.append((as_image + as_text) / 2 - SCALE * float(u[i] @ t[i]))
         assert found[i] == pytest.approx(-np.mean(losses))
 
 
-def test_neg_clip_loss_prefers_what_the_context_does_not_resemble() -> None:
+def test_neg_clip_loss_prefers_what_the_negative_batch_does_not_resemble() -> None:
     u = unit(2, 0)
     near, far = u[:1].repeat(6, 1), -u[:1].repeat(6, 1)
     image, others = np.array([9]), np.arange(6)
@@ -47,13 +47,13 @@ def test_neg_clip_loss_prefers_what_the_context_does_not_resemble() -> None:
     assert rare[0] - crowded[0] == pytest.approx(2 * SCALE)
 
 
-def test_neg_clip_loss_asks_no_context_that_holds_the_pairs_image() -> None:
-    contexts = [(unit(7, 2), unit(7, 3), np.arange(7)), (unit(5, 4), unit(5, 5), np.arange(10, 15))]
-    (u, t, image), other = contexts
+def test_neg_clip_loss_uses_no_negative_batch_that_holds_the_pairs_image() -> None:
+    recorded_batches = [(unit(7, 2), unit(7, 3), np.arange(7)), (unit(5, 4), unit(5, 5), np.arange(10, 15))]
+    (u, t, image), other = recorded_batches
     np.testing.assert_array_equal(
-        neg_clip_loss(u, t, image, contexts, SCALE), neg_clip_loss(u, t, image, [other], SCALE)
+        neg_clip_loss(u, t, image, recorded_batches, SCALE), neg_clip_loss(u, t, image, [other], SCALE)
     )
-    assert np.isnan(neg_clip_loss(u, t, image, contexts[:1], SCALE)).all()
+    assert np.isnan(neg_clip_loss(u, t, image, recorded_batches[:1], SCALE)).all()
 
 
 @given(

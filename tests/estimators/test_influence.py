@@ -91,10 +91,10 @@ def test_influence_is_the_gradient_of_presence_along_the_direction() -> None:
     """By per-sample autograd: v . grad [B l(C + z) - (B - 1) l(C)], less its part that any pair has."""
     scored = scorer()
     found = scored(PAIRS, IMAGES)
-    for c, context in enumerate(bank()):
-        alone = grad(loss_of(context.inputs))(POSITION)
+    for c, recorded in enumerate(bank()):
+        alone = grad(loss_of(recorded.inputs))(POSITION)
         for z in range(len(IMAGES)):
-            joined = grad(loss_of(together(context.inputs, one(PAIRS, z))))(POSITION)
+            joined = grad(loss_of(together(recorded.inputs, one(PAIRS, z))))(POSITION)
             truth = directions() @ (8 * joined - 7 * alone) - torch.from_numpy(scored.offset)
             np.testing.assert_allclose(found.by_batch[:, z, c], truth, atol=1e-6, rtol=1e-6)
 
@@ -112,12 +112,12 @@ def test_own_and_negative_are_what_a_pair_does_as_an_anchor_and_to_the_others() 
     np.testing.assert_allclose(np.mean(owns, axis=0), derivative, atol=1e-8)
 
 
-def test_the_offset_is_what_bank_pairs_do_to_contexts_that_are_not_theirs() -> None:
+def test_the_offset_is_what_bank_pairs_do_to_negative_batches_that_are_not_theirs() -> None:
     """So the mean negative influence of bank pairs as strangers is zero."""
     scored = scorer()
     negatives = []
-    for k, context in enumerate(bank()):
-        as_strangers = scored(context.inputs, np.full(len(context.image), -1)).negative
+    for k, recorded in enumerate(bank()):
+        as_strangers = scored(recorded.inputs, np.full(len(recorded.image), -1)).negative
         others = [j for j in range(3) if j != k]
         negatives.append(as_strangers[:, :, others])
     np.testing.assert_allclose(np.concatenate(negatives, 1).mean((1, 2)), 0, atol=1e-12)
@@ -139,9 +139,9 @@ def test_any_partition_in_any_order_gives_the_same_scores(cuts: list[int], seed:
         np.testing.assert_allclose(part.negative, whole.negative[:, rows], atol=1e-12)
 
 
-def test_contexts_with_the_pairs_image_do_not_judge_it() -> None:
+def test_negative_batches_with_the_pairs_image_do_not_judge_it() -> None:
     images = IMAGES.copy()
-    images[2], images[5] = 3, 20  # in the first and in the third context
+    images[2], images[5] = 3, 20  # in the first and in the third negative batch
     found, free = scorer()(PAIRS, images), scorer()(PAIRS, IMAGES)
     unknown = np.isnan(found.own[0])
     np.testing.assert_array_equal(np.isnan(found.negative[0]), unknown)
@@ -169,15 +169,15 @@ def test_scoring_leaves_the_proxy_as_it_was() -> None:
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
-CONTEXTS = [context.inputs for context in bank()]
+BATCHES = [recorded.inputs for recorded in bank()]
 D = torch.rand(SPACE.size, generator=torch.Generator().manual_seed(8), dtype=torch.float64) + 0.1
-CURVATURE = Curvature(space=SPACE, batches=CONTEXTS, objective=LOSS, preconditioner=D)
+CURVATURE = Curvature(space=SPACE, batches=BATCHES, objective=LOSS, preconditioner=D)
 
 
 def dense_curvature() -> Tensor:
-    """The Gauss-Newton matrix of all contexts by Jacobians and Hessians."""
+    """The Gauss-Newton matrix of all negative batches by Jacobians and Hessians."""
     total = torch.zeros(SPACE.size, SPACE.size, dtype=torch.float64)
-    for inputs in CONTEXTS:
+    for inputs in BATCHES:
         n = len(inputs[0])
 
         def logits(vector: Tensor, inputs: Inputs = inputs) -> Tensor:
@@ -187,7 +187,7 @@ def dense_curvature() -> Tensor:
         J = jacrev(logits)(POSITION)
         inner = hessian(lambda S, n=n: info_nce(S.reshape(n, n)))(logits(POSITION))
         total += J.T @ inner @ J
-    return total / len(CONTEXTS)
+    return total / len(BATCHES)
 
 
 def test_products_are_those_of_the_scaled_dense_curvature() -> None:
@@ -229,11 +229,13 @@ def test_a_sketch_of_full_rank_is_the_curvature() -> None:
     seed=st.integers(0, 99),
 )
 def test_target_gradients_of_the_folds_average_to_the_whole(sizes: list[int], count: int, seed: int) -> None:
-    contexts = [embeddings(size, 40 + k) for k, size in enumerate(sizes)]
+    recorded_batches = [embeddings(size, 40 + k) for k, size in enumerate(sizes)]
     generator = np.random.default_rng(seed)
     folds = [generator.integers(0, count, size) for size in sizes]
-    found = target_gradients(SPACE, contexts, folds, count, LOSS)
-    whole = sum(size * grad(loss_of(inputs))(POSITION) for size, inputs in zip(sizes, contexts, strict=True))
+    found = target_gradients(SPACE, recorded_batches, folds, count, LOSS)
+    whole = sum(
+        size * grad(loss_of(inputs))(POSITION) for size, inputs in zip(sizes, recorded_batches, strict=True)
+    )
     torch.testing.assert_close(found.mean(0), whole / sum(sizes), **EXACT)
 
 
@@ -245,7 +247,7 @@ def test_a_fold_without_pairs_has_no_gradient() -> None:
     torch.testing.assert_close(found[1], torch.zeros(SPACE.size, dtype=torch.float64))
 
 
-def test_a_bank_of_one_context_is_refused() -> None:
+def test_a_bank_of_one_negative_batch_is_refused() -> None:
     lone = InfluenceScorer(SPACE, directions(), bank()[:1], LOSS, 8)
     with pytest.raises(ValueError, match="two negative batches or more"):
         lone(embeddings(3, 70), np.arange(3) + 1000)
@@ -273,9 +275,9 @@ def test_the_score_predicts_the_change_of_the_target_loss() -> None:
     v = torch.linalg.solve(H, g)
     scored = InfluenceScorer(SPACE, v[None], bank(), LOSS, 8)
     scores = scored(PAIRS, IMAGES).by_batch[0, :, 0] + scored.offset[0]
-    context, step = CONTEXTS[0], 1e-4
+    recorded, step = BATCHES[0], 1e-4
     for z in range(4):
-        joined, alone = loss_of(together(context, one(PAIRS, z))), loss_of(context)
+        joined, alone = loss_of(together(recorded, one(PAIRS, z))), loss_of(recorded)
         presence = 8 * grad(joined)(POSITION) - 7 * grad(alone)(POSITION)
         moved = POSITION - step * torch.linalg.solve(H, presence)
         fall = (loss_of(target)(POSITION) - loss_of(target)(moved)) / step

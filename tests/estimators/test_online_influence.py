@@ -16,14 +16,14 @@ SMALL = Small()
 ROWS = np.arange(SMALL.pairs)
 
 
-def contexts(problem: Problem) -> list[tuple[Tensor, Tensor]]:
-    return [context.inputs for context in problem.target]
+def recorded_batches(problem: Problem) -> list[tuple[Tensor, Tensor]]:
+    return [recorded.inputs for recorded in problem.target]
 
 
 def scorer(problem: Problem) -> InfluenceScorer:
     return online_scorer(
         problem.space,
-        contexts(problem),
+        recorded_batches(problem),
         problem.bank,
         problem.objective,
         problem.batch_size,
@@ -48,10 +48,12 @@ def loss_at(theta: Tensor) -> float:
 def test_the_direction_is_the_targets_gradient_over_the_preconditioner() -> None:
     problem = SMALL.problem
     heads = problem.space.proxy
-    terms = [problem.objective.terms(*heads(*inputs)) for inputs in contexts(problem)]
+    terms = [problem.objective.terms(*heads(*inputs)) for inputs in recorded_batches(problem)]
     gradient = torch.autograd.grad(torch.cat(terms).mean(), list(heads.parameters()))
     expected = torch.cat([part.flatten() for part in gradient]) / problem.preconditioner
-    found = online_direction(problem.space, contexts(problem), problem.objective, problem.preconditioner)
+    found = online_direction(
+        problem.space, recorded_batches(problem), problem.objective, problem.preconditioner
+    )
     torch.testing.assert_close(found, expected[None])
 
 
@@ -75,7 +77,7 @@ def test_influence_tends_to_it_at_large_damping(damping: float) -> None:
     G = problem.curvature(identity)
     g = problem.target_gradient
     solved = damping * torch.linalg.solve(G + damping * identity, g / root) / root
-    v = online_direction(problem.space, contexts(problem), problem.objective, D)[0]
+    v = online_direction(problem.space, recorded_batches(problem), problem.objective, D)[0]
     largest = float(torch.linalg.eigvalsh(G)[-1])
     assert float(((solved - v) * root).norm() / (v * root).norm()) <= largest / damping
     assert float(((solved - v) * root).norm()) > 0

@@ -111,12 +111,12 @@ def test_grad_dot_is_the_dot_product(kind: str) -> None:
 def test_ecif_is_influence_through_the_dense_gauss_newton_matrix(kind: str) -> None:
     given = problem(kind)
     G = torch.zeros(given.space.size, given.space.size, dtype=torch.float64)
-    for context in given.bank:
+    for recorded in given.bank:
 
-        def predictions(q: Tensor, data: NegativeBatch = context) -> Tensor:
+        def predictions(q: Tensor, data: NegativeBatch = recorded) -> Tensor:
             return functional_call(given.space.proxy, given.space.unflatten(q), data.inputs)[0]
 
-        u, y = predictions(theta(kind)), context.inputs[1]
+        u, y = predictions(theta(kind)), recorded.inputs[1]
         J = torch.autograd.functional.jacobian(predictions, theta(kind)).flatten(0, 1)
         inner = hessian(lambda v, y=y: LOSSES[kind](v, y).mean())(u).reshape(u.numel(), -1)
         G += J.T @ inner @ J / len(given.bank)

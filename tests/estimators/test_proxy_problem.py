@@ -33,10 +33,10 @@ def test_the_proxy_is_the_trainers() -> None:
 
 
 def test_bank_and_target_are_recorded_pairs() -> None:
-    assert [len(context.image) for context in PROBLEM.bank] == [SMALL.batch_size - 1] * 4
-    for context in PROBLEM.bank:
-        torch.testing.assert_close(context.inputs[1], SMALL.rows(context.image)[1])
-    seen = np.concatenate([context.image for context in PROBLEM.target])
+    assert [len(recorded.image) for recorded in PROBLEM.bank] == [SMALL.batch_size - 1] * 4
+    for recorded in PROBLEM.bank:
+        torch.testing.assert_close(recorded.inputs[1], SMALL.rows(recorded.image)[1])
+    seen = np.concatenate([recorded.image for recorded in PROBLEM.target])
     assert sorted(seen) == list(range(SMALL.targets))
 
 
@@ -63,7 +63,7 @@ def test_weights_say_how_often_a_pair_is_met() -> None:
     def met(weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         problem = proxy_problem(POOL, TARGET, SMALL.config, weights=weights, seed=3)
         assert problem.trajectory is not None
-        in_bank = np.concatenate([context.image for context in problem.bank])
+        in_bank = np.concatenate([recorded.image for recorded in problem.bank])
         in_batches = np.concatenate(problem.trajectory.batches)
         return in_batches, np.bincount(in_bank, minlength=SMALL.pairs)
 
@@ -78,7 +78,7 @@ def test_weights_say_how_often_a_pair_is_met() -> None:
     assert count[weights == 3].sum() / count[weights == 1].sum() == pytest.approx(3, rel=0.3)
 
 
-def test_a_pool_without_a_bank_is_told() -> None:
+def test_a_pool_without_a_bank_is_reported() -> None:
     few = NegativeBatch(inputs=SMALL.rows(np.arange(6)), image=np.array([0, 0, 1, 1, 2, 2]))
     with pytest.raises(InputError, match="the pool has 3 image"):
         proxy_problem(few, TARGET, SMALL.config)

@@ -85,16 +85,16 @@ def position() -> Tensor:
 @cache
 def dense_gradients() -> Tensor:
     """Gradient of what each pair adds to a batch's loss, less the mean of strangers as negatives: (n, p)."""
-    bank = [context.inputs for context in problem().bank]
+    bank = [recorded.inputs for recorded in problem().bank]
 
     def of_context(k: int) -> Tensor:
         def added(theta: Tensor) -> Tensor:
             return added_loss(LOSS, *embedded(theta, BATCH.inputs), *embedded(theta, bank[k]), BATCH_SIZE)
 
         def offset(theta: Tensor) -> Tensor:
-            context = embedded(theta, bank[k])
+            recorded = embedded(theta, bank[k])
             others = embedded(theta, bank[1 - k])
-            return role_losses(LOSS, *others, *context, BATCH_SIZE)[1].mean()
+            return role_losses(LOSS, *others, *recorded, BATCH_SIZE)[1].mean()
 
         return derivative(added, position()) - derivative(offset, position())
 
@@ -106,10 +106,10 @@ def dense_gradients() -> Tensor:
 def dense_curvature() -> Tensor:
     """Gauss-Newton matrix of the bank's mean loss (p, p)."""
     total = torch.zeros(problem().space.size, problem().space.size, dtype=torch.float64)
-    for context in problem().bank:
+    for recorded in problem().bank:
 
-        def logits(theta: Tensor, context: NegativeBatch = context) -> Tensor:
-            u, t = embedded(theta, context.inputs)
+        def logits(theta: Tensor, recorded: NegativeBatch = recorded) -> Tensor:
+            u, t = embedded(theta, recorded.inputs)
             return (SCALE * u @ t.T).flatten()
 
         S = logits(position()).detach()
@@ -123,8 +123,8 @@ def dense_curvature() -> Tensor:
 def dense_target_gradient() -> Tensor:
     def loss(theta: Tensor) -> Tensor:
         parts = []
-        for context in problem().target:
-            u, t = embedded(theta, context.inputs)
+        for recorded in problem().target:
+            u, t = embedded(theta, recorded.inputs)
             parts.append(len(u) * info_nce(SCALE * u @ t.T))
         return torch.stack(parts).sum() / 10
 
@@ -157,7 +157,7 @@ ESTIMATORS = {
 def test_scores_through_towers_are_the_dense_truth(name: str) -> None:
     truth = dense_scores(ESTIMATORS[name])
     assert np.ptp(truth) > 0.1 * np.abs(truth).max()
-    # the sketch holds all of G: two contexts of four pairs have a rank of 32 at most
+    # the sketch holds all of G: two negative batches of four pairs have a rank of 32 at most
     found = scorer_of(ESTIMATORS[name])(BATCH)
     np.testing.assert_allclose(found, truth, rtol=0, atol=1e-6 * np.abs(truth).max())
 
@@ -186,14 +186,14 @@ def test_a_pair_scores_alone_as_among_others() -> None:
 
 
 def test_the_damping_is_a_share_of_the_curvature_along_the_gradient() -> None:
-    context = problem().bank[0].inputs
+    recorded = problem().bank[0].inputs
 
     def loss(theta: Tensor) -> Tensor:
-        u, t = embedded(theta, context)
+        u, t = embedded(theta, recorded)
         return info_nce(SCALE * u @ t.T)
 
     g = derivative(loss, position())
-    curved = problem().space.gauss_newton(context, g[None], LOSS)[0]
+    curved = problem().space.gauss_newton(recorded, g[None], LOSS)[0]
     assert problem().damping == pytest.approx(float(g @ curved / (g @ g)) / 10)
 
 

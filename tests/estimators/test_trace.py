@@ -40,14 +40,14 @@ SURE = CurvatureConfig(tolerance=1e-12, max_iterations=200)
 
 
 def roles(problem: Problem, queries: NegativeBatch, query: int, parameters: dict[str, Tensor]) -> Tensor:
-    """Pos_n and Neg_n as their definitions say, one context after another: (2,)."""
+    """Pos_n and Neg_n as their definitions say, one negative batch after another: (2,)."""
     images, texts = (side[query : query + 1] for side in queries.inputs)
     found = []
-    for context in problem.bank:
-        if queries.image[query] in context.image:
+    for recorded in problem.bank:
+        if queries.image[query] in recorded.image:
             continue
         u, t = functional_call(problem.space.proxy, parameters, (images, texts))
-        cu, ct = functional_call(problem.space.proxy, parameters, context.inputs)
+        cu, ct = functional_call(problem.space.proxy, parameters, recorded.inputs)
         S = problem.objective.scale * torch.cat([cu, u]) @ torch.cat([ct, t]).T  # the query comes last
         own = (S[-1].logsumexp(0) + S[:, -1].logsumexp(0)) / 2 - S[-1, -1]
         more = [s[:-1].logsumexp(1) - s[:-1, :-1].logsumexp(1) for s in (S, S.T)]
@@ -281,13 +281,13 @@ def test_a_planted_contradiction_is_among_the_first_causes_where_it_really_harms
 
 
 def test_a_picture_of_the_bank_is_known_by_its_embedding() -> None:
-    context = PROBLEM.bank[1]
-    images = torch.cat([context.inputs[0][3:4] + 1e-7, QUERIES.inputs[0][:1]])
-    assert images_in_bank(PROBLEM.bank, images).tolist() == [context.image[3], -1]
+    recorded = PROBLEM.bank[1]
+    images = torch.cat([recorded.inputs[0][3:4] + 1e-7, QUERIES.inputs[0][:1]])
+    assert images_in_bank(PROBLEM.bank, images).tolist() == [recorded.image[3], -1]
 
 
-def test_bad_queries_are_told() -> None:
-    everywhere = [replace(context, image=np.append(context.image, -7)) for context in PROBLEM.bank]
+def test_bad_queries_are_reported() -> None:
+    everywhere = [replace(recorded, image=np.append(recorded.image, -7)) for recorded in PROBLEM.bank]
     lost = replace(QUERIES, image=np.array([-1, -7, -1]))
     with pytest.raises(InputError, match="in every negative batch"):
         role_gradients(replace(PROBLEM, bank=everywhere), lost)

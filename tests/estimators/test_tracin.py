@@ -37,7 +37,7 @@ def loss_gradient(space: Space, inputs: Inputs) -> Tensor:
 
 
 def slow(problem: Problem, pair: int, D: Tensor) -> float:
-    """sum_t eta_t <D^-1 g_V, grad [B l(C + z) - (B - 1) l(C)]>, by a gradient for each pair and context."""
+    """sum_t eta_t <D^-1 g_V, grad [B l(C + z) - (B - 1) l(C)]>, by a gradient for each pair and negative batch."""
     z, total = SMALL.rows(np.array([pair])), 0.0
     for checkpoint, then in at_checkpoints(problem):
         v = loss_gradient(then.space, SMALL.target) / D
@@ -47,12 +47,12 @@ def slow(problem: Problem, pair: int, D: Tensor) -> float:
             ]
         )
         values = []
-        for context in problem.bank:
-            if pair in context.image:
+        for recorded in problem.bank:
+            if pair in recorded.image:
                 continue
-            joined = (torch.cat([context.inputs[0], z[0]]), torch.cat([context.inputs[1], z[1]]))
+            joined = (torch.cat([recorded.inputs[0], z[0]]), torch.cat([recorded.inputs[1], z[1]]))
             B = problem.batch_size
-            G_z = B * loss_gradient(then.space, joined) - (B - 1) * loss_gradient(then.space, context.inputs)
+            G_z = B * loss_gradient(then.space, joined) - (B - 1) * loss_gradient(then.space, recorded.inputs)
             values.append(float(v @ G_z) - offset)
         total += checkpoint.learning_rate * float(np.mean(values))
     return total

@@ -24,11 +24,11 @@ def loop() -> tuple[Tensor, Tensor]:
     rows, weights = [], []
     for z in range(laws.SMALL.pairs):
         values, wrong = [], []
-        for context in PROBLEM.bank:
-            if z in context.image:
+        for recorded in PROBLEM.bank:
+            if z in recorded.image:
                 continue
             u, t = proxy(images[z : z + 1], texts[z : z + 1])
-            cu, ct = proxy(*context.inputs)
+            cu, ct = proxy(*recorded.inputs)
             r = (PROBLEM.batch_size - 1) / len(cu)
             own = PROBLEM.objective.scale * u[0] @ t[0]
             for others in (ct @ u[0], cu @ t[0]):

@@ -123,7 +123,7 @@ def test_repeating_changes_no_bit(encoder: DualEncoder, pictures: list[Image.Ima
     assert torch.equal(embed_texts(encoder, CAPTIONS), embed_texts(encoder, CAPTIONS))
 
 
-def test_cut_captions_are_told(encoder: DualEncoder) -> None:
+def test_cut_captions_are_reported(encoder: DualEncoder) -> None:
     tokens, truncated = encoder.tokenize(["a boat", LONG, "two dogs"])
     assert truncated == [False, True, False]
     assert {values.shape[1] for values in tokens.values()} == {TEXT["max_position_embeddings"]}
@@ -318,7 +318,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_wrong_image_size_is_told(encoder_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_wrong_image_size_is_reported(encoder_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(encoder_folders["clip"], tmp_path / "size")
     transformers.CLIPImageProcessorPil().save_pretrained(folder)
     with pytest.raises(InputError, match="cannot embed a probe"):
@@ -326,7 +326,7 @@ def test_a_wrong_image_size_is_told(encoder_folders: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./none", "~/none", "none", "a/b/c", "../x"])
-def test_a_missing_path_is_told_without_asking_the_network(
+def test_a_missing_path_is_reported_without_asking_the_network(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # nothing lies beside it
@@ -343,7 +343,7 @@ def test_a_file_is_no_folder(encoder_folders: dict[str, Path]) -> None:
     ("options", "message"),
     [({"dtype": "float8"}, "dtype 'float8'"), ({"device": "abacus"}, "device 'abacus' is unknown")],
 )
-def test_unknown_options_are_told(
+def test_unknown_options_are_reported(
     encoder_folders: dict[str, Path], options: dict[str, str], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -351,7 +351,7 @@ def test_unknown_options_are_told(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_told(encoder_folders: dict[str, Path]) -> None:
+def test_a_missing_gpu_is_reported(encoder_folders: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="no CUDA device"):
         load_encoder(encoder_folders["clip"], device="cuda")
 

@@ -107,13 +107,13 @@ def test_parts_that_cancel_leave_the_image(name: FusionName) -> None:
 
 
 @pytest.mark.parametrize("name", ["weighted_sum", "product", "attention_pooling"])
-def test_two_spaces_are_told(name: FusionName) -> None:
+def test_two_spaces_are_reported(name: FusionName) -> None:
     images, texts, query = draw(0)
     with pytest.raises(InputError, match=f"'{name}' needs .* not 8 and 5"):
         fuse(images, texts[:, :5], FusionConfig(name=name), query=query)
 
 
 @pytest.mark.parametrize("wrong", [{"weight": 1.5}, {"temperature": 0.0}, {"name": "sum"}])
-def test_options_out_of_range_are_told(wrong: dict[str, object]) -> None:
+def test_options_out_of_range_are_reported(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         FusionConfig(**wrong)  # type: ignore[arg-type]

@@ -46,7 +46,9 @@ BANK = [
     for seed, size in ((1, 6), (2, 4), (3, 6))
 ]
 PAIRS = random(7, 9)
-IMAGES = np.array([100, 101, 12, 20, 104, 105, 106])  # the third and fourth share an image with a context
+IMAGES = np.array(
+    [100, 101, 12, 20, 104, 105, 106]
+)  # the third and fourth share an image with a negative batch
 
 
 def gradients(space: Space, **options: object) -> PairGradients:
@@ -54,14 +56,14 @@ def gradients(space: Space, **options: object) -> PairGradients:
 
 
 def loop(space: Space) -> Tensor:
-    """Gradients of the mean of F_z over the contexts without the pair's image, one autograd call each."""
+    """Gradients of the mean of F_z over the negative batches without the pair's image, one autograd call each."""
     proxy = copy.deepcopy(space.proxy).requires_grad_(True)
     named = dict(proxy.named_parameters())
     chosen = [named[name] for name in space.parameters]
     rows = []
     for z, image in enumerate(IMAGES):
         u, t = proxy(PAIRS[0][z : z + 1], PAIRS[1][z : z + 1])
-        allowed = [context for context in BANK if image not in context.image]
+        allowed = [recorded for recorded in BANK if image not in recorded.image]
         values = [added_loss(LOSS, u, t, *proxy(*c.inputs), BATCH)[0] for c in allowed]
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(torch.stack(values).mean(), chosen)]))
     return torch.stack(rows)
@@ -107,14 +109,14 @@ def test_a_bad_pair_is_a_row_of_nan_and_touches_no_other() -> None:
     torch.testing.assert_close(rows[~bad], whole[~bad], rtol=1e-10, atol=1e-11)
 
 
-def test_a_batch_can_lie_in_one_context_or_be_empty() -> None:
+def test_a_batch_can_lie_in_one_negative_batch_or_be_empty() -> None:
     """Its pairs are judged by the others."""
     found, inside = gradients(PROXYS["heads"]()), np.full(7, 10)
     assert torch.isfinite(found(PAIRS, inside)).all()
     assert found((PAIRS[0][:0], PAIRS[1][:0]), inside[:0]).shape == (0, 16)
 
 
-def test_a_pair_that_no_context_can_judge_is_a_row_of_nan() -> None:
+def test_a_pair_that_no_negative_batch_can_judge_is_a_row_of_nan() -> None:
     shared = [NegativeBatch(inputs=c.inputs, image=np.append(c.image[1:], 104)) for c in BANK]
     found = PairGradients(space=PROXYS["heads"](), bank=shared, objective=LOSS, batch_size=BATCH)
     rows = found(PAIRS, IMAGES)

@@ -39,7 +39,7 @@ def random(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def context(n: int = 6) -> Inputs:
+def recorded(n: int = 6) -> Inputs:
     return random((n, 3), 1), random((n, 5), 2)
 
 
@@ -78,7 +78,7 @@ def test_flatten_and_unflatten_are_inverse(name: str, directions: int, seed: int
 
 
 def test_tangents_are_the_jacobian_times_the_directions(space: Space) -> None:
-    inputs, directions = context(), random((3, space.size), 3)
+    inputs, directions = recorded(), random((3, space.size), 3)
     u, t = as_function(space, inputs)(position(space))
     jacobian_u, jacobian_t = jacrev(as_function(space, inputs))(position(space))
     tangents = space.tangents(inputs, directions)
@@ -89,7 +89,7 @@ def test_tangents_are_the_jacobian_times_the_directions(space: Space) -> None:
 
 
 def test_pullback_is_the_transposed_jacobian(space: Space) -> None:
-    inputs = context()
+    inputs = recorded()
     jacobian_u, jacobian_t = jacrev(as_function(space, inputs))(position(space))
     c_u, c_t = random((3, 6, 2), 4), random((3, 6, 2), 5)
     dense = torch.einsum("vnd,ndp->vp", c_u, jacobian_u) + torch.einsum("vnd,ndp->vp", c_t, jacobian_t)
@@ -97,7 +97,7 @@ def test_pullback_is_the_transposed_jacobian(space: Space) -> None:
 
 
 def test_tangents_and_pullback_are_adjoint(space: Space) -> None:
-    inputs, direction = context(), random((1, space.size), 6)
+    inputs, direction = recorded(), random((1, space.size), 6)
     c_u, c_t = random((1, 6, 2), 7), random((1, 6, 2), 8)
     tangents = space.tangents(inputs, direction)
     forward = (tangents.du * c_u).sum() + (tangents.dt * c_t).sum()
@@ -113,7 +113,7 @@ def dense_gauss_newton(space: Space, inputs: Inputs) -> Tensor:
 
 
 def test_gauss_newton_is_the_dense_product(space: Space) -> None:
-    inputs, directions = context(), random((3, space.size), 9)
+    inputs, directions = recorded(), random((3, space.size), 9)
     dense = dense_gauss_newton(space, inputs)
     torch.testing.assert_close(
         space.gauss_newton(inputs, directions, InfoNce(SCALE)), directions @ dense, **EXACT
@@ -121,20 +121,20 @@ def test_gauss_newton_is_the_dense_product(space: Space) -> None:
 
 
 def test_gauss_newton_is_symmetric_and_positive(space: Space) -> None:
-    G = space.gauss_newton(context(), torch.eye(space.size, dtype=torch.float64), InfoNce(SCALE)).detach()
+    G = space.gauss_newton(recorded(), torch.eye(space.size, dtype=torch.float64), InfoNce(SCALE)).detach()
     torch.testing.assert_close(G, G.T, **EXACT)
     assert float(torch.linalg.eigvalsh(G)[0]) > -1e-10
 
 
 def test_loss_gradients_are_autograds(space: Space) -> None:
-    inputs, weights = context(), random((3, 6), 10)
+    inputs, weights = recorded(), random((3, 6), 10)
     terms = logits(space, inputs)
     dense = jacrev(lambda vector: weights @ info_nce_terms(terms(vector)))(position(space))
     torch.testing.assert_close(space.loss_gradients(inputs, weights, InfoNce(SCALE)), dense, **EXACT)
 
 
 def test_equal_weights_give_the_gradient_of_the_mean_loss(space: Space) -> None:
-    inputs = context()
+    inputs = recorded()
     function = logits(space, inputs)
     dense = grad(lambda vector: info_nce(function(vector)))(position(space))
     weights = torch.full((1, 6), 1 / 6, dtype=torch.float64)
@@ -154,7 +154,7 @@ def test_a_parameter_may_be_a_single_number() -> None:
     space = Space(Scaled())
     vectors = random((3, space.size), 0)
     torch.testing.assert_close(space.flatten(space.unflatten(vectors)), vectors)
-    assert space.loss_gradients(context(), torch.full((1, 6), 1 / 6).double(), InfoNce(SCALE)).shape == (
+    assert space.loss_gradients(recorded(), torch.full((1, 6), 1 / 6).double(), InfoNce(SCALE)).shape == (
         1,
         space.size,
     )

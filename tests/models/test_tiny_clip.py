@@ -91,7 +91,7 @@ def test_an_array_is_as_good_as_pictures(tmp_path: Path) -> None:
     assert pictures.read_bytes() == array.read_bytes()
 
 
-def test_what_cannot_be_learned_from_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_learned_from_is_reported(tmp_path: Path) -> None:
     images, captions = draw_squares(0, 8)
     with pytest.raises(InputError, match="8 images but 7 captions"):
         train_tiny_clip(images, captions[:7], seed=0, out=tmp_path, batch_size=4)

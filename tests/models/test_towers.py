@@ -195,7 +195,7 @@ def test_last_blocks_hold_the_end_of_each_tower(clip: TowerModel) -> None:
     assert not any("embeddings" in name for name in names)
 
 
-def test_a_pattern_that_fits_nothing_is_told_with_some_names(clip: TowerModel) -> None:
+def test_a_pattern_that_fits_nothing_is_reported_with_some_names(clip: TowerModel) -> None:
     told = r"no space 'heds': it is none of heads, last-blocks, lora, towers, .* such as \S+, \S+, \S+, \S+$"
     with pytest.raises(InputError, match=told):
         tower_parameters(clip, "text_projection.*,heds")
