@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
+from influencespace.errors import STRICT
 from influencespace.estimators.ecif import along
 from influencespace.estimators.pool_sum import PoolSum
 from influencespace.estimators.problem import Fit, Problem, per_sample_gradients
@@ -38,7 +39,7 @@ def corrections(sizes: Sequence[int], target: Tensor, damping: Tensor, rows: Ten
     return torch.cat([((g @ v) / (lam + g.square().sum(1))) @ g for g, v, lam in blocks])
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class DataInf:
     """Blocks are the proxy's parameter tensors, e.g. image head and text head."""
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 from torch.func import jvp
 
 from influencespace.core.contrastive import Pointwise, role_losses
+from influencespace.errors import STRICT
 from influencespace.estimators.checkpoints import CheckpointSum, require_checkpoints
 from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.problem import (
@@ -25,7 +25,7 @@ from influencespace.estimators.problem import (
     Problem,
     immediately,
     mean_of_known,
-    where_strange,
+    mean_over_bank,
 )
 from influencespace.models.space import Inputs
 from influencespace.models.trajectory import hessian_product, loss_gradient
@@ -79,7 +79,7 @@ def interaction(then: Problem, negatives: NegativeBatch, batch: Batch) -> FloatA
     by_batch = bracket(presence(then, batch.inputs), theta, g, G_B, H_B_g).T.double().cpu().numpy()
     if isinstance(then.objective, Pointwise):
         return mean_of_known(by_batch)
-    return mean_of_known(where_strange(by_batch, then.bank, batch.image))
+    return mean_over_bank(by_batch, then.bank, batch.image)
 
 
 def second_order(index: int, checkpoint: Checkpoint, then: Problem, batch: Batch) -> FloatArray:
@@ -90,7 +90,7 @@ def second_order(index: int, checkpoint: Checkpoint, then: Problem, batch: Batch
     return weight * interaction(then, then.bank[drawn], batch)
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class DiffIn:
     """score_z = sum_t t eta_t^2 / (N m) <grad L_target, H_B G_z + H_z G_B>(theta_t): the published formula, sign flipped.
 

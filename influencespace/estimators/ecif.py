@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from dataclasses import field as plain_field
 from typing import Literal
 
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.conjugate_gradients import Solution
 from influencespace.core.nystrom import Sketch, no_sketch, sketch_bytes
-from influencespace.errors import InputError
+from influencespace.errors import STRICT, InputError
 from influencespace.estimators.influence import (
     CurvatureConfig,
     Influence,
@@ -74,7 +73,7 @@ def sketch_of(problem: Problem, config: CurvatureConfig) -> Sketch:
         rank *= 2
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class Ecif:
     """Influence through the curvature, in the roles and the form that are asked for: the default.
 

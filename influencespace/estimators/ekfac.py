@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.contrastive import info_nce_only
-from influencespace.errors import InputError
+from influencespace.errors import STRICT, InputError
 from influencespace.estimators.ecif import along
 from influencespace.estimators.problem import Fit, Problem, immediately
 from influencespace.models.heads import Heads
@@ -84,7 +84,7 @@ def _block(rows: Sequence[tuple[Tensor, Tensor]]) -> Block:
     return Block(U_A=U_A, U_S=U_S, lam=lam)
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class EkFac:
     """Needs no pass over the pool: the factors come from the negative batches. For proxies that are heads."""
 

@@ -12,11 +12,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.contrastive import Pointwise, info_nce_only
+from influencespace.errors import STRICT
 from influencespace.estimators.checkpoints import without_path
 from influencespace.estimators.problem import (
     Batch,
@@ -24,8 +24,7 @@ from influencespace.estimators.problem import (
     FloatArray,
     Problem,
     immediately,
-    mean_of_known,
-    where_strange,
+    mean_over_bank,
 )
 from influencespace.models.space import Space
 
@@ -55,10 +54,10 @@ def el2n(space: Space, problem: Problem, sign: float, batch: Batch) -> FloatArra
     scale = info_nce_only(problem.objective, "el2n").scale
     bank = [space.embed(negatives.inputs) for negatives in problem.bank]
     values = torch.stack([errors(u, t, *negatives, scale, problem.batch_size) for negatives in bank], 1)
-    return sign * mean_of_known(where_strange(values.double().cpu().numpy(), problem.bank, batch.image))
+    return sign * mean_over_bank(values.double().cpu().numpy(), problem.bank, batch.image)
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class El2n:
     """Needs neither the target nor a pass over the pool."""
 

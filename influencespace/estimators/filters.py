@@ -6,11 +6,11 @@ from functools import partial
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.contrastive import contrastive
+from influencespace.errors import STRICT
 from influencespace.estimators.problem import (
     Batch,
     Fit,
@@ -53,7 +53,7 @@ def random_score(uids: Sequence[str], seed: int = 0) -> FloatArray:
     return np.fromiter((int.from_bytes(d, "big") / 2**64 for d in digests), np.float64, len(uids))
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class ClipScore:
     """Cosine of image and caption by the proxy."""
 
@@ -62,7 +62,7 @@ class ClipScore:
         return immediately(partial(_clip_score, problem))
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class NegClipLoss:
     """Minus the contrastive loss of a pair against the negative batches, by the proxy."""
 
@@ -71,7 +71,7 @@ class NegClipLoss:
         return immediately(partial(_neg_clip_loss, problem))
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class Random:
     """Chance, by a hash of the uid: the same for a pair in any set and order."""
 

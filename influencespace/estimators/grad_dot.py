@@ -5,17 +5,17 @@ target (the last term of TracIn, Pruthi et al. 2020). Positive is a fall of the 
 the target gradient: no per-sample gradient.
 """
 
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.conjugate_gradients import Solution
 from influencespace.core.nystrom import Sketch
+from influencespace.errors import STRICT
 from influencespace.estimators.ecif import RoleScorer, along
 from influencespace.estimators.problem import Fit, Problem, immediately
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class GradDot:
     """Needs no pass over the pool."""
 

@@ -14,11 +14,12 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.projection import random_projection
+from influencespace.errors import STRICT
 from influencespace.estimators.checkpoints import without_path
 from influencespace.estimators.influence import InfluenceScorer
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately, mean_of_known
@@ -66,7 +67,7 @@ def mean_cosine(cosines: Sequence[CosineAt], batch: Batch) -> FloatArray:
     return mean
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class Less:
     """Over the kept checkpoints, or at the end of training where none were kept."""
 

@@ -10,11 +10,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.contrastive import contrastive
+from influencespace.errors import STRICT
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
 
 Side = Literal["image", "text", "both"]
@@ -35,7 +35,7 @@ def norm_sim(targets: list[tuple[int, Tensor]], batch: Batch) -> FloatArray:
     return cosines.double().cpu().numpy()
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class NormSim:
     """Needs the target's embeddings alone, no proxy."""
 

@@ -199,10 +199,10 @@ def mean_of_known(values: FloatArray) -> FloatArray:
     return mean
 
 
-def where_strange(values: FloatArray, bank: Sequence[Recorded], image: IntArray) -> FloatArray:
-    """Values (n, C) where the negative batch is without the pair's image, nan where it cannot judge the pair."""
-    strange = ~np.stack([np.isin(image, batch.image) for batch in bank], 1)
-    return np.where(strange, values, np.nan)
+def mean_over_bank(values: FloatArray, bank: Sequence[Recorded], image: IntArray) -> FloatArray:
+    """Mean of values (n, C) over the negative batches without the pair's image: (n,), nan where there is none."""
+    judged = ~np.stack([np.isin(image, batch.image) for batch in bank], 1)
+    return mean_of_known(np.where(judged, values, np.nan))
 
 
 def per_sample_gradients(problem: Problem, space: Space) -> Gradients:

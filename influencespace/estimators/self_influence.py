@@ -8,10 +8,11 @@ more worth keeping. It does not use the target.
 from dataclasses import dataclass
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
+from influencespace.errors import STRICT
 from influencespace.estimators.influence import Curvature
 from influencespace.estimators.problem import (
     Batch,
@@ -54,7 +55,7 @@ class SelfInfluenceScorer:
         return scores
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class SelfInfluence:
     """Needs no pass over the pool: the curvature comes from the negative batches."""
 

@@ -5,9 +5,9 @@ Source: Pruthi et al. 2020, arXiv 2002.08484 (TracInCP). Higher is more worth ke
 
 from functools import partial
 
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 
+from influencespace.errors import STRICT
 from influencespace.estimators.checkpoints import CheckpointSum, require_checkpoints
 from influencespace.estimators.ecif import along
 from influencespace.estimators.problem import Batch, Checkpoint, Fit, FloatArray, Problem, immediately
@@ -21,7 +21,7 @@ def first_order(
     return checkpoint.learning_rate * along(then, direction)(batch)
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class TracIn:
     """score_z = sum over checkpoints of eta_t grad L_target(theta_t) . D^-1 grad F_z(theta_t), positive = lowers the loss.
 

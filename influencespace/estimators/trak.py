@@ -17,14 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
 from influencespace.core.contrastive import Normalisers, Pointwise, cross_entropy, info_nce_only, pair_logits
-from influencespace.errors import InputError
+from influencespace.errors import STRICT, InputError
 from influencespace.estimators.pool_sum import PoolSum
-from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, mean_of_known, where_strange
+from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, mean_over_bank
 from influencespace.models.gradients import Gradients, PairGradients, SampleGradients
 from influencespace.models.projected import reduced_space
 from influencespace.models.space import Space
@@ -80,7 +80,7 @@ def pair_weights(gradients: PairGradients, batch: Batch) -> FloatArray:
         batch_u, batch_t = g.space.embed(negatives.inputs)
         odds = margins(*pair_logits(u, t, batch_u, batch_t, scale), (g.batch_size - 1) / len(batch_u))
         values.append((-odds).sigmoid().mean(0).double().cpu().numpy())
-    return mean_of_known(where_strange(np.stack(values, 1), g.bank, batch.image))
+    return mean_over_bank(np.stack(values, 1), g.bank, batch.image)
 
 
 def sample_weights(gradients: SampleGradients, batch: Batch) -> FloatArray:
@@ -108,7 +108,7 @@ def margin_gradients(problem: Problem, space: Space) -> Gradients:
     )
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class Trak:
     """One model in place of the paper's ensemble."""
 

@@ -12,14 +12,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 from torch.func import grad, vmap
 
 from influencespace.core.contrastive import Objective
 from influencespace.core.contrastive_influence import removal
-from influencespace.errors import InputError
+from influencespace.errors import STRICT, InputError
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately
 from influencespace.models.space import Inputs, Space
 from influencespace.models.trajectory import Response, Trajectory, adjoint, space_at
@@ -101,7 +100,7 @@ class RowScorer:
         return self.by_row[batch.row]
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@options(frozen=True, kw_only=True, config=STRICT)
 class Unrolled:
     """Unrolled influence along the real path, with its real batches: positive = removing the pair raises the target loss.
 
