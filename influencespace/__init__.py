@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from influencespace.api import curate, score
+    from influencespace.api import curate, plan, score
     from influencespace.config import RunConfig, load_config
     from influencespace.data.sampler import WeightedSampler
     from influencespace.errors import InputError
@@ -31,6 +31,7 @@ __all__ = [
     "curate",
     "load_config",
     "load_run",
+    "plan",
     "score",
 ]
 _MODULES = {
@@ -42,6 +43,7 @@ _MODULES = {
     "curate": "api",
     "load_config": "config",
     "load_run": "pipeline",
+    "plan": "api",
     "score": "api",
 }
 

@@ -21,6 +21,8 @@ from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.problem import Estimator
 from influencespace.estimators.proxy_problem import batch_of, proxy_problem
 from influencespace.models.training import HeadsConfig
+from influencespace.planning import LIMIT, Plan
+from influencespace.planning import plan as planned
 from influencespace.run import Run
 from influencespace.stages.scoring.scoring import make_estimator
 
@@ -91,6 +93,35 @@ def curate(
         start(engine, address) as started,
     ):  # what is refused is refused before Ray starts
         return pipeline.curate(resolved, folder, started)
+
+
+def plan(
+    config: RunConfig | Path | str | None = None,
+    *,
+    out: Path | str = ".",
+    data: Shards | None = None,
+    target: Shards | None = None,
+    test: Shards | None = None,
+    encoder: str | Path | None = None,
+    embeddings: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    limit: int = LIMIT,
+    engine: Literal["ray", "local"] = "ray",
+    address: str | None = None,
+) -> Plan:
+    """What `curate` with the same arguments will need, before it runs: pairs, bytes, memory and seconds of each stage.
+
+    About `limit` pairs, and half as many, go through all stages beside the folder `out`, and are removed again; what they took is
+    scaled. With a limit of 0 the data are only counted, without Ray. Raises InputError for what `curate` would refuse, and for
+    files or workers that certainly do not fit.
+
+        needs = plan(data="pairs", target="target", test="test", encoder="my-clip", limit=0)
+        seconds = [cost.seconds for cost in needs.costs]
+    """
+    flags = {"data": data, "target": target, "test": test, "encoder": encoder, "embeddings": embeddings}
+    resolved = resolve(config, settings or {}, flags)
+    with start(engine if limit or address else "local", address) as started:
+        return planned(resolved, limit, started, local_folder(out, "--out"))
 
 
 def start(engine: Literal["ray", "local"], address: str | None) -> AbstractContextManager[Engine]:

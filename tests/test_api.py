@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import influencespace
-from influencespace import InputError, Run, WeightedSampler, curate, load_run, score
+from influencespace import InputError, Run, WeightedSampler, curate, load_run, plan, score
 from influencespace.config import as_tree
 from influencespace.core.metrics import auroc
 from influencespace.models.training import HeadsConfig
@@ -99,6 +99,13 @@ def test_paths_and_flags_override_a_config(run: Run) -> None:
     assert (config.data.target, config.embed.encoder, config.cluster.k) == ("t", "e", 7)
     assert config.data.test == run.config.data.test
     assert as_tree(resolve(None, {}, {})) == as_tree(influencespace.load_config())
+
+
+def test_a_plan_counts_what_a_run_will_see(run: Run, tmp_path: Path) -> None:
+    needs = plan(run.config, limit=0, out=tmp_path)
+    assert {role: size.pairs for role, size in needs.sizes.items()} == {"pool": 150, "target": 60, "test": 40}
+    assert needs.measured == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_curate_cannot_use_is_refused(tmp_path: Path) -> None:
@@ -225,7 +232,12 @@ def test_the_examples_of_scores_and_curation_run(
         calls.append(options)
         return run
 
-    for thing in (influencespace, curate):
-        monkeypatch.setattr(influencespace, "curate", curated)
-        exec(examples(thing), {"curate": curated})  # our own document
-    assert [call["data"] for call in calls] == ["pairs", "pairs"]
+    def planned(**options: Any) -> Any:
+        inspect.signature(plan).bind(**options)
+        calls.append(options)
+        return plan(run.config, limit=0)
+
+    monkeypatch.setattr(influencespace, "curate", curated)
+    for thing in (influencespace, curate, plan):
+        exec(examples(thing), {"curate": curated, "plan": planned})  # our own document
+    assert [call["data"] for call in calls] == ["pairs", "pairs", "pairs"]

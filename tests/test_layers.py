@@ -26,18 +26,29 @@ ALLOWED: dict[str, set[str]] = {
     "config": STAGES,
     "report": {*STAGES, "config"},
     "pipeline": {*STAGES, "config", "report"},
-    "plan": PIPELINE,
+    "planning": PIPELINE,
     "sweep": PIPELINE,
     "tasks": PIPELINE,
     "demo": PIPELINE,
-    "api": {*PIPELINE, "tasks"},
-    "cli": {*PIPELINE, "plan", "sweep", "tasks", "demo", "api"},
-    "__init__": {*PIPELINE, "api"},
+    "api": {*PIPELINE, "planning"},
+    "cli": {*PIPELINE, "planning", "sweep", "tasks", "demo", "api"},
+    "__init__": {*PIPELINE, "planning", "api"},
     "__main__": {"cli"},
 }
 RAY = ("engine/", "sweep.py", "stages/training/")
 """Where Ray may be imported, at the top of a module or within a function."""
-WITHOUT_RAY = ("core", "models", "estimators", "data", "run", "stages", "config", "report", "pipeline", "plan")
+WITHOUT_RAY = (
+    "core",
+    "models",
+    "estimators",
+    "data",
+    "run",
+    "stages",
+    "config",
+    "report",
+    "pipeline",
+    "planning",
+)
 """What is imported where there is no Ray; below it what is here of the engine."""
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 

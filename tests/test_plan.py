@@ -24,11 +24,11 @@ from influencespace.engine.placement import Machine, Resources
 from influencespace.errors import InputError
 from influencespace.models.encoders import embedding_dimension
 from influencespace.pipeline import STAGES, curate, data_stages
-from influencespace.plan import Plan, plan, print_plan
-from influencespace.plan.cost_model import Timing, scaled
-from influencespace.plan.dataset_stats import shard_stats
-from influencespace.plan.memory import measured
-from influencespace.plan.table import size
+from influencespace.planning import Plan, plan, print_plan
+from influencespace.planning.cost_model import Timing, scaled
+from influencespace.planning.dataset_stats import shard_stats
+from influencespace.planning.memory import measured
+from influencespace.planning.table import size
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.ingest.fit_encoder import FitEncoder
 
@@ -248,7 +248,7 @@ class TestDatasetStats:
     ) -> None:
         shards = list_shards(str(world / "world" / "pool"))
         exact = shard_stats(shards, ReadOptions(), 64)
-        monkeypatch.setattr("influencespace.plan.dataset_stats.INDEX_BYTES", 1.5 * exact.bytes / len(shards))
+        monkeypatch.setattr("influencespace.planning.dataset_stats.INDEX_BYTES", 1.5 * exact.bytes / len(shards))
         estimate = shard_stats(shards, ReadOptions(), 64)
         assert (exact.exact, estimate.exact, estimate.shards_read) == (True, False, 2)
         assert estimate.bytes == exact.bytes
@@ -261,7 +261,7 @@ class TestDatasetStats:
     ) -> None:
         shards = list_shards(str(world / "world" / "pool" / "00000.tar"))
         exact = shard_stats(shards, ReadOptions(), 64)
-        monkeypatch.setattr("influencespace.plan.dataset_stats.INDEX_BYTES", exact.bytes / 3)
+        monkeypatch.setattr("influencespace.planning.dataset_stats.INDEX_BYTES", exact.bytes / 3)
         estimate = shard_stats(shards, ReadOptions(), 64)
         assert not estimate.exact
         assert estimate.pairs == pytest.approx(exact.pairs, rel=0.1)

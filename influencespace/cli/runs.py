@@ -1,12 +1,15 @@
 """The commands that make a run, and that read what it left."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from influencespace.cli.arguments import Address, Finished, finished_run, named_values
 from influencespace.data.locations import local_folder
+
+if TYPE_CHECKING:
+    from influencespace.config import RunConfig
 
 Config = Annotated[Path | None, typer.Argument(help="YAML of a run; flags and --set override it.")]
 Out = Annotated[
@@ -25,6 +28,14 @@ Embeddings = Annotated[
 ]
 
 
+def resolved(config: Path | None, settings: list[str], **flags: str | None) -> "RunConfig":
+    """The config of a file, changed by --set and then by the flags that were given."""
+    values = named_values(settings, "--set")
+    from influencespace.api import resolve
+
+    return resolve(config, values, flags)
+
+
 def run(
     config: Config = None,
     *,
@@ -38,22 +49,14 @@ def run(
     address: Address = None,
 ) -> None:
     """Curate: from shards to a subset, with a model retrained on it and compared."""
-    folder, values = local_folder(out, "--out"), named_values(settings, "--set")
+    folder = local_folder(out, "--out")
+    whole = resolved(
+        config, settings, data=data, target=target, test=test, encoder=encoder, embeddings=embeddings
+    )
     from influencespace.api import curate
     from influencespace.report.table import print_summary
 
-    done = curate(
-        config,
-        out=folder,
-        data=data,
-        target=target,
-        test=test,
-        encoder=encoder,
-        embeddings=embeddings,
-        settings=values,
-        address=address,
-    )
-    print_summary(done.summary())
+    print_summary(curate(whole, out=folder, address=address).summary())
 
 
 def demo(
@@ -89,15 +92,13 @@ def plan(
     address: Address = None,
 ) -> None:
     """What a run will need, before anything runs: pairs, GB read and written, memory and time of each stage."""
-    values = named_values(settings, "--set")
-    from influencespace.api import resolve, start
-    from influencespace.plan import LIMIT, print_plan
-    from influencespace.plan import plan as make_plan
+    whole = resolved(
+        config, settings, data=data, target=target, test=test, encoder=encoder, embeddings=embeddings
+    )
+    from influencespace import api
+    from influencespace.planning import LIMIT, print_plan
 
-    flags = {"data": data, "target": target, "test": test, "encoder": encoder, "embeddings": embeddings}
-    resolved = resolve(config, values, flags)
-    with start("local" if limit == 0 and address is None else "ray", address) as engine:
-        print_plan(make_plan(resolved, LIMIT if limit is None else limit, engine))
+    print_plan(api.plan(whole, limit=LIMIT if limit is None else limit, address=address))
 
 
 def sweep(
@@ -114,17 +115,18 @@ def sweep(
     address: Address = None,
 ) -> None:
     """Search thresholds and size by Ray Tune, on the scores of the run in --out (which is finished first)."""
-    folder, values = local_folder(out, "--out").expanduser().absolute(), named_values(settings, "--set")
+    folder = local_folder(out, "--out").expanduser().absolute()
+    whole = resolved(
+        config, settings, data=data, target=target, test=test, encoder=encoder, embeddings=embeddings
+    )
     from influencespace import pipeline
-    from influencespace.api import resolve, start
+    from influencespace.api import start
     from influencespace.run import carry_out
     from influencespace.sweep import Sweep, SweepConfig
 
-    flags = {"data": data, "target": target, "test": test, "encoder": encoder, "embeddings": embeddings}
-    resolved = resolve(config, values, flags)
-    pipeline.check(resolved)
+    pipeline.check(whole)
     with pipeline.alone_in(folder), start("ray", address) as engine:
-        done = pipeline.curate(resolved, folder, engine)
+        done = pipeline.curate(whole, folder, engine)
         best = carry_out(Sweep(SweepConfig(trials=trials)), done, engine).details
     print("best of {trials} trials: {settings}, {value:.4f} (the run's own: {own:.4f})".format(**best))
     print(f"use it: influencespace run {done.at('sweep') / 'best.yaml'} --out {folder}")

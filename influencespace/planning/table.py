@@ -7,8 +7,8 @@ from rich.text import Text
 
 from influencespace.engine.placement import Resources
 from influencespace.engine.progress import duration
-from influencespace.plan.cost_model import Cost
-from influencespace.plan.planning import LIMIT, Plan
+from influencespace.planning.cost_model import Cost
+from influencespace.planning.planning import LIMIT, Plan
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 UNKNOWN, NOT_COUNTED = "?", "–"

@@ -9,10 +9,10 @@ from influencespace.engine.local import Engine
 from influencespace.engine.placement import Resources
 from influencespace.errors import InputError
 from influencespace.pipeline import STAGES, check, data_stages
-from influencespace.plan.bounds import check_disk, check_workers, existing
-from influencespace.plan.cost_model import Cost, scaled
-from influencespace.plan.dataset_stats import SetSize, dataset_stats
-from influencespace.plan.slices import Slicer, Timings, measure_slices
+from influencespace.planning.bounds import check_disk, check_workers, existing
+from influencespace.planning.cost_model import Cost, scaled
+from influencespace.planning.dataset_stats import SetSize, dataset_stats
+from influencespace.planning.slices import Slicer, Timings, measure_slices
 from influencespace.run import Run, Stage
 
 LIMIT = 400

@@ -19,9 +19,9 @@ from influencespace.data.tars import add_sample, new_tar
 from influencespace.engine.local import Engine
 from influencespace.errors import InputError
 from influencespace.pipeline import data_stages
-from influencespace.plan.cost_model import Timing
-from influencespace.plan.dataset_stats import SetSize
-from influencespace.plan.memory import measured
+from influencespace.planning.cost_model import Timing
+from influencespace.planning.dataset_stats import SetSize
+from influencespace.planning.memory import measured
 from influencespace.run import Run, Stage, carry_out
 from influencespace.stages.ingest.shards import shards_of
 from influencespace.stages.ingest.split import Split, pair_sets
