@@ -111,6 +111,9 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         f"Pairs: {pairs or MISSING}; rejected {count(sum(summary.get('rejected', {}).values()))}; "
         f"captions cut by the tokenizer {count(summary.get('truncated_captions', 0))}."
     )
+    if stages := summary.get("stages"):
+        times = (f"{name} {seconds(record.get('seconds'))}" for name, record in stages.items())
+        sentences.append(f"Stages: {', '.join(times)}.")
     for sentence in sentences:
         console.print(Text(sentence))
     for note in summary.get("notes", []):
