@@ -9,7 +9,7 @@ The inner product is one exact forward-mode pass; the norm |D^-1 grad F_z| comes
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -21,9 +21,9 @@ from torch import Tensor
 from influencespace.core.projection import random_projection
 from influencespace.errors import STRICT
 from influencespace.estimators.checkpoints import without_path
+from influencespace.estimators.ecif import along
 from influencespace.estimators.influence import InfluenceScorer
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, immediately, mean_of_known
-from influencespace.models.space import Space
 
 
 def projection_rows(size: int, dimension: int, seed: int) -> Tensor:
@@ -37,21 +37,17 @@ def projection_rows(size: int, dimension: int, seed: int) -> Tensor:
 class CosineAt:
     """The cosine at one checkpoint; its rate is the checkpoint's weight."""
 
-    problem: Problem
-    space: Space
+    then: Problem
+    """As it was at the checkpoint."""
     rate: float
     dimension: int
 
     @cached_property
     def influence(self) -> InfluenceScorer:
         """Along D^-1 grad L_target / |grad L_target| and along D^-1 times the random directions."""
-        D = self.problem.preconditioner
-        target = self.problem.gradient_at(self.space).detach()
-        rows = projection_rows(self.space.size, self.dimension, self.problem.seed).to(D)
-        directions = torch.cat([(target / target.norm())[None], rows]) / D
-        return InfluenceScorer(
-            self.space, directions, self.problem.bank, self.problem.objective, self.problem.batch_size
-        )
+        D, target = self.then.preconditioner, self.then.target_gradient.detach()
+        rows = projection_rows(len(D), self.dimension, self.then.seed).to(D)
+        return along(self.then, torch.cat([(target / target.norm())[None], rows]) / D).influence
 
     def __call__(self, batch: Batch) -> FloatArray:
         means = mean_of_known(self.influence(batch.inputs, batch.image).by_batch)
@@ -77,13 +73,10 @@ class Less:
     """Maximum number, evenly spaced, the last among them; the paper has four epochs."""
 
     def fit(self, problem: Problem) -> Fit:
-        kept = problem.checkpoints
-        spaces = [(problem.space, 1.0)]
+        kept, alone = problem.checkpoints, without_path(problem)
+        moments = [(alone, 1.0)]
         if kept:
             chosen = np.unique(np.linspace(len(kept) - 1, 0, self.checkpoints).round().astype(int))
-            spaces = [(kept[i].load(), kept[i].learning_rate) for i in chosen]
-        alone = without_path(problem)
-        cosines = [
-            CosineAt(problem=alone, space=s, rate=rate, dimension=self.dimension) for s, rate in spaces
-        ]
+            moments = [(replace(alone, space=kept[i].load()), kept[i].learning_rate) for i in chosen]
+        cosines = [CosineAt(then=then, rate=rate, dimension=self.dimension) for then, rate in moments]
         return immediately(partial(mean_cosine, cosines))

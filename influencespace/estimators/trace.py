@@ -23,6 +23,7 @@ from influencespace.core.contrastive import InfoNce, contrastive, role_losses
 from influencespace.core.nystrom import Sketch
 from influencespace.core.projection import leading_sides
 from influencespace.errors import InputError
+from influencespace.estimators.ecif import along
 from influencespace.estimators.ekfac import kronecker_blocks
 from influencespace.estimators.influence import (
     CurvatureConfig,
@@ -159,9 +160,7 @@ def make_tracer(problem: Problem, directions: Tensor) -> Tracer:
     """The tracer along the directions (Q, 2, p) of `query_directions`."""
     M = directions.double()
     gram = (M @ M.mT).cpu().numpy()
-    scorer = InfluenceScorer(
-        problem.space, directions.flatten(0, 1), problem.bank, problem.objective, problem.batch_size
-    )
+    scorer = along(problem, directions.flatten(0, 1)).influence
     # the pseudo-inverse projects onto the line that is left where a and b are parallel
     return Tracer(scorer, np.linalg.pinv(gram, hermitian=True))
 
