@@ -1,4 +1,4 @@
-"""Choosing sets, where what a pair is worth depends on what is chosen already: coverage and coresets.
+"""Choosing sets, where the worth of a pair depends on the pairs chosen before: coverage and coresets.
 
 Rows X (n, d) are of unit length, similarity is their cosine and distance is Euclidean. Orders list rows, the best
 first, so that any size is a prefix. Ties go to the first row.

@@ -1,4 +1,4 @@
-"""A linear function of features whose strength the data decide: what is said of some rows, carried over to all."""
+"""Ridge regression with its penalty by the largest evidence: values of some rows carried over to all by their features."""
 
 from dataclasses import dataclass
 

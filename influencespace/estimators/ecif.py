@@ -1,4 +1,4 @@
-"""ECIF: a pair's influence in both of its roles, as an anchor and as everybody else's negative, by a closed form.
+"""ECIF: a pair's influence in both of its roles, as an anchor and as a negative of all others, by a closed form.
 
 Source: arXiv 2411.11667, against recorded negative batches that do not hold the pair's image, with the negative
 role's derivative as checked against autograd (some digests print a sum of inverse probabilities).
@@ -34,7 +34,7 @@ class RoleScorer:
     role: Role = "both"
 
     def by_batch(self, batch: Batch) -> tuple[Influence, FloatArray]:
-        """Influence in both roles, and that of the role asked for along V directions in each of C batches (V, n, C)."""
+        """Influence in both roles, and that of the chosen role along V directions in each of C batches (V, n, C)."""
         influence = self.influence(batch.inputs, batch.image)
         values = {"both": influence.by_batch, "own": influence.own, "negative": influence.negative}
         return influence, values[self.role]
@@ -75,7 +75,7 @@ def sketch_of(problem: Problem, config: CurvatureConfig) -> Sketch:
 
 @options(frozen=True, kw_only=True, config=STRICT)
 class Ecif:
-    """Influence through the curvature, in the roles and the form that are asked for: the default.
+    """Influence through the curvature, in the chosen roles and form: the default.
 
     Positive: more weight on the pair lowers the target loss; nan where every negative batch holds its image; in the unit that
     `CurvatureConfig.damping_factor` says. Raises ValueError for a damping of its own: it is the problem's.
@@ -102,7 +102,7 @@ class Ecif:
         return self.solver != "plain"
 
     def solution(self, problem: Problem, gradients: Tensor, sketch: Sketch | None = None) -> Solution:
-        """(G + mu D)^-1 g for each row of gradients (V, p), by a sketch that may be there already."""
+        """(G + mu D)^-1 g for each row of gradients (V, p), by a sketch that may exist already."""
         config = self.curvature if self.solver != "woodbury" else replace(self.curvature, max_iterations=0)
         if sketch is None:
             sketch = sketch_of(problem, config) if self.sketched else no_sketch(gradients[0])

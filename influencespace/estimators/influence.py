@@ -160,7 +160,7 @@ class HasTangents(Protocol):
 
 @dataclass(frozen=True)
 class InfluenceScorer:
-    """Scores any pair against a recorded bank: frozen, row by row, whatever the partition of the rows."""
+    """Scores any pair against recorded negative batches: frozen, row by row, whatever the partition of the rows."""
 
     space: HasTangents
     directions: Tensor  # (V, p)
@@ -188,7 +188,7 @@ class InfluenceScorer:
         return torch.stack(means).mean(0).cpu().numpy()
 
     def __call__(self, inputs: Inputs, image: IntArray) -> Influence:
-        """Influence of pairs given by their inputs (two (n, D)) and the image of each (n,)."""
+        """Influence of pairs by their inputs (two (n, D)) and the image of each (n,)."""
         pairs = self._tangents(inputs)
         if isinstance(self.objective, Pointwise):
             alone = pointwise_influence(self.objective, pairs).double().cpu().numpy()[..., None]

@@ -1,4 +1,4 @@
-"""Tangents that were computed before, for a scorer that then has only the closed forms left to do."""
+"""Tangents that were computed before: a scorer then only evaluates the closed forms."""
 
 from dataclasses import dataclass
 

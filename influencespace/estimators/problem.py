@@ -1,4 +1,4 @@
-"""What every estimator is given, and the one contract that all of them keep.
+"""The problem that every estimator gets, and the one contract that all of them keep.
 
 An estimator is fitted once and then scores any pair: higher is more worth keeping, whatever the sign in its paper. What
 has to see the pool first asks for passes over it, each a mergeable statistic: one core, a loop or a cluster give the same.

@@ -1,4 +1,4 @@
-"""The table of estimators: a new one is a file and a line here, and every law of the tests holds it to account."""
+"""The table of estimators: a new one is a file and a line here, and every law of the tests then covers it."""
 
 from collections.abc import Callable
 from functools import partial

@@ -236,7 +236,7 @@ def index_space(problem: Problem, dimension: int) -> ReducedSpace:
 
 
 def indexed_gradients(problem: Problem, reduced: ReducedSpace) -> Gradients:
-    """Gives the rows of an index: gradients @ reduced.project(direction) is nearly the influence along the direction."""
+    """Computes the rows of an index: gradients @ reduced.project(direction) is nearly the influence along the direction."""
     return per_sample_gradients(problem, reduced.space)
 
 

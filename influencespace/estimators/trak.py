@@ -41,7 +41,7 @@ def margins(own: Tensor, S_image: Tensor, S_text: Tensor, factor: float) -> Tens
 def mean_margin(
     own: Tensor, S_image: Tensor, S_text: Tensor, normalisers: Normalisers, factor: float
 ) -> Tensor:
-    """f_z (n,), as a value of which PairGradients takes gradients."""
+    """f_z (n,), as a value for PairGradients."""
     return margins(own, S_image, S_text, factor).mean(0)
 
 
