@@ -1,80 +1,65 @@
-"""Scores through the towers: those of one whole batch by forward mode, by any engine and batch size; what is wrong is said."""
+"""Scores through the towers: those of one whole batch by forward mode, by any engine and batch size; wrong input is refused."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from chain import Counting, Idle, Killed, proxy_config, times
+from chain import Careful, Counting, Idle, Killed, carry, times, with_settings
 
+from influencespace.config import load_config
 from influencespace.data.artifacts import Manifest
-from influencespace.data.pair_set import PairSet
 from influencespace.data.raw_media import RawMedia
 from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import Sample
 from influencespace.data.synthetic import WorldConfig, write_world
-from influencespace.engine.local import Engine, LocalEngine
+from influencespace.engine.local import Engine
 from influencespace.errors import InputError
 from influencespace.estimators.ecif import RoleScorer
 from influencespace.estimators.problem import Batch, fitted
-from influencespace.stages.ingest.embed import embed
-from influencespace.stages.ingest.encode import EmbedConfig
+from influencespace.pipeline import data_stages
+from influencespace.run import Run, carry_out
 from influencespace.stages.ingest.fit_encoder import FitEncoder
-from influencespace.stages.proxies.proxies import proxies
+from influencespace.stages.ingest.split import pair_sets
 from influencespace.stages.scoring.score import ScoreConfig
-from influencespace.stages.scoring.tower_score import (
-    ThroughTowers,
-    TowerWorker,
-    check_tower_estimator,
-    score_through_towers,
-)
+from influencespace.stages.scoring.scoring import ScoringInputs
+from influencespace.stages.scoring.tower_worker import ThroughTowers, TowerWorker
+from influencespace.stages.scoring.towers import ScoreThroughTowers, tower_estimator
 
-BLOCKS = ScoreConfig(estimator="ecif", space="*layers.0.mlp.fc2.*,*projection*", bucket_size=17)
-INPUTS = {"proxy": "of these tests"}
-PROXYS = proxy_config(batch_size=8, steps=5, folds=2, contexts=2)
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A small world with pictures, embedded by a tiny encoder, and proxies on it."""
-
-    folder: Path
-
-    @property
-    def encoder(self) -> EmbedConfig:
-        return EmbedConfig(encoder=str(self.folder / "encoder"), batch_size=16)
-
-    def pairs(self, role: str) -> PairSet:
-        return PairSet(self.folder / f"embed-{role}")
-
-    def score(self, out: Path, engine: Engine, config: ScoreConfig, **embed: Any) -> Manifest:
-        return score_through_towers(
-            self.pairs("pool"),
-            self.pairs("target"),
-            PROXYS,
-            self.folder / "proxy",
-            replace(self.encoder, **embed),
-            INPUTS,
-            config,
-            out,
-            engine,
-        )
+CONFIG = ScoreConfig(estimator="ecif", space="*layers.0.mlp.fc2.*,*projection*", bucket_size=17)
+PROXIES = {"proxy.train.batch_size": 8, "proxy.train.steps": 5, "proxy.train.dimension": 8}
+PROXIES |= {"proxy.folds": 2, "proxy.negative_batches": 2, "proxy.choose_steps": False}
 
 
 @pytest.fixture(scope="module")
-def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
-    world = Embedded(tmp_path_factory.mktemp("towers"))
-    sizes = {"pretrain": 64, "pool": 40, "target": 16, "test": 0}
-    write_world(world.folder, WorldConfig(seed=1, shard_size=20, **sizes))
-    FitEncoder(shards=str(world.folder / "pretrain"), out=world.folder / "encoder", steps=3, seed=0)()
-    for role in ("pool", "target"):
-        shards = list_shards(str(world.folder / role))
-        embed(shards, world.encoder, world.folder / f"embed-{role}", LocalEngine())
-    pool, target = world.pairs("pool"), world.pairs("target")
-    proxies(pool, target, INPUTS, PROXYS, world.folder / "proxy", LocalEngine())
-    return world
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A small world with pictures, embedded by a tiny encoder, and proxies on it."""
+    folder = tmp_path_factory.mktemp("towers")
+    sizes = {"pretrain": 64, "pool": 40, "target": 16, "test": 16}
+    write_world(folder, WorldConfig(seed=1, shard_size=20, **sizes))
+    FitEncoder(shards=str(folder / "pretrain"), out=folder / "encoder", steps=3, seed=0)()
+    roles = {f"data.{role}": str(folder / role) for role in ("pool", "target", "test")}
+    encoder = {"embed.encoder": str(folder / "encoder"), "embed.batch_size": 16}
+    run = Run(folder=folder / "run", config=load_config(None, PROXIES | roles | encoder))
+    for stage in data_stages(run.config):
+        carry_out(stage, run, Careful())
+    run = replace(run, sets=pair_sets(run))
+    carry(run, "proxies")
+    return run
+
+
+def score(
+    embedded: Run, out: Path, engine: Engine | None = None, config: ScoreConfig = CONFIG, **embed: Any
+) -> tuple[Manifest, Path]:
+    """The stage in another folder, by other settings of `embed`; its manifest and folder."""
+    out.mkdir(exist_ok=True)
+    if not (out / "proxies").exists():
+        (out / "proxies").symlink_to(embedded.at("proxies"))
+    settings = {f"embed.{name}": value for name, value in embed.items()}
+    run, stage = with_settings(replace(embedded, folder=out), settings), ScoreThroughTowers(config)
+    return carry_out(stage, run, engine or Careful()), run.at(stage.name)
 
 
 def scores_of(out: Path) -> np.ndarray:
@@ -83,73 +68,63 @@ def scores_of(out: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def truth(embedded: Embedded) -> np.ndarray:
+def whole(embedded: Run, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     """One batch of all pairs, by forward mode, without stages."""
-    pool = embedded.pairs("pool")
-    given = ThroughTowers(
-        pool=pool,
-        target=embedded.pairs("target"),
-        proxies=PROXYS,
-        proxy_folder=embedded.folder / "proxy",
-        embed=embedded.encoder,
-        config=BLOCKS,
-        parts=embedded.folder,
-        mark="",
+    inputs = ThroughTowers(
+        scoring=ScoringInputs.of(embedded),
+        embed=embedded.config.embed,
+        config=CONFIG,
+        folder=tmp_path_factory.mktemp("unused"),
     )
-    worker = TowerWorker(given, "cpu")
-    estimator = check_tower_estimator(BLOCKS)
-    scorer = fitted(estimator.fit(worker.problem(2**30)), lambda fold: None)
+    worker = TowerWorker(inputs, "cpu")
+    scorer = fitted(tower_estimator(CONFIG).fit(worker.problem(2**30)), lambda fold: None)
     assert isinstance(scorer, RoleScorer)
-    rows = np.arange(len(pool))
-    everything = worker.recorded(worker.originals, rows)
+    rows = np.arange(len(embedded.pool))
+    everything = worker.recorded(worker.media, rows)
     return scorer(Batch(uid=rows.astype(str), inputs=everything.inputs, image=everything.image, row=rows))
 
 
+@pytest.mark.parametrize("size", [5, 64])
 def test_scores_are_those_of_one_batch_by_forward_mode(
-    embedded: Embedded, truth: np.ndarray, tmp_path: Path
+    embedded: Run, whole: np.ndarray, tmp_path: Path, size: int
 ) -> None:
-    assert np.std(truth) > 1e-4
-    for size in (5, 64):
-        out = tmp_path / str(size)
-        manifest = embedded.score(out, LocalEngine(), BLOCKS, batch_size=size)
-        np.testing.assert_allclose(scores_of(out), truth, rtol=0, atol=2e-3 * np.std(truth))
-        assert pq.read_table(out / "scores.parquet")["uid"].to_pylist() == list(
-            embedded.pairs("pool").column("uid")
-        )
-        assert 0 < manifest.details["disagreement_with_forward_mode"] < 1e-3
-        assert manifest.details["parameters"] == 2 * (64 * 128 + 256 * 128 + 128)
-        assert not list(out.glob("parts-*")), "tangents have served"
+    assert np.std(whole) > 1e-4
+    manifest, out = score(embedded, tmp_path, batch_size=size)
+    np.testing.assert_allclose(scores_of(out), whole, rtol=0, atol=2e-3 * np.std(whole))
+    table = pq.read_table(out / "scores.parquet")
+    assert table["uid"].to_pylist() == list(embedded.pool.column("uid"))
+    assert 0 < manifest.details["disagreement_with_forward_mode"] < 1e-3
+    assert manifest.details["parameters"] == 2 * (64 * 128 + 256 * 128 + 128)
+    assert {path.name for path in out.iterdir()} == {"manifest.json", "scores.parquet"}, "tangents have served"
 
 
+@pytest.mark.ray
 def test_ray_gives_the_same_scores(
-    embedded: Embedded, truth: np.ndarray, tmp_path: Path, ray_engine: Engine
+    embedded: Run, whole: np.ndarray, tmp_path: Path, ray_engine: Engine
 ) -> None:
-    embedded.score(tmp_path, ray_engine, BLOCKS, num_actors=2, cpus_per_actor=1)
-    np.testing.assert_allclose(scores_of(tmp_path), truth, rtol=0, atol=2e-3 * np.std(truth))
+    _, out = score(embedded, tmp_path, ray_engine, num_actors=2, cpus_per_actor=1)
+    np.testing.assert_allclose(scores_of(out), whole, rtol=0, atol=2e-3 * np.std(whole))
 
 
-def test_a_second_call_does_nothing(embedded: Embedded, tmp_path: Path) -> None:
-    first = embedded.score(tmp_path, LocalEngine(), BLOCKS)
-    assert embedded.score(tmp_path, Idle(), BLOCKS) == first
-
-
-def test_a_killed_run_goes_on_where_it_was(embedded: Embedded, tmp_path: Path) -> None:
-    """Killed after the direction and two blocks, then after two more."""
-    out, quick = tmp_path / "killed", replace(BLOCKS, space="*projection*")
-    for most in (4, 6):
-        before = times(out) if out.exists() else {}
+def test_a_killed_run_goes_on_where_it_was_and_a_finished_one_is_left(embedded: Run, tmp_path: Path) -> None:
+    """Killed after the direction and some buckets, then after some more."""
+    quick = replace(CONFIG, space="*projection*")
+    killed = tmp_path / "killed"
+    for limit in (4, 6):
+        before = times(killed) if killed.exists() else {}
         with pytest.raises(Killed):
-            embedded.score(out, Counting(most=most), quick, batch_size=1)
-        after = times(out)
+            score(embedded, killed, Counting(limit=limit), quick, batch_size=1)
+        after = times(killed)
         assert {path: after[path] for path in before} == before
         assert len(after) > len(before)
-    embedded.score(out, LocalEngine(), quick, batch_size=1)
-    embedded.score(tmp_path / "whole", LocalEngine(), quick, batch_size=1)
-    np.testing.assert_array_equal(scores_of(out), scores_of(tmp_path / "whole"))
+    manifest, out = score(embedded, killed, config=quick, batch_size=1)
+    _, expected = score(embedded, tmp_path / "whole", config=quick, batch_size=1)
+    np.testing.assert_array_equal(scores_of(out), scores_of(expected))
+    assert score(embedded, killed, Idle(), quick, batch_size=1)[0] == manifest
 
 
 @pytest.mark.parametrize(
-    ("config", "embed", "told"),
+    ("config", "embed", "message"),
     [
         (
             ScoreConfig(estimator="trak", space="towers"),
@@ -165,26 +140,26 @@ def test_a_killed_run_goes_on_where_it_was(embedded: Embedded, tmp_path: Path) -
         ),
     ],
 )
-def test_what_cannot_be_scored_is_told(
-    embedded: Embedded, tmp_path: Path, config: ScoreConfig, embed: dict[str, str], told: str
+def test_what_cannot_be_scored_is_refused(
+    embedded: Run, tmp_path: Path, config: ScoreConfig, embed: dict[str, str], message: str
 ) -> None:
-    with pytest.raises(InputError, match=told):
-        embedded.score(tmp_path, LocalEngine(), config, **embed)
+    with pytest.raises(InputError, match=message):
+        score(embedded, tmp_path, config=config, **embed)
 
 
-def test_originals_are_what_the_shards_hold(embedded: Embedded) -> None:
-    pool = embedded.pairs("pool")
-    originals = RawMedia(pool)
+def test_raw_media_are_what_the_shards_hold(embedded: Run) -> None:
+    pool = embedded.pool
+    media = RawMedia(pool)
     held = {
         (sample.image, caption)
-        for shard in list_shards(str(embedded.folder / "pool"))
+        for shard in list_shards(str(embedded.config.data.pool))
         for sample in read_shard(shard)
         if isinstance(sample, Sample)
         for caption in sample.captions
     }
-    found = set(zip(originals.pictures(pool.image), originals.captions(pool.text)))
-    assert found == held
-    assert sorted(originals.images) == sorted(set(pool.image))
-    assert sorted(originals.texts) == sorted(set(pool.text))
-    lengths = [len(caption) for caption in originals.captions(originals.texts)]
+    shown = set(zip(media.pictures(pool.image), media.captions(pool.text)))
+    assert shown == held
+    assert sorted(media.images) == sorted(set(pool.image))
+    assert sorted(media.texts) == sorted(set(pool.text))
+    lengths = [len(caption) for caption in media.captions(media.texts)]
     assert lengths == sorted(lengths)

@@ -2,21 +2,23 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from chain import Chain, Idle
-from test_score import valued
+from chain import Careful, Idle, beside
 
-from influencespace.engine.local import Engine, LocalEngine
-from influencespace.estimators.ecif import curvature_of
+from influencespace.data.artifacts import Manifest
+from influencespace.engine.local import Engine
+from influencespace.estimators.ecif import sketch_of
 from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.trace import make_tracer, most_influential, query_directions
-from influencespace.models.space import Inputs
+from influencespace.run import Run, Workers, carry_out
+from influencespace.stages.scoring.scoring import ScoringInputs
 from influencespace.stages.scoring.trace import (
     Causes,
+    GradientIndex,
     TraceConfig,
-    gradient_index,
     load_rows,
     shard_path,
     trace,
@@ -25,37 +27,44 @@ from influencespace.stages.scoring.trace import (
 CONFIG = TraceConfig(top=5, index_dimension=10_000, bucket_size=50)
 
 
-def queries(truth: Chain, count: int = 3) -> Inputs:
-    return truth.sets["test"].inputs(np.arange(count))
+def traced(truth: Run, engine: Engine | None = None, index: Path | None = None, **changes: Any) -> list[Causes]:
+    """The causes of three queries."""
+    workers = Workers(engine=engine or Careful(), folder=truth.at("trace"), stage="trace")
+    queries = truth.test.inputs(np.arange(3))
+    return trace(ScoringInputs.of(truth), queries, replace(CONFIG, **changes), workers, index)
 
 
-def assert_same(found: list[Causes], expected: list[Causes]) -> None:
-    assert len(found) == len(expected)
-    for mine, theirs in zip(found, expected):
+def indexed(run: Run, engine: Engine | None = None, config: TraceConfig = CONFIG) -> tuple[Manifest, Path]:
+    stage = GradientIndex(config)
+    return carry_out(stage, run, engine or Careful()), run.at(stage.name)
+
+
+def assert_same(causes: list[Causes], expected: list[Causes]) -> None:
+    assert len(causes) == len(expected)
+    for mine, theirs in zip(causes, expected):
         for a, b in ((mine.harmful, theirs.harmful), (mine.helpful, theirs.helpful)):
             assert [cause.row for cause in a] == [cause.row for cause in b]
             for name in ("score", "own", "negative", "relative_influence"):
-                values = [[getattr(cause, name) for cause in causes] for causes in (a, b)]
+                values = [[getattr(cause, name) for cause in one] for one in (a, b)]
                 np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
-def whole(truth: Chain) -> list[Causes]:
-    """By the plain loop over one block."""
-    return trace(valued(truth), queries(truth), replace(CONFIG, bucket_size=1000), LocalEngine())
+def whole(truth: Run) -> list[Causes]:
+    """By the plain loop over one bucket."""
+    return traced(truth, bucket_size=1000)
 
 
-def test_it_is_the_tracer_over_the_whole_pool(truth: Chain, whole: list[Causes]) -> None:
-    given, problem = valued(truth), valued(truth).problem()
-    batch = given.batch((0, len(given.pool)))
-    group = NegativeBatch(inputs=queries(truth), image=np.full(3, -1))
-    tracer = make_tracer(
-        problem, query_directions(problem, group, curvature_of(problem, given.curvature), given.curvature)
-    )
-    found = tracer(batch.inputs, batch.image)
+def test_it_is_the_tracer_over_the_whole_pool(truth: Run, whole: list[Causes]) -> None:
+    inputs = ScoringInputs.of(truth)
+    problem, batch = inputs.problem(), inputs.batch(np.arange(len(truth.pool)))
+    group = NegativeBatch(inputs=truth.test.inputs(np.arange(3)), image=np.full(3, -1))
+    sketch = sketch_of(problem, inputs.curvature)
+    tracer = make_tracer(problem, query_directions(problem, group, sketch, inputs.curvature))
+    everything = tracer(batch.inputs, batch.image)
     for query, causes in enumerate(whole):
         for sign, mine in ((-1, causes.harmful), (1, causes.helpful)):
-            rows = most_influential(found, query, sign, candidates=50, top=5)
+            rows = most_influential(everything, query, sign, candidates=50, top=5)
             assert [cause.row for cause in mine] == rows.tolist()
             assert len(mine) == 5
             assert all(sign * cause.score > 0 for cause in mine)
@@ -64,55 +73,54 @@ def test_it_is_the_tracer_over_the_whole_pool(truth: Chain, whole: list[Causes])
             assert order == sorted(order, reverse=True)
 
 
-def test_any_blocks_give_the_same(truth: Chain, whole: list[Causes]) -> None:
-    for size in (7, 100):
-        config = replace(CONFIG, bucket_size=size)
-        assert_same(trace(valued(truth), queries(truth), config, LocalEngine()), whole)
+@pytest.mark.parametrize("size", [7, 100])
+def test_any_buckets_give_the_same(truth: Run, whole: list[Causes], size: int) -> None:
+    assert_same(traced(truth, bucket_size=size), whole)
 
 
-def test_an_exact_index_gives_the_same(truth: Chain, whole: list[Causes], tmp_path: Path) -> None:
-    inputs = truth.given("proxy")
-    manifest = gradient_index(valued(truth), inputs, CONFIG, tmp_path, LocalEngine())
+def test_an_exact_index_gives_the_same(truth: Run, whole: list[Causes], tmp_path: Path) -> None:
+    manifest, index = indexed(beside(truth, tmp_path, "curvature"))
     assert manifest.details["without_gradient"] == 0
     assert len([name for name in manifest.files if name.startswith("gradients-")]) == 5
-    assert_same(trace(valued(truth), queries(truth), CONFIG, LocalEngine(), tmp_path), whole)
+    assert_same(traced(truth, index=index), whole)
 
 
-def test_ray_gives_the_same(truth: Chain, whole: list[Causes], tmp_path: Path, ray_engine: Engine) -> None:
-    assert_same(trace(valued(truth), queries(truth), CONFIG, ray_engine), whole)
-    gradient_index(valued(truth), truth.given("proxy"), CONFIG, tmp_path, ray_engine)
-    assert_same(trace(valued(truth), queries(truth), CONFIG, ray_engine, tmp_path), whole)
+@pytest.mark.ray
+def test_ray_gives_the_same(truth: Run, whole: list[Causes], tmp_path: Path, ray_engine: Engine) -> None:
+    assert_same(traced(truth, ray_engine), whole)
+    _, index = indexed(beside(truth, tmp_path, "curvature"), ray_engine)
+    assert_same(traced(truth, ray_engine, index), whole)
 
 
 def test_more_queries_than_are_held_at_once_are_traced_one_by_one(
-    truth: Chain, whole: list[Causes], monkeypatch: pytest.MonkeyPatch
+    truth: Run, whole: list[Causes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("influencespace.stages.scoring.trace.AT_ONCE", 2)
-    assert_same(trace(valued(truth), queries(truth), CONFIG, LocalEngine()), whole)
+    assert_same(traced(truth), whole)
 
 
-def test_an_index_is_resumed_and_a_finished_one_left(truth: Chain, tmp_path: Path) -> None:
-    given, inputs = valued(truth), truth.given("proxy")
-    first = gradient_index(given, inputs, CONFIG, tmp_path, LocalEngine())
-    assert gradient_index(given, inputs, CONFIG, tmp_path, Idle()) == first
-    (tmp_path / "manifest.json").unlink()
-    lost, kept = shard_path(tmp_path, 50), shard_path(tmp_path, 100)
-    lost.write_bytes(lost.read_bytes()[:20])  # cut by a full disk
-    before = kept.stat().st_mtime_ns
-    again = gradient_index(given, inputs, CONFIG, tmp_path, LocalEngine())
+def test_an_index_is_resumed_and_a_finished_one_left(truth: Run, tmp_path: Path) -> None:
+    run = beside(truth, tmp_path, "curvature")
+    first, index = indexed(run)
+    assert indexed(run, Idle())[0] == first
+    working = index.with_name(f".index-{first.fingerprint[:16]}")  # as a killed run leaves it
+    index.rename(working)
+    (working / "manifest.json").unlink()
+    shard_path(working, 50).unlink()
+    kept = shard_path(working, 100).stat().st_mtime_ns
+    again, _ = indexed(run)
     assert again.files == first.files
-    assert kept.stat().st_mtime_ns == before
-    np.testing.assert_array_equal(load_rows(lost), np.arange(50, 100))
+    assert shard_path(index, 100).stat().st_mtime_ns == kept
+    np.testing.assert_array_equal(load_rows(shard_path(index, 50)), np.arange(50, 100))
 
 
-def test_an_index_of_another_config_is_written_anew(truth: Chain, tmp_path: Path) -> None:
-    given, inputs = valued(truth), truth.given("proxy")
-    first = gradient_index(given, inputs, CONFIG, tmp_path, LocalEngine())
-    small = replace(CONFIG, index_dimension=16, bucket_size=100)
-    second = gradient_index(given, inputs, small, tmp_path, LocalEngine())
+def test_an_index_of_another_config_is_written_anew(truth: Run, tmp_path: Path) -> None:
+    run = beside(truth, tmp_path, "curvature")
+    first, _ = indexed(run)
+    second, index = indexed(run, config=replace(CONFIG, index_dimension=16, bucket_size=100))
     assert second.details["dimension"] == 32 < first.details["dimension"]
-    assert {path.name for path in tmp_path.glob("*.safetensors")} == {
+    assert {path.name for path in index.glob("*.safetensors")} == {
         "sides.safetensors",
-        *(shard_path(tmp_path, start).name for start in (0, 100, 200)),
+        *(shard_path(index, start).name for start in (0, 100, 200)),
     }
-    assert trace(given, queries(truth), small, LocalEngine(), tmp_path)[0].harmful
+    assert traced(truth, index=index)[0].harmful
