@@ -9,6 +9,7 @@ pairs counts for r = (B - 1) / M.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,19 @@ from influencespace.errors import InputError
 
 Normalisers = tuple[Tensor, ...]
 PointwiseLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class PairLogits(NamedTuple):
+    """All that the losses of n pairs see of a negative batch of M, for a sigmoid loss without its bias."""
+
+    own: Tensor  # (n,) S_zz
+    image: Tensor  # (n, M) S_zk: image of z with the batch's texts
+    text: Tensor  # (n, M) S_kz: text of z with the batch's images
+
+
+def pair_logits(u: Tensor, t: Tensor, batch_u: Tensor, batch_t: Tensor, scale: float) -> PairLogits:
+    """Logits of unit embeddings u, t (n, d) with those of a negative batch (M, d)."""
+    return PairLogits(scale * (u * t).sum(-1), scale * u @ batch_t.T, scale * t @ batch_u.T)
 
 
 def info_nce(S: Tensor) -> Tensor:
@@ -91,21 +105,19 @@ class InfoNce:
         others = torch.eye(size, dtype=S.dtype, device=S.device) == 0
         return torch.where(others, S + log_factor, S)
 
-    def own_loss(self, own: Tensor, S_image: Tensor, S_text: Tensor, factor: float) -> Tensor:
-        """Loss of pairs as anchors among a negative batch, from their `pair_logits` and factor r: (n,)."""
-        images = torch.logaddexp(own, S_image.logsumexp(1) + math.log(factor))
-        texts = torch.logaddexp(own, S_text.logsumexp(1) + math.log(factor))
-        return (images + texts) / 2 - own
+    def own_loss(self, S: PairLogits, factor: float) -> Tensor:
+        """Loss of pairs as anchors among a negative batch, with factor r: (n,)."""
+        images = torch.logaddexp(S.own, S.image.logsumexp(1) + math.log(factor))
+        texts = torch.logaddexp(S.own, S.text.logsumexp(1) + math.log(factor))
+        return (images + texts) / 2 - S.own
 
-    def negative_loss(
-        self, S_image: Tensor, S_text: Tensor, normalisers: Normalisers, factor: float
-    ) -> Tensor:
-        """What pairs add to the losses of a negative batch's anchors, from their logits (n, M): (n,).
+    def negative_loss(self, S: PairLogits, normalisers: Normalisers, factor: float) -> Tensor:
+        """What pairs add to the losses of a negative batch's anchors: (n,).
 
         The sum over anchors k of log(Z_k + e^S_kz) - log Z_k, both ways, halved as the loss is.
         """
         log_Z, log_Z_text = normalisers
-        return factor * (F.softplus(S_text - log_Z) + F.softplus(S_image - log_Z_text)).sum(1) / 2
+        return factor * (F.softplus(S.text - log_Z) + F.softplus(S.image - log_Z_text)).sum(1) / 2
 
 
 @dataclass(frozen=True)
@@ -146,13 +158,11 @@ class Sigmoid:
     def normaliser_slopes(self, u: Tensor, t: Tensor, batch_size: int) -> Normalisers:
         return ()
 
-    def own_loss(self, own: Tensor, S_image: Tensor, S_text: Tensor, factor: float) -> Tensor:
-        return F.softplus(-own - self.bias)
+    def own_loss(self, S: PairLogits, factor: float) -> Tensor:
+        return F.softplus(-S.own - self.bias)
 
-    def negative_loss(
-        self, S_image: Tensor, S_text: Tensor, normalisers: Normalisers, factor: float
-    ) -> Tensor:
-        return factor * (F.softplus(S_image + self.bias) + F.softplus(S_text + self.bias)).sum(1)
+    def negative_loss(self, S: PairLogits, normalisers: Normalisers, factor: float) -> Tensor:
+        return factor * (F.softplus(S.image + self.bias) + F.softplus(S.text + self.bias)).sum(1)
 
 
 @dataclass(frozen=True)
@@ -216,13 +226,6 @@ def squared_error(predictions: Tensor, labels: Tensor) -> Tensor:
     return (predictions - labels).square().sum(-1) / 2
 
 
-def pair_logits(
-    u: Tensor, t: Tensor, batch_u: Tensor, batch_t: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All that a pair's loss sees of a negative batch: u, t (n, d), batch (M, d) -> S_zz (n,), S_zk (n, M), S_kz (n, M)."""
-    return scale * (u * t).sum(-1), scale * u @ batch_t.T, scale * t @ batch_u.T
-
-
 def role_losses(
     objective: Contrastive, u: Tensor, t: Tensor, batch_u: Tensor, batch_t: Tensor, batch_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -230,13 +233,10 @@ def role_losses(
 
     u, t (n, d), batch (M, d).
     """
-    own, S_image, S_text = pair_logits(u, t, batch_u, batch_t, objective.scale)
+    S = pair_logits(u, t, batch_u, batch_t, objective.scale)
     factor = (batch_size - 1) / batch_u.shape[0]
     normalisers = objective.normalisers(batch_u, batch_t, batch_size)
-    return (
-        objective.own_loss(own, S_image, S_text, factor),
-        objective.negative_loss(S_image, S_text, normalisers, factor),
-    )
+    return objective.own_loss(S, factor), objective.negative_loss(S, normalisers, factor)
 
 
 def added_loss(

@@ -158,7 +158,7 @@ def influence(
     """
     _check(form)
     c, scale = batch.tangents, objective.scale
-    S_own, S_image, S_text = pair_logits(pairs.u, pairs.t, c.u, c.t, scale)
+    S = pair_logits(pairs.u, pairs.t, c.u, c.t, scale)
     dS_own = scale * (pairs.du * pairs.t + pairs.u * pairs.dt).sum(-1)  # (V, n)
 
     def image_side(weight: Tensor) -> Tensor:
@@ -171,25 +171,27 @@ def influence(
 
     if isinstance(objective, Sigmoid):
         # the negative role is linear in the losses, so that both forms are one
-        p_own, p_image, p_text = ((S + objective.bias).sigmoid() for S in (S_own, S_image, S_text))
+        p_own, p_image, p_text = ((logits + objective.bias).sigmoid() for logits in S)
         return (p_own - 1) * dS_own, batch.factor * (image_side(p_image) + text_side(p_text))
 
-    log_r = torch.tensor(batch.factor, dtype=S_own.dtype, device=S_own.device).log()
+    log_r = torch.tensor(batch.factor, dtype=S.own.dtype, device=S.own.device).log()
 
-    def as_anchor(S: Tensor, side: Callable[[Tensor], Tensor]) -> Tensor:
-        log_normaliser = torch.logaddexp(S_own, (S + log_r).logsumexp(1))
-        p = (S + log_r - log_normaliser[:, None]).exp()  # (n, M), sums to 1 - p_own
-        return side(p) + (S_own - log_normaliser).exp() * dS_own
+    def as_anchor(others: Tensor, side: Callable[[Tensor], Tensor]) -> Tensor:
+        log_normaliser = torch.logaddexp(S.own, (others + log_r).logsumexp(1))
+        p = (others + log_r - log_normaliser[:, None]).exp()  # (n, M), sums to 1 - p_own
+        return side(p) + (S.own - log_normaliser).exp() * dS_own
 
-    def as_negative(S: Tensor, side: Callable[[Tensor], Tensor], log_Z: Tensor, d_log_Z: Tensor) -> Tensor:
-        p = (S - log_Z).sigmoid()  # (n, M): what anchor k gives to z
+    def as_negative(
+        others: Tensor, side: Callable[[Tensor], Tensor], log_Z: Tensor, d_log_Z: Tensor
+    ) -> Tensor:
+        p = (others - log_Z).sigmoid()  # (n, M): what anchor k gives to z
         weight = p if form == "exact" else p * (1 - p)
         return side(weight) - (weight @ d_log_Z.mT).mT
 
-    own = (as_anchor(S_image, image_side) + as_anchor(S_text, text_side) - 2 * dS_own) / 2
+    own = (as_anchor(S.image, image_side) + as_anchor(S.text, text_side) - 2 * dS_own) / 2
     (log_Z, log_Z_text), (d_log_Z, d_log_Z_text) = batch.normalisers, batch.d_normalisers
-    by_text = as_negative(S_text, text_side, log_Z, d_log_Z)
-    by_image = as_negative(S_image, image_side, log_Z_text, d_log_Z_text)
+    by_text = as_negative(S.text, text_side, log_Z, d_log_Z)
+    by_image = as_negative(S.image, image_side, log_Z_text, d_log_Z_text)
     return own, batch.factor * (by_text + by_image) / 2
 
 

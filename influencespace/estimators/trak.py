@@ -21,7 +21,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
-from influencespace.core.contrastive import Normalisers, Pointwise, cross_entropy, info_nce_only, pair_logits
+from influencespace.core.contrastive import (
+    Normalisers,
+    PairLogits,
+    Pointwise,
+    cross_entropy,
+    info_nce_only,
+    pair_logits,
+)
 from influencespace.errors import STRICT, InputError
 from influencespace.estimators.pool_sum import PoolSum
 from influencespace.estimators.problem import Batch, Fit, FloatArray, Problem, mean_over_bank
@@ -30,19 +37,17 @@ from influencespace.models.projected import reduced_space
 from influencespace.models.space import Space
 
 
-def margins(own: Tensor, S_image: Tensor, S_text: Tensor, factor: float) -> Tensor:
-    """Log odds of the right match, image to text and text to image, from `pair_logits`: (n,), (n, M), (n, M) -> (2, n).
+def margins(S: PairLogits, factor: float) -> Tensor:
+    """Log odds of the right match of n pairs, image to text and text to image: (2, n).
 
     factor is r = (B-1)/M, the negatives that one pair of the negative batch stands for.
     """
-    return own - torch.stack([S_image.logsumexp(1), S_text.logsumexp(1)]) - math.log(factor)
+    return S.own - torch.stack([S.image.logsumexp(1), S.text.logsumexp(1)]) - math.log(factor)
 
 
-def mean_margin(
-    own: Tensor, S_image: Tensor, S_text: Tensor, normalisers: Normalisers, factor: float
-) -> Tensor:
+def mean_margin(S: PairLogits, normalisers: Normalisers, factor: float) -> Tensor:
     """f_z (n,), as a value for PairGradients."""
-    return margins(own, S_image, S_text, factor).mean(0)
+    return margins(S, factor).mean(0)
 
 
 def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
@@ -78,7 +83,7 @@ def pair_weights(gradients: PairGradients, batch: Batch) -> FloatArray:
     values = []
     for negatives in g.bank:
         batch_u, batch_t = g.space.embed(negatives.inputs)
-        odds = margins(*pair_logits(u, t, batch_u, batch_t, scale), (g.batch_size - 1) / len(batch_u))
+        odds = margins(pair_logits(u, t, batch_u, batch_t, scale), (g.batch_size - 1) / len(batch_u))
         values.append((-odds).sigmoid().mean(0).double().cpu().numpy())
     return mean_over_bank(np.stack(values, 1), g.bank, batch.image)
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.func import functional_call, grad, vjp, vmap
 
 from influencespace.core.arrays import IntArray
-from influencespace.core.contrastive import Contrastive, Normalisers, pair_logits, role_losses
+from influencespace.core.contrastive import Contrastive, Normalisers, PairLogits, pair_logits, role_losses
 from influencespace.models.projected import ProjectedHeads
 from influencespace.models.space import Inputs, Space
 
-Value = Callable[[Tensor, Tensor, Tensor, Normalisers, float], Tensor]
-"""A pair's logits S_zz (n,), S_zk (n, M), S_kz (n, M), the batch's log normalisers and r = (B-1)/M -> (n,), row by row."""
+Value = Callable[[PairLogits, Normalisers, float], Tensor]
+"""Logits of n pairs, the log normalisers of the negative batch, each (n, M), and r = (B-1)/M -> (n,), row by row."""
 
 
 class Recorded(Protocol):
@@ -170,11 +170,11 @@ class PairGradients:
         value = self.value or self._added_loss
 
         # rows do not meet, so the gradient of the sum is each row's own
-        def total(own: Tensor, S_image: Tensor, S_text: Tensor, normalisers: Normalisers) -> Tensor:
-            return value(own, S_image, S_text, normalisers, batch.factor).sum()
+        def total(S: PairLogits, normalisers: Normalisers) -> Tensor:
+            return value(S, normalisers, batch.factor).sum()
 
-        by_own, C_image, C_text, by_normalisers = grad(total, argnums=(0, 1, 2, 3))(*logits, normalisers)
-        by_own, C_image, C_text = (scale * by for by in (by_own[:, None], C_image, C_text))
+        by_logits, by_normalisers = grad(total, argnums=(0, 1))(logits, normalisers)
+        by_own, C_image, C_text = (scale * by for by in (by_logits.own[:, None], *by_logits[1:]))
         by_u, by_t = by_own * t + C_image @ batch.t, by_own * u + C_text @ batch.u
         rows = through_sample(self.space, inputs, by_u, by_t)
         rows = rows + self._through_batch(batch.inputs, C_text, t, C_image, u)
@@ -182,11 +182,8 @@ class PairGradients:
             rows = rows + by @ jacobian
         return rows
 
-    def _added_loss(
-        self, own: Tensor, S_image: Tensor, S_text: Tensor, normalisers: Normalisers, factor: float
-    ) -> Tensor:
-        as_anchor = self.objective.own_loss(own, S_image, S_text, factor)
-        return as_anchor + self.objective.negative_loss(S_image, S_text, normalisers, factor)
+    def _added_loss(self, S: PairLogits, normalisers: Normalisers, factor: float) -> Tensor:
+        return self.objective.own_loss(S, factor) + self.objective.negative_loss(S, normalisers, factor)
 
     def _through_batch(self, inputs: Inputs, C_u: Tensor, t: Tensor, C_t: Tensor, u: Tensor) -> Tensor:
         """Gradient of sum_k C_u_zk <u_k, t_z> + C_t_zk <u_z, t_k> by a batch's embeddings: C (n, M) -> (n, p)."""

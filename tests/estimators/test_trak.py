@@ -63,11 +63,11 @@ def test_the_loss_is_the_softplus_of_minus_the_margin() -> None:
         u, t = PROBLEM.space.proxy(images, texts)
         cu, ct = PROBLEM.space.proxy(*PROBLEM.bank[0].inputs)
     logits = pair_logits(u, t, cu, ct, PROBLEM.objective.scale)
-    found = torch.nn.functional.softplus(-margins(*logits, 2.5)).mean(0)
-    torch.testing.assert_close(found, InfoNce(1.0).own_loss(*logits, 2.5))
+    found = torch.nn.functional.softplus(-margins(logits, 2.5)).mean(0)
+    torch.testing.assert_close(found, InfoNce(1.0).own_loss(logits, 2.5))
 
 
 def test_a_margin_of_equals_is_the_number_of_negatives() -> None:
     same = torch.nn.functional.normalize(torch.ones(4, 3, dtype=torch.float64), dim=-1)
-    found = margins(*pair_logits(same, same, same, same, 7.0), factor=3.0)
+    found = margins(pair_logits(same, same, same, same, 7.0), factor=3.0)
     np.testing.assert_allclose(found, -math.log(12))
