@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tiny_encoders import CAPTIONS, CROP, SQUARE, TEXT, make_tokenizer
+from tiny_encoders import CAPTIONS, CROP, TEXT, make_tokenizer
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from influencespace.errors import InputError
 from influencespace.models.encoders import FAMILIES, DualEncoder, load_encoder
-from influencespace.models.pixels import pixel_pipeline, probe_images
+from influencespace.models.pixels import probe_images
 
 FAMILY_NAMES = ["clip", "siglip", "flava", "vision-text-dual-encoder"]
 LONG = "a boat " * 40
@@ -190,31 +190,6 @@ def test_float16_weights_are_computed_in_float32(
     assert embed_images(encoder, pictures).isfinite().all()
 
 
-PROCESSORS = {
-    "clip": transformers.CLIPImageProcessorPil(**CROP),
-    "crop larger than the image": transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": 20}, crop_size={"height": 31, "width": 33}
-    ),
-    "siglip": transformers.SiglipImageProcessorPil(**SQUARE),
-    "flava": transformers.FlavaImageProcessorPil(),
-    "mobilenet": transformers.MobileNetV2ImageProcessorPil(),
-    "vit": transformers.ViTImageProcessorPil(size={"height": 30, "width": 50}),
-    "nearest, not normalised": transformers.SiglipImageProcessorPil(
-        **SQUARE, resample=Image.Resampling.NEAREST, do_normalize=False
-    ),
-}
-
-
-@pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS.keys())
-def test_pipeline_equals_the_processor(processor: Any, pictures: list[Image.Image]) -> None:
-    pipeline = pixel_pipeline(processor)
-    assert pipeline is not None
-    pixels = pipeline(pictures)
-    expected = processor(images=pictures, return_tensors="pt")["pixel_values"]
-    assert pixels.dtype == torch.uint8
-    torch.testing.assert_close(pipeline.normalise(pixels), expected, rtol=0, atol=1e-5)
-
-
 def test_a_processor_that_does_more_is_called_itself(
     encoder_folders: dict[str, Path], pictures: list[Image.Image], tmp_path: Path
 ) -> None:
@@ -226,18 +201,6 @@ def test_a_processor_that_does_more_is_called_itself(
     expected = processor(images=pictures, return_tensors="pt")["pixel_values"]
     assert torch.equal(encoder.preprocess_images(pictures), expected)
     assert embed_images(encoder, pictures).shape == (4, encoder.dimension)
-
-
-def test_a_long_strip_costs_no_more_than_a_picture(encoders: dict[str, DualEncoder]) -> None:
-    strip = Image.new("RGB", (1_000_000, 1), (255, 0, 0))  # resized whole it would fill 100 GB
-    pixels = encoders["clip"].preprocess_images([strip, strip.rotate(90, expand=True)])
-    assert pixels.shape == (2, 3, 32, 32)
-    assert (pixels[:, 0] == 255).all()
-
-
-def test_gray_and_transparent_pictures_become_rgb(encoders: dict[str, DualEncoder]) -> None:
-    pictures = [Image.new(mode, (40, 40)) for mode in ("L", "RGBA", "P")]
-    assert encoders["clip"].preprocess_images(pictures).shape == (3, 3, 32, 32)
 
 
 def break_bert(folder: Path) -> str:

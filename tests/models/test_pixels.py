@@ -1,0 +1,51 @@
+"""The fast pipeline of pixels against the image processors of transformers."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tiny_encoders import CROP, SQUARE
+
+from influencespace.models.pixels import pixel_pipeline
+
+PROCESSORS = {
+    "clip": transformers.CLIPImageProcessorPil(**CROP),
+    "crop larger than the image": transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 20}, crop_size={"height": 31, "width": 33}
+    ),
+    "siglip": transformers.SiglipImageProcessorPil(**SQUARE),
+    "flava": transformers.FlavaImageProcessorPil(),
+    "mobilenet": transformers.MobileNetV2ImageProcessorPil(),
+    "vit": transformers.ViTImageProcessorPil(size={"height": 30, "width": 50}),
+    "nearest, not normalised": transformers.SiglipImageProcessorPil(
+        **SQUARE, resample=Image.Resampling.NEAREST, do_normalize=False
+    ),
+}
+
+
+@pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS.keys())
+def test_pipeline_equals_the_processor(processor: Any, pictures: list[Image.Image]) -> None:
+    pipeline = pixel_pipeline(processor)
+    assert pipeline is not None
+    pixels = pipeline(pictures)
+    expected = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    assert pixels.dtype == torch.uint8
+    torch.testing.assert_close(pipeline.normalise(pixels), expected, rtol=0, atol=1e-5)
+
+
+def test_a_long_strip_costs_no_more_than_a_picture() -> None:
+    pipeline = pixel_pipeline(PROCESSORS["clip"])
+    assert pipeline is not None
+    strip = Image.new("RGB", (1_000_000, 1), (255, 0, 0))  # resized whole it would fill 100 GB
+    pixels = pipeline([strip, strip.rotate(90, expand=True)])
+    assert pixels.shape == (2, 3, 32, 32)
+    assert (pixels[:, 0] == 255).all()
+
+
+def test_gray_and_transparent_pictures_become_rgb() -> None:
+    pipeline = pixel_pipeline(PROCESSORS["clip"])
+    assert pipeline is not None
+    pictures = [Image.new(mode, (40, 40)) for mode in ("L", "RGBA", "P")]
+    assert pipeline(pictures).shape == (3, 3, 32, 32)
