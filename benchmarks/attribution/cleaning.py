@@ -138,7 +138,7 @@ def everything(cleaning: Cleaning) -> BoolArray:
 def compared(
     bench: Bench, pools: Sequence[Cleaning], choices: Mapping[str, Choice], **cells: Any
 ) -> Retrained:
-    """A row for every choice: accuracy over all pools, retrainings and test pictures, and how much of what it removed was wrong."""
+    """A row for every choice: accuracy over pools, retrainings and test pictures, and how much of what it removed was wrong."""
     kept = {name: [choose(pool) for pool in pools] for name, choose in choices.items()}
     accuracy = {
         name: np.concatenate([pool.accuracies(mask) for pool, mask in zip(pools, masks)])
