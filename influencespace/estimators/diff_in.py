@@ -1,4 +1,4 @@
-"""Diff-In: the second-order part of a pair's influence along the training path, as published, our sign.
+"""Diff-In: the second-order part of a pair's influence along the training path, as published, with our sign.
 
 Source: arXiv 2508.14648. Its I(z, V) = sum_t a_t <grad L_V(theta_t), H_B G_z + H_z G_B> with a_t = -t eta_t^2 / (N m)
 is positive where a pair harms; the score is -I. G_z, H_z are gradient and Hessian of F_z, what the pair adds to its batch
@@ -45,14 +45,14 @@ def presence(problem: Problem, inputs: Inputs) -> Callable[[Tensor], Tensor]:
         parameters = space.unflatten(theta)
         pairs = space.embed_at(parameters, inputs)
         bank = [space.embed_at(parameters, batch.inputs) for batch in problem.bank]
-        rows, strangers = [], []
+        rows, of_others = [], []
         for k, batch in enumerate(bank):
             others = [pairs, *bank[:k], *bank[k + 1 :]]
             u, t = (torch.cat(side) for side in zip(*others))
             own, negative = role_losses(objective, u, t, *batch, size)
             rows.append((own + negative)[: len(pairs[0])])
-            strangers.append(negative[len(pairs[0]) :].mean())
-        return torch.stack(rows) - torch.stack(strangers).mean()
+            of_others.append(negative[len(pairs[0]) :].mean())
+        return torch.stack(rows) - torch.stack(of_others).mean()
 
     return values
 

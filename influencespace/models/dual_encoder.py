@@ -19,7 +19,7 @@ from influencespace.models.pixels import pixel_pipeline
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What one kind of dual encoder wants of its caller."""
+    """How one kind of dual encoder is called."""
 
     model_class: str
     """Name of the model class in transformers."""

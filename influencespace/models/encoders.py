@@ -84,7 +84,7 @@ def load_encoder(
 
 
 def _existing(name: str) -> str:
-    """Give the name back unless it can only be a path and there is no folder."""
+    """The name; raises InputError where it can only be a path and there is no folder."""
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)

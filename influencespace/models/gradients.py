@@ -121,14 +121,14 @@ class PairGradients:
         """Mean gradient of the negative role of recorded pairs in the batches that are not theirs: (p,)."""
         rows = []
         for batch in self.bank:
-            strangers = [other.inputs for other in self.bank if other is not batch]
-            rows.append(self._as_negatives(batch.inputs, strangers))
+            others = [other.inputs for other in self.bank if other is not batch]
+            rows.append(self._as_negatives(batch.inputs, others))
         return torch.stack(rows).mean(0).double().cpu()
 
     @torch.no_grad()
-    def _as_negatives(self, batch: Inputs, strangers: Sequence[Inputs]) -> Tensor:
-        """Mean gradient of what the strangers' pairs add to the losses of a batch: (p,)."""
-        images, texts = (torch.cat(side) for side in zip(*strangers))
+    def _as_negatives(self, batch: Inputs, others: Sequence[Inputs]) -> Tensor:
+        """Mean gradient of what the pairs of other batches add to the losses of a batch: (p,)."""
+        images, texts = (torch.cat(side) for side in zip(*others))
 
         def mean(parameters: dict[str, Tensor]) -> Tensor:
             pairs = self.space.embed_at(parameters, (images, texts))

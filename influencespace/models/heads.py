@@ -24,7 +24,7 @@ class Heads(nn.Module):
 
 
 def initial_heads(image_dimension: int, text_dimension: int, dimension: int, seed: int) -> Heads:
-    """Heads that begin as one random projection: embeddings of one space keep their alignment, as far as `dimension` lets them.
+    """Heads that begin as one random projection: embeddings of one space keep their alignment, as far as `dimension` allows.
 
     Where the modalities differ in dimension there is no alignment to keep, and each has its own projection.
     """

@@ -34,7 +34,7 @@ class PixelPipeline:
     shift: tuple[float, ...]
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """Give the images as uint8 (B, 3, H, W); safe to call from several threads at once."""
+        """Images as uint8 (B, 3, H, W); safe to call from several threads at once."""
         pixels = np.stack([np.asarray(self._cut(image)) for image in images])  # (B, H, W, 3)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
@@ -62,7 +62,7 @@ class PixelPipeline:
 
 
 def pixel_pipeline(processor: Any) -> PixelPipeline | None:
-    """Give the fast equal of a Hugging Face image processor, or None where it does more."""
+    """The fast equivalent of a Hugging Face image processor, or None where that does more."""
     pipeline = _from_settings(processor.to_dict())
     if pipeline is None:
         return None

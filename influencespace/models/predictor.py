@@ -1,4 +1,4 @@
-"""A classifier or regressor as a proxy: it hands the labels through, so that its outputs are what a loss compares."""
+"""A classifier or regressor as a proxy: it returns the labels as they are, so that its outputs are what a loss compares."""
 
 from torch import Tensor, nn
 

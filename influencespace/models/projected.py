@@ -87,7 +87,7 @@ def _key(name: str) -> str:
 
 
 class ProjectedProxy(nn.Module):
-    """Any proxy, its parameters moved by A Z B^T."""
+    """Any proxy, its parameters changed by A Z B^T."""
 
     def __init__(self, space: Space, projections: Mapping[str, TwoSided]):
         super().__init__()
@@ -116,7 +116,7 @@ class ProjectedProxy(nn.Module):
 
 
 class ProjectedHeads(ProjectedProxy):
-    """Heads whose move goes through the bottleneck, x A Z B^T, so that no gradient of a head's own size is formed."""
+    """Heads that change through the bottleneck, x A Z B^T, so that no gradient of a head's own size is formed."""
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         sides = []

@@ -1,4 +1,4 @@
-"""A tiny CLIP fitted on the spot: an encoder for small worlds, without a download.
+"""A tiny CLIP, trained in a minute: an encoder for small data sets, without a download.
 
 It is a plain Hugging Face CLIPModel, so whatever loads a published CLIP loads it too.
 """

@@ -1,4 +1,4 @@
-"""Which parameters of the towers influence is taken in: by name, by pattern, or low-rank adapters beside the weights."""
+"""The parameters of the towers in which influence is taken: by name, by pattern, or low-rank adapters."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
