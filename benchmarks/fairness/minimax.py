@@ -1,5 +1,7 @@
 """Weights that serve the worst of several groups, under a cap, floors and a radius."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from scipy.optimize import brentq, minimize
 from scipy.special import wrightomega
@@ -35,55 +37,101 @@ def minimax_weights(
     few numbers are searched, by sequential quadratic programming. Raises InputError for constraints that `start` breaks and
     for strata without influence.
     """
+    if not temperature > 0:
+        raise InputError(f"temperature = {temperature}: it must be above 0; a small one is nearly no entropy")
     n = counts.sum(1)
     if bad := int((~np.isfinite(influence).all(1) | (n <= 0)).sum()):
         raise InputError(
             f"{bad} of {len(n)} strata have no pairs, or an influence that is not finite: leave them out"
         )
     p = n / n.sum()
-    s = np.ones(len(p)) if start is None else start
-    share = counts / n[:, None]  # (K, G) of a stratum's pairs that are of a group
-    _check(p, s, share, temperature, cap, floor, radius)
-    if cap <= 1 + 1e-9:  # nothing else has a mean of 1
-        return np.ones(len(p))
-    A, G = len(loss), share.shape[1]
     # one for all sizes of influence; a constant influence moves nothing
     unit = float(np.sqrt(np.max(p @ (influence - p @ influence) ** 2))) or 1.0
-    L, I, tau = loss / unit, influence / unit, temperature / unit  # noqa: E741
-    squared_radius = radius**2 if np.isfinite(radius) else 0.0
+    dual = _Dual(
+        loss=loss / unit,
+        influence=influence / unit,
+        p=p,
+        start=np.ones(len(p)) if start is None else start,
+        share=counts / n[:, None],
+        temperature=temperature / unit,
+        cap=cap,
+        floor=floor,
+        radius=radius,
+    )
+    return dual.solved()
 
-    def weights(prices: FloatArray) -> FloatArray:
+
+@dataclass(frozen=True, kw_only=True)
+class _Dual:
+    """Prices of the groups (A,), of the floors (G,) and of the radius, in this order, and the weights that they make."""
+
+    loss: FloatArray  # (A,)
+    influence: FloatArray  # (K, A)
+    p: FloatArray  # (K,)
+    start: FloatArray  # (K,)
+    share: FloatArray  # (K, G) of a stratum's pairs that are of a group
+    temperature: float
+    cap: float
+    floor: float
+    radius: float
+
+    def __post_init__(self) -> None:
+        """Raises InputError for what has no solution, or none by the dual."""
+        if not self.radius > 0:
+            raise InputError(f"radius = {self.radius}: no weight may move; give one above 0")
+        p, s = self.p, self.start
+        if s.min() < 0 or s.max() > self.cap + 1e-6 or abs(p @ s - 1) > 1e-6:
+            raise InputError(
+                f"weights from {s.min():.3g} to {s.max():.3g} of mean {p @ s:.3g} are no start below the cap {self.cap}: they "
+                "must be 0 or more, at most the cap and 1 on average"
+            )
+        held = ((p * s) @ self.share) / (p @ self.share)
+        if held.min() < self.floor - 1e-6:
+            raise InputError(
+                f"a group holds {held.min():.3g} of its weight at the start, below the floor of {self.floor}: lower the floor, "
+                "or start from even weights"
+            )
+
+    def solved(self) -> FloatArray:
+        """The weights at the best prices."""
+        if self.cap <= 1 + 1e-9:  # nothing else has a mean of 1
+            return np.ones(len(self.p))
+        A, G = len(self.loss), self.share.shape[1]
+        floors, radius = 0 if self.floor == 0 else None, None if np.isfinite(self.radius) else 0
+        total = {
+            "type": "eq",
+            "fun": lambda x: x[:A].sum() - 1,
+            "jac": lambda x: np.repeat([1.0, 0.0], [A, G + 1]),
+        }
+        prices = np.append(np.full(A, 1 / A), np.zeros(G + 1))
+        for _ in range(RESTARTS):
+            prices = minimize(
+                self.negative,
+                prices,
+                jac=True,
+                method="SLSQP",
+                bounds=[(0, 1)] * A + [(0, floors)] * G + [(0, radius)],
+                constraints=total,
+                options={"ftol": 1e-14, "maxiter": 500},
+            ).x.clip(0)
+        return self.weights(prices)
+
+    def weights(self, prices: FloatArray) -> FloatArray:
+        A, G = len(self.loss), self.share.shape[1]
         of_groups, of_floors, of_radius = np.split(prices, [A, A + G])
-        return _weights_at(I @ of_groups + share @ of_floors, p, s, tau, float(of_radius[0]), cap)
+        utility = self.influence @ of_groups + self.share @ of_floors
+        return _weights_at(utility, self.p, self.start, self.temperature, float(of_radius[0]), self.cap)
 
-    def negative_dual(prices: FloatArray) -> tuple[float, FloatArray]:
-        w = weights(prices)
-        predicted = L - (p * (w - s)) @ I  # (A,)
-        spare = (p * w) @ share - floor * (p @ share)  # (G,)
-        beyond = (p @ (w - s) ** 2 - squared_radius) / 2
-        slope = np.concatenate([predicted, -spare, [beyond]])
+    def negative(self, prices: FloatArray) -> tuple[float, FloatArray]:
+        """Minus the dual's value, and its derivative."""
+        p, s, w = self.p, self.start, self.weights(prices)
+        predicted = self.loss - (p * (w - s)) @ self.influence  # (A,)
+        spare = (p * w) @ self.share - self.floor * (p @ self.share)  # (G,)
+        squared_radius = self.radius**2 if np.isfinite(self.radius) else 0.0
+        slope = np.concatenate([predicted, -spare, [(p @ (w - s) ** 2 - squared_radius) / 2]])
         some = w > 0
-        entropy = tau * float((p * w)[some] @ np.log(w[some] / s[some]))
+        entropy = self.temperature * float((p * w)[some] @ np.log(w[some] / s[some]))
         return -(float(prices @ slope) + entropy), -slope
-
-    prices = np.append(np.full(A, 1 / A), np.zeros(G + 1))
-    for _ in range(RESTARTS):
-        prices = minimize(
-            negative_dual,
-            prices,
-            jac=True,
-            method="SLSQP",
-            bounds=[(0, 1)] * A
-            + [(0, None if floor > 0 else 0)] * G
-            + [(0, None if np.isfinite(radius) else 0)],
-            constraints={
-                "type": "eq",
-                "fun": lambda x: x[:A].sum() - 1,
-                "jac": lambda x: np.repeat([1.0, 0.0], [A, G + 1]),
-            },
-            options={"ftol": 1e-14, "maxiter": 500},
-        ).x.clip(0)
-    return weights(prices)
 
 
 def _weights_at(
@@ -112,30 +160,3 @@ def _weights_at(
     w = np.zeros(len(s))
     w[alive] = at(eta)
     return w
-
-
-def _check(
-    p: FloatArray,
-    s: FloatArray,
-    share: FloatArray,
-    temperature: float,
-    cap: float,
-    floor: float,
-    radius: float,
-) -> None:
-    """Raises InputError for what has no solution, or none by the dual."""
-    if not temperature > 0:
-        raise InputError(f"temperature = {temperature}: it must be above 0; a small one is nearly no entropy")
-    if not radius > 0:
-        raise InputError(f"radius = {radius}: no weight may move; give one above 0")
-    if s.min() < 0 or s.max() > cap + 1e-6 or abs(p @ s - 1) > 1e-6:
-        raise InputError(
-            f"weights from {s.min():.3g} to {s.max():.3g} of mean {p @ s:.3g} are no start below the cap {cap}: they must be "
-            "0 or more, at most the cap and 1 on average"
-        )
-    held = (p * s) @ share
-    if (held < floor * (p @ share) - 1e-6).any():
-        raise InputError(
-            f"a group holds {float((held / (p @ share)).min()):.3g} of its weight at the start, below the floor of {floor}: "
-            "lower the floor, or start from even weights"
-        )
