@@ -126,9 +126,9 @@ class Results:
         except OutOfTimeError:
             complete = False
             print(f"out of time in {part}", flush=True)
-        found = {"rows": bench.rows, "targets": bench.targets, "complete": complete, "withdrawn": None}
+        result = {"rows": bench.rows, "targets": bench.targets, "complete": complete, "withdrawn": None}
         code = code_digest(f"benchmarks.{self.benchmark.replace('/', '.')}")
-        self.kept[part] = {**found, "commit": commit(), "code": code}
+        self.kept[part] = {**result, "commit": commit(), "code": code}
 
     def write(self, parts: Sequence[str], seconds: float) -> None:
         """Write the JSON; of all `parts` it names those that are not measured, or not wholly."""

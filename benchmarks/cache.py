@@ -29,8 +29,8 @@ def cached(folder: Path, key: Any, make: Callable[[], dict[str, Any]]) -> dict[s
     """
     path = folder / "results" / f"{fingerprint([key, code_digest(*modules_of(make))])}.json"
     if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        outcome: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return outcome
     if time.monotonic() > deadline:
         raise OutOfTimeError
     result = make()
@@ -47,7 +47,7 @@ def each_seed(
 
 def modules_of(work: Callable[..., Any]) -> list[str]:
     """Modules of `PACKAGES` whose code a function runs: its own, and those of the objects that it is bound to or closes over."""
-    found: set[str] = set()
+    result: set[str] = set()
     waiting: list[Any] = [work]
     seen: set[int] = set()
     while waiting:
@@ -60,11 +60,11 @@ def modules_of(work: Callable[..., Any]) -> list[str]:
         elif inspect.ismethod(one):
             waiting += [one.__func__, one.__self__]
         elif inspect.isfunction(one):
-            found.add(one.__module__)
+            result.add(one.__module__)
             waiting += [cell.cell_contents for cell in one.__closure__ or ()]
         else:
-            found.add(type(one).__module__)
-    return sorted(name for name in found if name.split(".")[0] in PACKAGES)
+            result.add(type(one).__module__)
+    return sorted(name for name in result if name.split(".")[0] in PACKAGES)
 
 
 @functools.cache
@@ -78,15 +78,15 @@ def code_digest(*modules: str, root: Path = ROOT) -> str:
 
 def import_closure(module: str, root: Path = ROOT) -> dict[str, Path]:
     """A module and all modules of `PACKAGES` that it imports, also within functions, with their files."""
-    found: dict[str, Path] = {}
+    result: dict[str, Path] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
         path = _file_of(name, root)
-        if name not in found and path is not None:
-            found[name] = path
+        if name not in result and path is not None:
+            result[name] = path
             waiting += _imported(name, path, root)
-    return found
+    return result
 
 
 def _file_of(module: str, root: Path) -> Path | None:

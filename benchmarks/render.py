@@ -63,10 +63,10 @@ def rendered(text: str, results: Path = RESULTS) -> str:
 
 def claim(result: dict[str, Any], name: str) -> str:
     """What was measured of the promise whose name begins so; raises SystemExit where there is not exactly one."""
-    found = [target for target in result["targets"] if target["name"].startswith(name)]
-    if len(found) != 1:
-        sys.exit(f"{len(found)} promises of {result['benchmark']} begin with {name!r}: a claim needs one")
-    return f"**{found[0]['measured']:.3g}** (wanted: {found[0]['target']}; {found[0]['status']})"
+    outcome = [target for target in result["targets"] if target["name"].startswith(name)]
+    if len(outcome) != 1:
+        sys.exit(f"{len(outcome)} promises of {result['benchmark']} begin with {name!r}: a claim needs one")
+    return f"**{outcome[0]['measured']:.3g}** (wanted: {outcome[0]['target']}; {outcome[0]['status']})"
 
 
 def targets_table(result: dict[str, Any]) -> str:

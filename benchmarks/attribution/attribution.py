@@ -136,11 +136,11 @@ def lds_part(bench: Bench) -> None:
         name: np.array([[run[name] for run in runs[0 if name in BLIND else g]] for g in range(GROUPS)])
         for name in measured()
     }
-    found = Foretold(subsets, np.array([run["losses"] for run in retrained]))
-    bench.row(estimator=found.REPEATED, lds=found.ceiling, interval=None, single_proxy=None)
-    values, draws = found.lds_of({name: by_group.swapaxes(0, 1) for name, by_group in scores.items()})
+    result = Foretold(subsets, np.array([run["losses"] for run in retrained]))
+    bench.row(estimator=result.REPEATED, lds=result.ceiling, interval=None, single_proxy=None)
+    values, draws = result.lds_of({name: by_group.swapaxes(0, 1) for name, by_group in scores.items()})
     for name in measured():
-        single = float(np.mean([found.lds(one) for one in scores[name].swapaxes(0, 1)]))
+        single = float(np.mean([result.lds(one) for one in scores[name].swapaxes(0, 1)]))
         bench.row(estimator=name, lds=values[name], interval=list(interval(draws[name])), single_proxy=single)
     best = max((name for name in TABLE if name not in OURS), key=lambda name: values[name])
     bench.target(

@@ -144,26 +144,26 @@ def compared(
         name: np.concatenate([pool.accuracies(mask) for pool, mask in zip(pools, masks)])
         for name, masks in kept.items()
     }
-    found = Retrained(shares=accuracy)
+    result = Retrained(shares=accuracy)
     for name, masks in kept.items():
         wrong = [float(pool.wrong[~mask].mean()) for pool, mask in zip(pools, masks) if not mask.all()]
         bench.row(
             **cells,
             method=name,
-            accuracy=found.mean(name),
-            interval=list(found.around(name)),
+            accuracy=result.mean(name),
+            interval=list(result.around(name)),
             wrong_of_removed=float(np.mean(wrong)) if wrong else None,
         )
-    return found
+    return result
 
 
 def without_harmful(share: float, bench: Bench) -> None:
     """Accuracy without the most harmful share, by every method."""
     oracle: dict[str, Choice] = {"everything": everything, "oracle": lambda cleaning: ~cleaning.wrong}
-    found = compared(bench, cleanings(bench), oracle | {name: without(name, share) for name in METHODS})
+    result = compared(bench, cleanings(bench), oracle | {name: without(name, share) for name in METHODS})
     for rival in RIVALS:
         name = f"accuracy without the most harmful {share:.0%} by ecif, minus that by {rival}"
-        bench.target(name, wanted.above(0), *found.compared(rival, "ecif"))
+        bench.target(name, wanted.above(0), *result.compared(rival, "ecif"))
 
 
 BENCHMARK.parts["harmful"] = partial(without_harmful, REMOVED)
@@ -173,10 +173,10 @@ BENCHMARK.parts["harmful"] = partial(without_harmful, REMOVED)
 def valuable(bench: Bench) -> None:
     """Accuracy without the most valuable tenth, by every method."""
     choices = {name: without(name, REMOVED, harmful=False) for name in METHODS}
-    found = compared(bench, cleanings(bench), {"everything": everything, **choices})
+    result = compared(bench, cleanings(bench), {"everything": everything, **choices})
     less = f"accuracy without the most valuable {REMOVED:.0%} by ecif"
     name = f"{less}, minus that without a random {REMOVED:.0%}"
-    bench.target(name, wanted.significantly_below(0), *found.compared("random", "ecif"))
+    bench.target(name, wanted.significantly_below(0), *result.compared("random", "ecif"))
 
 
 BENCHMARK.parts["all_wrong"] = partial(without_harmful, WRONG)

@@ -111,10 +111,10 @@ def our_scores(study: Classification, name: str, seed: int) -> dict[str, Any]:
 def peer_scores(study: Classification, name: str, peer: Peer, seed: int) -> dict[str, Any]:
     """The same of another package: of the loss, and for TRAK of the margin too, as it is published."""
     problem = study.problem(seed)
-    given = provided(study, problem)
+    trained = provided(study, problem)
     began = time.process_time()
     with quiet():
-        scores = peer.score(given)
+        scores = peer.score(trained)
     seconds = time.process_time() - began
     if scores.shape[1] == 1:
         return {name: [scores[:, 0].tolist()] * study.groups, "seconds": seconds}
@@ -223,9 +223,9 @@ def lds_part(bench: Bench) -> None:
         key = ["peers' subsets", study.key, len(subsets)]
         repeats = range(bench.pick(RETRAININGS, 2))
         runs = each_seed(bench.cache, tuple(repeats), key, subset_losses, study, subsets)
-        found = Foretold(subsets, np.array([run["losses"] for run in runs]))
-        bench.row(method=found.REPEATED, proxy=kind, lds=found.ceiling, interval=None)
-        values, draws = found.lds_of(scores.values)
+        result = Foretold(subsets, np.array([run["losses"] for run in runs]))
+        bench.row(method=result.REPEATED, proxy=kind, lds=result.ceiling, interval=None)
+        values, draws = result.lds_of(scores.values)
         for name in sorted(values, key=lambda name: -values[name]):
             bench.row(method=name, proxy=kind, lds=values[name], interval=list(interval(draws[name])))
         not_installed(bench, proxy=kind, lds=None, interval=None)
@@ -243,12 +243,12 @@ def detection(bench: Bench) -> None:
     """AUROC of wrong labels by minus the score, its mean over all target groups."""
     for kind, study in studies(bench).items():
         scores = scored(bench, study, blind=True)
-        found = {
+        result = {
             name: [auroc(-run, study.is_wrong) for run in values.mean(1)]
             for name, values in scores.values.items()
         }
-        for name in sorted(found, key=lambda name: -float(np.mean(found[name]))):
-            bench.row(method=name, proxy=kind, auroc=float(np.mean(found[name])), lowest=min(found[name]))
+        for name in sorted(result, key=lambda name: -float(np.mean(result[name]))):
+            bench.row(method=name, proxy=kind, auroc=float(np.mean(result[name])), lowest=min(result[name]))
         not_installed(bench, proxy=kind, auroc=None, lowest=None)
 
 

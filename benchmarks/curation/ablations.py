@@ -106,12 +106,12 @@ def opinions(bench: Bench) -> None:
         bench.row(opinion=name, auroc=value)
 
 
-def rows(bench: Bench, found: Retrained, than: str, cells: Mapping[str, Mapping[str, Any]]) -> None:
+def rows(bench: Bench, result: Retrained, than: str, cells: Mapping[str, Mapping[str, Any]]) -> None:
     """Each method's mean recall beside that of one of them."""
-    for method in found.shares:
-        gap, around = found.compared(than, method)
+    for method in result.shares:
+        gap, around = result.compared(than, method)
         gaps = {f"minus_{than}": gap, "paired_interval": list(around)}
-        bench.row(**cells[method], mean_recall=found.mean(method), **gaps)
+        bench.row(**cells[method], mean_recall=result.mean(method), **gaps)
 
 
 @BENCHMARK.part
@@ -122,8 +122,8 @@ def weight_cap(bench: Bench) -> None:
     for cap in (1.5, 3.0, 5.0, 20.0):
         weights[f"{cap:g}"] = curation.decide(weighting="influence", temperature=0.5, max_weight=cap).weight
     recalls = curation.recalls(weights, bench.seeds)["shares"]
-    found = Retrained(shares={name: np.array(shares) for name, shares in recalls.items()})
-    rows(bench, found, "uniform", {name: {"cap": name} for name in weights})
+    result = Retrained(shares={name: np.array(shares) for name, shares in recalls.items()})
+    rows(bench, result, "uniform", {name: {"cap": name} for name in weights})
 
 
 def dynamically(curation: Curation, method: str, seeds: tuple[int, ...]) -> dict[str, Any]:

@@ -41,12 +41,12 @@ def dirty(bench: Bench) -> list[Curation]:
 def recall(bench: Bench) -> None:
     """Retraining at equal steps, dev's two tars swapped and averaged, paired over images and seeds."""
     curations = dirty(bench)
-    found, captions = retrained(curations, bench.seeds), curations[0].setting.captions
-    for name in found.shares:
-        bench.row(**found.row(name))
+    result, captions = retrained(curations, bench.seeds), curations[0].setting.captions
+    for name in result.shares:
+        bench.row(**result.row(name))
     for name in ("clip_score", "proxy_clip_score"):
         what = f"mean recall of curated minus {name} at the true fraction, 30% wrong, {captions} captions"
-        bench.target(what, wanted.not_significantly_below(0), *found.compared(name))
+        bench.target(what, wanted.not_significantly_below(0), *result.compared(name))
 
 
 @BENCHMARK.part
@@ -55,9 +55,11 @@ def other_steps(bench: Bench) -> None:
     curations = dirty(bench)
     weights = [curation.weights() for curation in curations]
     for count in bench.pick((25, 50, 100, 200, 400), (25, 50)):
-        found = together([one.recalls(weight, bench.seeds, count) for one, weight in zip(curations, weights)])
-        for name in found.shares:
-            bench.row(steps=count, **found.row(name))
+        result = together(
+            [one.recalls(weight, bench.seeds, count) for one, weight in zip(curations, weights)]
+        )
+        for name in result.shares:
+            bench.row(steps=count, **result.row(name))
 
 
 def removals(curation: Curation, seeds: tuple[int, ...]) -> dict[str, Any]:
@@ -116,13 +118,13 @@ def demo(bench: Bench) -> None:
     for seed in bench.seeds:
         folder = bench.cache / "demo" / fingerprint([seed, code_digest("influencespace.demo")])
         summary = bench.cached(["demo", seed], partial(demo_summary, folder, seed))
-        for method, found in summary["methods"].items():
+        for method, result in summary["methods"].items():
             compared = summary["comparisons"].get(method, {})
             bench.row(
                 world=seed,
                 method=method,
-                mean_recall=found["mean_recall"],
-                kept=found["kept_fraction"],
+                mean_recall=result["mean_recall"],
+                kept=result["kept_fraction"],
                 curated_minus_this=compared.get("difference"),
                 paired_interval=compared.get("ci"),
             )

@@ -106,30 +106,30 @@ class RareGroup(Curation):
 
     def by_method(self, seeds: Sequence[int]) -> dict[str, Any]:
         """And of proxies of the pool that lacks no picture of the group: what can be won back at all."""
-        found, everything = super().by_method(seeds), np.ones(len(self.whole))
+        result, everything = super().by_method(seeds), np.ones(len(self.whole))
         whole = [self.retrained(everything, seed, pool=self.whole)["shares"][self.tests[0]] for seed in seeds]
-        return {"shares": {**found["shares"], WHOLE: whole}, "kept": {**found["kept"], WHOLE: 1.0}}
+        return {"shares": {**result["shares"], WHOLE: whole}, "kept": {**result["kept"], WHOLE: 1.0}}
 
 
 def rare_group(bench: Bench) -> None:
     """Recall of the group and of all others, dev's two tars swapped and taken together."""
     setting = Setting(wrong=0.0, captions=5, steps=bench.pick(200, 50))
     curations = swapped(bench, setting, RareGroup, changes={"selection.weighting": "auto"})
-    found = retrained(curations, bench.seeds)
+    result = retrained(curations, bench.seeds)
     rare = np.concatenate([one.rare_images for one in curations])
-    of = {"all": found, "rare": found.of_images(rare), "others": found.of_images(~rare)}
+    of = {"all": result, "rare": result.of_images(rare), "others": result.of_images(~rare)}
 
     def gap(method: str) -> tuple[float, FloatArray]:
         """Of the others' recall over the group's, and its bootstrapped draws."""
         means = of["others"].mean(method) - of["rare"].mean(method)
         return means, of["others"].draws[method] - of["rare"].draws[method]
 
-    for method in found.shares:
+    for method in result.shares:
         value, draws = gap(method)
         bench.row(
             method=method,
-            kept=found.kept[method],
-            mean_recall=found.mean(method),
+            kept=result.kept[method],
+            mean_recall=result.mean(method),
             recall_of_the_group=of["rare"].mean(method),
             recall_of_others=of["others"].mean(method),
             gap=value,

@@ -47,10 +47,10 @@ def leaders(curation: ScenarioCuration, changes: Changes) -> IntArray:
 
 def same_pair(curation: ScenarioCuration) -> IntArray:
     """A number for each pair that copies share: of its caption, and of the picture that it shows, compressed anew or not (n,)."""
-    found = torch.from_numpy(np.array(curation.pool.table.images))
+    result = torch.from_numpy(np.array(curation.pool.table.images))
     sources = curation.sources
     shown = [
-        (found @ torch.from_numpy(np.array(known)).T).max(1)
+        (result @ torch.from_numpy(np.array(known)).T).max(1)
         for known in (sources.pool.table.images, sources.altered("recompressed")[0])
     ]
     picture = torch.where(shown[0].values >= shown[1].values, shown[0].indices, shown[1].indices).numpy()
@@ -62,8 +62,8 @@ def same_pair(curation: ScenarioCuration) -> IntArray:
 def found_copies(planted: ScenarioCuration, clean: ScenarioCuration, changes: Changes) -> dict[str, Any]:
     """Which planted copies thresholds find, and what they take from a clean pool."""
     pair, leader = same_pair(planted), leaders(planted, changes)
-    found = np.flatnonzero(leader != np.arange(len(leader)))
-    right = pair[found] == pair[leader[found]]
+    result = np.flatnonzero(leader != np.arange(len(leader)))
+    right = pair[result] == pair[leader[result]]
     untouched = leaders(clean, changes) == np.arange(len(clean.pool))
     return {
         "recall": float(right.sum() / (len(pair) - len(np.unique(pair)))),
@@ -97,14 +97,14 @@ def by_rule(
         weight = rule().astype(np.float64)
         runs[name] = weight, [curation.retrained(weight, seed) for seed in bench.seeds]
     target, test = curation.setting.target, curation.tests[0]
-    found = Retrained(
+    result = Retrained(
         shares={name: np.array([run["shares"][test] for run in each]) for name, (_, each) in runs.items()},
         kept={name: float(weight.mean()) for name, (weight, _) in runs.items()},
     )
     for name, (_, each) in runs.items():
         loss = float(np.mean([run["choosing_loss"][target] for run in each]))
-        bench.row(**found.row(name), choosing_loss=loss)
-    return found
+        bench.row(**result.row(name), choosing_loss=loss)
+    return result
 
 
 @BENCHMARK.part
@@ -120,9 +120,9 @@ def retraining(bench: Bench) -> None:
         "clip_score": lambda: filters["clip_score"],
         "oracle": lambda: ~curation.wrong,
     }
-    found = by_rule(bench, curation, rules)
+    result = by_rule(bench, curation, rules)
     name = "mean recall of curated minus the pool without copies"
-    bench.target(name, wanted.at_least(-0.5), *found.compared("oracle"))
+    bench.target(name, wanted.at_least(-0.5), *result.compared("oracle"))
 
 
 def size(share: float, bench: Bench) -> None:
@@ -156,14 +156,14 @@ def size(share: float, bench: Bench) -> None:
         "herding": by_cluster(lambda rows, m: coreset.herding(X[rows], m)),
         "d2": by_cluster(lambda rows, m: coreset.d2(X[rows], worth[rows], m)),
     }
-    found = by_rule(bench, curation, rules)
-    ratio = found.mean("curated") / found.mean("everything")
+    result = by_rule(bench, curation, rules)
+    ratio = result.mean("curated") / result.mean("everything")
     bench.target(
         f"mean recall at {share:g} of a clean pool, as a share of everything's", wanted.at_least(0.99), ratio
     )
     for name in ("random", "clip_score"):
         what = f"mean recall at {share:g} of a clean pool, curated minus {name}"
-        bench.target(what, wanted.significantly_above(0), *found.compared(name))
+        bench.target(what, wanted.significantly_above(0), *result.compared(name))
 
 
 for _share in (0.7, 0.5):

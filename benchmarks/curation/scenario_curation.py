@@ -48,8 +48,8 @@ class ScenarioCuration(Curation):
         """The pool and the target that the split stage sets apart of it."""
         source, folder = self._pool[0].folder, self.folder / "apart"
         folder.mkdir(parents=True, exist_ok=True)
-        given = {"pool": source, "test": self.test.folder}
-        DrawSplit(embeddings=given, config=SplitConfig(), seed=0, artifact=folder, folder=folder)()
+        embeddings = {"pool": source, "test": self.test.folder}
+        DrawSplit(embeddings=embeddings, config=SplitConfig(), seed=0, artifact=folder, folder=folder)()
         return {role: PairSet(source, folder / f"{role}.npy") for role in ("pool", "target")}
 
     @cached_property
@@ -92,7 +92,7 @@ class ScenarioCuration(Curation):
         }
 
     def weights(self) -> dict[str, FloatArray]:
-        """Ours, everything, only what is right, and every method that is told how much of the pool is right."""
+        """Ours, everything, only what is right, and every method that gets the share of right pairs."""
         size = self.scenario.size
         keep = int((~self.wrong).sum()) if size is None else round(size * len(self.pool))
         sized = {} if size is None else {SIZED: self.decide(target_size=size).weight}

@@ -1,7 +1,7 @@
 """Pools of real pairs that are corrupted as web data is, each with its planted truth, which judges only.
 
 What the default settings prune of each kind, and proxies retrained at equal steps on what they and others keep: the
-others are told how much of the pool is wrong, ours is told nothing. Parts are the scenarios.
+others get the share of wrong pairs, ours gets nothing. Parts are the scenarios.
 """
 
 from collections.abc import Sequence
@@ -54,37 +54,39 @@ def judge(
         precision = min((each["precision"] for each in judged if each["pruned"]), default=None)
         what = "share of what was pruned as harmful that is dirt, by the target for which it is lower"
         bench.target(f"{of}{name}: {what}", wanted.at_least(0.9), precision)
-    found = retrained(pools, bench.seeds)
-    for method in found.shares:
-        bench.row(**{column: name}, **found.row(method))
-    compare(bench, f"{of}{name}: mean recall of", name, found)
+    result = retrained(pools, bench.seeds)
+    for method in result.shares:
+        bench.row(**{column: name}, **result.row(method))
+    compare(bench, f"{of}{name}: mean recall of", name, result)
     if name in QUICKER:
-        in_fewer_steps(bench, pools, found, {column: name}, f"{of}{name}")
+        in_fewer_steps(bench, pools, result, {column: name}, f"{of}{name}")
 
 
-def compare(bench: Bench, what: str, name: str, found: Retrained) -> None:
+def compare(bench: Bench, what: str, name: str, result: Retrained) -> None:
     """Ours with the oracle, with the best simple filter, and with others of a given size."""
-    bench.target(f"{what} curated minus the oracle's", wanted.at_least(-0.5), *found.compared("oracle"))
-    best = found.best(FILTERS)
+    bench.target(f"{what} curated minus the oracle's", wanted.at_least(-0.5), *result.compared("oracle"))
+    best = result.best(FILTERS)
     asked = wanted.significantly_above(0) if name in LED else wanted.not_significantly_below(0)
-    bench.target(f"{what} curated minus that of the best simple filter, {best}", asked, *found.compared(best))
-    if SIZED in found.shares:
-        share = found.mean(SIZED) / found.mean("everything")
+    bench.target(
+        f"{what} curated minus that of the best simple filter, {best}", asked, *result.compared(best)
+    )
+    if SIZED in result.shares:
+        share = result.mean(SIZED) / result.mean("everything")
         bench.target(f"{what} {SIZED}, as a share of everything's", wanted.at_least(0.99), share)
         for other in ("random", "clip_score"):
             bench.target(
-                f"{what} {SIZED} minus {other} of that size", wanted.above(0), *found.compared(other, SIZED)
+                f"{what} {SIZED} minus {other} of that size", wanted.above(0), *result.compared(other, SIZED)
             )
 
 
 def in_fewer_steps(
-    bench: Bench, pools: Sequence[ScenarioCuration], found: Retrained, label: dict[str, str], what: str
+    bench: Bench, pools: Sequence[ScenarioCuration], result: Retrained, label: dict[str, str], what: str
 ) -> None:
     """What our subset comes to in a part of the steps, beside everything in all of them."""
     for part in (2, 4):
         ours, steps = f"curated, 1/{part} of the steps", pools[0].setting.steps // part
         quicker = together([each.recalls({ours: each.decide().weight}, bench.seeds, steps) for each in pools])
-        both = Retrained(shares={**found.shares, **quicker.shares}, kept={**found.kept, **quicker.kept})
+        both = Retrained(shares={**result.shares, **quicker.shares}, kept={**result.kept, **quicker.kept})
         bench.row(**label, **both.row(ours))
         if part == 2:
             name = f"{what}: mean recall of curated after half of the steps minus everything's after all"
@@ -101,13 +103,13 @@ def every_kind(bench: Bench) -> None:
     """The mean over all scenarios with the whole target: one test set and one number, so that small leads add up."""
     names = [name for name, one in SCENARIOS.items() if one.target_images is None and not one.elsewhere]
     names = bench.pick(names, names[:2])
-    found = mean_of([retrained(curations(bench, name), bench.seeds) for name in names])
-    for method in found.shares:
-        bench.row(scenarios=len(names), **found.row(method))
-    best = found.best([method for method in found.shares if method not in ("curated", "oracle")])
+    result = mean_of([retrained(curations(bench, name), bench.seeds) for name in names])
+    for method in result.shares:
+        bench.row(scenarios=len(names), **result.row(method))
+    best = result.best([method for method in result.shares if method not in ("curated", "oracle")])
     for other in (best, "oracle"):
         what = f"mean over {len(names)} scenarios: recall of curated minus that of {other}"
-        bench.target(what, wanted.significantly_above(0), *found.compared(other))
+        bench.target(what, wanted.significantly_above(0), *result.compared(other))
 
 
 @BENCHMARK.part

@@ -145,9 +145,9 @@ def recall(bench: Bench) -> None:
         }
         for job in transfers(bench)
     ]
-    found = together(parts)
-    for method in found.shares:
-        bench.row(**found.row(method))
+    result = together(parts)
+    for method in result.shares:
+        bench.row(**result.row(method))
     for method in BEATEN:
         name = f"mean recall with a text tower tuned on curated minus {method}, 30% wrong"
-        bench.target(name, wanted.significantly_above(0), *found.compared(method))
+        bench.target(name, wanted.significantly_above(0), *result.compared(method))

@@ -63,39 +63,39 @@ class Profiles:
 
 def read_profiles(path: Path | str) -> Profiles:
     """The profiles of one experiment; raises InputError as `read_pickled_array` does, and where a part is missing or misfits."""
-    found = _dictionary(path)
+    result = _dictionary(path)
     names = ("profiles", "blindLabels", "biasedLabels", "image_list")
-    return _profiles(path, found, names)
+    return _profiles(path, result, names)
 
 
 def read_faircv_db(path: Path | str, split: Split, bias: Bias) -> Profiles:
     """One split of the whole database, with one experiment's biased scores; raises InputError as `read_profiles` does."""
-    found = _dictionary(path)
+    result = _dictionary(path)
     names = (
         f"Profiles {split}",
         f"Blind Labels {split}",
         f"Biased Labels {split} ({bias})",
         f"Image List {split}",
     )
-    return _profiles(path, found, names)
+    return _profiles(path, result, names)
 
 
 def _dictionary(path: Path | str) -> dict[Any, Any]:
-    found = read_pickled_array(path)
-    if not isinstance(found, dict):
+    result = read_pickled_array(path)
+    if not isinstance(result, dict):
         raise InputError(f"{path}: holds no dict of arrays, so it is no FairCVtest file")
-    return found
+    return result
 
 
-def _profiles(path: Path | str, found: dict[Any, Any], names: tuple[str, str, str, str]) -> Profiles:
-    if missing := [name for name in names if name not in found]:
+def _profiles(path: Path | str, result: dict[Any, Any], names: tuple[str, str, str, str]) -> Profiles:
+    if missing := [name for name in names if name not in result]:
         raise InputError(
-            f"{path}: has no {', '.join(map(repr, missing))} (it has {', '.join(sorted(map(repr, found)))}). One experiment's "
+            f"{path}: has no {', '.join(map(repr, missing))} (it has {', '.join(sorted(map(repr, result)))}). One experiment's "
             "profiles are read by read_profiles, the whole FairCVdb.npy by read_faircv_db"
         )
     try:
-        columns, blind, biased = (np.asarray(found[name], np.float64) for name in names[:3])
-        image = np.asarray(found[names[3]], np.str_)
+        columns, blind, biased = (np.asarray(result[name], np.float64) for name in names[:3])
+        image = np.asarray(result[names[3]], np.str_)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: a column is not of numbers ({error})") from None
     n = len(columns) if columns.ndim == 2 else -1

@@ -90,12 +90,12 @@ def loader(samples: Samples, batch: int | None = None) -> Any:
 
 
 def dattri_task(
-    given: TrainedClassifier, value: Callable[[Tensor, Tensor], Tensor], states: list[State]
+    trained: TrainedClassifier, value: Callable[[Tensor, Tensor], Tensor], states: list[State]
 ) -> Any:
     """An attribution task for a value of logits (n, K) and labels (n,), whatever dimensions a batch comes in."""
     from dattri.task import AttributionTask
 
-    module = given.module()
+    module = trained.module()
 
     def of(parameters: State, data: Samples) -> Tensor:
         x, y = data
@@ -111,36 +111,36 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return ((logits * right).sum(-1) - others).mean()
 
 
-def dattri_tracin(given: TrainedClassifier, path: bool, normalized: bool = False) -> FloatArray:
+def dattri_tracin(trained: TrainedClassifier, path: bool, normalized: bool = False) -> FloatArray:
     from dattri.algorithm.tracin import TracInAttributor
 
-    kept = given.checkpoints if path else [(given.state, 1.0)]
+    kept = trained.checkpoints if path else [(trained.state, 1.0)]
     attributor = TracInAttributor(
-        task=dattri_task(given, nn.functional.cross_entropy, [state for state, _ in kept]),
+        task=dattri_task(trained, nn.functional.cross_entropy, [state for state, _ in kept]),
         weight_list=torch.tensor([rate for _, rate in kept]),
         normalized_grad=normalized,
     )
     attributor.projector_kwargs = None  # the constructor knows no other way to leave gradients whole
-    return array(attributor.attribute(loader(given.pool), loader(given.target)))
+    return array(attributor.attribute(loader(trained.pool), loader(trained.target)))
 
 
-def dattri_influence(given: TrainedClassifier, solver: str, damping: str) -> FloatArray:
+def dattri_influence(trained: TrainedClassifier, solver: str, damping: str) -> FloatArray:
     from dattri.algorithm import influence_function
 
     option = "damping" if solver == "EKFAC" else "regularization"
     attributor = getattr(influence_function, f"IFAttributor{solver}")(
-        task=dattri_task(given, nn.functional.cross_entropy, [given.state]),
-        **{option: getattr(given, damping)},
+        task=dattri_task(trained, nn.functional.cross_entropy, [trained.state]),
+        **{option: getattr(trained, damping)},
     )
-    attributor.cache(loader(given.pool))
-    return array(attributor.attribute(loader(given.pool), loader(given.target)))
+    attributor.cache(loader(trained.pool))
+    return array(attributor.attribute(loader(trained.pool), loader(trained.target)))
 
 
-def dattri_trak(given: TrainedClassifier, dimension: int | None) -> FloatArray:
+def dattri_trak(trained: TrainedClassifier, dimension: int | None) -> FloatArray:
     """In so many dimensions without a ridge, or whole with the ridge."""
     from dattri.algorithm.trak import TRAKAttributor
 
-    module = given.module()
+    module = trained.module()
 
     def probability(parameters: State, data: Samples) -> Tensor:
         x, y = data
@@ -150,16 +150,18 @@ def dattri_trak(given: TrainedClassifier, dimension: int | None) -> FloatArray:
     whole = dimension is None
     kind: dict[str, Any] = {"proj_type": "identity" if whole else "normal", "proj_dim": dimension or 1}
     attributor = TRAKAttributor(
-        task=dattri_task(given, margin, [given.state]),
+        task=dattri_task(trained, margin, [trained.state]),
         correct_probability_func=probability,
         projector_kwargs=kind,
-        regularization=given.ridge / given.parameters if whole else 0.0,  # it divides gradients by sqrt(p)
+        regularization=trained.ridge / trained.parameters
+        if whole
+        else 0.0,  # it divides gradients by sqrt(p)
     )
-    attributor.cache(loader(given.pool))
-    return array(attributor.attribute(loader(given.target)))
+    attributor.cache(loader(trained.pool))
+    return array(attributor.attribute(loader(trained.target)))
 
 
-def traker_trak(given: TrainedClassifier, dimension: int | None) -> FloatArray:
+def traker_trak(trained: TrainedClassifier, dimension: int | None) -> FloatArray:
     """In so many dimensions without a ridge, or whole with the ridge."""
     from trak import TRAKer
     from trak.projectors import NoOpProjector
@@ -167,28 +169,30 @@ def traker_trak(given: TrainedClassifier, dimension: int | None) -> FloatArray:
     whole = dimension is None
     with tempfile.TemporaryDirectory() as folder:
         traker = TRAKer(
-            model=given.module(),
+            model=trained.module(),
             task="image_classification",
-            train_set_size=len(given.pool[1]),
+            train_set_size=len(trained.pool[1]),
             save_dir=folder,
             device="cpu",
             use_half_precision=False,
             projector=NoOpProjector(device="cpu") if whole else None,
             proj_dim=dimension or 0,
-            lambda_reg=given.ridge / given.parameters if whole else 0.0,  # it divides gradients by sqrt(p)
+            lambda_reg=trained.ridge / trained.parameters
+            if whole
+            else 0.0,  # it divides gradients by sqrt(p)
             logging_level=logging.ERROR,
         )
-        traker.load_checkpoint(given.state, model_id=0)
-        for batch in loader(given.pool, 100):
+        traker.load_checkpoint(trained.state, model_id=0)
+        for batch in loader(trained.pool, 100):
             traker.featurize(batch, num_samples=len(batch[1]))
         traker.finalize_features()
-        traker.start_scoring_checkpoint("target", given.state, 0, num_targets=len(given.target[1]))
-        for batch in loader(given.target, 100):
+        traker.start_scoring_checkpoint("target", trained.state, 0, num_targets=len(trained.target[1]))
+        for batch in loader(trained.target, 100):
             traker.score(batch, num_samples=len(batch[1]))
         return array(np.array(traker.finalize_scores("target")))
 
 
-def kronfluence_ekfac(given: TrainedClassifier, damping: str | None) -> FloatArray:
+def kronfluence_ekfac(trained: TrainedClassifier, damping: str | None) -> FloatArray:
     """Its Fisher matrix is over labels drawn from the model, by a fixed seed; None: its own heuristic damping."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
@@ -205,9 +209,9 @@ def kronfluence_ekfac(given: TrainedClassifier, damping: str | None) -> FloatArr
             return self.compute_train_loss(batch, model)
 
     torch.manual_seed(0)
-    pool, target = TensorDataset(*given.pool), TensorDataset(*given.target)
+    pool, target = TensorDataset(*trained.pool), TensorDataset(*trained.target)
     with tempfile.TemporaryDirectory() as folder:
-        model = prepare_model(given.module(), Classify())
+        model = prepare_model(trained.module(), Classify())
         analyzer = Analyzer(
             "digits",
             model,
@@ -227,57 +231,57 @@ def kronfluence_ekfac(given: TrainedClassifier, damping: str | None) -> FloatArr
             train_dataset=pool,
             per_device_query_batch_size=100,
             per_device_train_batch_size=250,
-            score_args=ScoreArguments(damping_factor=damping and getattr(given, damping)),
+            score_args=ScoreArguments(damping_factor=damping and getattr(trained, damping)),
         )
         return array(analyzer.load_pairwise_scores("scores")["all_modules"]).T
 
 
-def captum_load(given: TrainedClassifier, module: nn.Module, index: str) -> float:
+def captum_load(trained: TrainedClassifier, module: nn.Module, index: str) -> float:
     """Puts a checkpoint into a module; gives its learning rate. The end of training is `end`."""
-    state, rate = (given.state, 1.0) if index == "end" else given.checkpoints[int(index)]
+    state, rate = (trained.state, 1.0) if index == "end" else trained.checkpoints[int(index)]
     module.load_state_dict(state)
     return rate
 
 
-def captum_tracin(given: TrainedClassifier) -> Any:
+def captum_tracin(trained: TrainedClassifier) -> Any:
     from captum.influence import TracInCP
 
     return TracInCP(
-        given.module(),
-        TensorDataset(*given.pool),
-        checkpoints=[str(index) for index in range(len(given.checkpoints))],
-        checkpoints_load_func=partial(captum_load, given),
+        trained.module(),
+        TensorDataset(*trained.pool),
+        checkpoints=[str(index) for index in range(len(trained.checkpoints))],
+        checkpoints_load_func=partial(captum_load, trained),
         loss_fn=nn.CrossEntropyLoss(reduction="sum"),
         batch_size=250,
         sample_wise_grads_per_batch=True,
     )
 
 
-def captum_tracin_scores(given: TrainedClassifier) -> FloatArray:
-    return array(captum_tracin(given).influence(given.target)).T
+def captum_tracin_scores(trained: TrainedClassifier) -> FloatArray:
+    return array(captum_tracin(trained).influence(trained.target)).T
 
 
-def captum_tracin_self(given: TrainedClassifier) -> FloatArray:
+def captum_tracin_self(trained: TrainedClassifier) -> FloatArray:
     """Minus a sample's influence on itself, which is suspicious where it is large: (N, 1)."""
-    return -array(captum_tracin(given).self_influence())[:, None]
+    return -array(captum_tracin(trained).self_influence())[:, None]
 
 
-def captum_influence(given: TrainedClassifier, damping: str) -> FloatArray:
+def captum_influence(trained: TrainedClassifier, damping: str) -> FloatArray:
     """All eigenvectors of the Hessian of the summed loss whose damped eigenvalue is positive."""
     from captum.influence._core.influence_function import NaiveInfluenceFunction
 
-    found = NaiveInfluenceFunction(
-        given.module(),
-        TensorDataset(*given.pool),
+    result = NaiveInfluenceFunction(
+        trained.module(),
+        TensorDataset(*trained.pool),
         checkpoint="end",
-        checkpoints_load_func=partial(captum_load, given),
+        checkpoints_load_func=partial(captum_load, trained),
         loss_fn=nn.CrossEntropyLoss(reduction="sum"),
-        batch_size=len(given.pool[1]),
+        batch_size=len(trained.pool[1]),
         sample_wise_grads_per_batch=True,
-        projection_dim=given.parameters,
-        hessian_reg=getattr(given, damping) * len(given.pool[1]),
+        projection_dim=trained.parameters,
+        hessian_reg=getattr(trained, damping) * len(trained.pool[1]),
     )
-    return array(found.influence(given.target)).T
+    return array(result.influence(trained.target)).T
 
 
 PROJECTED = 256  # dimensions of TRAK's features, fewer than samples, as its kernel has no ridge

@@ -64,14 +64,14 @@ class SeedCuration(ScenarioCuration):
 def seed_baseline(bench: Bench) -> None:
     """The seed's method beside ours at its settings, two epochs, a fifth removed."""
     setting = replace(scenario_setting(bench, SCENARIO), steps=80)
-    found = retrained([SeedCuration(Dataset.of(bench), setting, SETTINGS, name=SCENARIO)], bench.seeds)
-    naive = [values for method, values in found.shares.items() if method.startswith("whole clusters")]
+    result = retrained([SeedCuration(Dataset.of(bench), setting, SETTINGS, name=SCENARIO)], bench.seeds)
+    naive = [values for method, values in result.shares.items() if method.startswith("whole clusters")]
     # each of our proxies beside one of every draw, so that both are of the same images and seeds
-    ours = np.tile(found.shares["curated"], (len(naive), 1))
+    ours = np.tile(result.shares["curated"], (len(naive), 1))
     drawn = Retrained(shares={"curated": ours, DRAWS: np.concatenate(naive)})
-    for method, one in (*((method, found) for method in found.shares), (DRAWS, drawn)):
+    for method, one in (*((method, result) for method in result.shares), (DRAWS, drawn)):
         row = one.row(method)
         bench.row(**{name: row[name] for name in ("method", "mean_recall", "interval", "kept")})
-    for theirs, one in (("random", found), (DRAWS, drawn)):
+    for theirs, one in (("random", result), (DRAWS, drawn)):
         name = f"seed baseline's settings: mean recall of curated minus {theirs}"
         bench.target(name, wanted.significantly_above(0), *one.compared(theirs))

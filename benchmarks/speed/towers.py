@@ -122,13 +122,13 @@ def price_part(bench: Bench, part: str, encoder: str, pool: Path, pairs: int) ->
             took = {route: seconds(job) / size[route] for route, job in work.items()}
             for route, spent in took.items():
                 ratios[route].append(spent / took["embedding"])
-        for route, found in ratios.items():
+        for route, result in ratios.items():
             bench.row(
                 route=route,
                 space=name,
                 pairs=size[route],
-                over_embedding=median(found) if found else None,
-                interval=[min(found), max(found)] if found else None,
+                over_embedding=median(result) if result else None,
+                interval=[min(result), max(result)] if result else None,
                 disagreement=disagreement if route == SCORING else None,
             )
         promises(bench, part, name, ratios)
@@ -147,15 +147,15 @@ def possible(work: dict[str, Callable[[], object]]) -> None:
 def promises(bench: Bench, part: str, space: str, ratios: dict[str, list[float]]) -> None:
     """The targets of one space, each a median over rounds with its extremes."""
 
-    def promise(name: str, asked: wanted.Wanted, found: list[float]) -> None:
-        around = (min(found), max(found)) if found else None
-        bench.target(name, asked, median(found) if found else None, around)
+    def promise(name: str, asked: wanted.Wanted, result: list[float]) -> None:
+        around = (min(result), max(result)) if result else None
+        bench.target(name, asked, median(result) if result else None, around)
 
     ours = ratios[SCORING]
     promise(f"scoring through {space} over embedding ({part}, median of rounds)", wanted.at_most(2.2), ours)
     for route, bound in (("per-sample gradients, one by one", 8.0), ("per-sample gradients, vmap", 1.5)):
-        found = [theirs / mine for theirs, mine in zip(ratios[route], ours)]
-        promise(f"{route}, over scoring through {space} ({part})", wanted.at_least(bound), found)
+        result = [theirs / mine for theirs, mine in zip(ratios[route], ours)]
+        promise(f"{route}, over scoring through {space} ({part})", wanted.at_least(bound), result)
 
 
 @BENCHMARK.part
@@ -187,18 +187,18 @@ def memory(bench: Bench) -> None:
 
 def memory_of(bench: Bench, name: str, encoder: str, sizes: tuple[int, int]) -> None:
     """One encoder's peaks for two numbers of pairs."""
-    found = [json.loads(last_line_of("benchmarks.speed.towers", encoder, str(pairs))) for pairs in sizes]
-    for pairs, peak in zip(sizes, found):
+    result = [json.loads(last_line_of("benchmarks.speed.towers", encoder, str(pairs))) for pairs in sizes]
+    for pairs, peak in zip(sizes, result):
         bench.row(encoder=name, pairs=pairs, **peak)
-    peaks = [peak["scoring_peak_mb"] for peak in found]
+    peaks = [peak["scoring_peak_mb"] for peak in result]
     what = f"peak memory of scoring, {sizes[1]:,} pairs against {sizes[0]:,} ({name}, ratio)"
     bench.target(what, wanted.at_most(1.05), peaks[1] / peaks[0])
-    if found[0]["model_mb"] < 50:  # an allocator's whims are larger
+    if result[0]["model_mb"] < 50:  # an allocator's whims are larger
         return
-    more = max(peak["scoring_peak_mb"] - peak["embedding_peak_mb"] for peak in found)
+    more = max(peak["scoring_peak_mb"] - peak["embedding_peak_mb"] for peak in result)
     twice = wanted.Wanted("at most 2, within a twentieth", lambda models, _: models <= 2.1)
     name = f"models held while scoring, beside one batch ({name})"
-    bench.target(name, twice, 1 + more / found[0]["model_mb"])
+    bench.target(name, twice, 1 + more / result[0]["model_mb"])
 
 
 def as_child(encoder: str, pairs: int) -> None:
