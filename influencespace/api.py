@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from influencespace import pipeline
 from influencespace.config import RunConfig, as_tree, load_config
+from influencespace.core.arrays import FloatArray
 from influencespace.data.buckets import buckets_of
 from influencespace.data.locations import local_folder
 from influencespace.engine.local import Engine, LocalEngine
@@ -26,7 +27,6 @@ from influencespace.planning import plan as planned
 from influencespace.run import Run
 from influencespace.stages.scoring.scoring import make_estimator
 
-FloatArray = NDArray[np.float64]
 Shards = str | Path | Sequence[str | Path]
 Embeddings = ArrayLike | Tensor
 AT_ONCE = 4096  # pairs scored at once; no score depends on it

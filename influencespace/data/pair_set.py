@@ -10,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from influencespace.core.arrays import IntArray
 from influencespace.data.embeddings import EmbeddingTable
-
-IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

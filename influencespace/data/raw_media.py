@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
+from influencespace.core.arrays import IntArray
 from influencespace.data.exports.pictures import read_pictures
 from influencespace.data.pair_set import PairSet
 from influencespace.data.schema import PLACE, ImageRef
-
-IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

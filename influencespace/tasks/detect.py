@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pyarrow import csv
 
+from influencespace.core.arrays import FloatArray
 from influencespace.core.metrics import auroc, average_precision, precision_recall_at
 from influencespace.data.artifacts import atomic_path, write_json
 from influencespace.engine.local import Engine
@@ -18,7 +18,6 @@ from influencespace.report.sheet import Section, cards, write_sheet
 from influencespace.run import Run, Stage
 from influencespace.tasks.score import score_run, scoring_stage
 
-FloatArray = NDArray[np.float64]
 POOLED = "pooled"
 """The run's own score, for which no work is left."""
 MAX_SHOWN = 60

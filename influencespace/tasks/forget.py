@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from influencespace.core.arrays import IntArray
 from influencespace.core.batches import covering_batches
 from influencespace.core.contrastive import info_nce_only
 from influencespace.data.artifacts import atomic_path, fingerprint, write_json
@@ -32,7 +33,6 @@ from influencespace.stages.proxies.proxy import Proxy
 from influencespace.stages.proxies.train_many import beginning, train
 from influencespace.stages.scoring.scoring import ScoringInputs
 
-IntArray = NDArray[np.int64]
 FILES = ("proxy.safetensors", "forget.json")
 DOUBTFUL = 0.5
 """Distance to an edit of half the steps above which an edit is not to be used: the real error was up to as large."""

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from influencespace.core.arrays import IntArray
 from influencespace.data.artifacts import fingerprint, write_json
 from influencespace.data.images import RejectedImage, decode_image
 from influencespace.data.pair_set import PairSet
@@ -25,7 +26,6 @@ from influencespace.stages.proxies.proxy import ALL, Proxy
 from influencespace.stages.scoring.scoring import ScoringInputs
 from influencespace.stages.scoring.trace import Cause, Causes, GradientIndex, TraceConfig, trace
 
-IntArray = NDArray[np.int64]
 ROLES = ("test", "target")
 MAX_NAME = 40  # characters of a uid in the name of a folder
 HEADINGS = {"harmful": "Caused the error", "helpful": "Held against it"}

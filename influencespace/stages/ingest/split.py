@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
+from influencespace.core.arrays import IntArray
 from influencespace.core.batches import folds_by_image
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.pair_set import PairSet
@@ -20,7 +20,6 @@ from influencespace.errors import STRICT, InputError
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.ingest.shards import ROLES, roles_of
 
-IntArray = NDArray[np.int64]
 MIN_IMAGES = 16
 
 

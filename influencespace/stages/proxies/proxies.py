@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.batches import folds_by_image
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns
@@ -21,8 +21,6 @@ from influencespace.stages.proxies.proxy import ALL, Proxy, ProxyConfig, proxy_n
 from influencespace.stages.proxies.target import TargetHalves, choosing_loss
 from influencespace.stages.proxies.train_many import Training, train_many
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 QUALITY = ("clip_in", "clip_out", "neg_clip_in", "neg_clip_out")
 """Columns of quality.parquet: CLIP score and negCLIPLoss by the proxy of all pairs, and by the one that left the pair out."""
 FOLDS = "folds.npy"

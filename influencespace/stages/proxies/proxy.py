@@ -8,15 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from influencespace.core.arrays import IntArray
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import STRICT
@@ -24,7 +23,6 @@ from influencespace.estimators.influence import NegativeBatch
 from influencespace.models.heads import Heads
 from influencespace.models.training import HeadsConfig, Trained
 
-IntArray = NDArray[np.int64]
 ALL = "all"
 """The proxy of all pairs."""
 

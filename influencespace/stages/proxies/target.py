@@ -5,8 +5,8 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.batches import covering_batches, folds_by_image
 from influencespace.core.quality import MAX_SHARED, shared_captions
 from influencespace.data.pair_set import PairSet
@@ -14,8 +14,6 @@ from influencespace.errors import InputError
 from influencespace.models.heads import Heads
 from influencespace.models.training import HeadsConfig
 
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 MIN_TARGET_IMAGES = 8  # four for model choices, four for the gradient: two batches of two pairs each
 MIN_GROUP_IMAGES = 16  # of a group in each half of the target: fewer do not say how well it is served
 

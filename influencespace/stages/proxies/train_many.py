@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.batches import disjoint_batches, training_batches
 from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
@@ -19,8 +19,6 @@ from influencespace.models.training import Alone, Exchange, HeadsConfig, Trained
 from influencespace.run import Workers
 from influencespace.stages.proxies.proxy import Proxy
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 Measure = Callable[[Heads], dict[str, Any]]
 
 

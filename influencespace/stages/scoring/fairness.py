@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.fairness import disadvantage, group_means
 from influencespace.core.ridge import Ridge, fit_ridge
 from influencespace.data.artifacts import atomic_path
@@ -28,8 +28,6 @@ from influencespace.stages.proxies.proxy import ALL
 from influencespace.stages.scoring.curvature import directional
 from influencespace.stages.scoring.scoring import ScoringInputs
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 MAX_FITTED = 20_000  # scored pairs whose embeddings are in memory at once
 GROUPS = "groups.parquet"
 

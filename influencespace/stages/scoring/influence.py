@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
+from influencespace.core.arrays import FloatArray
 from influencespace.core.sequential import anytime_p, next_sample_size, tightest_at
 from influencespace.core.strata import balance, means_by, shared_spread, stratified_sample
 from influencespace.data.artifacts import atomic_path
@@ -24,8 +25,6 @@ from influencespace.stages.scoring.curvature import directional, directions_of
 from influencespace.stages.scoring.sampling import DrawSamples
 from influencespace.stages.scoring.scoring import ScoringInputs, ScoringPass, make_estimator, scoring_pass
 
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 Kind = Literal["influence", "target", "caption_control"]
 INFLUENCE = ("pair", "own_in", "negative_in", "influence_in", "influence_out", "influence", "by_batch")
 """Columns of influence.parquet, a row for each scored pair: its row in the pool; in sample as an anchor, as a negative of

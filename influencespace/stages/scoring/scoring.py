@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol, overload
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.batches import folds_by_image
 from influencespace.data.buckets import Columns, WriteBucket, buckets_of
 from influencespace.data.pair_set import PairSet
@@ -35,8 +35,6 @@ from influencespace.stages.proxies.proxy import Proxy, ProxyConfig, proxy_name
 from influencespace.stages.proxies.target import TargetHalves
 from influencespace.stages.proxies.train_many import beginning
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 RowRange = tuple[int, int]
 Values = Callable[[int | None, Batch], FloatArray]
 """Influence (V, n, C) of pairs by the proxy that left a fold out, or by that of all pairs."""

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
+from influencespace.core.arrays import IntArray
 from influencespace.core.contrastive import contrastive_loss
 from influencespace.data.images import RejectedImage, decode_image
 from influencespace.data.pair_set import PairSet
@@ -33,7 +33,6 @@ from influencespace.stages.ingest.encode import EmbedConfig
 from influencespace.stages.scoring.score import ScoreConfig
 from influencespace.stages.scoring.scoring import ScoringInputs, Uids
 
-IntArray = NDArray[np.int64]
 Kind = Literal["images", "texts"]
 BATCHES = 2
 """Of the bank, the fewest that an offset can be had of: every product with the curvature passes through all of them."""

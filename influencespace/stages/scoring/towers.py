@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from influencespace.core.arrays import IntArray
 from influencespace.core.contrastive import Sigmoid, contrastive
 from influencespace.data.artifacts import atomic_path, write_json
 from influencespace.data.buckets import Columns, WriteBucket, buckets_of, read_bucket
@@ -36,7 +37,6 @@ from influencespace.stages.scoring.scoring import (
 )
 from influencespace.stages.scoring.tower_worker import Kind, ThroughTowers, TowerWorker
 
-IntArray = NDArray[np.int64]
 SAMPLE = 8
 """Pairs on which central differences are compared with forward mode."""
 IN_BUCKET = 16

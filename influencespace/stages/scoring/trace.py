@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from influencespace.core.arrays import IntArray
 from influencespace.core.projection import TwoSided
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import buckets_of
@@ -40,7 +40,6 @@ from influencespace.models.space import Inputs
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.scoring.scoring import RowRange, ScoringInputs, new_key, scoring_pass
 
-IntArray = NDArray[np.int64]
 AT_ONCE = 8  # queries whose directions are held at a time
 CANDIDATES = 10  # by score, for each pair that is asked for
 SIDES = "sides.safetensors"

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from influencespace.core.additive import Additive, fit_additive
+from influencespace.core.arrays import FloatArray
 from influencespace.core.caption_control import CaptionControl, caption_control
 from influencespace.core.redundancy import joint_mean
 from influencespace.core.select import SelectionConfig, Subset, select, spread_like
@@ -26,8 +27,6 @@ from influencespace.data.artifacts import write_json
 from influencespace.data.buckets import Columns, read_columns, write_columns
 from influencespace.run import Run
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 PRUNING_AXES = ("quality", "caption_images", "caption_agreement", "sharpness")
 """What harm is looked for along: how well a pair matches by the proxies, and what shows the dirt that a match does not.
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
+from influencespace.core.arrays import IntArray
 from influencespace.core.kmeans import unit_rows
 from influencespace.core.quality import MAX_SHARED, quality_axis, shared_captions
 from influencespace.core.redundancy import exact_leaders, halved, near_leaders
@@ -20,7 +20,6 @@ from influencespace.errors import STRICT
 from influencespace.models.fusion import concatenation
 from influencespace.run import Details, Run, Stage, Workers
 
-IntArray = NDArray[np.int64]
 COPIES = "copies.parquet"
 MEAN_SAMPLE = 4096  # distinct images, and captions, whose mean is taken off
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from influencespace.core.arrays import FloatArray
 from influencespace.core.select import SelectionConfig, best_candidate, fairest_candidate
 from influencespace.models.heads import Heads
 from influencespace.models.training import HeadsConfig
@@ -16,7 +16,6 @@ from influencespace.stages.proxies.target import TargetHalves, choosing_terms, l
 from influencespace.stages.proxies.train_many import Training, train_many
 from influencespace.stages.selection.evidence import PairEvidence
 
-FloatArray = NDArray[np.float64]
 # Halved from one standard deviation of influence; colder ones leave too few pairs.
 TEMPERATURES = (1.0, 0.5, 0.25)
 # Of the given encoder's CLIP score, beside 1 for influence: what pairs do to a proxy of all pairs influence shows, what

@@ -5,9 +5,9 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.batches import reweighted_batches
 from influencespace.core.select import SelectionConfig, weights_along
 from influencespace.core.strata import pairs_stood_for
@@ -33,8 +33,6 @@ from influencespace.stages.scoring.scoring import ScoringInputs
 from influencespace.stages.selection.evidence import KNOTS, VALUE_AXES, Evidence
 from influencespace.stages.selection.weighting import with_chosen
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 MAX_SCORED = 4096  # pairs at each refresh, so that its time grows with the axes of the pool alone
 
 

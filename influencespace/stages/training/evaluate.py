@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass as options
 
+from influencespace.core.arrays import FloatArray
 from influencespace.core.fairness import group_means
 from influencespace.core.metrics import (
     RECALL_LEVELS,
@@ -31,8 +32,6 @@ from influencespace.stages.ingest.encode import EmbedConfig, EncoderLoader, load
 from influencespace.stages.proxies.proxy import Proxy
 from influencespace.stages.proxies.target import TargetHalves, choosing_loss
 from influencespace.stages.selection.selection import weights_of
-
-FloatArray = NDArray[np.float64]
 
 
 @options(frozen=True, kw_only=True, config=STRICT)
