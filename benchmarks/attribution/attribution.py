@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from benchmarks import wanted
-from benchmarks.arrays import FloatArray
 from benchmarks.attribution.attribution_setup import RATES, Study, SyntheticStudy
 from benchmarks.attribution.deletion import deletion
 from benchmarks.attribution.lds import Foretold, half_subsets
@@ -31,6 +30,7 @@ from benchmarks.attribution.scoring import (
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import cached, each_seed
 from benchmarks.data.datasets import Dataset
+from influencespace.core.arrays import FloatArray
 from influencespace.core.metrics import auroc, average_precision, interval, precision_recall_at
 from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.table import TABLE

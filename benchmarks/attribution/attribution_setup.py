@@ -6,9 +6,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from benchmarks.arrays import BoolArray, IntArray
 from benchmarks.attribution.scoring import Setup, tuned
 from benchmarks.data.datasets import Dataset, Setting
+from influencespace.core.arrays import BoolArray, IntArray
 from influencespace.core.batches import folds_by_image
 from influencespace.data.artifacts import fingerprint
 from influencespace.data.pair_set import PairSet

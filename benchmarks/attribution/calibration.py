@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.func import functional_call, grad
 
 from benchmarks import wanted
-from benchmarks.arrays import FloatArray, IntArray
 from benchmarks.attribution.attribution_setup import Study
 from benchmarks.attribution.scoring import SCORES, agreement, path_of, pearson, target_loss
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import each_seed
 from benchmarks.data.datasets import Dataset
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.batches import training_batches
 from influencespace.core.kmeans import assign, nearest, seed_centroids, unit_rows
 from influencespace.core.metrics import interval

@@ -15,12 +15,12 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks import wanted
-from benchmarks.arrays import BoolArray, FloatArray, IntArray
 from benchmarks.attribution.scoring import SCORES, trained_heads
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import cached
 from benchmarks.curation.retrain_eval import Retrained
 from benchmarks.data.class_folders import NAMES, ClassWorld, folder_classes, right, true_classes
+from influencespace.core.arrays import BoolArray, FloatArray, IntArray
 from influencespace.core.metrics import auroc
 from influencespace.core.select import top_fraction
 from influencespace.data.artifacts import fingerprint

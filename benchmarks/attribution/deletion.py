@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import wanted
-from benchmarks.arrays import IntArray
 from benchmarks.attribution.attribution_setup import Study
 from benchmarks.attribution.scoring import path_of, score_all, trained_heads
 from benchmarks.bench import Bench
 from benchmarks.cache import each_seed
 from benchmarks.data.datasets import Dataset
+from influencespace.core.arrays import IntArray
 from influencespace.core.batches import covering_batches, training_batches
 from influencespace.core.contrastive import info_nce_only
 from influencespace.estimators.deletion import deletion_displacement, steps_for, without

@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from benchmarks.arrays import BoolArray, FloatArray
 from benchmarks.attribution.scoring import Setup, path_of
+from influencespace.core.arrays import BoolArray, FloatArray
 from influencespace.core.batches import training_batches
 from influencespace.core.contrastive import Pointwise, cross_entropy
 from influencespace.data.artifacts import fingerprint

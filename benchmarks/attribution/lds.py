@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from scipy.stats import rankdata
 
-from benchmarks.arrays import FloatArray
+from influencespace.core.arrays import FloatArray
 
 DRAWS = 500
 

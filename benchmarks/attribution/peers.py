@@ -17,7 +17,6 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks import wanted
-from benchmarks.arrays import FloatArray
 from benchmarks.attribution.digits import (
     RATES,
     Classification,
@@ -32,6 +31,7 @@ from benchmarks.attribution.scoring import BLIND, SCORES, Score, damping_at, sco
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import each_seed
 from benchmarks.methods.packages import PEERS, SELF_INFLUENCE, Peer, TrainedClassifier, quiet
+from influencespace.core.arrays import FloatArray
 from influencespace.core.metrics import auroc, interval
 from influencespace.estimators.datainf import DataInf
 from influencespace.estimators.problem import Problem, per_sample_gradients

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from benchmarks.arrays import FloatArray, IntArray
 from benchmarks.cache import cached
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.batches import training_batches
 from influencespace.estimators.ecif import Ecif
 from influencespace.estimators.influence import CurvatureConfig, NegativeBatch, damping_of

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.arrays import FloatArray
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.curation.curation import Changes, Curation
 from benchmarks.curation.retrain_eval import Retrained, recall_by_image
 from benchmarks.data.datasets import Dataset, Setting, some_images
+from influencespace.core.arrays import FloatArray
 from influencespace.data.pair_set import PairSet
 from influencespace.models.training import Alone
 from influencespace.stages.proxies.train_many import train

@@ -8,13 +8,13 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from benchmarks.arrays import BoolArray, FloatArray
 from benchmarks.bench import Bench
 from benchmarks.cache import cached, code_digest
 from benchmarks.curation import retrain_eval
 from benchmarks.curation.retrain_eval import Retrained, together
 from benchmarks.data.datasets import ENGINE, Dataset, Setting
 from influencespace.config import RunConfig, load_config
+from influencespace.core.arrays import BoolArray, FloatArray
 from influencespace.core.metrics import auroc, average_precision
 from influencespace.core.select import HARMFUL, REDUNDANT, SelectionConfig, Subset, top_fraction
 from influencespace.data.artifacts import fingerprint

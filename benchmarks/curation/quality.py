@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks import wanted
-from benchmarks.arrays import FloatArray
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import code_digest
 from benchmarks.curation.curation import Curation, retrained, swapped
 from benchmarks.curation.retrain_eval import together
 from benchmarks.data.datasets import ENGINE, Dataset, Setting
+from influencespace.core.arrays import FloatArray
 from influencespace.core.strata import means_by
 from influencespace.data.artifacts import fingerprint
 from influencespace.demo import run_demo

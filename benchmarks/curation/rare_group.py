@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks import wanted
-from benchmarks.arrays import BoolArray, FloatArray
 from benchmarks.bench import Bench
 from benchmarks.curation.curation import Curation, identity, retrained, swapped
 from benchmarks.data.datasets import Setting, link_embeddings, store_pairs, with_column, with_rows
+from influencespace.core.arrays import BoolArray, FloatArray
 from influencespace.core.metrics import interval
 from influencespace.data.pair_set import PairSet
 

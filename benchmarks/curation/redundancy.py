@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from benchmarks import wanted
-from benchmarks.arrays import BoolArray, FloatArray, IntArray
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.curation.curation import Changes
 from benchmarks.curation.retrain_eval import Retrained
@@ -19,6 +18,7 @@ from benchmarks.curation.scenario_curation import ScenarioCuration, scenario_set
 from benchmarks.data.datasets import Dataset
 from benchmarks.methods.alike import within_clusters
 from influencespace.core import coreset
+from influencespace.core.arrays import BoolArray, FloatArray, IntArray
 from influencespace.core.kmeans import unit_rows
 from influencespace.core.select import top_fraction
 from influencespace.core.strata import rank_within

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.arrays import FloatArray, IntArray
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.contrastive import Contrastive
 from influencespace.core.metrics import bootstrap_means, interval, mean_recall_by_image, retrieval_ranks
 from influencespace.data.pair_set import PairSet

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.arrays import BoolArray, FloatArray
 from benchmarks.bench import Bench
 from benchmarks.curation.curation import Curation, swapped
 from benchmarks.data.corruptions import CLEAN
@@ -15,6 +14,7 @@ from benchmarks.data.datasets import Setting, some_images
 from benchmarks.data.scenario_pools import EVERY_SCENARIO, Scenario, scenario_pool
 from benchmarks.data.sources import Sources
 from benchmarks.methods.baselines import baselines
+from influencespace.core.arrays import BoolArray, FloatArray
 from influencespace.data.pair_set import PairSet
 from influencespace.stages.ingest.split import DrawSplit, SplitConfig
 

@@ -12,13 +12,13 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks import wanted
-from benchmarks.arrays import FloatArray
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import cached
 from benchmarks.curation.curation import Curation, identity, swapped
 from benchmarks.curation.retrain_eval import judged, together
 from benchmarks.data.datasets import Setting
 from benchmarks.methods.tuning import TunedTower, TuningConfig, adapt_text_tower, tune
+from influencespace.core.arrays import FloatArray
 from influencespace.core.batches import training_batches
 from influencespace.core.contrastive import Contrastive
 from influencespace.data.artifacts import fingerprint

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.arrays import BoolArray, IntArray
 from benchmarks.data.datasets import embed_into
+from influencespace.core.arrays import BoolArray, IntArray
 from influencespace.data.artifacts import fingerprint
 from influencespace.data.pair_set import PairSet
 from influencespace.data.readers.class_folders import CAPTION

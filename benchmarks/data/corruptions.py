@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.arrays import IntArray
 from benchmarks.data.shuffle import shuffle_captions
 from benchmarks.data.sources import BOILERPLATE, PLACEHOLDERS, Sources
+from influencespace.core.arrays import IntArray
 
 CLEAN, COPY = "", "copy"
 

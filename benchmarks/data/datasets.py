@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from benchmarks.arrays import BoolArray
 from benchmarks.bench import Bench
 from benchmarks.data.shuffle import shuffle_captions
 from influencespace.config import load_config
+from influencespace.core.arrays import BoolArray
 from influencespace.data.artifacts import (
     Manifest,
     atomic_path,

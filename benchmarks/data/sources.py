@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from random import Random
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from benchmarks.arrays import IntArray, RealArray
 from benchmarks.data.datasets import Dataset
+from influencespace.core.arrays import IntArray
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.images import decode_image, sharpness
 from influencespace.data.pair_set import PairSet
@@ -44,6 +46,7 @@ FILE_NAMES = ("DSC{:05d}.JPG", "img_{:05d}_large.png", "20131104_{:06d}.jpg", "I
 BATCH = 64
 STORED = ("pool", "scenes")  # whose embeddings are there already
 
+RealArray = NDArray[np.floating[Any]]
 Alteration = Callable[[Image.Image, int], Image.Image]
 
 

@@ -7,7 +7,7 @@ same scores have other gaps by another rule.
 
 import numpy as np
 
-from benchmarks.arrays import BoolArray, FloatArray, Labels
+from influencespace.core.arrays import BoolArray, FloatArray, Labels
 from influencespace.core.fairness import group_means
 from influencespace.errors import InputError
 

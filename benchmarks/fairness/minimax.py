@@ -6,7 +6,7 @@ import numpy as np
 from scipy.optimize import brentq, minimize
 from scipy.special import wrightomega
 
-from benchmarks.arrays import FloatArray, IntArray
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.errors import InputError
 
 # The dual's search stops where its rounded value moves no more, which can be 1e-5 from a constraint; begun anew, it goes on.

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.arrays import BoolArray, FloatArray, IntArray
+from influencespace.core.arrays import BoolArray, FloatArray, IntArray
 from influencespace.core.kmeans import unit_rows
 
 

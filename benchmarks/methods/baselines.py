@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.arrays import FloatArray, IntArray
 from benchmarks.curation.curation import Curation
 from benchmarks.methods.alike import most_alike, within_clusters
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.coreset import d2, diversity, herding
 from influencespace.core.kmeans import nearest, seed_centroids, unit_rows
 from influencespace.core.select import top_fraction

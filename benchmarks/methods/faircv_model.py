@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.arrays import FloatArray, IntArray, Labels
 from benchmarks.data.faircv import Profiles
 from benchmarks.fairness.gaps import squared_gap
 from benchmarks.fairness.minimax import minimax_weights
+from influencespace.core.arrays import FloatArray, IntArray, Labels
 from influencespace.core.contrastive import Pointwise, squared_error
 from influencespace.core.fairness import shrunken_group_means
 from influencespace.estimators.ecif import Ecif

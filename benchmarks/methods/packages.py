@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.arrays import FloatArray
+from influencespace.core.arrays import FloatArray
 
 Samples = tuple[Tensor, Tensor]  # pixels (n, 64), labels (n,)
 State = dict[str, Tensor]

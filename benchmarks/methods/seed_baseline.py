@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks import wanted
-from benchmarks.arrays import FloatArray
 from benchmarks.bench import Bench
 from benchmarks.curation.curation import retrained
 from benchmarks.curation.retrain_eval import Retrained
 from benchmarks.curation.scenario_curation import ScenarioCuration, scenario_setting
 from benchmarks.data.datasets import Dataset
+from influencespace.core.arrays import FloatArray
 
 SCENARIO, SHARE = "wrong 20", 0.8
 SETTINGS = {
