@@ -36,7 +36,11 @@ def written(folder: Path, text: str) -> Path:
 def test_the_prototypes_settings_are_read() -> None:
     config = load_config(Path(__file__).parents[1] / "configs" / "prototype.yaml")
     assert (config.cluster.k, config.curvature.rank, config.influence.max_samples) == (100, 10, 5)
-    assert (config.selection.target_size, config.selection.tau_low, config.selection.max_weight) == (0.8, -0.001, 5)
+    assert (config.selection.target_size, config.selection.tau_low, config.selection.max_weight) == (
+        0.8,
+        -0.001,
+        5,
+    )
     assert config.proxy.first_steps(51_200) == 10 * 100
 
 
@@ -198,7 +202,10 @@ class TestRefusals:
         tree: Any = {last: 1}
         for section in reversed(sections):
             tree = {section: tree}
-        for refused in (lambda: load_config(None, {old: "1"}), lambda: load_config(written(tmp_path, yaml.safe_dump(tree)))):
+        for refused in (
+            lambda: load_config(None, {old: "1"}),
+            lambda: load_config(written(tmp_path, yaml.safe_dump(tree))),
+        ):
             with pytest.raises(InputError, match=rf"{re.escape(old)} is called {re.escape(new)}\b"):
                 refused()
 

@@ -114,7 +114,9 @@ def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run
     """A finished run of the usual stages, to which the toy was added: killed within it, and resumed."""
     out = tmp_path_factory.mktemp("run")
     pipeline.curate(config, out, LocalEngine())
-    usual = {str(stage.name): (out / str(stage.name) / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+    usual = {
+        str(stage.name): (out / str(stage.name) / "manifest.json").stat().st_mtime_ns for stage in STAGES
+    }
     with pytest.raises(Killed):
         pipeline.curate(config, out, Tasks(limit=1), WITH_TOY)
     assert len(list(out.glob(f".{TOY}-*/buckets/*"))) == 1

@@ -19,9 +19,16 @@ from influencespace.engine.local import ONE_CORE, Engine, LocalEngine, Merge, Po
 from influencespace.engine.placement import Resources
 from influencespace.pipeline import STAGES
 from influencespace.run import Run, Stage, carry_out
+from influencespace.stages.scoring.score import Score, ScoreConfig
+from influencespace.stages.scoring.trace import GradientIndex, TraceConfig
 
-BY_NAME: dict[str, Stage] = {str(stage.name): stage for stage in STAGES}
-NAMES = tuple(BY_NAME)
+NAMES = tuple(str(stage.name) for stage in STAGES)
+BESIDE: tuple[Stage, ...] = (
+    Score(ScoreConfig(bucket_size=50)),
+    GradientIndex(TraceConfig(index_dimension=10_000, bucket_size=50)),
+)
+"""Stages of commands on a finished run."""
+BY_NAME: dict[str, Stage] = {str(stage.name): stage for stage in (*STAGES, *BESIDE)}
 SMALL: dict[str, Any] = {
     "proxy.train.dimension": 8,
     "proxy.train.steps": 20,
@@ -73,7 +80,7 @@ def with_sets(run: Run, **planted: Planted) -> Run:
 def carry(run: Run, *names: str, engine: Engine | None = None) -> Manifest:
     """Carry out stages in their order, all when none is named; the last one's manifest."""
     engine = engine or Careful()
-    return [carry_out(BY_NAME[name], run, engine) for name in NAMES if name in (names or NAMES)][-1]
+    return [carry_out(BY_NAME[name], run, engine) for name in BY_NAME if name in (names or NAMES)][-1]
 
 
 def needed(name: str) -> set[str]:

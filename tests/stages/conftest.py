@@ -1,7 +1,7 @@
 """A planted world, and all stages done on it once by the plain loop."""
 
 import pytest
-from chain import NAMES, Counting, carry, run_on
+from chain import BY_NAME, Counting, carry, run_on
 from planted import Planted, plant
 
 from influencespace.run import Run
@@ -24,7 +24,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def done(tmp_path_factory: pytest.TempPathFactory, world: World) -> tuple[Run, dict[str, int]]:
     run = run_on(tmp_path_factory.mktemp("truth"), world)
     tasks = {}
-    for name in NAMES:
+    for name in BY_NAME:
         engine = Counting()
         carry(run, name, engine=engine)
         tasks[name] = engine.tasks

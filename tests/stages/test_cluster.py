@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chain import assert_equal_results, carry_beside, columns, with_sets
+from chain import carry_beside, columns, with_sets
 from conftest import World
 from sklearn.metrics import adjusted_rand_score
 
@@ -23,12 +23,6 @@ def test_every_pair_lies_at_its_nearest_centroid(truth: Run) -> None:
     cosine, index = (X @ C.T).max(1)
     np.testing.assert_array_equal(assigned["cluster"], index)
     np.testing.assert_allclose(assigned["cosine"], cosine, atol=1e-6)
-
-
-@pytest.mark.parametrize("bucket_size", [16, 256])
-def test_buckets_change_nothing(truth: Run, tmp_path: Path, bucket_size: int) -> None:
-    run = carry_beside(truth, tmp_path, "cluster", bucket_size=bucket_size)
-    assert_equal_results(truth.at("cluster"), run.at("cluster"), spreads=1e-5)
 
 
 def test_planted_groups_are_found(truth: Run, world: World, tmp_path: Path) -> None:
@@ -72,4 +66,6 @@ def test_doubling_stops_where_the_index_settles(truth: Run, tmp_path: Path) -> N
 
 
 def test_more_clusters_than_pairs_become_one_a_pair(truth: Run, tmp_path: Path) -> None:
-    assert carry_beside(truth, tmp_path, "cluster", k=10_000).manifest("cluster").details["k"] == len(truth.pool)
+    assert carry_beside(truth, tmp_path, "cluster", k=10_000).manifest("cluster").details["k"] == len(
+        truth.pool
+    )

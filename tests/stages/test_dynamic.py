@@ -48,7 +48,9 @@ def reweighting_of(run: Run) -> Reweighting:
     return DynamicTrainer.of(run).reweighting
 
 
-def trained(truth: Run, pool: PairSet, weights: np.ndarray, reweighting: Reweighting, refresh: int) -> Trained:
+def trained(
+    truth: Run, pool: PairSet, weights: np.ndarray, reweighting: Reweighting, refresh: int
+) -> Trained:
     trainer = DynamicTrainer(reweighting=reweighting, refresh=refresh)
     return trainer(pool, weights, truth.config.proxy.train, 0, Alone())
 

@@ -131,11 +131,6 @@ def test_scores_are_those_of_the_runs_own_estimator(truth: Run, tmp_path: Path) 
     assert np.corrcoef(both, own)[0, 1] < 1 - 1e-6
 
 
-def test_buckets_do_not_change_it(truth: Run, tmp_path: Path) -> None:
-    run = served(truth, tmp_path, **{"influence.bucket_size": 37})
-    np.testing.assert_allclose(influence(run), influence(truth), atol=1e-4 * influence(truth).std())
-
-
 def test_weights_follow_what_serves_the_groups(truth: Run) -> None:
     pairs = PairEvidence(folder=truth.at("selection"))
     plain = pairs.decide(SelectionConfig(weighting="influence"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chain import assert_equal_results, beside, carry, carry_beside, columns, run_on, with_sets
+from chain import beside, carry, carry_beside, columns, run_on, with_sets
 from conftest import World
 from planted import plant
 
@@ -95,12 +95,6 @@ def test_wrong_captions_have_low_quality(truth: Run, world: World) -> None:
     assert quality[wrong].mean() < quality[~wrong].mean() - quality.std()
 
 
-@pytest.mark.parametrize("bucket_size", [16, 256])
-def test_buckets_change_nothing(truth: Run, tmp_path: Path, bucket_size: int) -> None:
-    run = carry_beside(truth, tmp_path, "proxies", bucket_size=bucket_size)
-    assert_equal_results(truth.at("proxies"), run.at("proxies"), spreads=1e-5)
-
-
 def test_steps_are_doubled_while_that_helps(truth: Run, tmp_path: Path) -> None:
     settings = {"train.steps": 5, "choose_steps": True, "max_doublings": 2, "folds": 2}
     details = carry_beside(truth, tmp_path, "proxies", **settings).manifest("proxies").details
@@ -116,7 +110,9 @@ def test_steps_are_doubled_while_that_helps(truth: Run, tmp_path: Path) -> None:
     [({"choose_steps": True, "min_gain": 0.99}, 20), ({"epochs": 1.5}, round(1.5 * 240 / 32))],
     ids=["more steps bring nothing", "epochs of the whole pool"],
 )
-def test_steps_are_those_asked_for(truth: Run, tmp_path: Path, settings: dict[str, float], steps: int) -> None:
+def test_steps_are_those_asked_for(
+    truth: Run, tmp_path: Path, settings: dict[str, float], steps: int
+) -> None:
     run = carry_beside(truth, tmp_path, "proxies", folds=2, **settings)
     assert run.manifest("proxies").details["steps"] == steps
 

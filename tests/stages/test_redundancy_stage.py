@@ -153,9 +153,7 @@ def test_few_copies_are_lost_where_few_pairs_are_compared(copied: Run, tmp_path:
     assert (cut != rows).sum() >= 0.8 * (whole != rows).sum()
 
 
-def test_pictures_of_a_class_with_one_caption_are_no_copies(
-    truth: Run, world: World, tmp_path: Path
-) -> None:
+def test_pictures_of_a_class_with_one_caption_are_no_copies(truth: Run, world: World, tmp_path: Path) -> None:
     source, folder = truth.pool.folder, tmp_path / "pool"
     shutil.copytree(source, folder)
     table = pq.read_table(source / "pairs.parquet")

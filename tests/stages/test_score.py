@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from chain import Careful, Counting, Idle, Killed, Losing, beside
+from chain import Careful, beside
 from conftest import World
 
 from influencespace.engine.local import Engine
@@ -35,22 +35,6 @@ def test_buckets_give_the_scores_of_the_plain_loop(truth: Run, tmp_path: Path, n
     for size in (37, 64):
         by_bucket = scored(truth, tmp_path / str(size), name=name, size=size)
         np.testing.assert_allclose(by_bucket, whole, rtol=0, atol=1e-5 * np.nanstd(whole))
-
-
-@pytest.mark.ray
-def test_ray_gives_the_same_scores(truth: Run, tmp_path: Path, ray_engine: Engine) -> None:
-    here = scored(truth, tmp_path / "here")
-    there = scored(truth, tmp_path / "there", ray_engine, size=20)
-    np.testing.assert_allclose(there, here, rtol=0, atol=1e-5 * np.nanstd(here))
-
-
-def test_kills_lost_workers_and_second_calls_change_nothing(truth: Run, tmp_path: Path) -> None:
-    here = scored(truth, tmp_path / "here")
-    np.testing.assert_array_equal(scored(truth, tmp_path / "here", Idle()), here)
-    np.testing.assert_array_equal(scored(truth, tmp_path / "again", Losing()), here)
-    with pytest.raises(Killed):
-        scored(truth, tmp_path / "killed", Counting(limit=2))
-    np.testing.assert_array_equal(scored(truth, tmp_path / "killed"), here)
 
 
 def test_another_option_is_another_score(truth: Run, tmp_path: Path) -> None:

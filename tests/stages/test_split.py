@@ -74,9 +74,7 @@ def test_a_run_folder_may_be_moved(pool: Planted, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["run", "run/split"])
-def test_what_lies_elsewhere_by_a_link_finds_its_embeddings(
-    pool: Planted, tmp_path: Path, name: str
-) -> None:
+def test_what_lies_elsewhere_by_a_link_finds_its_embeddings(pool: Planted, tmp_path: Path, name: str) -> None:
     elsewhere = tmp_path / "scratch" / "deep" / name
     elsewhere.mkdir(parents=True)
     (tmp_path / name).parent.mkdir(exist_ok=True)

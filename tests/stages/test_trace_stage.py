@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chain import Careful, Idle, beside
+from chain import Careful, beside
 
 from influencespace.data.artifacts import Manifest
 from influencespace.engine.local import Engine
@@ -19,7 +19,6 @@ from influencespace.stages.scoring.trace import (
     Causes,
     GradientIndex,
     TraceConfig,
-    load_rows,
     shard_path,
     trace,
 )
@@ -27,7 +26,9 @@ from influencespace.stages.scoring.trace import (
 CONFIG = TraceConfig(top=5, index_dimension=10_000, bucket_size=50)
 
 
-def traced(truth: Run, engine: Engine | None = None, index: Path | None = None, **changes: Any) -> list[Causes]:
+def traced(
+    truth: Run, engine: Engine | None = None, index: Path | None = None, **changes: Any
+) -> list[Causes]:
     """The causes of three queries."""
     workers = Workers(engine=engine or Careful(), folder=truth.at("trace"), stage="trace")
     queries = truth.test.inputs(np.arange(3))
@@ -97,21 +98,6 @@ def test_more_queries_than_are_held_at_once_are_traced_one_by_one(
 ) -> None:
     monkeypatch.setattr("influencespace.stages.scoring.trace.AT_ONCE", 2)
     assert_same(traced(truth), whole)
-
-
-def test_an_index_is_resumed_and_a_finished_one_left(truth: Run, tmp_path: Path) -> None:
-    run = beside(truth, tmp_path, "curvature")
-    first, index = indexed(run)
-    assert indexed(run, Idle())[0] == first
-    working = index.with_name(f".index-{first.fingerprint[:16]}")  # as a killed run leaves it
-    index.rename(working)
-    (working / "manifest.json").unlink()
-    shard_path(working, 50).unlink()
-    kept = shard_path(working, 100).stat().st_mtime_ns
-    again, _ = indexed(run)
-    assert again.files == first.files
-    assert shard_path(index, 100).stat().st_mtime_ns == kept
-    np.testing.assert_array_equal(load_rows(shard_path(index, 50)), np.arange(50, 100))
 
 
 def test_an_index_of_another_config_is_written_anew(truth: Run, tmp_path: Path) -> None:

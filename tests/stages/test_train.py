@@ -35,9 +35,7 @@ def test_every_method_is_trained_with_every_seed_for_equally_many_steps(truth: R
 def test_a_retrained_proxy_is_the_plain_loops(truth: Run, method: str) -> None:
     weights = columns(truth, "selection/weights", method)[method]
     plain = train(truth.pool, weights, truth.config.proxy.train, seed=1)
-    torch.testing.assert_close(
-        heads(truth, f"{method}-1"), dict(plain.heads.state_dict()), rtol=0, atol=0
-    )
+    torch.testing.assert_close(heads(truth, f"{method}-1"), dict(plain.heads.state_dict()), rtol=0, atol=0)
 
 
 def test_methods_with_the_same_pairs_give_the_same_proxy(truth: Run, tmp_path: Path) -> None:
@@ -66,9 +64,7 @@ def test_pairs_without_weight_are_not_seen(truth: Run, world: World, tmp_path: P
 
 
 @pytest.mark.ray
-def test_two_workers_of_ray_train_the_same_proxies(
-    truth: Run, tmp_path: Path, ray_engine: RayEngine
-) -> None:
+def test_two_workers_of_ray_train_the_same_proxies(truth: Run, tmp_path: Path, ray_engine: RayEngine) -> None:
     methods = ["curated", "everything", "dynamic"]
     settings = {"train.seeds": [0], "train.methods": methods, "train.refresh": 5, "train.workers": 2}
     here, there = (beside(truth, tmp_path / name, "train", settings=settings) for name in ("here", "there"))
