@@ -290,7 +290,7 @@ def carry_out(stage: Stage, run: Run, engine: Engine) -> Manifest:
             _work(stage, run, engine, working, (mark, inputs))
         shutil.rmtree(folder, ignore_errors=True)
         working.rename(folder)
-    for left in folder.parent.glob(f".{folder.name}-*"):
+    for left in folder.parent.glob(f".{folder.name}-{'[0-9a-f]' * 16}"):  # not of a stage with a longer name
         shutil.rmtree(left, ignore_errors=True)
     stage.tidy(run)
     manifest = read_manifest(folder)

@@ -138,6 +138,7 @@ def test_it_is_carried_out_as_the_others_are(finished: Run) -> None:
     assert manifest.details["means"] == pytest.approx([lengths[cluster == k].mean() for k in range(2)])
     assert manifest.rows_in == manifest.rows_out == len(finished.pool)
     assert list(manifest.files) == ["lengths.parquet"]
+    assert pipeline.load_run(finished.folder).manifest(TOY) == manifest
     assert not list(finished.folder.glob(f".{TOY}*"))
 
 

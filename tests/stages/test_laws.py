@@ -1,6 +1,7 @@
 """Laws of every stage: rows are kept account of, work is done once, a killed run continues, Ray equals the plain loop."""
 
 import copy
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,28 @@ def test_a_lost_file_is_made_again_and_what_was_left_aside_is_removed(
     shutil.copytree(truth.at(name), run.at(name))
     lost = sorted(run.at(name).iterdir(), key=lambda path: path.name == MANIFEST)[0]
     lost.unlink()
-    left = run.at(name).with_name(f".{run.at(name).name}-of-other-settings")
-    left.mkdir()
-    (left / "file").touch()
+    folder = run.at(name)
+    of_other_settings, of_another = (
+        folder.with_name(f".{folder.name}{more}-{'0f' * 8}") for more in ("", "-more")
+    )
+    for left in (of_other_settings, of_another):
+        left.mkdir()
+        (left / "file").touch()
     carry(run, name)
-    assert_equal_results(truth.at(name), run.at(name))
+    assert_equal_results(truth.at(name), folder)
     assert run.manifest(name).files.keys() == truth.manifest(name).files.keys()
-    assert not list(left.parent.glob(".*"))
+    assert list(folder.parent.glob(".*")) == [of_another]
+
+
+@every_stage
+def test_a_stage_that_was_killed_as_it_took_its_place_is_not_done_again(
+    truth: Run, name: str, tmp_path: Path
+) -> None:
+    run, folder = beside(truth, tmp_path, name), truth.at(name)
+    mark = truth.manifest(name).fingerprint[:16]
+    shutil.copytree(folder, run.at(name).with_name(f".{folder.name}-{mark}"))
+    assert carry(run, name, engine=Idle()) == truth.manifest(name)
+    assert_equal_results(folder, run.at(name))
 
 
 @pytest.fixture
@@ -194,6 +210,15 @@ def test_ray_equals_the_plain_loop(truth: Run, name: str, ray_engine: RayEngine,
     manifest = carry(run, name, engine=RayEngine(2))
     assert manifest.fingerprint == truth.manifest(name).fingerprint
     assert_equal_results(truth.at(name), run.at(name), spreads=1e-5)
+
+
+def test_a_run_is_cheap_to_send(truth: Run) -> None:
+    assert len(truth.pool.image) > 0  # opened
+    sent = pickle.dumps(truth)
+    assert len(sent) < 10_000
+    assert stage_fingerprint(BY_NAME["selection"], pickle.loads(sent)) == stage_fingerprint(
+        BY_NAME["selection"], truth
+    )
 
 
 def test_a_stage_whose_needs_are_not_finished_is_refused(truth: Run, tmp_path: Path) -> None:
