@@ -82,6 +82,7 @@ def test_the_price_of_embedding_is_by_the_pair(dataset: Dataset, monkeypatch: py
     assert price.embedding_seconds(dataset, 8) > 0
 
 
+@pytest.mark.slow
 def test_wrong_folders_are_cleaned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cleaning, "METHODS", ("ecif", "random"))
     sizes: dict[str, Any] = {"pool": 96, "target": 96, "test": 96, "encoder_steps": 2}
