@@ -1,7 +1,6 @@
 """Dirty shards: the run ends well, every bad pair is listed with its reason, everything else is there."""
 
 import io
-import json
 import struct
 import tarfile
 import zlib
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Command, run_arguments
+from conftest import run_here
 
 pytestmark = pytest.mark.e2e
 
@@ -47,7 +46,7 @@ def one_jpeg(world: Path) -> bytes:
 
 
 def test_five_bad_samples_are_listed_and_the_rest_is_curated(
-    influencespace: Command, world: Path, tmp_path: Path
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pool = tmp_path / "pool"
     pool.mkdir()
@@ -69,11 +68,7 @@ def test_five_bad_samples_are_listed_and_the_rest_is_curated(
     (pool / "truncated.tar").write_bytes(whole[: 512 + len(jpeg) // 2])
 
     out = tmp_path / "run"
-    arguments = run_arguments(world, out)
-    arguments[arguments.index("--data") + 1] = pool
-    done = influencespace(*arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads((out / "summary.json").read_text())
+    summary = run_here(world, out, data__pool=str(pool))
     rejected = pq.read_table(out / "embed" / "pool" / "rejected.parquet").to_pydict()
     assert len(rejected["uid"]) == 5, rejected
     assert summary["rejected"]["pool"] == 5
@@ -83,4 +78,4 @@ def test_five_bad_samples_are_listed_and_the_rest_is_curated(
     assert summary["rows"]["pool"] == 301
     uids = pq.read_table(out / "curated.parquet")["uid"].to_pylist()
     assert "good" in uids
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in capsys.readouterr().err
