@@ -194,10 +194,10 @@ def _pairs(images: Embeddings, texts: Embeddings, image_ids: ArrayLike | None, p
 
 def _unit(rows: Embeddings, name: str) -> Tensor:
     """Rows of unit length (n, D), of floats with 32 bits or more; raises InputError where they cannot be had."""
-    given = rows.detach() if isinstance(rows, Tensor) else torch.from_numpy(np.asarray(rows))
-    if given.ndim != 2 or not given.shape[0] or not given.shape[1]:
-        raise InputError(f"{name} have shape {tuple(given.shape)}: give embeddings (pairs, dimensions)")
-    values = given if given.dtype in (torch.float32, torch.float64) else given.float()
+    array = rows.detach() if isinstance(rows, Tensor) else torch.from_numpy(np.asarray(rows))
+    if array.ndim != 2 or not array.shape[0] or not array.shape[1]:
+        raise InputError(f"{name} have shape {tuple(array.shape)}: give embeddings (pairs, dimensions)")
+    values = array if array.dtype in (torch.float32, torch.float64) else array.float()
     norms = values.norm(dim=1, keepdim=True)
     bad = torch.nonzero(~torch.isfinite(norms[:, 0]) | (norms[:, 0] == 0))
     if len(bad):

@@ -32,30 +32,30 @@ def uids(run: Run) -> list[str]:
 
 
 def test_with_the_steps_of_the_training_it_is_the_retrained_proxy(run: Run, uids: list[str]) -> None:
-    found = forget_run(run, uids[:8], steps=10, check=True)
-    assert (found["deleted"], found["kept"], found["unknown"]) == (8, 142, 0)
-    assert found["steps"] == found["steps_of_training"] == 10
-    assert found["check"]["distance_to_retrained"] < 1e-3  # float32
-    loss, retrained = found["loss_of_deleted"], found["check"]["loss_of_deleted_retrained"]
+    result = forget_run(run, uids[:8], steps=10, check=True)
+    assert (result["deleted"], result["kept"], result["unknown"]) == (8, 142, 0)
+    assert result["steps"] == result["steps_of_training"] == 10
+    assert result["check"]["distance_to_retrained"] < 1e-3  # float32
+    loss, retrained = result["loss_of_deleted"], result["check"]["loss_of_deleted_retrained"]
     assert loss["after"] == pytest.approx(retrained[0], rel=1e-4)
     assert loss["after"] > loss["before"]
     assert len(retrained) == 4
 
 
 def test_what_is_written(run: Run, uids: list[str]) -> None:
-    found = forget_run(run, uids[8:16])
-    assert "check" not in found
-    assert 1 <= found["steps"] <= found["steps_of_training"]
-    paths = {name: Path(path) for name, path in found["paths"].items()}
+    result = forget_run(run, uids[8:16])
+    assert "check" not in result
+    assert 1 <= result["steps"] <= result["steps_of_training"]
+    paths = {name: Path(path) for name, path in result["paths"].items()}
     assert paths["forget.json"].parent.parent == run.at("forget")
-    assert json.loads(paths["forget.json"].read_text()) | {"paths": found["paths"]} == found
+    assert json.loads(paths["forget.json"].read_text()) | {"paths": result["paths"]} == result
     edited, heads = load_file(paths["proxy.safetensors"]), Proxy(run.at("proxies"), ALL).heads
     assert edited.keys() == heads.state_dict().keys()
     for name, value in heads.state_dict().items():
         assert edited[name].shape == value.shape
         assert torch.isfinite(edited[name]).all()
         assert not torch.equal(edited[name], value)
-    for measured in (found["gradient_norm_on_kept"], found["loss_of_deleted"]):
+    for measured in (result["gradient_norm_on_kept"], result["loss_of_deleted"]):
         assert all(np.isfinite(value) and value > 0 for value in measured.values())
 
 
@@ -77,8 +77,8 @@ def test_order_and_repeats_are_irrelevant_and_a_finished_edit_is_kept(run: Run, 
 
 
 def test_unknown_uids_are_counted_and_listed(run: Run, uids: list[str]) -> None:
-    found = forget_run(run, [uids[0], "nobody", "nothing"])
-    assert (found["deleted"], found["unknown"], found["unknown_uids"]) == (1, 2, ["nobody", "nothing"])
+    result = forget_run(run, [uids[0], "nobody", "nothing"])
+    assert (result["deleted"], result["unknown"], result["unknown_uids"]) == (1, 2, ["nobody", "nothing"])
     assert forget_run(run, [uids[0]])["unknown_uids"] == []
 
 

@@ -29,31 +29,31 @@ def run(small_run: Run) -> Run:
 
 
 def columns(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = pq.read_table(path).to_pydict()
-    return found
+    result: dict[str, Any] = pq.read_table(path).to_pydict()
+    return result
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.95])
 def test_the_lowest_scores_are_cleaned_away(run: Run, fraction: float) -> None:
     choice = clean(run, fraction)
-    found, before = columns(choice.path), columns(run.folder / "curated.parquet")
-    assert found["uid"] == before["uid"]
-    assert found.keys() == before.keys()
-    kept, score = np.array(found["kept"]), np.array(found["score"])
+    result, before = columns(choice.path), columns(run.folder / "curated.parquet")
+    assert result["uid"] == before["uid"]
+    assert result.keys() == before.keys()
+    kept, score = np.array(result["kept"]), np.array(result["score"])
     assert choice.chosen == kept.sum() == 150 - round(fraction * 150)
     assert choice.of == 150
     if fraction:
         assert score[kept].min() >= score[~kept].max()
-    assert (np.array(found["weight"]) == kept).all()
-    assert {reason for reason, keep in zip(found["reason"], found["kept"]) if not keep} <= {"lowest score"}
+    assert (np.array(result["weight"]) == kept).all()
+    assert {reason for reason, keep in zip(result["reason"], result["kept"]) if not keep} <= {"lowest score"}
 
 
 def test_auto_is_the_decision_of_the_run(run: Run) -> None:
     choice = clean(run, None)
-    found, curated = columns(choice.path), columns(run.folder / "curated.parquet")
-    assert found.pop("weight") == [float(keep) for keep in curated["kept"]]
+    result, curated = columns(choice.path), columns(run.folder / "curated.parquet")
+    assert result.pop("weight") == [float(keep) for keep in curated["kept"]]
     assert len(set(curated.pop("weight"))) > 2  # the run's own weights follow influence
-    assert found == curated
+    assert result == curated
     assert choice.chosen == sum(curated["kept"])
 
 
@@ -62,14 +62,14 @@ def test_a_coreset_is_of_kept_pairs_and_a_smaller_one_is_its_prefix(run: Run, me
     curated = columns(run.folder / "curated.parquet")
     kept = {uid for uid, keep in zip(curated["uid"], curated["kept"]) if keep}
     large, small = coreset(run, 30, method), coreset(run, 0.1, method)
-    found = columns(large.path)
+    result = columns(large.path)
     assert (large.chosen, large.of, small.chosen) == (30, 150, 15)
-    assert found["rank"] == list(range(1, 31))
-    assert len(set(found["uid"])) == 30
-    assert set(found["uid"]) <= kept
-    assert columns(small.path)["uid"] == found["uid"][:15]
+    assert result["rank"] == list(range(1, 31))
+    assert len(set(result["uid"])) == 30
+    assert set(result["uid"]) <= kept
+    assert columns(small.path)["uid"] == result["uid"][:15]
     of_uid = dict(zip(curated["uid"], curated["score"]))
-    assert found["score"] == [of_uid[uid] for uid in found["uid"]]
+    assert result["score"] == [of_uid[uid] for uid in result["uid"]]
 
 
 def test_d2_prefers_pairs_that_help_more_than_coverage_alone_does(run: Run) -> None:
@@ -119,8 +119,8 @@ def test_a_truth_in_csv_keeps_its_uids_and_knows_true_from_false(tmp_path: Path)
 
 
 def pairs_of(run: Run, role: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = pq.read_table(run.folder / "embed" / role / "pairs.parquet").to_pylist()
-    return found
+    result: list[dict[str, Any]] = pq.read_table(run.folder / "embed" / role / "pairs.parquet").to_pylist()
+    return result
 
 
 def picture_of(pair: dict[str, Any], folder: Path) -> Path:
@@ -133,31 +133,31 @@ def picture_of(pair: dict[str, Any], folder: Path) -> Path:
 
 def test_a_test_pair_is_traced_back_to_training_pairs(run: Run) -> None:
     uid = pairs_of(run, "test")[7]["uid"]
-    (found,) = trace_run(run, [query_by_uid(run, uid)], TraceConfig(top=5), LocalEngine())
+    (result,) = trace_run(run, [query_by_uid(run, uid)], TraceConfig(top=5), LocalEngine())
     pool = {pair["uid"] for pair in pairs_of(run, "pool")}
     for name, sign in (("harmful", -1), ("helpful", 1)):
-        rows = found[name]
+        rows = result[name]
         assert [row["rank"] for row in rows] == list(range(1, len(rows) + 1))
         assert 0 < len(rows) <= 5
         assert {row["uid"] for row in rows} <= pool
         assert all(sign * row["score"] > 0 for row in rows)
         assert all(row["score"] == pytest.approx(row["own"] + row["negative"]) for row in rows)
         assert all(row["relative_influence"] >= 0.99 * abs(row["score"]) for row in rows)
-    assert json.loads(Path(found["paths"]["trace.json"]).read_text()) == {
-        key: value for key, value in found.items() if key != "paths"
+    assert json.loads(Path(result["paths"]["trace.json"]).read_text()) == {
+        key: value for key, value in result.items() if key != "paths"
     }
-    page = Path(found["paths"]["trace.html"]).read_text()
-    for row in (*found["harmful"], *found["helpful"]):
+    page = Path(result["paths"]["trace.html"]).read_text()
+    for row in (*result["harmful"], *result["helpful"]):
         assert row["uid"] in page
-    assert page.count("data:image/jpeg;base64,") >= 1 + len(found["harmful"]) + len(found["helpful"])
+    assert page.count("data:image/jpeg;base64,") >= 1 + len(result["harmful"]) + len(result["helpful"])
 
 
 def test_a_picture_with_its_caption_is_the_pair_that_it_is(run: Run, tmp_path: Path) -> None:
     """The run's own encoder embeds it, so the same training pairs are found, by an index too."""
     pair = pairs_of(run, "test")[3]
     known = query_by_uid(run, pair["uid"])
-    given = query_by_picture(run, picture_of(pair, tmp_path), f" {pair['caption']} ")
-    first, second = trace_run(run, [known, given], TraceConfig(top=5), LocalEngine())
+    outside = query_by_picture(run, picture_of(pair, tmp_path), f" {pair['caption']} ")
+    first, second = trace_run(run, [known, outside], TraceConfig(top=5), LocalEngine())
     assert first["caption"] == second["caption"]
     assert [row["uid"] for row in first["harmful"]] == [row["uid"] for row in second["harmful"]]
     assert first["paths"] != second["paths"]
@@ -170,8 +170,8 @@ def test_a_picture_with_its_caption_is_the_pair_that_it_is(run: Run, tmp_path: P
 def test_the_page_escapes_what_others_wrote(run: Run, tmp_path: Path) -> None:
     path = picture_of(pairs_of(run, "test")[0], tmp_path)
     query = query_by_picture(run, path, "<script>alert(1)</script> & more")
-    (found,) = trace_run(run, [query], TraceConfig(top=2), LocalEngine())
-    page = Path(found["paths"]["trace.html"]).read_text()
+    (result,) = trace_run(run, [query], TraceConfig(top=2), LocalEngine())
+    page = Path(result["paths"]["trace.html"]).read_text()
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
 

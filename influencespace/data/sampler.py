@@ -37,7 +37,8 @@ class WeightedSampler(Sampler[int]):
 
     `uids` (n,) name the items of the data set in its order, `weights` (n,) are finite and not negative. Deterministic: the
     draw of an epoch depends on uids, weights, `seed` and the epoch alone. With equal weights of 1 it is a plain shuffle.
-    Raises InputError for weights that cannot be used and for a uid that occurs twice.
+    In distributed training each process gives its `rank` among `num_replicas` and draws its part. Raises InputError for
+    weights that cannot be used and for a uid that occurs twice.
 
     With a map-style data set whose items are named by `uids`:
 
@@ -64,11 +65,19 @@ class WeightedSampler(Sampler[int]):
         samples = wds.WebDataset(shards, shardshuffle=False).compose(stream).shuffle(1000).to_tuple("jpg", "txt")
     """
 
-    def __init__(self, uids: Sequence[str], weights: ArrayLike, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        uids: Sequence[str],
+        weights: ArrayLike,
+        *,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
         super().__init__()
         self.uids = list(map(str, uids))
         self.weights: NDArray[np.float64] = np.asarray(weights, np.float64)
-        self.seed = seed
+        self.seed, self.num_replicas, self.rank = seed, num_replicas, rank
         self._epoch = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # for workers that stay
         self._drawn: tuple[int, NDArray[np.int64]] | None = None
         if self.weights.shape != (len(self.uids),):
@@ -77,12 +86,16 @@ class WeightedSampler(Sampler[int]):
             )
         if not np.isfinite(self.weights).all() or (self.weights < 0).any() or not self.weights.any():
             raise InputError("weights must be finite and not negative, and one of them above 0")
+        if not 0 <= rank < num_replicas:
+            raise InputError(
+                f"rank is {rank} of {num_replicas} replicas: give one of 0 to {num_replicas - 1}"
+            )
         if len(set(self.uids)) < len(self.uids):
             raise InputError("a uid occurs twice: every pair needs a uid of its own")
 
     @classmethod
-    def of(cls, curated: pa.Table, uids: Sequence[str] | None = None, *, seed: int = 0) -> "WeightedSampler":
-        """A sampler by the table of `Run.curated`.
+    def of(cls, curated: pa.Table, uids: Sequence[str] | None = None, **options: int) -> "WeightedSampler":
+        """A sampler by the table of `Run.curated`; `options` are `seed`, `num_replicas` and `rank`.
 
         `uids` are those of your data set in its order, pairs that the table does not hold have weight 0; without them
         indices are rows of the table. Raises InputError where the table holds none of them.
@@ -90,14 +103,14 @@ class WeightedSampler(Sampler[int]):
         names = curated["uid"].to_pylist()
         weights = curated["weight"].to_numpy()
         if uids is None:
-            return cls(names, weights, seed=seed)
+            return cls(names, weights, **options)
         weight_of = dict(zip(names, weights.tolist()))
         if not any(map(weight_of.__contains__, uids)):
             raise InputError(
                 f"none of the {len(uids)} uids is in the curated table (first: {next(iter(uids), 'none given')}, there: "
                 f"{next(iter(names), 'none')}): name the items of your data set as the run named its pairs"
             )
-        return cls(uids, [weight_of.get(uid, 0.0) for uid in uids], seed=seed)
+        return cls(uids, [weight_of.get(uid, 0.0) for uid in uids], **options)
 
     @property
     def epoch(self) -> int:
@@ -117,14 +130,15 @@ class WeightedSampler(Sampler[int]):
         return self._drawn[1]
 
     def __len__(self) -> int:
-        """Indices of this epoch that are left."""
-        return max(0, int(self.copies().sum()) - int(self._epoch[1]))
+        """Indices of this epoch that are left, of this replica."""
+        return max(0, int(self.copies().sum()) // self.num_replicas - int(self._epoch[1]))
 
     def __iter__(self) -> Iterator[int]:
-        """The indices of this epoch in a seeded order."""
+        """The indices of this epoch in a seeded order, or this replica's part of them: all replicas get equally many."""
         drawn = np.repeat(np.arange(len(self.uids)), self.copies())
         order = np.random.default_rng([self.seed, self.epoch]).permutation(drawn)
-        yield from order[int(self._epoch[1]) :].tolist()
+        equal = len(order) // self.num_replicas * self.num_replicas
+        yield from order[self.rank : equal : self.num_replicas][int(self._epoch[1]) :].tolist()
 
     @cached_property
     def _weight_of(self) -> Mapping[str, float]:

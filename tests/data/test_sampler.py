@@ -80,6 +80,17 @@ def test_an_epoch_is_resumed_where_it_was_left() -> None:
     assert len(sampler) == len(whole) - 100
 
 
+def test_replicas_share_the_draw_of_an_epoch_in_equal_parts() -> None:
+    whole = many()
+    parts = [WeightedSampler(whole.uids, whole.weights, num_replicas=4, rank=rank) for rank in range(4)]
+    drawn = [list(part) for part in parts]
+    assert {len(part) for part in drawn} == {len(part) for part in parts} == {len(whole) // 4}
+    left = Counter(whole)
+    left.subtract(index for part in drawn for index in part)
+    assert min(left.values()) >= 0
+    assert left.total() < 4
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_stream_draws_what_the_indices_are_whatever_the_order_or_the_worker(workers: int) -> None:
     sampler = many()
@@ -130,6 +141,8 @@ def test_what_cannot_be_drawn_by_is_refused() -> None:
     ):
         with pytest.raises(InputError, match=reason):
             WeightedSampler(uids, weights)
+    with pytest.raises(InputError, match="rank is 2 of 2 replicas"):
+        WeightedSampler(["a"], [1.0], num_replicas=2, rank=2)
     with pytest.raises(InputError, match="none of the 2 uids is in the curated table"):
         WeightedSampler.of(pa.table({"uid": ["a"], "weight": [1.0]}), uids=["x", "y"])
     sampler, others = many(), ({"__key__": f"other {i}"} for i in range(2 * MAX_UNKNOWN))

@@ -185,9 +185,9 @@ def test_an_unfinished_run_has_nothing_to_score_detect_or_trace(
 
 
 def test_an_unknown_export_format_names_the_known_ones(influencespace: Command, tmp_path: Path) -> None:
-    said = error_of(influencespace("export", tmp_path, "--to", "zip", "--out", tmp_path / "out"))
+    line = error_of(influencespace("export", tmp_path, "--to", "zip", "--out", tmp_path / "out"))
     for name in ("zip", "npy", "webdataset", "parquet"):
-        assert name in said
+        assert name in line
 
 
 def test_the_installed_command_is_the_same(environment: dict[str, str], tmp_path: Path) -> None:
