@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from planted import Planted
 from safetensors.numpy import load_file
 
@@ -247,8 +246,3 @@ def assert_equal_results(left: Path, right: Path, spreads: float = 0.0) -> None:
 def columns(run: Run, file: str, *names: str) -> Columns:
     """Columns of a file of the run, such as `influence/strata`."""
     return read_columns(run.folder / f"{file}.parquet", *names)
-
-
-def column(path: Path, name: str) -> list[Any]:
-    values: list[Any] = pq.read_table(path, columns=[name])[name].to_pylist()
-    return values

@@ -242,12 +242,18 @@ def test_batch_size_changes_nothing_and_needs_no_new_run(world: tuple[str, Path]
 
 
 @pytest.mark.ray
-def test_ray_equals_the_plain_loop(world: tuple[str, Path], tmp_path: Path, ray_engine: Engine) -> None:
-    manifest = run(world[0], tmp_path / POOL, ray_engine, settings={"embed.num_actors": 2})
-    assert_same(tmp_path / POOL, world[1])
+def test_ray_equals_the_plain_loop_with_bad_input_too(tmp_path: Path, ray_engine: Engine) -> None:
+    data, here, there = tmp_path / "data", tmp_path / "here" / POOL, tmp_path / "there" / POOL
+    write_world(data, 2)
+    write_bad(data)
+    expected = run(str(data), here)
+    manifest = run(str(data), there, ray_engine, settings={"embed.num_actors": 2})
+    assert_same(here, there)
     assert manifest.details["workers"] >= 1
     assert manifest.details["startup_seconds"] >= 0
-    assert pq.read_table(tmp_path / POOL / "pairs.parquet").equals(pq.read_table(world[1] / "pairs.parquet"))
+    assert manifest.rejected == expected.rejected > 5
+    for name in ("pairs.parquet", "rejected.parquet"):
+        assert pq.read_table(there / name).equals(pq.read_table(here / name))
 
 
 def test_a_finished_stage_is_not_run_again(world: tuple[str, Path]) -> None:
@@ -360,10 +366,9 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + rows + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("kind", ["local", pytest.param("ray", marks=pytest.mark.ray)])
-def test_bad_input_is_listed_and_everything_else_is_there(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def write_bad(data: Path) -> None:
+    """Three shards of good and bad pairs, the first one cut."""
+
     def good(number: int) -> dict[str, bytes]:
         return {
             "jpg": jpeg(number),
@@ -376,20 +381,19 @@ def test_bad_input_is_listed_and_everything_else_is_there(
     ) -> dict[str, bytes]:
         return {extension: image, "txt": caption, "json": json.dumps({"uid": name}).encode()}
 
-    data = tmp_path / "data"
-    cut = write_tar(data / "0.tar", [good(i) for i in range(4)])
+    cut = write_tar(data / "bad-0.tar", [good(i) for i in range(4)])
     with tarfile.open(cut) as tar:
         last = tar.getmembers()[-3]
     cut.write_bytes(cut.read_bytes()[: last.offset_data + 100])
-    write_tar(
-        data / "1.tar", [good(10), bad("cut", jpeg(11)[:900]), good(12), bad("blank", jpeg(13), b" \n")]
-    )
-    write_tar(
-        data / "2.tar", [bad("text", b"no image, words"), good(20), bad("bomb", bomb(), extension="png")]
-    )
-    engine = LocalEngine() if kind == "local" else request.getfixturevalue("ray_engine")
-    manifest = run(str(data), tmp_path / POOL, engine)
+    pairs = [good(10), bad("cut", jpeg(11)[:900]), good(12), bad("blank", jpeg(13), b" \n")]
+    write_tar(data / "bad-1.tar", pairs)
+    pairs = [bad("text", b"no image, words"), good(20), bad("bomb", bomb(), extension="png")]
+    write_tar(data / "bad-2.tar", pairs)
 
+
+def test_bad_input_is_listed_and_everything_else_is_there(tmp_path: Path) -> None:
+    write_bad(tmp_path / "data")
+    manifest = run(str(tmp_path / "data"), tmp_path / POOL)
     reasons = {row["uid"]: row["reason"] for row in read_rejected(tmp_path / POOL).to_pylist()}
     broken = reasons.keys() - {"cut", "blank", "text", "bomb"}
     assert len(reasons) == manifest.rejected == 5

@@ -20,7 +20,7 @@ from influencespace.stages.scoring.scoring import ScoringInputs, make_estimator
 def scored(
     truth: Run, folder: Path, engine: Engine | None = None, *, name: str = "ecif", size: int = 50
 ) -> np.ndarray:
-    run = beside(truth, folder, "curvature")  # which needs what scoring does
+    run = beside(truth, folder, "scores/ecif")
     stage = Score(ScoreConfig(estimator=name, bucket_size=size))
     carry_out(stage, run, engine or Careful())
     table = pq.read_table(run.at(stage.name) / "scores.parquet")
@@ -38,7 +38,7 @@ def test_buckets_give_the_scores_of_the_plain_loop(truth: Run, tmp_path: Path, n
 
 
 def test_another_option_is_another_score(truth: Run, tmp_path: Path) -> None:
-    run = beside(truth, tmp_path, "curvature")
+    run = beside(truth, tmp_path, "scores/ecif")
     own, negative = (
         carry_out(Score(ScoreConfig(estimator="ecif", options={"role": role})), run, Careful())
         for role in ("own", "negative")

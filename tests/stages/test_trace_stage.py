@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from chain import Careful, beside
 
-from influencespace.data.artifacts import Manifest
 from influencespace.engine.local import Engine
 from influencespace.estimators.ecif import sketch_of
 from influencespace.estimators.influence import NegativeBatch
@@ -23,6 +22,7 @@ from influencespace.stages.scoring.trace import (
     trace,
 )
 
+INDEX = GradientIndex.name
 CONFIG = TraceConfig(top=5, index_dimension=10_000, bucket_size=50)
 
 
@@ -33,11 +33,6 @@ def traced(
     workers = Workers(engine=engine or Careful(), folder=truth.at("trace"), stage="trace")
     queries = truth.test.inputs(np.arange(3))
     return trace(ScoringInputs.of(truth), queries, replace(CONFIG, **changes), workers, index)
-
-
-def indexed(run: Run, engine: Engine | None = None, config: TraceConfig = CONFIG) -> tuple[Manifest, Path]:
-    stage = GradientIndex(config)
-    return carry_out(stage, run, engine or Careful()), run.at(stage.name)
 
 
 def assert_same(causes: list[Causes], expected: list[Causes]) -> None:
@@ -79,18 +74,17 @@ def test_any_buckets_give_the_same(truth: Run, whole: list[Causes], size: int) -
     assert_same(traced(truth, bucket_size=size), whole)
 
 
-def test_an_exact_index_gives_the_same(truth: Run, whole: list[Causes], tmp_path: Path) -> None:
-    manifest, index = indexed(beside(truth, tmp_path, "curvature"))
+def test_an_exact_index_gives_the_same(truth: Run, whole: list[Causes]) -> None:
+    manifest = truth.manifest(INDEX)
     assert manifest.details["without_gradient"] == 0
     assert len([name for name in manifest.files if name.startswith("gradients-")]) == 5
-    assert_same(traced(truth, index=index), whole)
+    assert_same(traced(truth, index=truth.at(INDEX)), whole)
 
 
 @pytest.mark.ray
-def test_ray_gives_the_same(truth: Run, whole: list[Causes], tmp_path: Path, ray_engine: Engine) -> None:
+def test_ray_gives_the_same(truth: Run, whole: list[Causes], ray_engine: Engine) -> None:
     assert_same(traced(truth, ray_engine), whole)
-    _, index = indexed(beside(truth, tmp_path, "curvature"), ray_engine)
-    assert_same(traced(truth, ray_engine, index), whole)
+    assert_same(traced(truth, ray_engine, truth.at(INDEX)), whole)
 
 
 def test_more_queries_than_are_held_at_once_are_traced_one_by_one(
@@ -100,11 +94,11 @@ def test_more_queries_than_are_held_at_once_are_traced_one_by_one(
     assert_same(traced(truth), whole)
 
 
-def test_an_index_of_another_config_is_written_anew(truth: Run, tmp_path: Path) -> None:
-    run = beside(truth, tmp_path, "curvature")
-    first, _ = indexed(run)
-    second, index = indexed(run, config=replace(CONFIG, index_dimension=16, bucket_size=100))
-    assert second.details["dimension"] == 32 < first.details["dimension"]
+def test_an_index_of_another_config_is_another_one(truth: Run, tmp_path: Path) -> None:
+    run = beside(truth, tmp_path, INDEX)
+    stage = GradientIndex(replace(CONFIG, index_dimension=16, bucket_size=100))
+    manifest, index = carry_out(stage, run, Careful()), run.at(INDEX)
+    assert manifest.details["dimension"] == 32 < truth.manifest(INDEX).details["dimension"]
     assert {path.name for path in index.glob("*.safetensors")} == {
         "sides.safetensors",
         *(shard_path(index, start).name for start in (0, 100, 200)),
