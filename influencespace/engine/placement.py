@@ -51,8 +51,8 @@ def check_place(machines: Sequence[Machine], need: Resources) -> None:
         largest = max(machines, key=lambda machine: (machine.gpus >= need.gpus, machine.cpus))
         raise InputError(
             f"a worker needs {need.cpus:g} CPU(s), {need.gpus:g} GPU(s) and {need.memory / 1e9:.1f} GB, and no machine has them: "
-            f"the nearest has {largest.cpus:g}, {largest.gpus:g} and {largest.memory / 1e9:.1f} GB. Lower embed.cpus_per_actor or "
-            "embed.gpus_per_actor, or add such a machine"
+            f"the nearest has {largest.cpus:g}, {largest.gpus:g} and {largest.memory / 1e9:.1f} GB. Lower embed.cpus_per_actor "
+            "or embed.gpus_per_actor, or add such a machine"
         )
 
 
