@@ -19,7 +19,7 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 # What an image's each further caption is worth less, in standard deviations of predicted influence: of 0, 1/4, 1/2 and 1
-# the best on the choosing half of the target, for 70 and 50 % of 20,455 clean pairs together.
+# the best for 70 and 50 % of 20,455 clean pairs, by a target that the encoder knew too well: to be chosen anew.
 SAME_IMAGE = 0.5
 
 KEPT, HARMFUL, OVER_SIZE, REDUNDANT = "kept", "harmful", "over target size", "redundant"
@@ -240,8 +240,7 @@ def top_fraction(score: FloatArray, keep: int) -> BoolArray:
 def best_candidate(losses: FloatArray) -> int:
     """The candidate of the lowest mean loss, the first of equal ones, never one whose proxy diverged: (candidates, folds).
 
-    Nothing is asked to be sure: with a small target only large gains ever are, and on the pools that were looked at most of
-    those that were not sure were real (docs/benchmarks.md).
+    No gain has to be significant: with a small target only large ones ever are.
     """
     return int(np.argmin(np.nan_to_num(losses.mean(1), nan=np.inf)))
 
