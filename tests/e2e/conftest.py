@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from influencespace import pipeline
 from influencespace.config import load_config
@@ -109,6 +110,11 @@ def run_arguments(world: Path, out: Path, *settings: str) -> list[object]:
         out,
         *chosen,
     ]
+
+
+def trained(path: Path) -> bytes:
+    """The image head of a trained proxy; its file also holds how long the training took."""
+    return load_file(path)["image"].numpy().tobytes()
 
 
 def working_folder(out: Path, stage: str) -> Path | None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run_here
+from conftest import run_here, trained
 
 from influencespace import pipeline
 from influencespace.data.artifacts import file_digest, read_manifest
@@ -168,4 +168,4 @@ def test_dynamic_proxies_of_a_later_round_weigh_what_it_has_scored(
     run_with_losses(world, tmp_path / "mine", (2.0, 1.0), monkeypatch, **settings)
     for folder in FOLDERS[:2]:
         train = tmp_path / "mine" / folder / "train"
-        assert file_digest(train / "dynamic-0.safetensors") != file_digest(train / "curated-0.safetensors")
+        assert trained(train / "dynamic-0.safetensors") != trained(train / "curated-0.safetensors")
