@@ -10,7 +10,7 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,8 @@ from influencespace.data.artifacts import Manifest, read_manifest
 from influencespace.data.embeddings import EmbeddingTable, read_rejected, rejected_reasons
 from influencespace.data.readers import list_shards
 from influencespace.data.uids import digest
-from influencespace.engine.local import Engine, LocalEngine
-from influencespace.engine.placement import Machine
+from influencespace.engine.local import ONE_CORE, Engine, LocalEngine
+from influencespace.engine.placement import Machine, Resources
 from influencespace.errors import InputError
 from influencespace.run import Run, carry_out
 from influencespace.stages.ingest.embed import Embed, embed_share
@@ -498,6 +498,21 @@ def test_machines_are_shared_among_the_workers(
     resources = share.resources
     assert (share.workers, resources.cpus, resources.gpus) == expected
     assert share.device == ("cuda" if resources.gpus else "cpu")
+
+
+def test_only_workers_with_an_encoder_ask_for_what_it_takes(tmp_path: Path) -> None:
+    """Not those that read the shards a first time."""
+    asked: list[Resources] = []
+
+    class Asked(LocalEngine):
+        def map(self, *arguments: Any, resources: Resources = ONE_CORE, **options: Any) -> Iterator[Any]:
+            asked.append(resources)
+            return super().map(*arguments, **options)
+
+    run(write_world(tmp_path / "data", 2), tmp_path / POOL, Asked(), settings={"embed.gpus_per_actor": 0})
+    (encoder,) = (resources for resources in asked if resources.memory)
+    assert len(asked) > 3
+    assert set(asked) == {encoder, ONE_CORE}
 
 
 def write_imported(path: Path, uids: Sequence[str | None], seed: int = 0) -> None:

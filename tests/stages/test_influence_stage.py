@@ -239,8 +239,8 @@ def test_any_estimator_of_the_table_curates(truth: Run, tmp_path: Path, estimato
     """By a size: scores that have no zero, such as EL2N, have no threshold either."""
     settings = {
         "influence.estimator": estimator,
-        "influence.max_samples": 10,
-        "influence.initial_samples": 10,
+        "influence.max_samples": 4,
+        "influence.initial_samples": 4,
     }
     settings |= {"selection.weighting": "influence", "selection.tau_low": -1e3, "selection.target_size": 0.7}
     names = ("curvature", "influence", "fairness", "selection")
