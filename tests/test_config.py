@@ -286,3 +286,11 @@ class TestRefusals:
     def test_an_empty_section_is_the_default_one(self, tmp_path: Path) -> None:
         assert load_config(written(tmp_path, "cluster:\n")) == load_config()
         assert load_config(written(tmp_path, "cluster:\n"), {"cluster.k": "5"}).cluster.k == 5
+
+
+def test_a_worker_takes_a_fraction_of_one_gpu_or_whole_ones() -> None:
+    assert load_config(None, {"embed.gpus_per_actor": 0.5}).embed.gpus_per_actor == 0.5
+    with pytest.raises(
+        InputError, match=r"gpus_per_actor is 1\.5: give a fraction of one GPU, or a whole number"
+    ):
+        load_config(None, {"embed.gpus_per_actor": 1.5})

@@ -47,13 +47,18 @@ def places(machines: Sequence[Machine], need: Resources) -> int:
 
 def check_place(machines: Sequence[Machine], need: Resources) -> None:
     """Refuse workers that no machine has room for: they would wait for ever. Raises InputError, which names what is missing."""
-    if machines and not places(machines, need):
-        largest = max(machines, key=lambda machine: (machine.gpus >= need.gpus, machine.cpus))
-        raise InputError(
-            f"a worker needs {need.cpus:g} CPU(s), {need.gpus:g} GPU(s) and {need.memory / 1e9:.1f} GB, and no machine has them: "
-            f"the nearest has {largest.cpus:g}, {largest.gpus:g} and {largest.memory / 1e9:.1f} GB. Lower embed.cpus_per_actor "
-            "or embed.gpus_per_actor, or add such a machine"
-        )
+    if not machines or places(machines, need):
+        return
+    most = Machine(
+        cpus=max(machine.cpus for machine in machines),
+        gpus=max(machine.gpus for machine in machines),
+        memory=max(machine.memory for machine in machines),
+    )
+    raise InputError(
+        f"a worker needs {need.cpus:g} CPU(s), {need.gpus:g} GPU(s) and {need.memory / 1e9:.1f} GB, and no machine has them: one "
+        f"has at most {most.cpus:g} CPU(s), one {most.gpus:g} GPU(s), one {most.memory / 1e9:.1f} GB. Add a machine that has "
+        "all of it, or lower what is asked for (of encoders: embed.cpus_per_actor, embed.gpus_per_actor)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

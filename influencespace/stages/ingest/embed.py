@@ -91,9 +91,7 @@ class Embed(Stage):
     def resources(self, run: Run) -> Resources:
         """Of an encoder's worker; where cores are left open, its machine may give it more than one."""
         config: EmbedConfig = run.config.embed
-        gpus = config.gpus_per_actor or 0
-        memory = 0 if gpus or self.imports(run.config) else worker_bytes(config)
-        return Resources(cpus=config.cpus_per_actor or 1, gpus=gpus, memory=memory)
+        return Resources(cpus=config.cpus_per_actor or 1, gpus=config.gpus_per_actor or 0)
 
     def chunks(self, run: Run) -> Path:
         """What each shard has given so far; every file knows the shard that it is of."""

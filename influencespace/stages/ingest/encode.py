@@ -60,6 +60,11 @@ class EmbedConfig:
     """Keep the chunks of the shards, the size of the result again, once it is complete."""
     read: ReadOptions = plain_field(default_factory=ReadOptions)
 
+    def __post_init__(self) -> None:
+        gpus = self.gpus_per_actor
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"gpus_per_actor is {gpus:g}: give a fraction of one GPU, or a whole number")
+
     def content(self) -> dict[str, Any]:
         """What the embeddings depend on: not on who computes them, or how many at once."""
         return {
