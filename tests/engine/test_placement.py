@@ -79,10 +79,10 @@ def test_all_workers_find_a_place_wherever_one_does(
 def test_a_worker_that_no_machine_has_room_for_is_refused_by_what_to_set() -> None:
     machines = [Machine(cpus=64), Machine(cpus=8, gpus=1, memory=4 * 10**9)]
     with pytest.raises(
-        InputError, match=r"needs 16 CPU.*1 GPU.*the nearest has 8, 1 .*embed\.cpus_per_actor"
+        InputError, match=r"needs 16 CPU.*1 GPU.*at most 64 CPU.*one 1 GPU.*embed\.cpus_per_actor"
     ):
         check_place(machines, Resources(cpus=16, gpus=1))
-    with pytest.raises(InputError, match=r"needs 1 CPU.*2 GPU.*the nearest has .*embed\.gpus_per_actor"):
+    with pytest.raises(InputError, match=r"needs 1 CPU.*2 GPU.*one 1 GPU.*embed\.gpus_per_actor"):
         check_place(machines, Resources(gpus=2))
     with pytest.raises(InputError, match=r"5\.0 GB, and no machine has them"):
         check_place(machines, Resources(memory=5 * 10**9))
