@@ -81,12 +81,19 @@ class Proxy:
         return self.folder / f"{self.name}.safetensors"
 
     @property
+    def _seconds(self) -> Path:
+        """Beside the file until the stage is finished: equal trainings give equal files, whatever time they took."""
+        return self.folder / f".{self.name}.seconds"
+
+    @property
     def record(self) -> dict[str, Any] | None:
-        """What its training recorded; None where it is not trained."""
+        """What its training recorded, with its seconds while the stage is at work; None where it is not trained."""
         if not self.path.exists():
             return None
         with safe_open(self.path, "pt") as file:
             record: dict[str, Any] = json.loads(file.metadata()["record"])
+        if self._seconds.exists():
+            record["seconds"] = float(self._seconds.read_text())
         return record
 
     @cached_property
@@ -122,8 +129,11 @@ class Proxy:
         u, t = self.heads(*inputs)
         return u, t
 
-    def save(self, trained: Trained, bank: Sequence[IntArray], record: Mapping[str, Any]) -> None:
+    def save(
+        self, trained: Trained, bank: Sequence[IntArray], record: Mapping[str, Any], seconds: float
+    ) -> None:
         """One file: heads, the trainer's response, the bank, the record."""
+        self._seconds.write_text(str(seconds))
         state = {
             "image": trained.heads.image.detach(),
             "text": trained.heads.text.detach(),

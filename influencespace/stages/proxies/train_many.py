@@ -112,16 +112,16 @@ class TrainProxy:
             "seed": training.seed,
             "steps": len(trained.losses),
             "training_loss": trained.losses[-1],
-            "seconds": time.monotonic() - began,
         }
+        seconds = time.monotonic() - began
         if exchange.rank == 0:
             record |= training.measure(trained.heads) if training.measure else {}
             bank: list[IntArray] = []
             if training.bank is not None:
                 size, count, seed = training.bank
                 bank = disjoint_batches(self.pool.image, size, count, seed, weights)
-            self.proxy.save(trained, bank, record)
-        return record
+            self.proxy.save(trained, bank, record, seconds)
+        return record | {"seconds": seconds}
 
 
 def train_many(
