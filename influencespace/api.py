@@ -1,5 +1,6 @@
 """The job and the scores as Python functions: what the public API adds to the modules below it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -120,7 +121,7 @@ def plan(
     """
     flags = {"data": data, "target": target, "test": test, "encoder": encoder, "embeddings": embeddings}
     resolved = resolve(config, settings or {}, flags)
-    with start(engine if limit or address else "local", address) as started:
+    with start(engine if limit or address or "RAY_ADDRESS" in os.environ else "local", address) as started:
         return planned(resolved, limit, started, local_folder(out, "--out"))
 
 

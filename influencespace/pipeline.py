@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from influencespace.config import RunConfig, load_config, save_config
-from influencespace.data.artifacts import Manifest, copy_file, installed_versions, read_manifest, write_json
+from influencespace.data.artifacts import Manifest, copy_file, installed_versions, is_done, write_json
 from influencespace.data.embeddings import rejected_reasons
 from influencespace.data.locations import local_folder
 from influencespace.data.pair_set import PairSet
@@ -18,7 +18,7 @@ from influencespace.engine.local import Engine, run_once
 from influencespace.errors import InputError
 from influencespace.models.encoders import embedding_dimension
 from influencespace.report.page import write_report
-from influencespace.run import Run, Stage, carry_out
+from influencespace.run import Run, Stage, carry_out, stage_fingerprint
 from influencespace.stages.ingest.embed import Embed
 from influencespace.stages.ingest.shards import roles_of, shards_of
 from influencespace.stages.ingest.split import Split, pair_sets
@@ -27,6 +27,7 @@ from influencespace.stages.scoring.cluster import Cluster
 from influencespace.stages.scoring.curvature import Curvature
 from influencespace.stages.scoring.fairness import Fairness
 from influencespace.stages.scoring.influence import Influence
+from influencespace.stages.scoring.scoring import make_estimator
 from influencespace.stages.selection.redundancy import Redundancy
 from influencespace.stages.selection.selection import KeptRows, Selection
 from influencespace.stages.selection.weighting import CHOSEN
@@ -69,10 +70,11 @@ def curate(config: RunConfig, out: Path | str, engine: Engine, stages: tuple[Sta
 
 def _curate(config: RunConfig, out: Path, engine: Engine, stages: tuple[Stage, ...]) -> Run:
     data = Run(folder=out, config=config)
-    before = read_manifest(out / Split.name)
-    done = {str(stage.name): carry_out(stage, data, engine) for stage in data_stages(config)}
-    if before is None or before.inputs != done[Split.name].inputs:  # other data, by the same config
-        _forget_results(out)
+    done = {}
+    for stage in data_stages(config):
+        if isinstance(stage, Split) and not is_done(out / Split.name, stage_fingerprint(stage, data)[0]):
+            _forget_results(out)  # of other data, by the same config
+        done[str(stage.name)] = carry_out(stage, data, engine)
     rounds = list(_rounds(replace(data, sets=pair_sets(data)), done[Split.name], engine, stages))
     best = min(rounds, key=lambda one: one.target_loss)
     summary = summarise(data, done, rounds, best)
@@ -144,6 +146,7 @@ def check(config: RunConfig) -> None:
             f"selection.min_group_share = {config.selection.min_group_share:g} is a share of one round's pairs, and iterate = "
             f"{config.iterate} would prune what it left: set iterate to 1, or min_group_share to 0"
         )
+    make_estimator(config.influence.estimator, config.influence.options, config.curvature)
     shards_of(config)
     if encoder:
         embedding_dimension(encoder, config.embed.trust_remote_code)

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -102,7 +103,10 @@ class Run:
     def report(self) -> Path:
         """The self-contained page of a finished run; raises InputError where it is not finished."""
         self.summary()
-        return self.folder / "report.html"
+        path = self.folder / "report.html"
+        if not path.is_file():
+            raise InputError(f"{path} is missing: run the same command again")
+        return path
 
     def export(self, to: str, out: Path | str, *, shard_size: int = 10_000) -> Manifest:
         """Write the kept pairs into a folder as `npy` (DataComp), `webdataset` or `parquet`, `shard_size` of them a file.
@@ -288,6 +292,7 @@ def carry_out(stage: Stage, run: Run, engine: Engine) -> Manifest:
     if not is_done(folder, mark):
         if not is_done(working, mark):  # whole, but killed before it took its place
             _work(stage, run, engine, working, (mark, inputs))
+        _strip(working)
         shutil.rmtree(folder, ignore_errors=True)
         working.rename(folder)
     for left in folder.parent.glob(f".{folder.name}-{'[0-9a-f]' * 16}"):  # not of a stage with a longer name
@@ -296,6 +301,19 @@ def carry_out(stage: Stage, run: Run, engine: Engine) -> Manifest:
     manifest = read_manifest(folder)
     assert manifest is not None, f"{folder} lost its manifest"
     return manifest
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Of the files of an artifact; read by a worker, as they may be large."""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != ".")
+    return {path.name: file_digest(path) for path in files}
+
+
+def _strip(folder: Path) -> None:
+    """Remove what only served the work of a stage whose manifest is written."""
+    remove_buckets(folder)
+    for path in folder.glob(".*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _work(
@@ -308,10 +326,7 @@ def _work(
     (working / "manifest.json").unlink(missing_ok=True)
     workers = Workers(engine=engine, folder=working, stage=str(stage.name), resources=stage.resources(run))
     reported = stage.work(run, workers)
-    remove_buckets(working)
-    for path in working.glob(".*"):  # what only served the work
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    files = {p.name: file_digest(p) for p in sorted(working.iterdir()) if p.is_file() and p.name[0] != "."}
+    files = workers.once(partial(_digests, working))
     manifest = Manifest(
         stage=str(stage.name),
         fingerprint=made_from[0],

@@ -248,7 +248,9 @@ class TestDatasetStats:
     ) -> None:
         shards = list_shards(str(world / "world" / "pool"))
         exact = shard_stats(shards, ReadOptions(), 64)
-        monkeypatch.setattr("influencespace.planning.dataset_stats.INDEX_BYTES", 1.5 * exact.bytes / len(shards))
+        monkeypatch.setattr(
+            "influencespace.planning.dataset_stats.INDEX_BYTES", 1.5 * exact.bytes / len(shards)
+        )
         estimate = shard_stats(shards, ReadOptions(), 64)
         assert (exact.exact, estimate.exact, estimate.shards_read) == (True, False, 2)
         assert estimate.bytes == exact.bytes

@@ -125,7 +125,7 @@ def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(buckets, "write_bucket", lambda *bucket: (written.append(bucket[2]), write(*bucket)))
         run = pipeline.curate(config, out, engine, WITH_TOY)
-    assert engine.done == 4  # two buckets, their table, the means: nothing of other stages
+    assert engine.done == 5  # two buckets, their table, the means, digests: nothing of other stages
     assert written == [BUCKET]
     assert usual == {name: (out / name / "manifest.json").stat().st_mtime_ns for name in usual}
     return run
@@ -150,7 +150,7 @@ def test_a_finished_one_is_skipped_and_another_setting_is_another_result(
     assert engine.done == 0
     words = (*STAGES[:2], CaptionLength("words"), *STAGES[2:])
     pipeline.curate(config, finished.folder, engine, words)
-    assert engine.done == 4
+    assert engine.done == 5
     assert finished.manifest(TOY).details["means"] == [3, 3]  # caption of pair-...
     pipeline.curate(config, finished.folder, engine, WITH_TOY)
     assert finished.manifest(TOY).details == before.details

@@ -77,6 +77,9 @@ def demo(
 def plan(
     config: Config = None,
     *,
+    out: Annotated[
+        str, typer.Option("--out", help="Run folder that is planned for: its disk must hold the files.")
+    ] = ".",
     limit: Annotated[
         int | None,
         typer.Option(
@@ -98,7 +101,7 @@ def plan(
     from influencespace import api
     from influencespace.planning import LIMIT, print_plan
 
-    print_plan(api.plan(whole, limit=LIMIT if limit is None else limit, address=address))
+    print_plan(api.plan(whole, out=out, limit=LIMIT if limit is None else limit, address=address))
 
 
 def sweep(

@@ -105,6 +105,7 @@ class WeightedSampler(Sampler[int]):
         if uids is None:
             return cls(names, weights, **options)
         weight_of = dict(zip(names, weights.tolist()))
+        uids = list(map(str, uids))
         if not any(map(weight_of.__contains__, uids)):
             raise InputError(
                 f"none of the {len(uids)} uids is in the curated table (first: {next(iter(uids), 'none given')}, there: "

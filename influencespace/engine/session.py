@@ -61,7 +61,7 @@ def _knock(address: str) -> None:
     except (OSError, ValueError) as error:
         raise InputError(
             f"no Ray cluster answers at {address} ({error}): is `ray start --head` running there, "
-            "and is this the HOST:PORT that it told?"
+            "and is this the HOST:PORT that it reported?"
         ) from None
 
 

@@ -86,7 +86,7 @@ def second_order(index: int, checkpoint: Checkpoint, then: Problem, batch: Batch
     """The term of one checkpoint (n,), against a negative batch drawn by the problem's seed."""
     count = len(then.checkpoints)
     drawn = np.random.default_rng(then.seed).integers(len(then.bank), size=count)[index]
-    weight = checkpoint.step * checkpoint.learning_rate**2 / (then.pool_size * count)
+    weight = checkpoint.step * checkpoint.learning_rate**2 / ((then.trained_on or then.pool_size) * count)
     return weight * interaction(then, then.bank[drawn], batch)
 
 

@@ -67,6 +67,8 @@ class Problem:
     """The trainer's global batch B."""
     pool_size: int
     """N."""
+    trained_on: int | None = None
+    """Pairs of the pool that the proxy was trained on, where they are not all."""
     bank: Sequence[NegativeBatch]
     target: Sequence[NegativeBatch]
     """The target's pairs, each in one batch."""

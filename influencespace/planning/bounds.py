@@ -18,8 +18,9 @@ def existing(folder: Path) -> Path:
 def check_disk(needed: int, folder: Path) -> None:
     """Raise InputError where `needed` bytes do not fit on the disk of the run `folder`, beside what is not of the run."""
     free = shutil.disk_usage(existing(folder)).free
-    if (folder / "config.yaml").is_file():  # of a run that goes on, files are there already
-        free += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    embedded = folder / "embed"
+    if (folder / "config.yaml").is_file():  # of a run that goes on, embeddings are there already
+        free += sum(path.stat().st_size for path in embedded.rglob("*") if path.is_file())
     if needed > free:
         raise InputError(
             f"the run needs {needed / 1e9:.1f} GB in {folder}, and that disk has {free / 1e9:.1f} GB free: free some space, "

@@ -121,4 +121,4 @@ def test_embedding_workers_start_on_gpu_nodes_that_are_smaller_than_the_head(
     assert outcome["pairs"] == 44
     assert {started["device"] for started in outcome["started"]} == {"cuda"}
     assert {started["node"] for started in outcome["started"]} <= {*outcome["gpu_nodes"]}
-    assert "no machine has them: the nearest has 4, 1" in outcome["refusal"]
+    assert "no machine has them" in outcome["refusal"]

@@ -155,7 +155,7 @@ def test_the_losses_are_those_of_the_curated_proxies(world: Path, rounds: Path) 
 def test_a_second_call_does_nothing(world: Path, rounds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifests = sorted(rounds.rglob("manifest.json"))
     before = [path.stat().st_mtime_ns for path in manifests]
-    monkeypatch.setattr("conftest.LocalEngine", Idle)
+    monkeypatch.setitem(run_here.__globals__, "LocalEngine", Idle)
     again = run_with_losses(world, rounds, (3.0, 2.0, 1.0), monkeypatch)
     assert len(again["rounds"]) == 3
     assert [path.stat().st_mtime_ns for path in manifests] == before

@@ -51,6 +51,8 @@ SMALL: dict[str, Any] = {
 }
 """Settings, by their dotted names, with which every stage has something to do."""
 
+World = dict[str, Planted]
+
 
 def run_on(folder: Path, world: Mapping[str, Planted], settings: Mapping[str, Any] | None = None) -> Run:
     """A run on planted sets, with small settings but for these."""

@@ -1,12 +1,10 @@
 """A planted world, and all stages done on it once by the plain loop."""
 
 import pytest
-from chain import BY_NAME, Counting, carry, run_on
-from planted import Planted, plant
+from chain import BY_NAME, Counting, World, carry, run_on
+from planted import plant
 
 from influencespace.run import Run
-
-World = dict[str, Planted]
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chain import carry_beside, columns, with_sets
-from conftest import World
+from chain import World, carry_beside, columns, with_sets
 from sklearn.metrics import adjusted_rand_score
 
 from influencespace.models.fusion import fuse

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from chain import assert_equal_results, beside, carry, carry_beside, run_on
-from conftest import World
+from chain import World, assert_equal_results, beside, carry, carry_beside, run_on
 from safetensors.torch import load_file
 
 from influencespace.run import Run

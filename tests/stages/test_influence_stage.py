@@ -9,6 +9,7 @@ import pytest
 from chain import (
     Counting,
     Killed,
+    World,
     assert_equal_results,
     beside,
     carry,
@@ -16,18 +17,18 @@ from chain import (
     columns,
     results,
 )
-from conftest import World
 
 from influencespace.core.metrics import auroc
 from influencespace.core.quality import agreement, quality_axis
 from influencespace.core.sequential import anytime_p, tightest_at
 from influencespace.core.strata import balance, means_by, shared_spread, stratified_sample
-from influencespace.data.buckets import write_bucket
+from influencespace.data.buckets import read_columns, write_bucket
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.ray_engine import RayEngine
 from influencespace.estimators.influence import Influence, InfluenceScorer
 from influencespace.estimators.table import BY_TANGENTS, TABLE
 from influencespace.models.space import Space
+from influencespace.pipeline import STAGES
 from influencespace.run import Run
 from influencespace.stages.proxies.proxies import folds_of
 from influencespace.stages.proxies.proxy import Proxy, proxy_name
@@ -253,3 +254,15 @@ def test_any_estimator_of_the_table_curates(truth: Run, tmp_path: Path, estimato
     directional = bool(run.manifest("curvature").details["proxies"])
     assert directional == (estimator in BY_TANGENTS)
     assert np.isfinite(scored["own_in"]).all() == directional
+
+
+def test_pairs_that_no_batch_has_held_are_left_out_of_unrolled_influence(truth: Run, tmp_path: Path) -> None:
+    """Of a pool that is larger than all batches together; the others decide."""
+    settings = {"influence.estimator": "unrolled", "proxy.train.steps": 3}
+    run = beside(truth, tmp_path, *(stage.name for stage in STAGES), settings=settings)
+    details = carry(run, *(stage.name for stage in STAGES[:7])).details
+    influence = read_columns(run.at("influence") / "influence.parquet")["influence"]
+    assert np.isfinite(influence).all()
+    counts = run.manifest("influence").details
+    assert counts["without_score"] == counts["sample"] - len(influence) > 0
+    assert details["caption_control"]["influence_permuted"] is None

@@ -16,6 +16,7 @@ from chain import (
     Idle,
     Killed,
     Losing,
+    World,
     assert_equal_results,
     beside,
     carry,
@@ -25,7 +26,6 @@ from chain import (
     times,
     with_settings,
 )
-from conftest import World
 from planted import plant
 
 from influencespace.data import buckets

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chain import beside, carry, carry_beside, columns, run_on, with_sets
-from conftest import World
+from chain import World, beside, carry, carry_beside, columns, run_on, with_sets
 from planted import plant
 
 from influencespace.data.pair_set import PairSet

@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chain import beside, carry, carry_beside, columns, with_sets, with_settings
-from conftest import World
+from chain import World, beside, carry, carry_beside, columns, with_sets, with_settings
 
 from influencespace.core.additive import fit_additive
 from influencespace.core.select import HARMFUL, KEPT, REDUNDANT

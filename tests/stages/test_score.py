@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from chain import Careful, beside
-from conftest import World
+from chain import Careful, World, beside
 
 from influencespace.engine.local import Engine
 from influencespace.errors import InputError

@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chain import beside, carry, carry_beside, columns
-from conftest import World
+from chain import World, beside, carry, carry_beside, columns
 
 from influencespace.core.select import HARMFUL, KEPT, OVER_SIZE, SelectionConfig
 from influencespace.core.strata import rank_within

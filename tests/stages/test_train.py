@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chain import assert_equal_results, beside, carry, carry_beside, columns, with_sets
-from conftest import World
+from chain import World, assert_equal_results, beside, carry, carry_beside, columns, with_sets
 from safetensors.torch import load_file
 
 from influencespace.data.buckets import write_columns

@@ -21,7 +21,7 @@ from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.ingest.encode import EmbedConfig, EmbedWorker, EncoderLoader, ShardResult, load
 from influencespace.stages.ingest.imports import import_chunks, imported_identity
 from influencespace.stages.ingest.index import ShardTask, index
-from influencespace.stages.ingest.shards import shard_identities, shards_of
+from influencespace.stages.ingest.shards import role_shards, shard_identities
 
 # A worker with torch, transformers and Ray takes about 0.8 GB before its encoder; the rest is for its batches.
 LIBRARY_BYTES = 3 * 2**29
@@ -82,7 +82,7 @@ class Embed(Stage):
         return [embed.read, drawn] if self.imports(config) else [embed.content(), drawn]
 
     def inputs(self, run: Run) -> Mapping[str, str]:
-        shards = shards_of(run.config)[self.role]
+        shards = role_shards(run.config, self.role)
         data = {"data": fingerprint(sorted(shard_identities(shards)))} if shards else {}
         if self.imports(run.config):
             return imported_identity(run.config.data.embeddings) | data
@@ -99,7 +99,7 @@ class Embed(Stage):
         return folder.with_name(f"{folder.name}.chunks")
 
     def work(self, run: Run, workers: Workers) -> Details:
-        shards = shards_of(run.config)[self.role]
+        shards = role_shards(run.config, self.role)
         embed, chunks = run.config.embed, self.chunks(run)
         tasks = index(shards, embed.read, run.seed, chunks, workers) if shards else []
         index_chunks = [task.index_chunk for task in tasks]

@@ -44,7 +44,8 @@ def index(
     """Write the index chunk of each shard that has none; the tasks, with the rows of each."""
     # The file names of the chunks must not depend on the caller's numbers, which may repeat.
     shards = [replace(shard, index=position) for position, shard in enumerate(shards)]
-    marks = [fingerprint([mark, read, seed]) for mark in shard_identities(shards)]
+    drawn = seed if read.captions == "choice" else None
+    marks = [fingerprint([mark, read, drawn]) for mark in shard_identities(shards)]
     tasks = [
         ShardTask(shard=shard, position=position, fingerprint=mark, chunks=chunks, seed=seed)
         for position, (shard, mark) in enumerate(zip(shards, marks, strict=True))

@@ -40,12 +40,15 @@ def roles_of(config: Any) -> list[str]:
     return [role for role in ROLES if role == "pool" or getattr(config.data, role)]
 
 
+def role_shards(config: Any, role: str) -> list[Shard]:
+    """The shards of a role; none of embeddings that come without pictures."""
+    spec = getattr(config.data, role)
+    return list_shards(spec, config.data.images) if spec else []
+
+
 def shards_of(config: Any) -> dict[str, list[Shard]]:
     """The shards of every role that has data of its own; all paths are looked up before the first is read."""
-    data = config.data
-    listed = {role: list_shards(spec, data.images) for role in ROLES if (spec := getattr(data, role))}
-    listed.setdefault("pool", [])  # embeddings without shards: pairs without pictures
-    return listed
+    return {role: role_shards(config, role) for role in roles_of(config)}
 
 
 def shard_identities(shards: Sequence[Shard]) -> list[str]:

@@ -4,12 +4,14 @@ Workers share the probes of a sketch; each sums over the recorded batches in the
 the same bits. An estimator that scores along no direction leaves nothing to do here.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -66,6 +68,12 @@ class SolveProxy:
         return f"directions of {self.proxy}"
 
     def __call__(self) -> dict[str, Any]:
+        path = self.folder / f"{self.proxy}.safetensors"
+        if path.exists():  # of this rank, or of a smaller one
+            with safe_open(path, "pt") as file:
+                done: dict[str, Any] = json.loads(file.metadata()["record"])
+            if done.get("rank", self.rank) == self.rank:
+                return done
         problem = self.inputs.problem(self.fold, path=False)
         sketch = self._sketch(problem.space.size, problem.seed) if self.estimator.sketched else None
         solution = self.estimator.solution(problem, self.inputs.target_gradients(problem), sketch)
@@ -80,8 +88,8 @@ class SolveProxy:
                 "smallest_eigenvalue_over_damping": sketch.tail_ratio(problem.damping),
                 "largest_eigenvalue_over_damping": float(sketch.lam[0]) / problem.damping,
             }
-        with atomic_path(self.folder / f"{self.proxy}.safetensors") as aside:
-            save_file(tensors, aside)
+        with atomic_path(path) as aside:
+            save_file(tensors, aside, {"record": json.dumps(record)})
         return record
 
     def _sketch(self, size: int, seed: int) -> Sketch:

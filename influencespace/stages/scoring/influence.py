@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as plain_field
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from influencespace.core.sequential import anytime_p, next_sample_size, tightest
 from influencespace.core.strata import balance, means_by, shared_spread, stratified_sample
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, read_bucket, read_columns, write_columns
-from influencespace.errors import STRICT
+from influencespace.errors import STRICT, InputError
 from influencespace.estimators.problem import Batch, Directional, Scorer, mean_of_known
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.proxies.proxy import proxy_name
@@ -66,27 +66,25 @@ class AlongDirections:
     inputs: ScoringInputs
     estimator: Directional
     curvature: Path
+    fingerprint: str
+    """Of the curvature stage: a process keeps scorers as long as it is the same."""
     by_target_fold: bool = False
-
-    @cached_property
-    def _scorers(self) -> dict[int | None, Any]:
-        return {}
-
-    def _scorer(self, fold: int | None) -> Any:
-        if fold not in self._scorers:
-            directions = directions_of(self.curvature, proxy_name(fold))
-            along = directions if self.by_target_fold else directions.mean(0, keepdim=True)
-            problem = self.inputs.problem(fold, path=False)
-            self._scorers[fold] = self.estimator.scorer(problem, along)
-        return self._scorers[fold]
 
     def roles(self, fold: int | None, batch: Batch) -> tuple[FloatArray, FloatArray, FloatArray]:
         """As an anchor, as a negative, and as the estimator takes both: three (V, n, C)."""
-        influence, values = self._scorer(fold).by_batch(batch)
+        influence, values = _scorer(self, fold).by_batch(batch)
         return influence.own, influence.negative, values
 
     def __call__(self, fold: int | None, batch: Batch) -> FloatArray:
         return self.roles(fold, batch)[2]
+
+
+@lru_cache(maxsize=16)
+def _scorer(along: AlongDirections, fold: int | None) -> Any:
+    """The scorer of one proxy, with all that it has computed of the bank."""
+    directions = directions_of(along.curvature, proxy_name(fold))
+    rows = directions if along.by_target_fold else directions.mean(0, keepdim=True)
+    return along.estimator.scorer(along.inputs.problem(fold, path=False), rows)
 
 
 @dataclass(frozen=True)
@@ -160,18 +158,42 @@ class InterimAnalysis:
         size = np.bincount(stratum, minlength=(int(strata["cluster"].max()) + 1) * quantiles)
         buckets = [read_bucket(self.folder, "influence", start, "pair", "influence") for start in self.starts]
         rows, values = (np.concatenate([one[name] for one in buckets]) for name in ("pair", "influence"))
-        scored = means_by(stratum[rows], values, len(size))
+        known = np.isfinite(values)
+        scored = means_by(stratum[rows[known]], values[known], len(size))
+        taken = np.bincount(stratum[rows], minlength=len(size))
         count = scored.count.astype(np.float64)
         # of single pairs: a stratum's own spread is known too badly to stop by, that of its quantile of quality well
         spread = np.sqrt(shared_spread(scored, quantiles).variance * count)
         alpha = self.config.alpha
         p = anytime_p(scored.mean, spread, count, tightest_at(self.config.initial_samples, alpha))
         save_rows(self.folder / "p_values.npy", p)
-        wanted = next_sample_size(scored.count, size, p, alpha, self.config.max_samples)
-        more = stratified_sample(stratum, wanted, after=scored.count)
+        wanted = next_sample_size(taken, size, p, alpha, self.config.max_samples)
+        more = stratified_sample(stratum, wanted, after=taken)
         # from what is scored, not from the file: a task may be begun again after it has written
         save_rows(self.folder / "sample.npy", np.concatenate([rows, more]))
         return len(rows) + len(more)
+
+
+@dataclass(frozen=True)
+class DropUnscored:
+    """Task: leave out of influence.parquet the pairs that the estimator cannot score; how many they are.
+
+    Raises InputError where it can score none.
+    """
+
+    folder: Path
+
+    def __call__(self) -> int:
+        columns = read_columns(self.folder / "influence.parquet")
+        known = np.isfinite(columns["influence"])
+        if not known.any():
+            raise InputError(
+                "the estimator scores none of the sampled pairs: choose another influence.estimator"
+            )
+        if not known.all():
+            rows = {name: values[known] for name, values in columns.items()}
+            write_columns(self.folder / "influence.parquet", rows)
+        return int((~known).sum())
 
 
 def save_rows(path: Path, rows: NDArray[Any]) -> None:
@@ -196,7 +218,7 @@ class Influence(Stage):
         inputs = ScoringInputs.of(run)
         starts: dict[str, list[int]] = {}
         with scoring_pass(workers, inputs, config.bucket_size, counts["pairs"]) as scoring:
-            estimator = directional(run.config)
+            estimator, solved = directional(run.config), run.manifest("curvature").fingerprint
             by_proxy = self._fit(run, inputs, counts["pairs"], scoring if estimator is None else None)
 
             def sample(kind: Kind, file: str) -> ScoreSample:
@@ -204,7 +226,9 @@ class Influence(Stage):
                 if estimator is None:
                     scorers = by_proxy
                 else:
-                    scorers = AlongDirections(inputs, estimator, run.at("curvature"), kind == "target")
+                    scorers = AlongDirections(
+                        inputs, estimator, run.at("curvature"), solved, kind == "target"
+                    )
                 return ScoreSample(
                     kind=kind,
                     scorers=scorers,
@@ -216,16 +240,17 @@ class Influence(Stage):
             for kind, name in kinds:
                 job, rows = sample(kind, f"{name}_sample.npy"), range(counts[f"{name}_sample"])
                 starts[kind] = scoring.write(kind, job, rows, label=kind, share=4)  # F directions at once
-            starts["influence"] = self._in_looks(config, counts, sample, scoring)
+            starts["influence"] = self._in_analyses(config, counts, sample, scoring)
         for name, begins in starts.items():
             if begins:
                 workers.join(name, begins)
         if not starts["caption_control"]:
             nothing: Columns = {"pair": np.empty(0, np.int64), "influence_out": np.empty(0)}
             write_columns(workers.folder / "caption_control.parquet", nothing)
+        counts["without_score"] = workers.once(DropUnscored(workers.folder))
         return Details(rows_in=counts["pairs"], rows_out=counts["pairs"], details=counts)
 
-    def _in_looks(
+    def _in_analyses(
         self, config: InfluenceConfig, counts: dict[str, int], sample: Any, scoring: ScoringPass
     ) -> list[int]:
         """Score the sample, and what interim analyses add to it; where its buckets begin."""

@@ -132,6 +132,7 @@ class ScoringInputs:
             objective=train.objective,
             batch_size=train.batch_size,
             pool_size=len(self.pool),
+            trained_on=None if fold is None else int(OutsideFold(self.folder, fold)().sum()),
             bank=proxy.reference_bank(self.pool),
             target=[
                 NegativeBatch(inputs=self.target.inputs(rows), image=self.target.image[rows])

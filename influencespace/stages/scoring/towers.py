@@ -184,7 +184,7 @@ class ScoreThroughTowers(Stage):
         return f"scores/{self.config.estimator}-{space}"
 
     def settings(self, config: Any) -> Any:
-        return self.config, config.seed
+        return self.config, config.seed, config.embed.batch_size
 
     def inputs(self, run: Run) -> Mapping[str, str]:
         if not run.config.embed.encoder:

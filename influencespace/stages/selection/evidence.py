@@ -151,11 +151,13 @@ class Evidence:
     @cached_property
     def caption_control(self) -> CaptionControl:
         permuted = read_columns(self.folder / "caption_control.parquet")["influence_out"]
+        out, rows, weight = self.influence["influence_out"], self.influence["pair"], self._stands_for
+        # an estimator may score only pairs that a proxy was trained on
+        out = np.where(np.isfinite(out), out, self.influence["influence"])
         # judged on a plain sample of the pool: the stratified one would count rare strata too often
-        held_out, rows = self.influence["influence_out"], self.influence["pair"]
-        weight = self._stands_for
         draw = np.random.default_rng(0).choice(len(rows), len(rows), p=weight / weight.sum())
-        return caption_control(held_out[draw], self.strata["quality"][rows][draw], permuted)
+        quality = self.strata["quality"][rows][draw]
+        return caption_control(out[draw], quality, permuted[np.isfinite(permuted)])
 
     @cached_property
     def predicted(self) -> FloatArray:

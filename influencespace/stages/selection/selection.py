@@ -19,6 +19,7 @@ from influencespace.data.pair_set import PairSet
 from influencespace.estimators.filters import random_score
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.proxies.target import MIN_GROUP_IMAGES
+from influencespace.stages.scoring.curvature import directional
 from influencespace.stages.selection.evidence import Evidence, PairEvidence, WriteEvidence
 from influencespace.stages.selection.weighting import choose_weighting, chosen
 
@@ -140,7 +141,8 @@ class WriteSelection:
 
     def _details(self, curated: pa.Table, subset: Subset) -> dict[str, Any]:
         warnings = []
-        if abs(self.evidence.convergence) > NOT_CONVERGED:
+        along = directional(self.run.config) is not None
+        if along and abs(self.evidence.convergence) > NOT_CONVERGED:
             warnings.append(
                 f"the proxy has not converged: its mean in-sample influence is {self.evidence.convergence:.2f} standard "
                 f"deviations (should be below {NOT_CONVERGED}); train it longer, or lower its learning rate"
@@ -148,7 +150,7 @@ class WriteSelection:
         if self.config.group_share and self.pairs.worst_group is None:
             warnings.append(
                 f"selection.group_share = {self.config.group_share:g} has no effect: the target has no two groups of "
-                f"{2 * MIN_GROUP_IMAGES} images or more, or none is worse off"
+                f"{2 * MIN_GROUP_IMAGES} images or more, none is worse off, or the estimator scores along no direction"
             )
         score, se = self.pairs.columns["score"], self.pairs.columns["score_se"]
         threshold = self.config.tau_low * self.evidence.unit

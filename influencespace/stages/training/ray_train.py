@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influencespace.engine.placement import Resources, share
 from influencespace.models.training import Alone, Exchange
 from influencespace.run import Workers
 from influencespace.stages.proxies.train_many import TrainProxy
@@ -69,12 +70,20 @@ def _fit(left: Sequence[TrainProxy], sharing: int, workers: Workers) -> None:
     from ray.train.torch import TorchTrainer
 
     engine, storage = workers.engine, workers.folder / ".ray"
-    count = sharing if sharing > 1 else min(engine.cores, len(left))
-    cores = max(1, min(engine.cores_per_task, engine.cores // count))
+    # all must find a place at once; on a cluster the job's own driver may hold a core
+    free = engine.cores - (engine.cores_per_task < engine.cores)
+    placed = share(
+        engine.machines,
+        sharing if sharing > 1 else min(len(left), max(1, free)),
+        need=Resources(cpus=0),
+        max_cpus=max(1, min(engine.cores_per_task, free // sharing if sharing > 1 else 1)),
+    )
     trainer = TorchTrainer(
         train_share,
         train_loop_config={"trainings": left, "shared": sharing > 1},
-        scaling_config=ray.train.ScalingConfig(num_workers=count, resources_per_worker={"CPU": cores}),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=placed.workers, resources_per_worker={"CPU": placed.resources.cpus}
+        ),
         run_config=ray.train.RunConfig(
             name=f"train-{time.time_ns()}",
             storage_path=str(storage.absolute()),
