@@ -108,7 +108,7 @@ def trace(
         caption, picture = (result["retrieved"][what] for what in ("caption", "picture"))
         print(
             f"{result['query']}: caption at rank {caption['rank']:,} of {caption['of']:,}, picture at rank "
-            f"{picture['rank']:,} of {picture['of']:,}"
+            f"{picture['rank']:,} of {picture['of']:,}; {len(result['harmful'])} training pairs caused it"
         )
         print_paths(result["paths"])
 

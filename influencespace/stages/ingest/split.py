@@ -52,9 +52,9 @@ class DrawSplit:
         source = dict(self.embeddings)
         dimensions = {role: PairSet(path).table.dimension for role, path in source.items()}
         if len(set(dimensions.values())) > 1:
-            told = ", ".join(f"{role} {dimension}" for role, dimension in dimensions.items())
+            listed = ", ".join(f"{role} {dimension}" for role, dimension in dimensions.items())
             raise InputError(
-                f"embeddings of different dimensions cannot be compared ({told}): embed pool, target and test with the encoder "
+                f"embeddings of different dimensions cannot be compared ({listed}): embed pool, target and test with the encoder "
                 "that made the imported embeddings"
             )
         rows: dict[str, IntArray] = {role: np.arange(len(PairSet(path))) for role, path in source.items()}

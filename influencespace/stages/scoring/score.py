@@ -34,8 +34,8 @@ class ScoreConfig:
 
     def details(self, without: int) -> dict[str, Any]:
         """What the manifest reports of these scores, `without` of which are missing."""
-        said = {"estimator": self.estimator, "space": self.space, "options": self.options}
-        return said | {"without_score": without}
+        settings = {"estimator": self.estimator, "space": self.space, "options": self.options}
+        return settings | {"without_score": without}
 
 
 @dataclass(frozen=True)

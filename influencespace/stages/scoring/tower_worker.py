@@ -123,9 +123,9 @@ class TowerWorker:
 
     @cached_property
     def differences(self) -> TowerTangents:
-        found = load_file(self.inputs.direction)
-        directions = found["directions"].to(self.space.like)
-        return TowerTangents(self.space, directions, found["steps"])
+        solved = load_file(self.inputs.direction)
+        directions = solved["directions"].to(self.space.like)
+        return TowerTangents(self.space, directions, solved["steps"])
 
     def pixels(self, pictures: Sequence[bytes]) -> Tensor:
         """Encoded pictures, preprocessed: (n, 3, H, W)."""

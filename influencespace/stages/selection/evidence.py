@@ -86,8 +86,8 @@ class Evidence:
     @cached_property
     def p_values(self) -> FloatArray:
         """Of every leaf's mean influence on this target being zero, however often it was looked at (C * Q,)."""
-        found: FloatArray = np.load(self.folder / "p_values.npy")
-        return found
+        values: FloatArray = np.load(self.folder / "p_values.npy")
+        return values
 
     @cached_property
     def common_variance(self) -> FloatArray:

@@ -86,22 +86,22 @@ class Reweighting:
         scorer = online_scorer(
             Space(heads), self._target, self._bank, train.objective, train.batch_size, preconditioner
         )
-        found = scorer(self.inputs.pool.inputs(sample), self.inputs.pool.image[sample])
-        influence = mean_of_known(found.by_batch[0])
+        influences = scorer(self.inputs.pool.inputs(sample), self.inputs.pool.image[sample])
+        influence = mean_of_known(influences.by_batch[0])
         known = np.isfinite(influence)
         return sample[known], influence[known]
 
     @torch.no_grad()
     def _in_sample(self, kept: IntArray, heads: Heads) -> FloatArray:
         """negCLIPLoss of the kept pairs by these heads."""
-        contexts = [(*heads(*context.inputs), context.image) for context in self._bank]
+        bank = [(*heads(*batch.inputs), batch.image) for batch in self._bank]
         scale = 1 / self.inputs.proxy.train.temperature
-        found = []
+        scores = []
         for start, stop in buckets_of(len(kept), self.inputs.proxy.bucket_size):
             rows = kept[start:stop]
             u, t = heads(*self.inputs.pool.inputs(rows))
-            found.append(neg_clip_loss(u, t, self.inputs.pool.image[rows], contexts, scale))
-        return np.concatenate(found)
+            scores.append(neg_clip_loss(u, t, self.inputs.pool.image[rows], bank, scale))
+        return np.concatenate(scores)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,22 +183,22 @@ class ImageGroups:
 def recall_by_group(shares: FloatArray, groups: list[str | None]) -> dict[str, Any] | None:
     """Mean recall of each group, of the worst, and how far that is below the best, with intervals over seeds and images.
 
-    Recall by seed and image (R, n); None for one group. Which groups are worst and best is taken as it was found.
+    Recall by seed and image (R, n); None for one group. Which groups are worst and best is taken as measured.
     """
     known = np.array([group is not None for group in groups])
     names = np.array([group for group in groups if group is not None])
     if len(np.unique(names)) < 2:
         return None
     means = group_means(shares.mean(0)[known], names)
-    found = dict(zip(np.unique(names).tolist(), means.tolist(), strict=True))
-    worst, best = min(found, key=lambda name: found[name]), max(found, key=lambda name: found[name])
+    recalls = dict(zip(np.unique(names).tolist(), means.tolist(), strict=True))
+    worst, best = min(recalls, key=lambda name: recalls[name]), max(recalls, key=lambda name: recalls[name])
     low, high = (bootstrap_means(shares[:, known][:, names == name]) for name in (worst, best))
     return {
-        "by_group": found,
+        "by_group": recalls,
         "worst_group": worst,
-        "worst_group_recall": found[worst],
+        "worst_group_recall": recalls[worst],
         "worst_group_recall_ci": list(interval(low.clip(0, 100))),
-        "group_gap": found[best] - found[worst],
+        "group_gap": recalls[best] - recalls[worst],
         "group_gap_ci": list(interval(high - low)),
     }
 
