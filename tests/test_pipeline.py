@@ -1,6 +1,5 @@
 """The main job's order of work, where it is not seen from outside."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,33 +8,31 @@ from influencespace import pipeline
 from influencespace.config import RunConfig
 from influencespace.data.artifacts import Manifest, write_manifest
 from influencespace.engine.local import Engine, LocalEngine
-from influencespace.run import Run, Stage
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A stage that has its manifest already."""
-
-    name: str
+from influencespace.run import Run, Stage, stage_fingerprint
+from influencespace.stages.ingest.split import Split
 
 
 @pytest.mark.parametrize("changed", [False, True])
-def test_results_of_other_data_are_removed_before_a_run_goes_on(
+def test_results_of_other_data_are_removed_before_the_data_are_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: bool
 ) -> None:
-    """However it ends: `show` and `export` would take them for those of the data that are there now."""
+    """However the run ends: `show` and `export` would take them for those of the data that are there now."""
 
-    def carried_out(stage: Stage, run: Run, engine: Engine) -> Manifest:
-        if stage.name != "split":
-            raise KeyboardInterrupt
-        return Manifest(stage="split", fingerprint="f", inputs={"embed/pool": "new" if changed else "old"})
+    def killed(stage: Stage, run: Run, engine: Engine) -> Manifest:
+        raise KeyboardInterrupt
 
-    write_manifest(tmp_path / "split", Manifest(stage="split", fingerprint="f", inputs={"embed/pool": "old"}))
+    def embedded(fingerprint: str) -> None:
+        write_manifest(tmp_path / "embed" / "pool", Manifest(stage="embed/pool", fingerprint=fingerprint))
+
+    embedded("old")
+    mark, _ = stage_fingerprint(Split(), Run(folder=tmp_path, config=RunConfig()))
+    write_manifest(tmp_path / "split", Manifest(stage="split", fingerprint=mark))
     for name in pipeline.RESULTS:
         (tmp_path / name).touch()
-    monkeypatch.setattr(pipeline, "data_stages", lambda config: (Finished("split"),))
-    monkeypatch.setattr(pipeline, "pair_sets", lambda run: {})
-    monkeypatch.setattr(pipeline, "carry_out", carried_out)
+    if changed:
+        embedded("new")
+    monkeypatch.setattr(pipeline, "data_stages", lambda config: (Split(),))
+    monkeypatch.setattr(pipeline, "carry_out", killed)
     with pytest.raises(KeyboardInterrupt):
         pipeline._curate(RunConfig(), tmp_path, LocalEngine(), pipeline.STAGES)
     assert all((tmp_path / name).exists() is not changed for name in pipeline.RESULTS)
