@@ -6,7 +6,7 @@ of a rare group are in the pool, so its influence is carried over by likeness: a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, read_bucket, read_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.influence import sketch_curvature
-from influencespace.estimators.problem import Directional, Problem
+from influencespace.estimators.problem import Directional, Problem, mean_of_known
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.proxies.proxy import ALL
 from influencespace.stages.scoring.curvature import directional
-from influencespace.stages.scoring.scoring import ScoringInputs
+from influencespace.stages.scoring.scoring import ScoringInputs, scoring_pass
 
 MAX_FITTED = 20_000  # scored pairs whose embeddings are in memory at once
 GROUPS = "groups.parquet"
@@ -116,18 +116,22 @@ class SolveDisadvantaged:
 class ScoreForGroups:
     """Columns: in-sample influence of some scored pairs on the groups that are worse off; those that none can judge left out."""
 
-    groups: Disadvantaged
+    estimator: Directional
     sample: Path
     folder: Path
 
-    def __call__(self, start: int, stop: int) -> Columns:
-        inputs = self.groups.inputs
+    def __call__(self, inputs: ScoringInputs, start: int, stop: int) -> Columns:
         rows = read_columns(self.sample, "pair")["pair"][start:stop]
-        direction = load_file(self.folder / "direction.safetensors")["direction"]
-        scorer = self.groups.estimator.scorer(inputs.problem(path=False), direction)
-        by_batch = scorer.by_batch(inputs.batch(rows))[1][0]
+        by_batch = _scorer(self, inputs).by_batch(inputs.batch(rows))[1][0]
         known = np.isfinite(by_batch).any(1)
-        return {"pair": rows[known], "influence": np.nanmean(by_batch[known], 1)}
+        return {"pair": rows[known], "influence": mean_of_known(by_batch[known])}
+
+
+@lru_cache(maxsize=1)
+def _scorer(score: ScoreForGroups, inputs: ScoringInputs) -> Any:
+    """Made once by each worker, with all that it computes of the bank."""
+    direction = load_file(score.folder / "direction.safetensors")["direction"]
+    return score.estimator.scorer(inputs.problem(path=False), direction)
 
 
 def features(pool: PairSet, rows: IntArray) -> FloatArray:
@@ -199,8 +203,10 @@ class Fairness(Stage):
             details = workers.once(SolveDisadvantaged(groups=groups, folder=out))
             if any(group["share"] for group in details["groups"]):
                 sample = run.at("influence") / "influence.parquet"
-                score = ScoreForGroups(groups=groups, sample=sample, folder=out)
-                starts = workers.buckets("scored", score, range(scored.details["sample"]), size)
+                score = ScoreForGroups(estimator=estimator, sample=sample, folder=out)
+                rows = range(scored.details["sample"] - scored.details["without_score"])
+                with scoring_pass(workers, groups.inputs, size, len(rows)) as scoring:
+                    starts = scoring.write("scored", score, rows)
                 details["freedom"] = workers.once(FitForGroups(pool=run.pool, folder=out, starts=starts))
                 workers.join("scored", starts)
                 predict = PredictForGroups(pool=run.pool, folder=out)
