@@ -228,14 +228,13 @@ class Workers:
         size: int,
         *,
         label: str = "",
-        unit: str = "pairs",
     ) -> list[int]:
         """Write what `compute(start, stop)` gives for every bucket of some rows; where the buckets begin."""
         spans = [(rows.start + a, rows.start + b) for a, b in buckets_of(len(rows), size)]
         tasks = [
             WriteBucket(folder=self.folder, table=name, start=a, stop=b, compute=compute) for a, b in spans
         ]
-        self.map(tasks, total=len(rows), unit=unit, label=label, size=int)
+        self.map(tasks, total=len(rows), label=label, size=int)
         return [start for start, _ in spans]
 
     def table(self, name: str, compute: ComputeColumns, rows: int, size: int, *, label: str = "") -> None:

@@ -1,6 +1,8 @@
 """The curation benchmarks on a tiny synthetic world, with its planted truth."""
 
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from benchmarks.data import scenario_pools
 from benchmarks.data.datasets import Dataset, Setting, some_images
 from benchmarks.data.scenario_pools import EVERY_SCENARIO, Scenario
 from benchmarks.methods.seed_baseline import SETTINGS, SeedCuration
-from influencespace.config import load_config
+from influencespace.config import as_tree, load_config
 from influencespace.stages.ingest.split import SplitConfig
 
 SETTING = Setting(wrong=0.3, captions=2, steps=8)
@@ -97,7 +99,9 @@ def test_dynamic_training_is_judged(dataset: Dataset) -> None:
 def test_every_changed_setting_exists() -> None:
     changes = [each for values in ablations.SETTINGS.values() for each in values.values()]
     for each in (*changes, *redundancy.THRESHOLDS, SETTINGS):
-        load_config(None, {key: value for key, value in each.items() if key not in ("images", "steps")})
+        settings = {key: value for key, value in each.items() if key not in ("images", "steps")}
+        tree = as_tree(load_config(None, settings))
+        assert {key: reduce(getitem, key.split("."), tree) for key in settings} == settings
 
 
 def test_a_small_target_has_whole_images(dataset: Dataset, tmp_path: Path) -> None:

@@ -131,15 +131,8 @@ class ScoreSample:
             by_fold = mean_of_known(balanced(values, out, self.folds))
             return {"pair": rows, "by_target_fold": np.ascontiguousarray(by_fold.T)}
         by_batch = balanced(values[0], out[0], self.folds)
-        return {
-            "pair": rows,
-            "own_in": mean_of_known(own[0]),
-            "negative_in": mean_of_known(negative[0]),
-            "influence_in": mean_of_known(values[0]),
-            "influence_out": mean_of_known(out[0]),
-            "influence": mean_of_known(by_batch),
-            "by_batch": by_batch,
-        }
+        means = map(mean_of_known, (own[0], negative[0], values[0], out[0], by_batch))
+        return dict(zip(INFLUENCE, (rows, *means, by_batch), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,7 +132,8 @@ class ScoringInputs:
             objective=train.objective,
             batch_size=train.batch_size,
             pool_size=len(self.pool),
-            trained_on=None if fold is None else int(OutsideFold(self.folder, fold)().sum()),
+            # of use with a path alone: other tasks do not read the folds of the whole pool
+            trained_on=int(OutsideFold(self.folder, fold)().sum()) if path and fold is not None else None,
             bank=proxy.reference_bank(self.pool),
             target=[
                 NegativeBatch(inputs=self.target.inputs(rows), image=self.target.image[rows])

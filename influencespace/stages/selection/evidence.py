@@ -91,14 +91,14 @@ class Evidence:
 
     @cached_property
     def common_variance(self) -> FloatArray:
-        """Squared standard error of each quantile's mean from the target (its folds) and the bank (its contexts): (Q,)."""
+        """Squared standard error of each quantile's mean from the target (its folds) and the bank (its batches): (Q,)."""
         target = read_columns(self.folder / "target.parquet")
         by_fold = self._means_of_repeats(target["pair"], target["by_target_fold"])
         by_batch = self._means_of_repeats(self.influence["pair"], self.influence["by_batch"])
         return spread_of_repeats(by_fold) + spread_of_repeats(by_batch)
 
     def _means_of_repeats(self, pairs: NDArray[np.int64], values: FloatArray) -> FloatArray:
-        """Quantile means for each repeat: values (n, R) -> (R, Q); a pair a context cannot judge is left out of it."""
+        """Quantile means for each repeat: values (n, R) -> (R, Q); a pair that a batch cannot judge is left out of it."""
         quantile = self.strata["quantile"][pairs]
         means = []
         for column in values.T:
@@ -215,21 +215,21 @@ class PairEvidence:
 
     def decide(self, config: SelectionConfig) -> Subset:
         """The subset that a configuration makes of it: cheap, for trials and sweeps."""
-        given = self.columns
-        predicted = given["predicted"]
+        columns = self.columns
+        predicted = columns["predicted"]
         if config.clip_score_share:
-            predicted = predicted + config.clip_score_share * given["pretrained"]
+            predicted = predicted + config.clip_score_share * columns["pretrained"]
         if config.group_share and self.worst_group is not None:
-            predicted = predicted + config.group_share * given["for_groups"]
+            predicted = predicted + config.group_share * columns["for_groups"]
         return select(
-            given["score"],
-            given["score_se"],
+            columns["score"],
+            columns["score_se"],
             self.unit,
             predicted,
             config,
-            redundant=given["leader"] != np.arange(len(predicted)),
-            image=given["image"],
-            group=given["group"] if config.min_group_share else None,
+            redundant=columns["leader"] != np.arange(len(predicted)),
+            image=columns["image"],
+            group=columns["group"] if config.min_group_share else None,
         )
 
 
