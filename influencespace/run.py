@@ -196,6 +196,15 @@ class Workers:
     def cores(self) -> int:
         return self.engine.cores
 
+    @property
+    def device(self) -> str:
+        """Where heavy tasks compute: on GPUs where there are any."""
+        return "cuda" if any(machine.gpus for machine in self.engine.machines) else "cpu"
+
+    def heavy(self, gpu_share: float = 0.25, **more: Any) -> Resources:
+        """What one worker of a heavy task needs: a core, and a share of a GPU where there are any."""
+        return Resources(gpus=gpu_share if self.device == "cuda" else 0.0, **more)
+
     def once(self, job: Callable[[], Any]) -> Any:
         """Run one job on one worker, away from the driver."""
         return run_once(self.engine, job)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -98,6 +99,22 @@ def read_columns(path: Path, *names: str) -> Columns:
     """Columns of a Parquet file as numpy arrays, lists of fixed size as (n, k); all when none is named."""
     table = pq.read_table(path, columns=list(names) or None)
     return {name: _from_arrow(table[name]) for name in table.column_names}
+
+
+def read_rows(path: Path, rows: slice, *names: str) -> Columns:
+    """Columns of a range of rows of a Parquet file: only the row groups that hold them are read."""
+    with pq.ParquetFile(path) as file:
+        starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
+        start, stop, _ = rows.indices(int(starts[-1]))
+        groups = np.flatnonzero((starts[1:] > start) & (starts[:-1] < max(stop, start + 1)))
+        table = file.read_row_groups(groups.tolist(), columns=list(names) or None)
+    table = table.slice(start - int(starts[groups[0]]) if len(groups) else 0, max(0, stop - start))
+    return {name: _from_arrow(table[name]) for name in table.column_names}
+
+
+def table_rows(path: Path) -> int:
+    """The rows of a Parquet file."""
+    return int(pq.read_metadata(path).num_rows)
 
 
 def write_columns(path: Path, columns: Columns) -> None:

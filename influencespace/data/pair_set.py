@@ -6,11 +6,14 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from influencespace.core.arrays import IntArray
+from influencespace.data.buckets import Columns
 from influencespace.data.embeddings import EmbeddingTable
 
 
@@ -63,10 +66,39 @@ class PairSet:
 
     @cached_property
     def group(self) -> IntArray:
-        """Group of each pair, numbered; -1 where the data names none (n,)."""
-        names = self.table.pairs("group")["group"].combine_chunks().dictionary_encode()
-        codes: IntArray = names.indices.fill_null(-1).to_numpy().astype(np.int64)
-        return codes[self.rows]
+        """Group of each pair, its place in `groups`; -1 where the data names none (n,)."""
+        return self.read(slice(None), "group")["group"]
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """The names of all groups of the artifact, sorted."""
+        names = self.table.pairs("group")["group"].unique().drop_null()
+        return sorted(names.to_pylist())
+
+    def read(self, rows: slice | IntArray, *names: str) -> Columns:
+        """Columns of some pairs of the set (m,), by default of all: numbers as numpy numbers, text as objects, `group` as its
+        place in `groups` (-1: none).
+
+        Reads what it returns: a range of rows costs no more than that range.
+        """
+        table = self._table(rows, names)
+        columns: Columns = {}
+        for name in names:
+            values = table[name]
+            if name == "group":
+                places = pc.index_in(values, value_set=pa.array(self.groups, values.type))
+                columns[name] = places.fill_null(-1).to_numpy().astype(np.int64)
+            else:
+                columns[name] = values.to_numpy(zero_copy_only=False)
+        return columns
+
+    def _table(self, rows: slice | IntArray, names: Sequence[str]) -> pa.Table:
+        if isinstance(rows, slice) and self.rows_file is None:
+            start, stop, _ = rows.indices(len(self))
+            return self.table.rows(start, stop, *names)
+        place = self.rows[rows]
+        first = int(place.min(initial=0)) if len(place) else 0
+        return self.table.rows(first, int(place.max(initial=-1)) + 1, *names).take(place - first)
 
     def column(self, name: str) -> Sequence[object]:
         """A column of the artifact's pairs as Python values (n,)."""

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from influencespace.data.buckets import (
     Columns,
@@ -11,7 +13,9 @@ from influencespace.data.buckets import (
     join_buckets,
     read_bucket,
     read_columns,
+    read_rows,
     remove_buckets,
+    table_rows,
     write_bucket,
 )
 
@@ -50,3 +54,11 @@ def test_no_bucket_is_left_behind(tmp_path: Path) -> None:
     remove_buckets(tmp_path)
     assert not list(tmp_path.iterdir())
     remove_buckets(tmp_path)
+
+
+def test_a_range_of_rows_is_read_from_the_row_groups_that_hold_it(tmp_path: Path) -> None:
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"row": np.arange(100), "other": np.zeros(100)}), path, row_group_size=7)
+    for start, stop in ((0, 100), (6, 8), (7, 14), (93, 100), (99, 100), (0, 0), (50, 50), (100, 100)):
+        assert read_rows(path, slice(start, stop), "row")["row"].tolist() == list(range(start, stop))
+    assert len(read_rows(path, slice(None))["other"]) == table_rows(path) == 100
