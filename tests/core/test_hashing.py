@@ -36,5 +36,6 @@ def test_folds_are_of_like_size_and_independent_of_other_seeds() -> None:
 
 def test_uniform_numbers_fill_the_unit_interval_evenly() -> None:
     values = uniform(np.arange(100_000), 7)
-    assert values.min() >= 0 and values.max() < 1
+    assert values.min() >= 0
+    assert values.max() < 1
     assert abs(np.histogram(values, 10, (0, 1))[0] / 10_000 - 1).max() < 0.05
