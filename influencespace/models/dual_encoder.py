@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -14,21 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from influencespace.core.contrastive import contrastive_loss
-from influencespace.models.pixels import pixel_pipeline
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """How one kind of dual encoder is called."""
-
-    model_class: str
-    """Name of the model class in transformers."""
-    text_inputs: tuple[str, ...] = ("input_ids", "attention_mask")
-    """What its text tower reads of a tokenizer's output."""
-    pads_to_full_length: bool = False
-    """SigLIP learned from captions padded to full length, without a mask, and reads the last position."""
-    projects_every_token: bool = False
-    """FLAVA projects every token; its contrastive loss uses the first."""
+from influencespace.models.preprocessing import Family, Preprocessing
 
 
 class DualEncoder(nn.Module):
@@ -47,16 +32,13 @@ class DualEncoder(nn.Module):
         # Channels last: convolutions on the CPU run 1.7 times faster (MobileNetV2); ViTs do not notice.
         self.model: Any = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.eval()
-        self.tokenizer = tokenizer
-        self.processor = processor
+        self.preprocessing = Preprocessing(tokenizer, processor, self.model.config, family)
         self.family = family
-        self.pipeline = pixel_pipeline(processor)
-        self.max_length = _max_length(tokenizer, self.model.config)
+        self.pipeline = self.preprocessing.pipeline
+        self.max_length = self.preprocessing.max_length
         self.logit_scale = float(self.model.logit_scale.detach().float().exp())
         bias = getattr(self.model, "logit_bias", None)
         self.objective = contrastive_loss(self.logit_scale, None if bias is None else float(bias.detach()))
-        # This first call also fixes the tokenizer's padding and truncation, which no later call then changes:
-        # a fast tokenizer whose settings change cannot be shared by threads.
         tokens, _ = self.tokenize(["a probe"])
         self.dimension = self.encode_text(tokens).shape[1]
         self.fingerprint = _fingerprint(self)
@@ -67,26 +49,12 @@ class DualEncoder(nn.Module):
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
     def preprocess_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Resize and crop images to (B, 3, H, W) on the CPU, as uint8 where no more is needed."""
-        if self.pipeline is not None:
-            return self.pipeline(images)
-        pixels: Tensor = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
-        return pixels
+        """As `Preprocessing.preprocess_images`."""
+        return self.preprocessing.preprocess_images(images)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[dict[str, Tensor], list[bool]]:
-        """The text tower's inputs, each (B, L) on the CPU, and which texts were cut to its maximum length."""
-        batch = self.tokenizer(
-            list(texts),
-            padding="max_length" if self.family.pads_to_full_length else "longest",
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
-        tokens = {name: batch[name] for name in self.family.text_inputs if name in batch}
-        if batch.encodings is not None:
-            return tokens, [bool(encoding.overflowing) for encoding in batch.encodings]
-        whole = self.tokenizer(list(texts), verbose=False)["input_ids"]
-        return tokens, [len(ids) > self.max_length for ids in whole]
+        """As `Preprocessing.tokenize`."""
+        return self.preprocessing.tokenize(texts)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embed preprocessed images (B, 3, H, W) as unit rows, float32 (B, D), on the encoder's device."""
@@ -130,15 +98,10 @@ def unit(rows: Tensor) -> Tensor:
     return normalize(rows, dim=1, eps=torch.finfo(rows.dtype).tiny)
 
 
-def _max_length(tokenizer: Any, config: Any) -> int:
-    positions = getattr(config.text_config, "max_position_embeddings", None) or tokenizer.model_max_length
-    return int(min(tokenizer.model_max_length, positions))
-
-
 def _fingerprint(encoder: DualEncoder) -> str:
     digest = blake2b(digest_size=16)
-    settings = sorted(encoder.processor.to_dict().items())
-    vocabulary = sorted(encoder.tokenizer.get_vocab().items())
+    settings = sorted(encoder.preprocessing.processor.to_dict().items())
+    vocabulary = sorted(encoder.preprocessing.tokenizer.get_vocab().items())
     digest.update(repr((type(encoder.model).__name__, encoder.max_length, settings, vocabulary)).encode())
     for name, weights in sorted(encoder.model.state_dict().items()):
         digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}".encode())

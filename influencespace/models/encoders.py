@@ -15,10 +15,11 @@ import torch
 import transformers
 
 from influencespace.errors import InputError
-from influencespace.models.dual_encoder import DualEncoder, Family
+from influencespace.models.dual_encoder import DualEncoder
 from influencespace.models.pixels import probe_images
+from influencespace.models.preprocessing import Family, Preprocessing
 
-__all__ = ["FAMILIES", "DualEncoder", "load_encoder"]
+__all__ = ["FAMILIES", "DualEncoder", "load_encoder", "load_preprocessing"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SENTENCE_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -69,8 +70,7 @@ def load_encoder(
         )
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"encoder '{name}' lacks {len(missing)} of its weights ({', '.join(missing[:3])})")
-    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
-        raise InputError(f"encoder '{name}': its tokenizer knows no words; are its tokenizer files missing?")
+    _check_words(name, tokenizer)
     try:
         encoder = DualEncoder(model, tokenizer, processor, family=family, device=target)
         dimension = encoder.encode_image(encoder.preprocess_images(probe_images())).shape[1]
@@ -81,6 +81,24 @@ def load_encoder(
             f"encoder '{name}' embeds images in {dimension} dimensions and texts in {encoder.dimension}"
         )
     return encoder
+
+
+def load_preprocessing(path_or_hub_id: str | Path, *, trust_remote_code: bool = False) -> Preprocessing:
+    """The image processor and tokenizer of a dual encoder, without its weights; raises InputError as `load_encoder` does."""
+    name = _existing(str(path_or_hub_id))
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with quiet():
+        config = _load(name, "config.json", transformers.AutoConfig, **trust)
+        family = _family(name, config.model_type, trust_remote_code)
+        tokenizer = _load(name, "tokenizer", transformers.AutoTokenizer, **trust)
+        processor = _load(name, "image processor", transformers.AutoImageProcessor, backend="pil", **trust)
+    _check_words(name, tokenizer)
+    return Preprocessing(tokenizer, processor, config, family)
+
+
+def _check_words(name: str, tokenizer: Any) -> None:
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise InputError(f"encoder '{name}': its tokenizer knows no words; are its tokenizer files missing?")
 
 
 def _existing(name: str) -> str:
