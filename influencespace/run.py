@@ -23,7 +23,8 @@ from influencespace.data.artifacts import (
     read_manifest,
     write_manifest,
 )
-from influencespace.data.buckets import ComputeColumns, WriteBucket, buckets_of, join_buckets, remove_buckets
+from influencespace.data.buckets import ComputeColumns, buckets_of, join_buckets, remove_buckets, write_tasks
+from influencespace.data.exchange import Exchange, ReduceGroups
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.local import Engine, Pool, WorkerFactory, run_once, run_task
 from influencespace.engine.placement import Resources
@@ -222,28 +223,18 @@ class Workers:
         """The results of all tasks, in the order in which they end; `size` of a result advances the progress to `total`."""
         results = []
         with self.progress(len(tasks) if total is None else total, unit, label) as bar:
-            for result in self.engine.map(
-                run_task, tasks, workers=self.cores, resources=resources or self.resources
-            ):
+            needs = resources or self.resources
+            for result in self.engine.map(run_task, tasks, workers=self.cores, resources=needs):
                 results.append(result)
                 bar.advance(size(result))
         return results
 
     def buckets(
-        self,
-        name: str,
-        compute: ComputeColumns,
-        rows: range,
-        size: int,
-        *,
-        label: str = "",
+        self, name: str, compute: ComputeColumns, rows: range, size: int, *, label: str = ""
     ) -> list[int]:
         """Write what `compute(start, stop)` gives for every bucket of some rows; where the buckets begin."""
         spans = [(rows.start + a, rows.start + b) for a, b in buckets_of(len(rows), size)]
-        tasks = [
-            WriteBucket(folder=self.folder, table=name, start=a, stop=b, compute=compute) for a, b in spans
-        ]
-        self.map(tasks, total=len(rows), label=label, size=int)
+        self.map(write_tasks(self.folder, name, compute, spans), total=len(rows), label=label, size=int)
         return [start for start, _ in spans]
 
     def table(self, name: str, compute: ComputeColumns, rows: int, size: int, *, label: str = "") -> None:
@@ -252,7 +243,23 @@ class Workers:
 
     def join(self, name: str, starts: Sequence[int]) -> None:
         """Write `name`.parquet from finished buckets."""
-        self.once(_Join(self.folder, name, tuple(starts)))
+        self.once(partial(join_buckets, self.folder, name, tuple(starts)))
+
+    def group_by(
+        self,
+        name: str,
+        emit: ComputeColumns,
+        key: str,
+        reduce: ReduceGroups,
+        rows: int,
+        size: int,
+        *,
+        resources: Resources | None = None,
+        **more: int,
+    ) -> None:
+        """Write `name`.parquet, in row order: what `reduce` gives for groups of the rows of `emit` alike in the column `key`."""
+        for tasks, total in Exchange(self.folder, name, emit, key, reduce, rows, size, **more).steps():
+            self.map(tasks, total=total, size=int, label=name, resources=resources)
 
     @contextmanager
     def pool(self, factory: WorkerFactory, tasks: int) -> Iterator[Pool]:
@@ -265,16 +272,6 @@ class Workers:
         """Show rate and time left of what goes on in the block."""
         with progress(f"{self.stage} ({label})" if label else self.stage, total, unit) as bar:
             yield bar
-
-
-@dataclass(frozen=True)
-class _Join:
-    folder: Path
-    name: str
-    starts: tuple[int, ...]
-
-    def __call__(self) -> int:
-        return join_buckets(self.folder, self.name, self.starts)
 
 
 def stage_fingerprint(stage: Stage, run: Run) -> tuple[str, dict[str, str]]:

@@ -1,7 +1,7 @@
 """Results of a stage by bucket, a range of the canonical order: one file a bucket, then one Parquet file in that order."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,13 @@ class WriteBucket:
         return self.stop - self.start
 
 
+def write_tasks(
+    folder: Path, table: str, compute: ComputeColumns, spans: Iterable[tuple[int, int]]
+) -> list[WriteBucket]:
+    """The tasks that write the buckets of some spans."""
+    return [WriteBucket(folder=folder, table=table, start=a, stop=b, compute=compute) for a, b in spans]
+
+
 def write_bucket(folder: Path, name: str, start: int, columns: Columns) -> None:
     """Write one bucket's columns, (n,) or (n, k) each, atomically."""
     table = pa.table({key: _to_arrow(value) for key, value in columns.items()})
@@ -70,6 +77,11 @@ def read_bucket(folder: Path, name: str, start: int, *names: str) -> Columns:
     """Columns of one finished bucket."""
     table = open_bucket(folder, name, start)
     return {key: _from_arrow(table[key]) for key in names}
+
+
+def read_range(table: pa.Table, start: int, stop: int) -> Columns:
+    """All columns of the rows [start, stop) of an open bucket."""
+    return {key: _from_arrow(table[key].slice(start, stop - start)) for key in table.column_names}
 
 
 def join_buckets(folder: Path, name: str, starts: Sequence[int]) -> int:

@@ -1,0 +1,153 @@
+"""Group-by through files: rows exchanged by the hash of a key, whole groups computed on, and results put back in row order.
+
+Three steps, each a list of tasks whose results are files (a task is done if and only if its file is there): every range of
+rows is sorted into partitions; each partition, which holds whole groups, is computed on; every range gathers its results.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from influencespace.core.arrays import IntArray
+from influencespace.core.hashing import hashed
+from influencespace.data.buckets import (
+    Columns,
+    ComputeColumns,
+    bucket_path,
+    buckets_of,
+    join_buckets,
+    open_bucket,
+    read_range,
+    write_tasks,
+)
+
+PARTITION_ROWS = 250_000
+"""Rows of a partition, on average: what a task holds of thin columns at once, unless one group is larger."""
+SEED = 15  # of the hash; another number than that of folds and samples
+ROW, PARTITION = "row", "partition"
+
+ReduceGroups = Callable[[Columns], Columns]
+"""Computes on whole groups: columns (m,) or (m, k) with the key and `row`, sorted by both, give columns of the same rows."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What is exchanged: the rows [0, rows) in ranges of `size`, grouped by an integer column.
+
+    A task holds one range or one partition: the larger of `partition_rows` rows, about, and of the largest group.
+    """
+
+    folder: Path
+    name: str
+    emit: ComputeColumns
+    """Gives the columns of the rows [start, stop), one of them the key."""
+    key: str
+    reduce: ReduceGroups
+    rows: int
+    size: int
+    partition_rows: int = PARTITION_ROWS
+
+    @property
+    def partitions(self) -> int:
+        return -(-self.rows // self.partition_rows)
+
+    @property
+    def starts(self) -> list[int]:
+        """Where the ranges begin."""
+        return [start for start, _ in buckets_of(self.rows, self.size)]
+
+    def steps(self) -> Iterator[tuple[Sequence[Callable[[], int]], int]]:
+        """The tasks of each step, and the sum of what they return; a step needs all files of the one before.
+
+        None where the table is there. What only served the work is removed after the last one.
+        """
+        if (self.folder / f"{self.name}.parquet").exists():
+            return
+        ranges = list(buckets_of(self.rows, self.size))
+        partitions = [(p, p + 1) for p in range(self.partitions)]
+        yield write_tasks(self.folder, self._sent, Partition(self), ranges), self.rows
+        yield write_tasks(self.folder, self._reduced, ReducePartition(self), partitions), self.partitions
+        yield write_tasks(self.folder, self.name, GatherRange(self), ranges), self.rows
+        yield [partial(join_buckets, self.folder, self.name, self.starts)], self.rows
+        for name, starts in (
+            (self._sent, self.starts),
+            (self._reduced, range(self.partitions)),
+            (self.name, self.starts),
+        ):
+            for start in starts:
+                bucket_path(self.folder, name, start).unlink(missing_ok=True)
+
+    @property
+    def _sent(self) -> str:
+        return f"{self.name}.sent"
+
+    @property
+    def _reduced(self) -> str:
+        return f"{self.name}.reduced"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Columns: those of a range of rows with `row` and `partition`, sorted by partition."""
+
+    exchange: Exchange
+
+    def __call__(self, start: int, stop: int) -> Columns:
+        exchange = self.exchange
+        columns = exchange.emit(start, stop)
+        partition = hashed(columns[exchange.key], SEED) % np.uint64(exchange.partitions)
+        columns |= {ROW: np.arange(start, stop), PARTITION: partition.astype(np.int32)}
+        return _taken(columns, np.argsort(columns[PARTITION], kind="stable"))
+
+
+@dataclass(frozen=True)
+class ReducePartition:
+    """Columns: what `reduce` gives for all groups of a partition, with `row`, sorted by row."""
+
+    exchange: Exchange
+
+    def __call__(self, start: int, stop: int) -> Columns:
+        exchange = self.exchange
+        parts = [_slice(exchange, exchange._sent, at, PARTITION, start, stop) for at in exchange.starts]
+        columns = _together(parts)
+        if not columns:
+            return {ROW: np.empty(0, np.int64)}
+        del columns[PARTITION]
+        columns = _taken(columns, np.lexsort((columns[ROW], columns[exchange.key])))
+        results = exchange.reduce(columns) | {ROW: columns[ROW]}
+        return _taken(results, np.argsort(results[ROW]))
+
+
+@dataclass(frozen=True)
+class GatherRange:
+    """Columns: the results of a range of rows, in their order."""
+
+    exchange: Exchange
+
+    def __call__(self, start: int, stop: int) -> Columns:
+        exchange = self.exchange
+        parts = [
+            _slice(exchange, exchange._reduced, at, ROW, start, stop) for at in range(exchange.partitions)
+        ]
+        columns = _together(parts)
+        order = np.argsort(columns.pop(ROW))
+        return _taken(columns, order)
+
+
+def _slice(exchange: Exchange, table: str, at: int, by: str, start: int, stop: int) -> Columns:
+    """The rows of a file that is sorted by a column where that is in [start, stop); nothing where there are none."""
+    file = open_bucket(exchange.folder, table, at)
+    a, b = np.searchsorted(file[by].to_numpy(), (start, stop))
+    return read_range(file, int(a), int(b)) if b > a else {}
+
+
+def _together(parts: list[Columns]) -> Columns:
+    parts = [part for part in parts if part]
+    return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+
+
+def _taken(columns: Columns, rows: IntArray) -> Columns:
+    return {name: values[rows] for name, values in columns.items()}
