@@ -1,15 +1,15 @@
 """The only two verbs of the stages: *map* tasks over workers, and *fold* tasks into one state.
 
 A factory crosses the wire and the worker is born where it works: `factory()` returns the callable that is then
-given one task after another. Folded states are merged in the order of the tasks, whatever the order in which
-they finish, so that any number of actors gives the same bits. `LocalEngine` is the plain loop: the truth.
+given one task after another. Folded states are merged on the workers by a binary tree whose shape depends on the number of
+tasks alone, so that any number of actors gives the same bits. `LocalEngine` is the plain loop: the truth.
 """
 
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,10 +18,15 @@ from influencespace.errors import InputError
 
 WorkerFactory = Callable[[], Callable[..., Any]]
 Merge = Callable[[Any, Any], Any]
+Done = Callable[[Any], object]
 
-# How far a worker may run ahead of the slowest task: bounds the states that wait to be merged in order.
+# How far a worker may run ahead of the slowest task: bounds the states that wait to be merged.
 AHEAD = 4
 ONE_CORE = Resources()
+
+
+def nothing(_: Any) -> None:
+    """What to do where nothing is to be done."""
 
 
 class TaskError(RuntimeError):
@@ -31,8 +36,10 @@ class TaskError(RuntimeError):
 class Pool(Protocol):
     """Persistent workers for repeated folds."""
 
-    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None) -> Any:
-        """Merge `worker(task, shared)` over `tasks`, in their order.
+    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None, *, done: Done = nothing) -> Any:
+        """Merge `worker(task, shared)` over `tasks` by a binary tree: neighbours first, the earlier one on the left.
+
+        Workers merge too, so that the caller holds one state only; it calls `done` with each task that has ended.
 
         Raises ValueError without tasks, TaskError (or the worker's InputError) where a task fails.
         """
@@ -168,8 +175,20 @@ class Worker:
                 trace=traceback.format_exc(),
             )
 
+    def fold(self, task: Any, shared: Any) -> tuple[TaskResult, Any]:
+        """Whether the task ended well, and its state: apart, so that the state may stay where it is."""
+        return _apart(self.attempt(task, shared))
+
+    def merge(self, merge: Merge, left: Any, right: Any) -> tuple[TaskResult, Any]:
+        """As `fold`: two states, merged."""
+        return _apart(attempt(partial(merge, left, right)))
+
     def run(self, job: Callable[[], Any]) -> TaskResult:
         return attempt(job)
+
+
+def _apart(result: TaskResult) -> tuple[TaskResult, Any]:
+    return replace(result, value=None), result.value
 
 
 def attempt(task: Any) -> TaskResult:
@@ -181,26 +200,68 @@ def attempt(task: Any) -> TaskResult:
 class _LocalPool:
     worker: Worker
 
-    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None) -> Any:
-        states = (self.worker.attempt(task, shared).result() for task in tasks)
-        return merge_all(states, merge)
+    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None, *, done: Done = nothing) -> Any:
+        def states() -> Iterator[Any]:
+            for task in tasks:
+                state = self.worker.attempt(task, shared).result()
+                done(task)
+                yield state
+
+        return merge_all(states(), partial(_merged, merge))
 
     def run(self, job: Callable[[], Any]) -> Any:
         return attempt(job).result()
 
 
+def _merged(merge: Merge, left: Any, right: Any) -> Any:
+    return attempt(partial(merge, left, right)).result()
+
+
 def merge_all(states: Iterator[Any], merge: Merge) -> Any:
-    """One state of all, merged in their order; raises ValueError where there is none."""
-    first = next(states, _NOTHING)
-    if first is _NOTHING:
-        raise ValueError("a fold needs at least one task")
-    total = first
+    """One state of all, merged by a binary tree; raises ValueError where there is none.
+
+    At most one state of each height waits. `MergeTree` is the same tree for states that come in any order.
+    """
+    waiting: list[tuple[int, Any]] = []
     for state in states:
-        total = merge(total, state)
+        height = 0
+        while waiting and waiting[-1][0] == height:
+            state, height = merge(waiting.pop()[1], state), height + 1
+        waiting.append((height, state))
+    if not waiting:
+        raise ValueError("a fold needs at least one task")
+    _, total = waiting.pop()
+    while waiting:
+        total = merge(waiting.pop()[1], total)
     return total
 
 
-_NOTHING = object()
+class MergeTree:
+    """Which states of a fold are to be merged next, as they come: node i of height h covers the tasks from i * 2**h on."""
+
+    def __init__(self, tasks: int) -> None:
+        if not tasks:
+            raise ValueError("a fold needs at least one task")
+        self._width = [tasks]
+        while self._width[-1] > 1:
+            self._width.append((self._width[-1] + 1) // 2)
+        self._waiting: dict[tuple[int, int], Any] = {}
+        self.root: Any = None
+
+    def add(self, height: int, index: int, state: Any) -> tuple[int, int, Any, Any] | None:
+        """Take a state; where its neighbour is there: height and index of the two merged, and both, the earlier one first."""
+        while index % 2 == 0 and index + 1 == self._width[height] > 1:  # without a neighbour
+            height, index = height + 1, index // 2
+        if height == len(self._width) - 1:
+            self.root = state
+            return None
+        neighbour = height, index ^ 1
+        if neighbour not in self._waiting:
+            self._waiting[height, index] = state
+            return None
+        other = self._waiting.pop(neighbour)
+        left, right = (other, state) if index % 2 else (state, other)
+        return height + 1, index // 2, left, right
 
 
 def brief(task: Any) -> str:

@@ -5,6 +5,7 @@ import pickle
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -12,7 +13,9 @@ import ray
 from influencespace.engine.local import (
     AHEAD,
     ONE_CORE,
+    Done,
     Merge,
+    MergeTree,
     Pool,
     TaskError,
     TaskResult,
@@ -20,7 +23,7 @@ from influencespace.engine.local import (
     WorkerFactory,
     attempt,
     brief,
-    merge_all,
+    nothing,
     run_task,
 )
 from influencespace.engine.placement import Machine, Resources, check_place
@@ -161,6 +164,16 @@ class _MapWorker:
         return {"result": [pickle.dumps(result)]}
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A task of a fold, or two states that are merged: its place in the tree, where its state will be, and who works on it."""
+
+    height: int
+    index: int
+    state: Any
+    actor: Any
+
+
 class _RayPool:
     """Actors are given work as they start: on a busy cluster some may never find a place."""
 
@@ -168,31 +181,39 @@ class _RayPool:
         self._starting = {actor.start.remote(): actor for actor in actors}
         self._idle: deque[Any] = deque()
 
-    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None) -> Any:
-        return merge_all(self._states(tasks, ray.put(shared)), merge)
-
-    def _states(self, tasks: Sequence[Any], shared: Any) -> Iterator[Any]:
-        """The states in the order of the tasks; an actor gets its next task as soon as it has done one."""
+    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None, *, done: Done = nothing) -> Any:
+        """States stay where they were made or merged: only the last one comes here."""
+        tree, shared, merge = MergeTree(len(tasks)), ray.put(shared), ray.put(merge)
         waiting = deque(range(len(tasks)))
-        running: dict[Any, tuple[int, Any]] = {}
-        finished: dict[int, Any] = {}
+        merges: deque[tuple[int, int, Any, Any]] = deque()
+        running: dict[Any, _Running] = {}
         try:
-            for turn in range(len(tasks)):
-                while turn not in finished:
-                    most = turn + AHEAD * (len(self._idle) + len(running))
-                    while self._idle and waiting and waiting[0] < most:
-                        index, actor = waiting.popleft(), self._idle.popleft()
-                        running[actor.attempt.remote(tasks[index], shared)] = index, actor
-                    (reference, *_), _ = ray.wait([*running, *self._starting], num_returns=1)
-                    if reference in self._starting:
-                        self._idle.append(self._starting.pop(reference))
-                        continue
-                    index, actor = running.pop(reference)
-                    finished[index] = reference
-                    self._idle.append(actor)
-                yield _result(finished.pop(turn), tasks[turn])
+            while waiting or merges or running:
+                most = min((job.index for job in running.values() if not job.height), default=len(tasks))
+                most += AHEAD * (len(self._idle) + len(running))
+                while self._idle and (merges or (waiting and waiting[0] < most)):
+                    actor = self._idle.popleft()
+                    if merges:
+                        height, index, left, right = merges.popleft()
+                        reference, state = actor.merge.options(num_returns=2).remote(merge, left, right)
+                    else:
+                        height, index = 0, waiting.popleft()
+                        reference, state = actor.fold.options(num_returns=2).remote(tasks[index], shared)
+                    running[reference] = _Running(height, index, state, actor)
+                (reference, *_), _ = ray.wait([*running, *self._starting], num_returns=1)
+                if reference in self._starting:
+                    self._idle.append(self._starting.pop(reference))
+                    continue
+                job = running.pop(reference)
+                self._idle.append(job.actor)
+                _result(reference, tasks[job.index << job.height])
+                if not job.height:
+                    done(tasks[job.index])
+                if pair := tree.add(job.height, job.index, job.state):
+                    merges.append(pair)
         finally:
-            self._idle.extend(actor for _, actor in running.values())
+            self._idle.extend(job.actor for job in running.values())
+        return ray.get(tree.root)
 
     def run(self, job: Callable[[], Any]) -> Any:
         while not self._idle:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from influencespace.engine.local import Engine, Merge, Pool, WorkerFactory, run_task
+from influencespace.engine.local import Done, Engine, Merge, Pool, WorkerFactory, nothing, run_task
 
 Record = Callable[[int], None]
 
@@ -45,11 +45,11 @@ class _MeasuredPool:
     pool: Pool
     record: Record
 
-    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None) -> Any:
+    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None, *, done: Done = nothing) -> Any:
         def merged(one: Any, other: Any) -> Any:
             return merge(one[0], other[0]), max(one[1], other[1])
 
-        result, peak = self.pool.fold(tasks, merged, shared)
+        result, peak = self.pool.fold(tasks, merged, shared, done=done)
         self.record(peak)
         return result
 

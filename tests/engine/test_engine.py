@@ -10,9 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from influencespace.engine import ray_engine as module
-from influencespace.engine.local import Engine, LocalEngine, TaskError, run_once, run_task
+from influencespace.engine.local import (
+    Engine,
+    LocalEngine,
+    MergeTree,
+    TaskError,
+    merge_all,
+    run_once,
+    run_task,
+)
 from influencespace.engine.placement import Resources
 from influencespace.engine.progress import duration, progress
 from influencespace.engine.ray_engine import RayEngine
@@ -71,6 +81,47 @@ def add(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def test_map_gives_every_result_once(engine: Engine) -> None:
     assert sorted(engine.map(Square(), range(5), workers=2)) == [0, 1, 4, 9, 16]
     assert list(engine.map(Square(), [])) == []
+
+
+def bracket(left: str, right: str) -> str:
+    return f"({left} {right})"
+
+
+@given(tasks=st.integers(1, 40), seed=st.integers(0, 2**31))
+def test_states_that_come_in_any_order_are_merged_by_the_tree_of_the_plain_loop(
+    tasks: int, seed: int
+) -> None:
+    tree = MergeTree(tasks)
+    ready = [(0, index, str(index)) for index in range(tasks)]
+    generator = np.random.default_rng(seed)
+    while ready:
+        pair = tree.add(*ready.pop(int(generator.integers(len(ready)))))
+        if pair:
+            height, index, left, right = pair
+            ready.append((height, index, bracket(left, right)))
+    assert tree.root == merge_all(map(str, range(tasks)), bracket)
+
+
+def test_neighbours_are_merged_first() -> None:
+    assert merge_all(map(str, range(5)), bracket) == "(((0 1) (2 3)) 4)"
+
+
+def test_the_caller_of_a_fold_is_told_of_every_task_that_has_ended(engine: Engine) -> None:
+    ended: list[int] = []
+    with engine.pool(Square(), workers=2) as pool:
+        assert pool.fold(range(5), add, done=ended.append) == 30
+    assert sorted(ended) == [0, 1, 2, 3, 4]
+
+
+def test_a_state_that_cannot_be_merged_names_its_first_task(engine: Engine) -> None:
+    with engine.pool(Square()) as pool, pytest.raises(TaskError, match="ZeroDivisionError"):
+        pool.fold(range(4), refuse)
+    with engine.pool(Square()) as pool:
+        assert pool.fold([3, 1, 2], in_a_list) == [9, 1, 4]
+
+
+def refuse(left: Any, right: Any) -> Any:
+    raise ZeroDivisionError
 
 
 def test_fold_merges_in_the_order_of_the_tasks(engine: Engine) -> None:

@@ -14,7 +14,17 @@ from influencespace.config import as_tree, load_config
 from influencespace.data.artifacts import Manifest
 from influencespace.data.buckets import Columns, read_columns
 from influencespace.data.pair_set import PairSet
-from influencespace.engine.local import ONE_CORE, Engine, LocalEngine, Merge, Pool, WorkerFactory, run_task
+from influencespace.engine.local import (
+    ONE_CORE,
+    Done,
+    Engine,
+    LocalEngine,
+    Merge,
+    Pool,
+    WorkerFactory,
+    nothing,
+    run_task,
+)
 from influencespace.engine.placement import Resources
 from influencespace.pipeline import STAGES
 from influencespace.run import Run, Stage, carry_out
@@ -115,8 +125,8 @@ class _Watched:
     pool: Pool
     wrap: Callable[[WorkerFactory], WorkerFactory]
 
-    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None) -> Any:
-        return self.pool.fold(tasks, merge, shared)
+    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None, *, done: Done = nothing) -> Any:
+        return self.pool.fold(tasks, merge, shared, done=done)
 
     def run(self, job: Callable[[], Any]) -> Any:
         return self.pool.run(lambda: self.wrap(run_task)()(job))

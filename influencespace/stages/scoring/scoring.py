@@ -1,5 +1,6 @@
 """The one scoring pass: pairs of the pool are given to fitted scorers, in sample or out of fold, bucket by bucket."""
 
+import operator
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -309,13 +310,8 @@ class ScoringPass:
         if not spans:
             return []
         with self.workers.progress(len(rows), label=label) as bar:
-
-            def add(done: int, more: int) -> int:
-                bar.advance(more)
-                return done + more
-
-            self.pool.fold(spans, add, WriteRange(compute, table, self.workers.folder))
-            bar.advance(spans[0][1] - spans[0][0])  # which all others were added to
+            write = WriteRange(compute, table, self.workers.folder)
+            self.pool.fold(spans, operator.add, write, done=lambda span: bar.advance(span[1] - span[0]))
         return [start for start, _ in spans]
 
 

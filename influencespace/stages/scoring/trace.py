@@ -1,5 +1,6 @@
 """Tracing errors on queries back to training pairs, among the whole pool or by a stored index of projected gradients."""
 
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,13 +135,8 @@ def _scan(
         workers.progress(len(spans), "buckets") as bar,
         scoring_pass(workers, inputs, config.bucket_size, rows) as scoring,
     ):
-
-        def merge(left: Candidates, right: Candidates) -> Candidates:
-            bar.advance(1)
-            return left.merge(right)
-
-        result: Candidates = scoring.pool.fold(spans, merge, ScanRange(tracer, count, new_key()))
-        bar.advance(1)  # the first, which all others were merged into
+        scan = ScanRange(tracer, count, new_key())
+        result: Candidates = scoring.pool.fold(spans, Candidates.merge, scan, done=lambda _: bar.advance())
     return result
 
 
@@ -233,13 +229,8 @@ class GradientIndex(Stage):
             workers.progress(rows) as bar,
             scoring_pass(workers, inputs, self.config.bucket_size, rows) as scoring,
         ):
-
-            def add(done: int, more: int) -> int:
-                bar.advance(more)
-                return done + more
-
-            scoring.pool.fold(spans, add, IndexRange(gradients, out, new_key()))
-            bar.advance(spans[0][1])  # which all others were added to
+            index = IndexRange(gradients, out, new_key())
+            scoring.pool.fold(spans, operator.add, index, done=lambda span: bar.advance(span[1] - span[0]))
         known = sum(len(load_rows(shard_path(out, start))) for start, _ in spans)
         details = {"dimension": gradients.space.size, "without_gradient": rows - known}
         return Details(rows_in=rows, rows_out=rows, details=details)
