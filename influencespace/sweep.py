@@ -41,7 +41,7 @@ from influencespace.errors import STRICT, InputError
 from influencespace.models.heads import Heads
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.proxies.target import TargetHalves, choosing_loss
-from influencespace.stages.proxies.train_many import train
+from influencespace.stages.proxies.train_many import Given, train
 from influencespace.stages.selection.evidence import PairEvidence
 from influencespace.stages.selection.weighting import with_chosen
 
@@ -115,7 +115,7 @@ class Retraining:
     def _measure(self, weights: NDArray[np.float64], seed: int) -> dict[str, float]:
         steps = self.run.manifest("proxies").details["steps"]
         config = replace(self.run.config.proxy.train, steps=steps)
-        heads = train(self.run.pool, weights, config, seed).heads
+        heads = train(self.run.pool, Given(weights), config, seed).heads
         recall = mean_recall(heads, self.run.target, self._halves.choosing)
         return {LOSS: choosing_loss(heads, self._halves, config), MEAN_RECALL: recall}
 

@@ -16,7 +16,7 @@ from influencespace.data.pair_set import PairSet
 from influencespace.engine.local import LocalEngine
 from influencespace.pipeline import STAGES
 from influencespace.run import Run, carry_out
-from influencespace.stages.proxies.train_many import train
+from influencespace.stages.proxies.train_many import Given, train
 from influencespace.stages.selection.evidence import Evidence
 
 PAIRS, WRONG, QUANTILES = 600, 0.25, 10
@@ -59,7 +59,7 @@ class Scored:
     @torch.no_grad()
     def _loss(self, weights: NDArray[np.float64], seed: int) -> float:
         with torch.enable_grad():
-            heads = train(self.run.pool, weights, CONFIG.proxy.train, seed).heads
+            heads = train(self.run.pool, Given(weights), CONFIG.proxy.train, seed).heads
         u, t = heads(*self.unseen.inputs(slice(None)))
         return float(info_nce(u @ t.T / CONFIG.proxy.train.temperature))
 

@@ -19,7 +19,7 @@ from benchmarks.data.datasets import Dataset, Setting, some_images
 from influencespace.core.arrays import FloatArray
 from influencespace.data.pair_set import PairSet
 from influencespace.models.training import Alone
-from influencespace.stages.proxies.train_many import train
+from influencespace.stages.proxies.train_many import Given, train
 from influencespace.stages.training.dynamic import DynamicTrainer
 
 BENCHMARK = Benchmark(data="flickr8k")
@@ -134,9 +134,9 @@ def dynamically(curation: Curation, method: str, seeds: tuple[int, ...]) -> dict
     began, shares = time.process_time(), []
     for seed in seeds:
         if method.isdecimal():
-            trained = replace(trainer, refresh=int(method))(pool, weight, config, seed, Alone())
+            trained = replace(trainer, refresh=int(method))(pool, Given(weight), config, seed, Alone(), "cpu")
         else:
-            trained = train(pool, weight, config, seed)
+            trained = train(pool, Given(weight), config, seed)
         u, t = (side.detach() for side in trained.heads(*curation.test.inputs(slice(None))))
         shares.append(recall_by_image(u, t, curation.test.image).tolist())
     seconds = (time.process_time() - began) / len(seeds)

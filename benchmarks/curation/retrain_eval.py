@@ -15,7 +15,7 @@ from influencespace.core.metrics import bootstrap_means, interval, mean_recall_b
 from influencespace.data.pair_set import PairSet
 from influencespace.models.training import HeadsConfig
 from influencespace.stages.proxies.target import TargetHalves
-from influencespace.stages.proxies.train_many import train
+from influencespace.stages.proxies.train_many import Given, train
 
 Interval = tuple[float, float]
 Embed = Callable[[PairSet], tuple[Tensor, Tensor]]
@@ -102,7 +102,7 @@ def retrain(
     pool: PairSet, weight: FloatArray, config: HeadsConfig, seed: int, sets: Sequence[PairSet]
 ) -> dict[str, Any]:
     """A proxy of the pool by weight (n,), judged on each of the sets."""
-    heads = train(pool, weight, config, seed).heads
+    heads = train(pool, Given(weight), config, seed).heads
     return judged(lambda pairs: heads(*pairs.inputs(slice(None))), sets, config.objective, config.batch_size)
 
 

@@ -15,7 +15,7 @@ from influencespace.core.select import top_fraction
 from influencespace.estimators.filters import clip_score
 from influencespace.estimators.norm_sim import largest_cosine
 from influencespace.models.fusion import FusionConfig, fuse
-from influencespace.stages.proxies.train_many import train
+from influencespace.stages.proxies.train_many import Uniform, train
 
 EARLY = 50
 """Steps of the early proxy, which has learned no wrong pair by heart yet."""
@@ -52,7 +52,7 @@ def baselines(curation: Curation, keep: int) -> dict[str, FloatArray]:
 def early_clip_score(curation: Curation) -> FloatArray:
     """CLIP score by a proxy of a few steps on the whole pool."""
     early = replace(curation.config.proxy.train, steps=EARLY)
-    trained = train(curation.pool, np.ones(len(curation.pool)), early, 0)
+    trained = train(curation.pool, Uniform(), early, 0)
     with torch.no_grad():
         return clip_score(*trained.heads(*curation.pool.inputs(slice(None))))
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from influencespace.core.batches import covering_batches, disjoint_batches, training_batches
+from influencespace.core.batches import InMemory, covering_batches, disjoint_batches, training_batches
 from influencespace.core.contrastive import Objective
 from influencespace.errors import InputError
 from influencespace.estimators.influence import CurvatureConfig, NegativeBatch, damping_of, floored
@@ -60,7 +60,7 @@ def proxy_problem(
         raise InputError(f"the pool has {distinct} image(s); two negative batches need {MIN_IMAGES} or more")
     batches = list(training_batches(weights, pool.image, config.batch_size, config.steps, seed))
     size = len(batches[0])
-    bank = disjoint_batches(pool.image, size - 1, negative_batches, seed + 1, weights)
+    bank = disjoint_batches(InMemory(weights, pool.image), size - 1, negative_batches, seed + 1)
     curvature = curvature or CurvatureConfig()
     if proxy is None:
         proxy = initial_heads(images.shape[1], texts.shape[1], config.dimension, seed)

@@ -1,7 +1,7 @@
 """Training a proxy's heads over stored embeddings: the Ray-free loop that every distributed run must equal."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -52,6 +52,10 @@ class Trained:
     preconditioner: Tensor  # (p,) D = sqrt(v_hat) + eps of AdamW, flat in the order of the parameters
     sum_of_learning_rates: float
     losses: list[float]
+
+    def cpu(self) -> "Trained":
+        """With all tensors on the CPU."""
+        return replace(self, heads=self.heads.cpu(), preconditioner=self.preconditioner.cpu())
 
 
 def cosine_factor(step: int, steps: int) -> float:

@@ -30,7 +30,7 @@ from influencespace.models.training import train_heads
 from influencespace.models.trajectory import Trajectory, space_at
 from influencespace.run import Details, Run, Stage, Workers, carry_out
 from influencespace.stages.proxies.proxy import Proxy
-from influencespace.stages.proxies.train_many import beginning, train
+from influencespace.stages.proxies.train_many import Given, beginning, train
 from influencespace.stages.scoring.scoring import ScoringInputs
 
 FILES = ("proxy.safetensors", "forget.json")
@@ -160,12 +160,12 @@ class Forgetting:
         began = time.monotonic()
         config, pool = self.path.config, self.run.pool
         seed = self.run.seed + 1
-        heads, _ = beginning(pool, self.kept, config, seed)
+        heads, _ = beginning(pool, Given(self.kept), config, seed)
         batches = without(self.path, self.removed).batches
         retrained = _flat(train_heads(pool.inputs, batches, heads, config).heads)
         seconds = time.monotonic() - began
         seeds = range(seed, seed + CHECKING_SEEDS)
-        fresh = [_flat(train(pool, self.kept, config, one).heads) for one in seeds]
+        fresh = [_flat(train(pool, Given(self.kept), config, one).heads) for one in seeds]
         all_ = (self.theta, edited, retrained, fresh[0])
         before, after, same, other = (self.logits(theta) for theta in all_)
         return {

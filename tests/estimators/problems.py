@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from influencespace.core.batches import disjoint_batches, training_batches
+from influencespace.core.batches import InMemory, disjoint_batches, training_batches
 from influencespace.estimators.influence import CurvatureConfig, NegativeBatch, damping_of, floored
 from influencespace.estimators.problem import Batch, Checkpoint, Problem
 from influencespace.models.heads import Heads, initial_heads
@@ -109,7 +109,8 @@ class Small:
         trained = train_heads(
             self.rows, self.batches(np.ones(self.pairs), 0), heads, self.config, on_step=keep
         )
-        bank = disjoint_batches(np.arange(self.pairs), self.batch_size - 1, 4, seed=7)
+        everything = InMemory(np.ones(self.pairs), np.arange(self.pairs))
+        bank = disjoint_batches(everything, self.batch_size - 1, 4, seed=7)
         return Problem(
             space=Space(trained.heads),
             objective=self.config.objective,

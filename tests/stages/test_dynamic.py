@@ -23,6 +23,7 @@ from influencespace.models.heads import Heads
 from influencespace.models.space import Space
 from influencespace.models.training import Alone, Trained
 from influencespace.run import Run
+from influencespace.stages.proxies.train_many import Given, WeightedPool
 from influencespace.stages.selection.evidence import KNOTS, VALUE_AXES
 from influencespace.stages.training import dynamic
 from influencespace.stages.training.dynamic import DynamicTrainer, Reweighting
@@ -52,7 +53,7 @@ def trained(
     truth: Run, pool: PairSet, weights: np.ndarray, reweighting: Reweighting, refresh: int
 ) -> Trained:
     trainer = DynamicTrainer(reweighting=reweighting, refresh=refresh)
-    return trainer(pool, weights, truth.config.proxy.train, 0, Alone())
+    return trainer(pool, Given(weights), truth.config.proxy.train, 0, Alone(), "cpu")
 
 
 @pytest.mark.parametrize("refresh", [20, 1000])
@@ -78,9 +79,10 @@ def test_pairs_that_are_not_kept_are_never_drawn_and_others_by_other_weights(
     reweighted, train_heads = dynamic.reweighted_batches, dynamic.train_heads
 
     def watched(*arguments: Any, every: int, reweigh: Any) -> Any:
-        def recorded() -> np.ndarray:
-            anew.append(reweigh())
-            return anew[-1]
+        def recorded() -> WeightedPool:
+            pairs = reweigh()
+            anew.append(pairs.weights.values)
+            return pairs
 
         return reweighted(*arguments, every=every, reweigh=recorded)
 

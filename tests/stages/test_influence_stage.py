@@ -30,8 +30,8 @@ from influencespace.estimators.table import BY_TANGENTS, TABLE
 from influencespace.models.space import Space
 from influencespace.pipeline import STAGES
 from influencespace.run import Run
-from influencespace.stages.proxies.proxies import folds_of
 from influencespace.stages.proxies.proxy import Proxy, proxy_name
+from influencespace.stages.proxies.train_many import fold_of_rows
 from influencespace.stages.scoring.curvature import directions_of
 from influencespace.stages.scoring.influence import InfluenceConfig, InterimAnalysis
 from influencespace.stages.scoring.sampling import caption_agreement
@@ -62,7 +62,7 @@ def test_scores_are_the_estimators(truth: Run) -> None:
     scored = columns(truth, "influence/influence")
     rows, folds = scored["pair"], truth.config.proxy.folds
     in_sample = influence(truth, None, rows, rows)
-    fold = folds_of(truth.at("proxies"), rows)
+    fold = fold_of_rows(truth.pool, rows, truth.config.proxy.folds, truth.seed)
     out_of_fold = np.empty_like(in_sample.by_batch[0])
     for k in range(folds):
         mine = fold == k
@@ -195,7 +195,10 @@ def test_the_caption_control_is_influence_out_of_fold_with_captions_of_other_ima
     rows, captions_of = control["pair"], np.load(truth.at("influence") / "permuted_captions.npy")
     assert len(rows) == len(captions_of) == truth.config.influence.control_samples
     assert (pool.image[rows] != pool.image[captions_of]).all()
-    fold, spread = folds_of(truth.at("proxies"), rows), control["influence_out"].std()
+    fold, spread = (
+        fold_of_rows(truth.pool, rows, truth.config.proxy.folds, truth.seed),
+        control["influence_out"].std(),
+    )
     for k in range(truth.config.proxy.folds):
         mine = fold == k
         direct = influence(truth, k, rows[mine], captions_of[mine]).by_batch[0].mean(1)

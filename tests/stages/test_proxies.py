@@ -12,10 +12,9 @@ from influencespace.data.pair_set import PairSet
 from influencespace.errors import InputError
 from influencespace.estimators.filters import clip_score, neg_clip_loss
 from influencespace.run import Run
-from influencespace.stages.proxies.proxies import folds_of
 from influencespace.stages.proxies.proxy import Proxy, proxy_name
 from influencespace.stages.proxies.target import TargetHalves
-from influencespace.stages.proxies.train_many import train
+from influencespace.stages.proxies.train_many import Given, fold_of_rows, train
 
 FOLDS = (None, 0, 1, 2)
 
@@ -25,14 +24,14 @@ def proxy(run: Run, fold: int | None) -> Proxy:
 
 
 def fold_of_pairs(run: Run) -> np.ndarray:
-    return folds_of(run.at("proxies"), slice(None))
+    return fold_of_rows(run.pool, slice(None), run.config.proxy.folds, run.seed)
 
 
 def test_a_proxy_is_the_plain_training_on_what_it_may_see(truth: Run) -> None:
     fold = fold_of_pairs(truth)
     for k in FOLDS:
         weights = np.ones(len(truth.pool)) if k is None else (fold != k).astype(float)
-        trained = train(truth.pool, weights, truth.config.proxy.train, truth.seed + 1 + (k or 0))
+        trained = train(truth.pool, Given(weights), truth.config.proxy.train, truth.seed + 1 + (k or 0))
         saved = proxy(truth, k)
         torch.testing.assert_close(saved.heads.state_dict(), trained.heads.state_dict(), rtol=0, atol=0)
         torch.testing.assert_close(saved.preconditioner, trained.preconditioner, rtol=0, atol=0)

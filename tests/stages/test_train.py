@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from influencespace.data.buckets import write_columns
 from influencespace.engine.ray_engine import RayEngine
 from influencespace.run import Run
-from influencespace.stages.proxies.train_many import train
+from influencespace.stages.proxies.train_many import Given, train
 from influencespace.stages.selection.selection import METHODS
 
 
@@ -33,7 +33,7 @@ def test_every_method_is_trained_with_every_seed_for_equally_many_steps(truth: R
 @pytest.mark.parametrize("method", ["curated", "everything", "random"])
 def test_a_retrained_proxy_is_the_plain_loops(truth: Run, method: str) -> None:
     weights = columns(truth, "selection/weights", method)[method]
-    plain = train(truth.pool, weights, truth.config.proxy.train, seed=1)
+    plain = train(truth.pool, Given(weights), truth.config.proxy.train, seed=1)
     torch.testing.assert_close(heads(truth, f"{method}-1"), dict(plain.heads.state_dict()), rtol=0, atol=0)
 
 

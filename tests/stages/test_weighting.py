@@ -12,7 +12,7 @@ from influencespace.engine.local import LocalEngine
 from influencespace.run import Run, Workers
 from influencespace.stages.proxies.proxy import Proxy
 from influencespace.stages.proxies.target import TargetHalves, choosing_terms, losses_by_fold
-from influencespace.stages.proxies.train_many import train
+from influencespace.stages.proxies.train_many import Given, train
 from influencespace.stages.selection.evidence import Evidence, PairEvidence
 from influencespace.stages.selection.weighting import (
     CHOSEN,
@@ -57,7 +57,7 @@ def test_the_choice_is_that_of_the_ray_free_loop(truth: Run, tmp_path: Path) -> 
 
     def losses(choice: SelectionConfig) -> np.ndarray:
         weight = PairEvidence(folder=run.at("selection")).decide(choice).weight
-        runs = [train(run.pool, weight, config, seed).heads for seed in SEEDS]
+        runs = [train(run.pool, Given(weight), config, seed).heads for seed in SEEDS]
         return np.mean([losses_by_fold(halves, *choosing_terms(h, halves, config), FOLDS) for h in runs], 0)
 
     expected = np.stack([losses(choice) for choice in choices])

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from influencespace.core.arrays import FloatArray, IntArray
-from influencespace.core.batches import folds_by_image
+from influencespace.core.batches import blocks_of
+from influencespace.core.hashing import fold_of
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns
 from influencespace.data.pair_set import PairSet
@@ -19,44 +20,45 @@ from influencespace.models.training import HeadsConfig
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.proxies.proxy import ALL, Proxy, ProxyConfig, proxy_name
 from influencespace.stages.proxies.target import TargetHalves, choosing_loss
-from influencespace.stages.proxies.train_many import Training, train_many
+from influencespace.stages.proxies.train_many import (
+    OutsideFold,
+    Training,
+    Uniform,
+    Weights,
+    fold_of_rows,
+    train_many,
+)
 
 QUALITY = ("clip_in", "clip_out", "neg_clip_in", "neg_clip_out")
 """Columns of quality.parquet: CLIP score and negCLIPLoss by the proxy of all pairs, and by the one that left the pair out."""
-FOLDS = "folds.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawFolds:
-    """Task: write the fold of every pair, by image, once for all that ask; the pairs and images of the pool."""
+class CountImages:
+    """Task: how many images the proxy without the largest fold is trained on, counted from the first rows up to `enough`."""
 
     pool: PairSet
-    count: int
+    folds: int
     seed: int
-    folder: Path
+    enough: int
 
-    def __call__(self) -> tuple[int, int]:
-        fold = folds_by_image(self.pool.image, self.count, self.seed)
-        with atomic_path(self.folder / FOLDS) as aside, aside.open("wb") as file:
-            np.save(file, fold)
-        return len(fold), len(np.unique(self.pool.image))
+    def __call__(self) -> int:
+        seen = np.empty(0, np.int64)
+        images = 0
+        for start, stop in blocks_of(len(self.pool)):
+            seen = np.union1d(seen, self.pool.read(slice(start, stop), "image")["image"])
+            sizes = np.bincount(fold_of(seen, self.folds, self.seed), minlength=self.folds)
+            images = len(seen) - int(sizes.max())
+            if images >= self.enough:
+                break
+        return images
 
 
-def folds_of(proxies: Path, rows: IntArray | slice) -> IntArray:
-    """Fold of some pairs of the pool (m,)."""
-    return np.asarray(np.load(proxies / FOLDS, mmap_mode="r")[rows])
-
-
-@dataclass(frozen=True)
-class OutsideFold:
-    """Weights of a pool's pairs: 1, but 0 in one fold."""
-
-    folder: Path
-    fold: int | None
-
-    def __call__(self) -> FloatArray:
-        fold = folds_of(self.folder, slice(None))
-        return np.ones(len(fold)) if self.fold is None else (fold != self.fold).astype(np.float64)
+def seen_by(fold: int | None, pool: PairSet, config: ProxyConfig, seed: int) -> Weights:
+    """Weights that a proxy is trained by: all pairs alike, or those outside of its fold."""
+    if fold is None:
+        return Uniform()
+    return OutsideFold(pool=pool, fold=fold, count=config.folds, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,11 @@ class Quality:
     pool: PairSet
     config: ProxyConfig
     folder: Path
+    seed: int
 
     def __call__(self, start: int, stop: int) -> Columns:
         rows = np.arange(start, stop)
-        fold = folds_of(self.folder, rows)
+        fold = fold_of_rows(self.pool, slice(start, stop), self.config.folds, self.seed)
         columns: Columns = {name: np.empty(len(rows)) for name in QUALITY}
         columns["clip_in"], columns["neg_clip_in"] = self._scores(rows, None)
         for k in np.unique(fold):
@@ -97,24 +100,26 @@ class Quality:
 
 
 class Proxies(Stage):
-    """Trains the proxies; writes one file each, folds.npy and quality.parquet."""
+    """Trains the proxies; writes one file each, and quality.parquet."""
 
     name = "proxies"
+    version = 2
 
     def settings(self, config: Any) -> tuple[ProxyConfig, int]:
         return config.proxy, config.seed
 
     def work(self, run: Run, workers: Workers) -> Details:
         config, seed = self.settings(run.config)
-        folds = DrawFolds(pool=run.pool, count=config.folds, seed=seed, folder=workers.folder)
-        pairs, images = workers.once(folds)
-        bank = config.train.batch_size - 1, config.bank_batches(images), seed + 1
+        pairs, size = len(run.pool), config.train.batch_size - 1
+        enough = size * config.negative_batches
+        images = workers.once(CountImages(pool=run.pool, folds=config.folds, seed=seed, enough=enough))
+        bank = size, config.bank_batches(images), seed + 1
         measure = ChoosingLoss(TargetHalves(run.target, seed), config.train)
 
         def training(fold: int | None, steps: int, name: str) -> Training:
             return Training(
                 name=name,
-                weights=OutsideFold(workers.folder, fold),
+                weights=seen_by(fold, run.pool, config, seed),
                 seed=seed + 1 + (fold or 0),
                 steps=steps,
                 bank=bank,
@@ -124,9 +129,9 @@ class Proxies(Stage):
         first = self._first(run, workers, config.first_steps(pairs), training)
         others = [training(k, first["steps"], proxy_name(k)) for k in range(config.folds)]
         records = [first, *train_many(run.pool, config.train, others, workers, label="by fold")]
-        quality = Quality(pool=run.pool, config=config, folder=workers.folder)
+        quality = Quality(pool=run.pool, config=config, folder=workers.folder, seed=seed)
         workers.table("quality", quality, pairs, config.bucket_size, label="quality")
-        details = {"steps": first["steps"], "images": images, "proxies": records}
+        details = {"steps": first["steps"], "proxies": records}
         return Details(rows_in=pairs, rows_out=pairs, details=details)
 
     def _first(self, run: Run, workers: Workers, steps: int, training: Any) -> dict[str, Any]:

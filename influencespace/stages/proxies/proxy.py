@@ -52,16 +52,12 @@ class ProxyConfig:
             return self.train.steps
         return max(1, round(self.epochs * pairs / self.train.batch_size))
 
-    def min_images(self, images: int) -> int:
-        """Images of a pool of so many that the proxy without the largest fold is trained on."""
-        return images - -(-images // self.folds)
-
     def bank_batches(self, images: int) -> int:
-        """Batches in every proxy's bank: as many as the one with the fewest images can fill, two or more.
+        """Batches in every proxy's bank: as many as the one with the fewest images can fill, so many; two or more.
 
         Influence in sample and out of fold is balanced batch by batch.
         """
-        return max(2, min(self.negative_batches, self.min_images(images) // (self.train.batch_size - 1)))
+        return max(2, min(self.negative_batches, images // (self.train.batch_size - 1)))
 
 
 def proxy_name(fold: int | None) -> str:

@@ -31,10 +31,16 @@ from influencespace.estimators.table import TABLE
 from influencespace.models.space import Space
 from influencespace.models.trajectory import Trajectory
 from influencespace.run import Run, Workers
-from influencespace.stages.proxies.proxies import OutsideFold, folds_of
+from influencespace.stages.proxies.proxies import seen_by
 from influencespace.stages.proxies.proxy import Proxy, ProxyConfig, proxy_name
 from influencespace.stages.proxies.target import TargetHalves
-from influencespace.stages.proxies.train_many import beginning
+from influencespace.stages.proxies.train_many import (
+    BlockInputs,
+    Weights,
+    beginning,
+    fold_of_rows,
+    total_weight,
+)
 
 RowRange = tuple[int, int]
 Values = Callable[[int | None, Batch], FloatArray]
@@ -120,6 +126,14 @@ class ScoringInputs:
     def trained(self, fold: int | None = None) -> Proxy:
         return Proxy(self.folder, proxy_name(fold))
 
+    def seen_by(self, fold: int | None) -> Weights:
+        """Weights of the pool's pairs in the training of a proxy."""
+        return seen_by(fold, self.pool, self.proxy, self.seed)
+
+    def fold_of(self, rows: IntArray) -> IntArray:
+        """Fold of some pairs of the pool (m,): which of the proxies left them out."""
+        return fold_of_rows(self.pool, rows, self.proxy.folds, self.seed)
+
     def problem(self, fold: int | None = None, *, path: bool = True) -> Problem:
         """The problem of the proxy of all pairs, or of the one that left a fold out, on the half that gives gradients.
 
@@ -133,8 +147,10 @@ class ScoringInputs:
             objective=train.objective,
             batch_size=train.batch_size,
             pool_size=len(self.pool),
-            # of use with a path alone: other tasks do not read the folds of the whole pool
-            trained_on=int(OutsideFold(self.folder, fold)().sum()) if path and fold is not None else None,
+            # of use with a path alone: other tasks do not read the images of the whole pool
+            trained_on=int(total_weight(self.seen_by(fold), len(self.pool)))
+            if path and fold is not None
+            else None,
             bank=proxy.reference_bank(self.pool),
             target=[
                 NegativeBatch(inputs=self.target.inputs(rows), image=self.target.image[rows])
@@ -162,14 +178,14 @@ class ScoringInputs:
         record = self.trained(fold).record
         assert record is not None, f"{self.folder} lost the proxy {proxy_name(fold)}"
         train = replace(self.proxy.train, steps=record["steps"])
-        heads, batches = beginning(self.pool, OutsideFold(self.folder, fold)(), train, record["seed"])
+        heads, batches = beginning(self.pool, self.seen_by(fold), train, record["seed"])
         initial = Space(heads)
         return Trajectory(
             space=space,
             initial=initial.flatten(initial.parameters),
             config=train,
             batches=list(batches),
-            inputs=self.pool.inputs,
+            inputs=BlockInputs(self.pool),
             objective=train.objective,
         )
 
@@ -180,7 +196,7 @@ class ScoringInputs:
 
     def out_of_fold(self, values: Values, rows: IntArray, captions_of: IntArray | None = None) -> FloatArray:
         """What `values(fold, batch)` gives of each pair (V, n, C), asked of the proxy that left the pair's image out."""
-        fold = folds_of(self.folder, rows)
+        fold = self.fold_of(rows)
         captions = rows if captions_of is None else captions_of
         parts = {
             int(k): values(int(k), self.batch(rows[fold == k], captions[fold == k])) for k in np.unique(fold)
@@ -246,7 +262,7 @@ class FoldRange:
     def __call__(self, inputs: ScoringInputs, rows: RowRange) -> Any:
         chosen = np.arange(*rows)
         if self.without_fold is not None:
-            chosen = chosen[folds_of(inputs.folder, chosen) != self.without_fold]
+            chosen = chosen[inputs.fold_of(chosen) != self.without_fold]
         state = self.statistic.zero()
         return self.statistic.observe(state, inputs.batch(chosen)) if len(chosen) else state
 

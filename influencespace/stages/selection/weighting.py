@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,11 @@ class DecidedWeights:
     folder: Path
     config: SelectionConfig
 
-    def __call__(self) -> FloatArray:
+    def read(self, start: int, stop: int) -> FloatArray:
+        return self._weight[start:stop]
+
+    @cached_property
+    def _weight(self) -> FloatArray:
         return PairEvidence(folder=self.folder).decide(self.config).weight
 
 

@@ -28,7 +28,7 @@ from influencespace.models.training import (
     train_heads,
 )
 from influencespace.run import Run
-from influencespace.stages.proxies.train_many import beginning
+from influencespace.stages.proxies.train_many import BlockInputs, Given, WeightedPool, Weights, first_heads
 from influencespace.stages.scoring.scoring import ScoringInputs
 from influencespace.stages.selection.evidence import KNOTS, VALUE_AXES, Evidence
 from influencespace.stages.selection.weighting import with_chosen
@@ -119,22 +119,23 @@ class DynamicTrainer:
         return cls(reweighting=reweighting, refresh=run.config.train.refresh)
 
     def __call__(
-        self, pool: PairSet, weights: FloatArray, config: HeadsConfig, seed: int, exchange: Exchange
+        self, pool: PairSet, weights: Weights, config: HeadsConfig, seed: int, exchange: Exchange, device: str
     ) -> Trained:
-        heads, _ = beginning(pool, weights, config, seed)
+        heads = first_heads(pool, config, seed).to(device)
         optimizer = adamw_of(heads, config)
+        kept_of_pool = np.flatnonzero(weights.read(0, len(pool)) > 0)
         # the rows of the pool that have weight, among the pairs that were scored
-        kept = np.searchsorted(self.reweighting.inputs.pool.rows, pool.rows[weights > 0])
+        kept = np.searchsorted(self.reweighting.inputs.pool.rows, pool.rows[kept_of_pool])
 
-        def reweigh() -> FloatArray:
+        def reweigh() -> WeightedPool:
             values = self.reweighting.weights(kept, heads, adam_preconditioner(optimizer))
             # workers that differ in a last bit would part their batches, so all take the first one's
             first = exchange.gather(torch.from_numpy(values)[:, None])[0]
-            anew = np.zeros(len(weights))
-            anew[weights > 0] = first[:, 0].numpy()
-            return anew
+            anew = np.zeros(len(pool))
+            anew[kept_of_pool] = first[:, 0].numpy()
+            return WeightedPool(pool, Given(anew))
 
-        batches = reweighted_batches(
-            weights, pool.image, config.batch_size, config.steps, seed, every=self.refresh, reweigh=reweigh
-        )
-        return train_heads(pool.inputs, batches, heads, config, exchange=exchange, optimizer=optimizer)
+        size, pairs = config.batch_size, WeightedPool(pool, weights)
+        batches = reweighted_batches(pairs, size, config.steps, seed, every=self.refresh, reweigh=reweigh)
+        inputs = BlockInputs(pool, device)
+        return train_heads(inputs, batches, heads, config, exchange=exchange, optimizer=optimizer).cpu()

@@ -44,6 +44,7 @@ class Train(Stage):
     """Retrains on every method's subset with every seed, for equally many steps; writes one file for each."""
 
     name = "train"
+    version = 2
     needs = ("selection",)
 
     def settings(self, config: Any) -> Any:
