@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from influencespace.data.artifacts import Manifest, fingerprint, write_manifest
-from influencespace.data.merge import PAIRS_SCHEMA, REJECTED_SCHEMA
+from influencespace.data.bucket_files import PAIRS_SCHEMA, write_artifact
 from influencespace.data.schema import ImageRef
 from influencespace.data.uids import digest
 
@@ -41,6 +40,7 @@ def plant(
     groups: tuple[str, ...] = (),
     unclear: float = 1.0,
     seed: int = 0,
+    bucket_size: int = 150,
 ) -> Planted:
     """Write the artifact of `images` images with `captions` captions each, of which a share is wrong.
 
@@ -76,14 +76,12 @@ def plant(
         "truncated": np.zeros(n, bool),
         "sharpness": np.full(n, np.nan),
     }
-    folder.mkdir(parents=True)
     pairs = pa.table(columns).select(PAIRS_SCHEMA.names).cast(PAIRS_SCHEMA)
-    pq.write_table(pairs, folder / "pairs.parquet")
-    pq.write_table(REJECTED_SCHEMA.empty_table(), folder / "rejected.parquet")
-    np.save(folder / "images.npy", X)
-    np.save(folder / "texts.npy", T)
+    details = write_artifact(folder, pairs, X[image], T, bucket_size)
     made_by = fingerprint([images, captions, wrong, dimension, meanings, noise, groups, unclear, seed])
-    write_manifest(folder, Manifest(stage="embed", fingerprint=made_by, rows_in=n, rows_out=n))
+    write_manifest(
+        folder, Manifest(stage="embed", fingerprint=made_by, rows_in=n, rows_out=n, details=details)
+    )
     return Planted(folder=folder, fingerprint=made_by, uids=uids, wrong=swapped[order])
 
 

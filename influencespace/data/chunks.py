@@ -1,35 +1,32 @@
-"""Chunks: what the workers of the embed stage write for each shard, until all are merged.
+"""Chunks: what ingest commits, some pairs of a shard with their embeddings, until all are merged into buckets.
 
-An *index chunk* has a row for each pair of a shard (or for what was rejected instead), without any decoding.
-An *embed chunk* has the embeddings of the distinct images and captions that the shard owns: of all shards that
-hold an image, the first embeds it. Both are Arrow files, read by memory map; their metadata carries the
-fingerprint of what made them, so that a resumed run knows which to keep.
+A chunk is an Arrow file of pairs sorted by the digest of their uid, so that the rows of a bucket lie together in it; what
+was rejected is a row as well, with its reason. It is read by memory map.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from influencespace.data.artifacts import atomic_path
+from influencespace.data.artifacts import atomic_path, write_json
 from influencespace.data.schema import ImageRef, Rejection, Sample
 from influencespace.data.uids import digest, pair_uids
 
 Digests = npt.NDArray[np.bytes_]  # fixed 16 bytes each
 Floats = npt.NDArray[np.float32]
+Halves = npt.NDArray[np.float16]
 
 DIGEST = np.dtype("S16")
 BATCH_ROWS = 8192
-NO_DIGEST = bytes(16)
 
-INDEX_SCHEMA = pa.schema(
+PAIR_SCHEMA = pa.schema(
     [
         ("shard", pa.large_string()),
         ("uid", pa.large_string()),
@@ -45,24 +42,50 @@ INDEX_SCHEMA = pa.schema(
         ("image_row", pa.int64()),
         ("group", pa.large_string()),
         ("reason", pa.large_string()),  # why this is no pair; null for pairs
+        ("clip_score", pa.float32()),
+        ("truncated", pa.bool_()),
+        ("sharpness", pa.float32()),
     ]
 )
-OWNED_SCHEMA = pa.schema([("digest", pa.binary(16))])
+VECTORS = ("image_embedding", "text_embedding")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Embedded:
-    """Embeddings of distinct images (or captions), one row for each digest, in the order of the digests."""
+@dataclass(frozen=True)
+class ChunkFolder:
+    """The chunks of one shard, or of one file of embeddings: its name holds what they depend on, so that a file that is there is
+    done."""
 
-    digests: Digests  # (n,)
-    embeddings: Floats  # (n, D)
-    truncated: npt.NDArray[np.bool_]  # (n,)
-    reasons: list[str | None]  # (n,) why there is no embedding; None where there is
-    sharpness: Floats  # (n,) of images; nan for captions, and where no picture was seen
+    folder: Path
+
+    def chunk(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.arrow"
+
+    def close(self, chunks: int, rows: int) -> None:
+        """Note that the source was read to its end, and had so many chunks and rows."""
+        write_json(self._closed, {"chunks": chunks, "rows": rows})
+
+    @property
+    def rows(self) -> int:
+        """Of a source that was read to its end."""
+        return int(json.loads(self._closed.read_bytes())["rows"])
+
+    @property
+    def chunks(self) -> list[Path]:
+        """Of a source that was read to its end."""
+        return [self.chunk(number) for number in range(json.loads(self._closed.read_bytes())["chunks"])]
+
+    @property
+    def done(self) -> bool:
+        """Whether all chunks are there."""
+        return self._closed.exists() and all(is_whole(path) for path in self.chunks)
+
+    @property
+    def _closed(self) -> Path:
+        return self.folder / "closed.json"
 
 
 def pair_rows(shard: str, items: Iterable[Sample | Rejection]) -> Iterator[dict[str, Any]]:
-    """Rows of INDEX_SCHEMA for what a reader yields."""
+    """Rows of PAIR_SCHEMA for what a reader yields."""
     for item in items:
         if isinstance(item, Rejection):
             yield rejected_row(item)
@@ -92,7 +115,7 @@ def pair_row(
     ref: ImageRef,
     group: str | None,
 ) -> dict[str, Any]:
-    """One row of INDEX_SCHEMA."""
+    """One row of PAIR_SCHEMA, without what an encoder adds."""
     content = digest(image + text + (group or "").encode())
     place = digest(f"{ref.path}:{ref.offset}:{ref.row}".encode())
     return {
@@ -110,111 +133,96 @@ def pair_row(
 
 
 def rejected_row(rejection: Rejection) -> dict[str, Any]:
-    """A row of INDEX_SCHEMA that is no pair."""
-    digests = dict.fromkeys(("key", "tie", "image", "text"), NO_DIGEST)
-    return {"shard": rejection.shard, "uid": rejection.uid, "reason": rejection.reason} | digests
+    """A row of PAIR_SCHEMA that is no pair."""
+    place = digest(f"{rejection.shard}\0{rejection.uid}\0{rejection.reason}".encode())
+    return {
+        "shard": rejection.shard,
+        "uid": rejection.uid,
+        "reason": rejection.reason,
+        "own": True,
+        "key": digest(rejection.uid.encode()),
+        "tie": place,
+        "image": bytes(16),
+        "text": bytes(16),
+    }
+
+
+def table_of(rows: Iterable[dict[str, Any]]) -> pa.Table:
+    """Rows of PAIR_SCHEMA as a table; what they lack is null."""
+    return pa.Table.from_pylist(list(rows), schema=PAIR_SCHEMA)
+
+
+def set_column(table: pa.Table, name: str, values: Any) -> pa.Table:
+    """The table with other values in one column."""
+    place = table.schema.get_field_index(name)
+    field = table.schema.field(place)
+    return table.set_column(place, field, pa.array(values, field.type))
+
+
+def write_chunk(path: Path, pairs: pa.Table, images: Floats, texts: Floats) -> None:
+    """Write pairs (n) of PAIR_SCHEMA and their unit embeddings (n, D), in canonical order.
+
+    D is 0 for pairs whose embeddings are provided apart. The CLIP score is taken before embeddings are rounded to float16.
+    """
+    cosine = np.einsum("nd,nd->n", images, texts, dtype=np.float32)
+    pairs = set_column(pairs, "clip_score", cosine)
+    order = np.lexsort((digests_of(pairs["tie"]), digests_of(pairs["key"])))
+    write_sorted(path, pairs.take(pa.array(order)), [images[order], texts[order]])
+
+
+def write_sorted(path: Path, pairs: pa.Table, vectors: Sequence[npt.NDArray[Any]]) -> None:
+    """Write a chunk whose pairs (n) and two embeddings (n, D) are in canonical order already."""
+    dimension = vectors[0].shape[1]
+    kind = pa.list_(pa.float16(), dimension)
+    schema = pa.schema([*PAIR_SCHEMA, *((name, kind) for name in VECTORS)])
+    with arrow_file(path, schema) as file:
+        for start in range(0, len(pairs), BATCH_ROWS):
+            some = pairs.slice(start, BATCH_ROWS).combine_chunks()
+            columns = [some[name].combine_chunks() for name in PAIR_SCHEMA.names]
+            columns += [vector_column(values[start : start + BATCH_ROWS]) for values in vectors]
+            file.write_batch(pa.record_batch(columns, schema=schema))
+
+
+def read_chunk(path: Path) -> pa.Table:
+    """The table of a chunk, memory-mapped: columns that are not used are not read."""
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a chunk is there, with the footer that was written last."""
+    with suppress(FileNotFoundError, pa.ArrowInvalid), pa.memory_map(str(path)) as source:
+        pa.ipc.open_file(source)
+        return True
+    return False
 
 
 @contextmanager
-def _arrow_file(path: Path, schema: Any, fingerprint: str = "") -> Iterator[Any]:
+def arrow_file(path: Path, schema: pa.Schema) -> Iterator[Any]:
     """A writer of record batches to a file that appears when all are written."""
     with (
         atomic_path(path) as aside,
         pa.OSFile(str(aside), "wb") as sink,
-        pa.ipc.new_file(sink, schema.with_metadata({"fingerprint": fingerprint})) as file,
+        pa.ipc.new_file(sink, schema) as file,
     ):
         yield file
 
 
-def write_index(path: Path, fingerprint: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Write an index chunk, a few rows in memory at a time."""
-    rows = iter(rows)
-    with _arrow_file(path, INDEX_SCHEMA, fingerprint) as file:
-        while some := list(islice(rows, BATCH_ROWS)):
-            file.write_batch(pa.RecordBatch.from_pylist(some, schema=INDEX_SCHEMA))
+def vector_column(values: npt.NDArray[Any]) -> pa.Array:
+    """Embeddings (n, D) as a column of float16 lists of fixed size."""
+    rows, dimension = values.shape
+    kind = pa.list_(pa.float16(), dimension)
+    if not dimension:
+        return pa.FixedSizeListArray.from_buffers(kind, rows, [None], children=[pa.array([], pa.float16())])
+    flat = pa.array(np.ascontiguousarray(values, np.float16).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
 
 
-def read_index(path: Path, columns: Sequence[str] | None = None) -> Any:
-    """The table of an index chunk, memory-mapped."""
-    with pa.memory_map(str(path)) as source:
-        table = pa.ipc.open_file(source).read_all()
-    return table if columns is None else table.select(list(columns))
-
-
-def is_pair(table: Any) -> npt.NDArray[np.bool_]:
-    """Which rows of an index chunk are pairs, not rejections."""
-    mask: npt.NDArray[np.bool_] = pc.is_null(table["reason"]).to_numpy(zero_copy_only=False)
-    return mask
-
-
-def write_embedded(path: Path, fingerprint: str, images: Embedded, texts: Embedded) -> None:
-    """Write an embed chunk: one record batch of images, one of texts."""
-    dimension = images.embeddings.shape[1] or texts.embeddings.shape[1]
-    vector = pa.list_(pa.float32(), dimension)
-    schema = pa.schema(
-        [
-            ("digest", pa.binary(16)),
-            ("embedding", vector),
-            ("truncated", pa.bool_()),
-            ("reason", pa.large_string()),
-            ("sharpness", pa.float32()),
-        ]
-    )
-    with _arrow_file(path, schema, fingerprint) as file:
-        for some in (images, texts):
-            numbers = pa.array(np.ascontiguousarray(some.embeddings).reshape(-1))
-            columns = [
-                to_digests(some.digests),
-                pa.FixedSizeListArray.from_arrays(numbers, dimension) if dimension else pa.array([], vector),
-                pa.array(some.truncated),
-                pa.array(some.reasons, pa.large_string()),
-                pa.array(some.sharpness),
-            ]
-            file.write_batch(pa.record_batch(columns, schema=schema))
-
-
-def read_embedded(path: Path, kind: int) -> Embedded:
-    """The images (kind 0) or texts (kind 1) of an embed chunk; the embeddings are memory-mapped."""
-    with pa.memory_map(str(path)) as source:
-        batch = pa.ipc.open_file(source).get_batch(kind)
-    dimension = batch.schema.field("embedding").type.list_size
-    vectors = batch.column("embedding").flatten().to_numpy()
-    return Embedded(
-        digests=digests_of(batch.column("digest")),
-        embeddings=vectors.reshape(-1, dimension) if dimension else np.zeros((0, 0), np.float32),
-        truncated=batch.column("truncated").to_numpy(zero_copy_only=False),
-        reasons=batch.column("reason").to_pylist(),
-        sharpness=batch.column("sharpness").to_numpy(),
-    )
-
-
-def write_owned(path: Path, index_chunks: Sequence[Path]) -> None:
-    """Decide which chunk embeds each distinct image and caption: the first that has it.
-
-    One file, for each chunk a record batch of images and one of texts, each sorted. Takes some 40 bytes of
-    memory for each distinct image or caption of a chunk.
-    """
-    owned = [_owned(index_chunks, column) for column in ("image", "text")]
-    with _arrow_file(path, OWNED_SCHEMA) as file:
-        for images, texts in zip(*owned, strict=True):
-            for digests in (images, texts):
-                file.write_batch(pa.record_batch([to_digests(digests)], schema=OWNED_SCHEMA))
-
-
-def read_owned(path: Path, chunk: int) -> tuple[Digests, Digests]:
-    """The digests of images and of texts that a chunk owns."""
-    with pa.memory_map(str(path)) as source:
-        file = pa.ipc.open_file(source)
-        images, texts = (digests_of(file.get_batch(2 * chunk + kind).column(0)) for kind in (0, 1))
-    return images, texts
-
-
-def has_fingerprint(path: Path, fingerprint: str) -> bool:
-    """Whether `path` is a whole chunk that `fingerprint` made."""
-    with suppress(FileNotFoundError, pa.ArrowInvalid), pa.memory_map(str(path)) as source:
-        metadata = pa.ipc.open_file(source).schema.metadata or {}
-        return bool(metadata.get(b"fingerprint") == fingerprint.encode())
-    return False
+def vectors_of(column: Any) -> list[Halves]:
+    """Embeddings of a column (n, D), a view of each of its batches."""
+    batches = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    dimension = column.type.list_size
+    return [batch.flatten().to_numpy().reshape(len(batch), dimension) for batch in batches]
 
 
 def digests_of(column: Any) -> Digests:
@@ -231,28 +239,12 @@ def digests_of(column: Any) -> Digests:
     return np.concatenate(arrays) if arrays else np.zeros(0, DIGEST)
 
 
-def to_digests(digests: Digests) -> Any:
-    """Numpy strings of 16 bytes as an Arrow array."""
-    data = pa.py_buffer(np.ascontiguousarray(digests))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests), [None, data])
+def numbers_of(digests: Digests) -> npt.NDArray[np.int64]:
+    """The first 63 bits of digests (n,): equal if and only if the content is, by all chance."""
+    words = np.ascontiguousarray(digests).view("<u8").reshape(len(digests), 2)[:, 0]
+    return (words & np.uint64(2**63 - 1)).astype(np.int64)
 
 
-def find(sorted_digests: Digests, wanted: Digests) -> npt.NDArray[np.int64]:
-    """Place of each wanted digest among the sorted ones; -1 where it is not there."""
-    if not len(sorted_digests):
-        return np.full(len(wanted), -1)
-    places = np.searchsorted(sorted_digests, wanted)
-    inside = np.minimum(places, len(sorted_digests) - 1)
-    return np.where(sorted_digests[inside] == wanted, inside, -1)
-
-
-def _owned(index_chunks: Sequence[Path], column: str) -> list[Digests]:
-    per_chunk = []
-    for path in index_chunks:
-        table = read_index(path, [column, "reason"])
-        per_chunk.append(np.unique(digests_of(table[column])[is_pair(table)]))
-    everything = np.concatenate([np.zeros(0, DIGEST), *per_chunk])
-    owned = np.zeros(len(everything), bool)
-    owned[np.unique(everything, return_index=True)[1]] = True
-    ends = np.cumsum([len(digests) for digests in per_chunk])
-    return [digests[mine] for digests, mine in zip(per_chunk, np.split(owned, ends[:-1]), strict=True)]
+def dimension_of(chunks: Sequence[Path]) -> int:
+    """The numbers in an embedding of the chunks; 0 where there is none."""
+    return max((read_chunk(path)[VECTORS[0]].type.list_size for path in chunks[:1]), default=0)

@@ -1,12 +1,13 @@
-"""From chunks to the embedding artifact, in one canonical order that no shard, worker or order of work changes.
+"""From chunks to the embedding artifact: buckets of pairs in one canonical order that no shard, worker or chunk size changes.
 
-Only digests and row numbers of all pairs are in memory at once (about 100 bytes a pair); captions and
-embeddings pass through in blocks, and every file is written front to back.
+A bucket is a range of the digests of uids, merged by one task from the chunks' rows of that range: whatever the size of the
+pool, a task holds one bucket's thin columns and some rows of its embeddings.
 """
 
+import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,292 +17,285 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from influencespace.data.artifacts import atomic_path
-from influencespace.data.chunks import (
-    DIGEST,
-    Digests,
-    digests_of,
-    find,
-    is_pair,
-    read_embedded,
-    read_index,
-    to_digests,
+from influencespace.data.artifacts import atomic_path, write_json
+from influencespace.data.bucket_files import (
+    BUCKET_PAIRS,
+    PAIRS_SCHEMA,
+    REJECTED_SCHEMA,
+    bucket_folder,
+    group_names,
+    write_bucket_files,
 )
-from influencespace.data.uids import digest
+from influencespace.data.chunks import (
+    BATCH_ROWS,
+    DIGEST,
+    VECTORS,
+    Digests,
+    Halves,
+    digests_of,
+    numbers_of,
+    read_chunk,
+    vector_column,
+    vectors_of,
+    write_sorted,
+)
 
 Rows = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-PAIRS_SCHEMA = pa.schema(
-    [
-        ("uid", pa.string()),
-        ("image", pa.int64()),
-        ("text", pa.int64()),
-        ("caption", pa.string()),
-        ("image_path", pa.string()),
-        ("image_offset", pa.int64()),
-        ("image_length", pa.int64()),
-        ("image_row", pa.int64()),
-        ("group", pa.string()),
-        ("clip_score", pa.float32()),
-        ("truncated", pa.bool_()),
-        ("sharpness", pa.float32()),
-    ]
-)
-REJECTED_SCHEMA = pa.schema([("shard", pa.string()), ("uid", pa.string()), ("reason", pa.string())])
-
-FILES = ("images.npy", "texts.npy", "pairs.parquet", "rejected.parquet")
-
-# Pairs in one row group of pairs.parquet; with their embeddings of 512 numbers they take a quarter of a GB.
-BLOCK_PAIRS = 65_536
-# Pairs whose embeddings are gathered at once for their cosines.
-BLOCK_COSINES = 8_192
-# Bytes of embeddings in memory while images.npy or texts.npy is written.
-BLOCK_BYTES = 256 * 2**20
+# Chunks x buckets from which on chunks are first merged into runs: opening a chunk takes a third of a millisecond.
+MAX_READS = 20_000
+# Chunks merged into one run: of 256 images each, some 500,000 pairs at most.
+RUN_CHUNKS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeReport:
-    """What became of the rows of all chunks."""
+class BucketReport:
+    """What became of the rows of one bucket, or of all together."""
 
-    rows_in: int
-    rows_out: int
-    rejected: int
-    details: dict[str, int]
+    rows_in: int = 0
+    rejected: int = 0
+    truncated: int = 0
+    copies: int = 0
+    unmatched: int = 0
+    buckets: list[int] = field(default_factory=list)
+    """Pairs of each bucket."""
+    groups: list[str] = field(default_factory=list)
 
-
-@dataclass(frozen=True, kw_only=True)
-class ProvidedEmbeddings:
-    """The uids for which embeddings were imported: pairs without one are rejected."""
-
-    keys: Digests  # sorted digests of uids
-    refused: dict[bytes, str] = field(default_factory=dict)  # digest of uid -> why its embedding is unusable
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Distinct:
-    """The images (or captions) that have an embedding, sorted, and why others have none."""
-
-    digests: Digests
-    truncated: Mask
-    sharpness: npt.NDArray[np.float32]
-    reasons: dict[bytes, str]
-    dimension: int
+    def __add__(self, other: "BucketReport") -> "BucketReport":
+        summed = ("rows_in", "rejected", "truncated", "copies", "unmatched")
+        return BucketReport(
+            **{name: getattr(self, name) + getattr(other, name) for name in summed},
+            buckets=self.buckets + other.buckets,
+            groups=sorted({*self.groups, *other.groups}),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Index:
-    """All rows of all index chunks, in their order: digests and row numbers only."""
+class MergeRun:
+    """Task: merge chunks into a larger one, so that buckets have fewer files to open."""
 
     chunks: Sequence[Path]
-    starts: Rows  # (chunks + 1,) row at which each chunk begins
-    pair: Mask  # False: rejected by the reader
-    key: Digests  # the canonical order
-    tie: Digests
-    own: Mask
-    image: Rows  # row of images.npy; -1: no embedding
-    text: Rows
+    out: Path
+
+    def __call__(self) -> Path:
+        if not self.out.exists():
+            gathered = _Gathered.of([read_chunk(path) for path in self.chunks])
+            order = np.lexsort((digests_of(gathered.table["tie"]), digests_of(gathered.table["key"])))
+            pairs = gathered.table.take(pa.array(order))
+            write_sorted(self.out, pairs, [gathered.vectors(kind, order) for kind in (0, 1)])
+        return self.out
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeBucket:
+    """Task: write one bucket of the artifact, unless it is there; its number and report.
+
+    Of pairs that share a uid of their own the first (by content) stays and the others are rejected; exact copies without a uid
+    of their own get the endings ~1, ~2 and so on. With `provided` chunks, embeddings are those of the same uid there.
+    """
+
+    folder: Path
+    number: int
+    count: int
+    """Of buckets."""
+    chunks: Sequence[Path]
+    provided: Sequence[Path] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"bucket {self.number}"
+
+    @property
+    def _report(self) -> Path:
+        return self.folder / f".{bucket_folder(self.folder, self.number).name}.json"
+
+    def __call__(self) -> tuple[int, BucketReport]:
+        if not (self._report.exists() and bucket_folder(self.folder, self.number).exists()):
+            self._write()
+        return self.number, BucketReport(**json.loads(self._report.read_bytes()))
+
+    def _write(self) -> None:
+        gathered = self._gather(self.chunks)
+        unmatched, strangers = 0, REJECTED_SCHEMA.empty_table()
+        if self.provided is not None:
+            gathered, unmatched, strangers = _with_provided(gathered, self._gather(self.provided))
+        pairs = gathered.table
+        usable = pc.is_null(pairs["reason"]).to_numpy(zero_copy_only=False)
+        ordinals = _ordinals(digests_of(pairs["key"]), digests_of(pairs["tie"]), usable)
+        kept = usable & ~(pc.fill_null(pairs["own"], False).to_numpy() & (ordinals > 0))
+        order = np.flatnonzero(kept)
+        key, tie = digests_of(pairs["key"]), digests_of(pairs["tie"])
+        order = order[np.lexsort((tie[order], key[order]))]
+        out = bucket_folder(self.folder, self.number)
+        thin = _thin(pairs.take(pa.array(order)), ordinals[order])
+        rejected = pa.concat_tables([_rejected(pairs, ~kept), strangers])
+        vectors = [gathered.rows(kind, order) for kind in (0, 1)]
+        aside = out.with_name(f".{out.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        write_bucket_files(aside, thin, vectors, gathered.dimension)
+        pq.write_table(rejected, aside / "rejected.parquet")
+        report = BucketReport(
+            rows_in=len(pairs) + len(strangers),
+            rejected=len(rejected),
+            truncated=int(pc.sum(thin["truncated"]).as_py() or 0),
+            copies=int((ordinals[order] > 0).sum()),
+            unmatched=unmatched,
+            buckets=[len(thin)],
+            groups=group_names(thin["group"]),
+        )
+        shutil.rmtree(out, ignore_errors=True)
+        aside.rename(out)
+        write_json(self._report, vars(report))
+
+    def _gather(self, chunks: Sequence[Path]) -> "_Gathered":
+        lower, upper = (_bound(self.number + step, self.count) for step in (0, 1))
+        tables: list[pa.Table] = []
+        for path in chunks:
+            table = read_chunk(path)
+            key = digests_of(table["key"])
+            start = int(np.searchsorted(key, lower))
+            stop = len(key) if upper is None else int(np.searchsorted(key, upper))
+            if stop > start or not tables:
+                tables.append(table.slice(start, stop - start))
+        return _Gathered.of(tables)
+
+
+def join_rejected(folder: Path, buckets: int) -> int:
+    """Write `rejected.parquet` of the whole artifact, shard by shard where they are few; the rows."""
+    paths = [bucket_folder(folder, number) / "rejected.parquet" for number in range(buckets)]
+    rows = sum(int(pq.read_metadata(path).num_rows) for path in paths)
+    with atomic_path(folder / "rejected.parquet") as aside:
+        if rows <= BUCKET_PAIRS:
+            table = pa.concat_tables([pq.read_table(path) for path in paths])
+            pq.write_table(table.sort_by([("shard", "ascending"), ("uid", "ascending")]), aside)
+        else:
+            with pq.ParquetWriter(aside, REJECTED_SCHEMA) as writer:
+                for path in paths:
+                    writer.write_table(pq.read_table(path))
+    for path in paths:
+        path.unlink()
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gathered:
+    """Rows of several chunks: thin columns in memory, embeddings by memory map."""
+
+    table: pa.Table
+    views: tuple[list[Halves], list[Halves]]
+    starts: Rows
+    """Row at which each view begins, and their end."""
+    dimension: int
 
     @classmethod
-    def read(cls, chunks: Sequence[Path], images: _Distinct, texts: _Distinct) -> "_Index":
-        columns = []
-        for path in chunks:
-            table = read_index(path, ["key", "tie", "own", "image", "text", "reason"])
-            columns.append(
-                {
-                    "pair": is_pair(table),
-                    "key": digests_of(table["key"]),
-                    "tie": digests_of(table["tie"]),
-                    "own": pc.fill_null(table["own"], False).to_numpy(),
-                    "image": find(images.digests, digests_of(table["image"])),
-                    "text": find(texts.digests, digests_of(table["text"])),
-                }
-            )
-        starts = np.cumsum([0, *(len(some["key"]) for some in columns)])
-        return cls(chunks=chunks, starts=starts, **_joined(columns))
-
-    def take(self, rows: Rows, columns: Sequence[str] | None = None) -> Any:
-        """The table of these rows, in that order."""
-        pieces, places = [], []
-        for chunk, at, local in _by_chunk(rows, self.starts):
-            pieces.append(read_index(self.chunks[chunk], columns).take(pa.array(local)))
-            places.append(at)
-        return pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(places))))
-
-
-def merge(
-    folder: Path,
-    index_chunks: Sequence[Path],
-    embed_chunks: Sequence[Path],
-    provided: ProvidedEmbeddings | None = None,
-) -> MergeReport:
-    """Write images.npy, texts.npy, pairs.parquet and rejected.parquet of the artifact `folder`.
-
-    Pairs are ordered by the digest of their uid, embeddings by the digest of the image or caption. Of pairs
-    that share a uid of their own, the first (by content) stays and the others are rejected; exact copies
-    without a uid of their own get the endings ~1, ~2 and so on.
-    """
-    images = _write_embeddings(folder / "images.npy", embed_chunks, 0)
-    texts = _write_embeddings(folder / "texts.npy", embed_chunks, 1)
-    index = _Index.read(index_chunks, images, texts)
-    usable = index.pair & (index.image >= 0) & (index.text >= 0)
-    if provided is not None:
-        usable &= find(provided.keys, index.key) >= 0
-    ordinals = _ordinals(index, usable)
-    kept = usable & ~(index.own & (ordinals > 0))
-    keys = _renamed(index, np.where(kept, ordinals, 0))
-    order = np.flatnonzero(kept)
-    order = order[np.argsort(keys[order], kind="stable")]
-    _write_pairs(folder, index, order, ordinals, images, texts)
-    _write_rejected(folder, index, kept, ordinals, images.reasons | texts.reasons, provided)
-    return MergeReport(
-        rows_in=len(kept),
-        rows_out=pq.read_metadata(folder / "pairs.parquet").num_rows,
-        rejected=pq.read_metadata(folder / "rejected.parquet").num_rows,
-        details={
-            "distinct_images": len(images.digests),
-            "distinct_texts": len(texts.digests),
-            "dimension": images.dimension,
-            "truncated_captions": int(texts.truncated[index.text[order]].sum()),
-            "exact_copies": int((ordinals[kept] > 0).sum()),
-        },
-    )
-
-
-def _write_embeddings(path: Path, chunks: Sequence[Path], kind: int) -> _Distinct:
-    empty = {"digests": DIGEST, "truncated": bool, "sharpness": np.float32, "rows": np.int64}
-    columns: list[dict[str, Any]] = [{name: np.zeros(0, of) for name, of in empty.items()}]
-    reasons: dict[bytes, str] = {}
-    starts, dimension = [0], 0
-    for source in chunks:
-        embedded = read_embedded(source, kind)
-        usable = np.array([reason is None for reason in embedded.reasons], bool)
-        columns.append(
-            {
-                "digests": embedded.digests[usable],
-                "truncated": embedded.truncated[usable],
-                "sharpness": embedded.sharpness[usable],
-                "rows": starts[-1] + np.flatnonzero(usable),
-            }
+    def of(cls, tables: Sequence[pa.Table]) -> "_Gathered":
+        dimension = max((table[name].type.list_size for table in tables for name in VECTORS), default=0)
+        whole = pa.concat_tables([_of_dimension(table, dimension) for table in tables])
+        views = tuple(vectors_of(whole[name]) for name in VECTORS)
+        starts = np.cumsum([0, *(len(view) for view in views[0])])
+        return cls(
+            table=whole.drop_columns(list(VECTORS)),
+            views=(views[0], views[1]),
+            starts=starts,
+            dimension=dimension,
         )
-        failed = to_digests(embedded.digests[~usable]).to_pylist()
-        reasons |= zip(failed, (reason for reason in embedded.reasons if reason is not None))
-        starts.append(starts[-1] + len(usable))
-        dimension = dimension or embedded.embeddings.shape[1]
-    everything = _joined(columns)
-    first = np.unique(everything["digests"], return_index=True)[1]
-    distinct = {name: column[first] for name, column in everything.items()}
-    order = distinct.pop("rows")
-    with atomic_path(path) as aside, aside.open("wb") as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (len(order), dimension)}
-        np.lib.format.write_array_header_1_0(file, header)
-        block = max(1, BLOCK_BYTES // max(1, 4 * dimension))
-        for start in range(0, len(order), block):
-            some = order[start : start + block]
-            values = np.empty((len(some), dimension), np.float32)
-            for chunk, places, local in _by_chunk(some, np.array(starts)):
-                values[places] = read_embedded(chunks[chunk], kind).embeddings[local]
-            file.write(values.data)
-    return _Distinct(**distinct, reasons=reasons, dimension=dimension)
+
+    def vectors(self, kind: int, rows: Rows) -> Halves:
+        """Embeddings of some rows (m, D)."""
+        values = np.empty((len(rows), self.dimension), np.float16)
+        owner = np.searchsorted(self.starts, rows, side="right") - 1
+        for view in np.unique(owner):
+            mine = owner == view
+            values[mine] = self.views[kind][view][rows[mine] - self.starts[view]]
+        return values
+
+    def rows(self, kind: int, rows: Rows) -> Iterator[Halves]:
+        """The same in batches."""
+        for start in range(0, len(rows), BATCH_ROWS):
+            yield self.vectors(kind, rows[start : start + BATCH_ROWS])
 
 
-def _joined(columns: Sequence[dict[str, npt.NDArray[Any]]]) -> dict[str, npt.NDArray[Any]]:
-    return {name: np.concatenate([some[name] for some in columns]) for name in columns[0]}
+def _of_dimension(table: pa.Table, dimension: int) -> pa.Table:
+    """A chunk of rejections alone may not know the dimension of the others."""
+    if table[VECTORS[0]].type.list_size == dimension:
+        return table
+    zeros = vector_column(np.zeros((len(table), dimension), np.float16))
+    for name in VECTORS:
+        table = table.set_column(table.schema.get_field_index(name), name, zeros)
+    return table
 
 
-def _ordinals(index: _Index, usable: Mask) -> Rows:
+def _bound(number: int, count: int) -> Any:
+    """The first digest of a bucket; None for what would lie behind the last one."""
+    if number >= count:
+        return None
+    return np.frombuffer((number * 2**64 // count).to_bytes(8, "big") + bytes(8), DIGEST)[0]
+
+
+def _ordinals(key: Digests, tie: Digests, usable: Mask) -> Rows:
     """How many usable pairs of the same uid come before each pair."""
     rows = np.flatnonzero(usable)
-    rows = rows[np.lexsort((index.tie[rows], index.key[rows]))]
-    key = index.key[rows]
+    rows = rows[np.lexsort((tie[rows], key[rows]))]
+    sorted_key = key[rows]
     place = np.arange(len(rows))
     first = np.ones(len(rows), bool)
-    first[1:] = key[1:] != key[:-1]
+    first[1:] = sorted_key[1:] != sorted_key[:-1]
     ordinals = np.zeros(len(usable), np.int64)
     ordinals[rows] = place - np.maximum.accumulate(np.where(first, place, 0))
     return ordinals
 
 
-def _renamed(index: _Index, ordinals: Rows) -> Digests:
-    """The keys of all rows, with those of renamed copies made from their new uids."""
-    keys = index.key.copy()
-    copies = np.flatnonzero(ordinals)
-    if len(copies):
-        names = _final_uids(index.take(copies, ["uid"])["uid"].to_pylist(), ordinals[copies])
-        keys[copies] = np.frombuffer(b"".join(digest(name.encode()) for name in names), DIGEST)
-    return keys
+def _thin(pairs: pa.Table, ordinals: Rows) -> pa.Table:
+    """Columns of PAIRS_SCHEMA of kept pairs."""
+    uids = pairs["uid"].to_pylist()
+    uids = [f"{uid}~{ordinal}" if ordinal else uid for uid, ordinal in zip(uids, ordinals, strict=True)]
+    columns = {name: pairs[name] for name in PAIRS_SCHEMA.names} | {
+        "uid": pa.array(uids, pa.large_string()),
+        **{name: pa.array(numbers_of(digests_of(pairs[name]))) for name in ("image", "text")},
+    }
+    return pa.table(columns, schema=PAIRS_SCHEMA)
 
 
-def _final_uids(uids: Sequence[str], ordinals: Rows) -> list[str]:
-    return [f"{uid}~{ordinal}" if ordinal else uid for uid, ordinal in zip(uids, ordinals, strict=True)]
+def _rejected(pairs: pa.Table, rows: Mask) -> pa.Table:
+    chosen = pairs.filter(pa.array(rows)).select(REJECTED_SCHEMA.names)
+    reason = pc.fill_null(chosen["reason"], "duplicate uid")
+    return chosen.set_column(2, "reason", reason).cast(REJECTED_SCHEMA)
 
 
-def _write_pairs(
-    folder: Path, index: _Index, order: Rows, ordinals: Rows, images: _Distinct, texts: _Distinct
-) -> None:
-    left, right = (np.load(folder / name, mmap_mode="r") for name in ("images.npy", "texts.npy"))
-    with atomic_path(folder / "pairs.parquet") as aside, pq.ParquetWriter(aside, PAIRS_SCHEMA) as writer:
-        for start in range(0, len(order), BLOCK_PAIRS):
-            rows = order[start : start + BLOCK_PAIRS]
-            read = index.take(rows)
-            image, text = index.image[rows], index.text[rows]
-            columns = {name: read[name] for name in read.column_names} | {
-                "uid": pa.array(_final_uids(read["uid"].to_pylist(), ordinals[rows])),
-                "image": pa.array(image),
-                "text": pa.array(text),
-                "clip_score": pa.array(_cosines(left, right, image, text)),
-                "truncated": pa.array(texts.truncated[text]),
-                "sharpness": pa.array(images.sharpness[image]),
-            }
-            block = pa.table({name: columns[name] for name in PAIRS_SCHEMA.names})
-            writer.write_table(block.cast(PAIRS_SCHEMA), row_group_size=BLOCK_PAIRS)
-
-
-def _write_rejected(
-    folder: Path,
-    index: _Index,
-    kept: Mask,
-    ordinals: Rows,
-    failures: dict[bytes, str],
-    provided: ProvidedEmbeddings | None,
-) -> None:
-    columns = ["shard", "uid", "key", "image", "text", "reason"]
-    with (
-        atomic_path(folder / "rejected.parquet") as aside,
-        pq.ParquetWriter(aside, REJECTED_SCHEMA) as writer,
-    ):
-        for start, stop in pairwise(index.starts):
-            if len(rows := start + np.flatnonzero(~kept[start:stop])):
-                rejected = index.take(rows, columns).to_pylist()
-                for row, ordinal in zip(rejected, ordinals[rows], strict=True):
-                    row["reason"] = row["reason"] or _reason(row, int(ordinal), failures, provided)
-                writer.write_table(pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA))
-
-
-def _reason(
-    row: dict[str, bytes], ordinal: int, failures: dict[bytes, str], provided: ProvidedEmbeddings | None
-) -> str:
-    if ordinal:
-        return "duplicate uid"
-    unusable = failures.get(row["image"]) or failures.get(row["text"])
-    if provided is not None:
-        return provided.refused.get(row["key"]) or unusable or "no embedding given"
-    assert unusable is not None, f"a pair without embedding and without a reason: {row}"
-    return unusable
-
-
-def _by_chunk(rows: Rows, starts: Rows) -> Iterator[tuple[int, Rows, Rows]]:
-    """For each chunk that holds some of `rows`: the chunk, their places in `rows`, their rows in the chunk."""
-    owner = np.searchsorted(starts, rows, side="right") - 1
-    order = np.argsort(owner, kind="stable")
-    chunks, first = np.unique(owner[order], return_index=True)
-    for chunk, places in zip(chunks, np.split(order, first[1:])):
-        yield int(chunk), places, rows[places] - starts[chunk]
-
-
-def _cosines(images: Any, texts: Any, image: Rows, text: Rows) -> npt.NDArray[np.float32]:
-    cosines = np.empty(len(image), np.float32)
-    for start in range(0, len(image), BLOCK_COSINES):
-        some = slice(start, start + BLOCK_COSINES)
-        cosines[some] = np.einsum("nd,nd->n", images[image[some]], texts[text[some]])
-    return cosines
+def _with_provided(pairs: _Gathered, provided: _Gathered) -> tuple[_Gathered, int, pa.Table]:
+    """Pairs of shards with the embeddings provided for their uids; how many embeddings are of no pair, and rejected ones."""
+    keys = digests_of(provided.table["key"])
+    usable = pc.is_null(provided.table["reason"]).to_numpy(zero_copy_only=False)
+    order = np.lexsort((~usable, keys))  # of one uid, what is usable comes first
+    first = order[np.unique(keys[order], return_index=True)[1]]
+    wanted = digests_of(pairs.table["key"])
+    place = np.minimum(np.searchsorted(keys[first], wanted), max(0, len(first) - 1))
+    found = keys[first][place] == wanted if len(first) else np.zeros(len(wanted), bool)
+    row = np.where(found, first[place] if len(first) else 0, -1)
+    why = provided.table["reason"].to_pylist()
+    reasons = [
+        old or ("no embedding given" if at < 0 else why[at])
+        for old, at in zip(pairs.table["reason"].to_pylist(), row, strict=True)
+    ]
+    table = pairs.table.set_column(
+        pairs.table.schema.get_field_index("reason"), "reason", pa.array(reasons, pa.large_string())
+    )
+    score = provided.table["clip_score"].to_numpy()
+    cosine = np.where(found, score[np.maximum(row, 0)], np.nan) if len(score) else np.full(len(row), np.nan)
+    table = table.set_column(
+        table.schema.get_field_index("clip_score"), "clip_score", pa.array(cosine.astype(np.float32))
+    )
+    known = np.isin(keys, wanted)
+    strangers = _rejected(provided.table, ~usable & ~known)
+    if len(keys):
+        images, texts = (provided.vectors(kind, np.maximum(row, 0)) for kind in (0, 1))
+    else:
+        images = texts = np.zeros((len(row), provided.dimension), np.float16)
+    joined = _Gathered(
+        table=table,
+        views=([images], [texts]),
+        starts=np.array([0, len(row)]),
+        dimension=provided.dimension,
+    )
+    return joined, int((usable & ~known).sum()), strangers

@@ -11,18 +11,22 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from influencespace.core.arrays import IntArray
+from influencespace.data.artifacts import MANIFEST
 from influencespace.data.buckets import Columns
 from influencespace.data.embeddings import EmbeddingTable
+
+MAX_LENDERS = 65_536  # pairs whose captions are lent to others
 
 
 @dataclass(frozen=True)
 class PairSet:
     """Rows of an embedding artifact; cheap to pickle, arrays are opened where they are used.
 
-    Pair i of the set is row `rows[i]` of the artifact. `image` and `text` number the distinct images and captions
-    of the artifact.
+    Pair i of the set is row `rows[i]` of the artifact. `image` and `text` are numbers made of the content of image and caption:
+    equal where that is.
     """
 
     folder: Path
@@ -34,54 +38,67 @@ class PairSet:
         return _open, (self.folder, self.rows_file)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.table) if self.rows_file is None else len(self._chosen)
 
     @cached_property
     def table(self) -> EmbeddingTable:
         return EmbeddingTable.open(self.folder)
 
     @cached_property
+    def _chosen(self) -> IntArray:
+        """By memory map: a range of it costs no more than that range."""
+        assert self.rows_file is not None
+        chosen: IntArray = np.load(self.rows_file, mmap_mode="r")
+        return chosen
+
+    def place(self, rows: slice | IntArray) -> slice | IntArray:
+        """Rows of the artifact that are these rows of the set."""
+        if self.rows_file is not None:
+            return np.asarray(self._chosen[rows])
+        return slice(*rows.indices(len(self))[:2]) if isinstance(rows, slice) else rows
+
+    @property
     def rows(self) -> IntArray:
-        return np.arange(len(self.table)) if self.rows_file is None else np.load(self.rows_file)
+        """Rows of the artifact that are the set (n,)."""
+        return np.arange(len(self)) if self.rows_file is None else np.asarray(self._chosen)
 
     @cached_property
     def image(self) -> IntArray:
-        """Image of each pair (n,)."""
-        return self.table.column("image").astype(np.int64)[self.rows]
+        """Number of each pair's image, made of its content (n,): for sets that fit in memory, as are the next four."""
+        return self.read(slice(None), "image")["image"]
 
     @cached_property
     def text(self) -> IntArray:
-        """Caption of each pair (n,)."""
-        return self.table.column("text").astype(np.int64)[self.rows]
+        """Number of each pair's caption, made of its content (n,)."""
+        return self.read(slice(None), "text")["text"]
 
     @cached_property
     def clip_score(self) -> NDArray[np.float64]:
         """The given encoder's cosine of image and caption (n,)."""
-        return self.table.column("clip_score").astype(np.float64)[self.rows]
+        return self.read(slice(None), "clip_score")["clip_score"].astype(np.float64)
 
     @cached_property
     def sharpness(self) -> NDArray[np.float64]:
         """Sharpness of each pair's picture (n,); nan where embeddings came without pictures."""
-        return self.table.column("sharpness").astype(np.float64)[self.rows]
+        return self.read(slice(None), "sharpness")["sharpness"].astype(np.float64)
 
     @cached_property
     def group(self) -> IntArray:
         """Group of each pair, its place in `groups`; -1 where the data names none (n,)."""
         return self.read(slice(None), "group")["group"]
 
-    @cached_property
+    @property
     def groups(self) -> list[str]:
         """The names of all groups of the artifact, sorted."""
-        names = self.table.pairs("group")["group"].unique().drop_null()
-        return sorted(names.to_pylist())
+        return self.table.groups
 
     def read(self, rows: slice | IntArray, *names: str) -> Columns:
-        """Columns of some pairs of the set (m,), by default of all: numbers as numpy numbers, text as objects, `group` as its
-        place in `groups` (-1: none).
+        """Columns of some pairs of the set (m,): numbers as numpy numbers, text as objects, `group` as its place in `groups` (-1:
+        none).
 
         Reads what it returns: a range of rows costs no more than that range.
         """
-        table = self._table(rows, names)
+        table = self._read(rows, names)
         columns: Columns = {}
         for name in names:
             values = table[name]
@@ -92,34 +109,34 @@ class PairSet:
                 columns[name] = values.to_numpy(zero_copy_only=False)
         return columns
 
-    def _table(self, rows: slice | IntArray, names: Sequence[str]) -> pa.Table:
-        if isinstance(rows, slice) and self.rows_file is None:
-            start, stop, _ = rows.indices(len(self))
-            return self.table.rows(start, stop, *names)
-        place = self.rows[rows]
-        first = int(place.min(initial=0)) if len(place) else 0
-        return self.table.rows(first, int(place.max(initial=-1)) + 1, *names).take(place - first)
+    def _read(self, rows: slice | IntArray, names: Sequence[str]) -> pa.Table:
+        place = self.place(rows)
+        if isinstance(place, slice):
+            return self.table.rows(place.start, place.stop, *names)
+        return self.table.take(place, *names)
 
     def column(self, name: str) -> Sequence[object]:
         """A column of the artifact's pairs as Python values (n,)."""
-        values: Sequence[object] = self.table.pairs(name)[name].take(self.rows).to_pylist()
+        values: Sequence[object] = self._read(slice(None), (name,))[name].to_pylist()
         return values
 
     def inputs(self, pairs: IntArray | slice, device: str = "cpu") -> tuple[Tensor, Tensor]:
-        """Embeddings of images and captions of some pairs of the set: two (m, D)."""
-        images = torch.from_numpy(np.asarray(self.table.images[self.image[pairs]]))
-        texts = torch.from_numpy(np.asarray(self.table.texts[self.text[pairs]]))
-        return images.to(device, non_blocking=True), texts.to(device, non_blocking=True)
+        """Unit embeddings of images and captions of some pairs of the set: two (m, D)."""
+        images, texts = map(torch.from_numpy, self.table.embeddings(self.place(pairs)))
+        # float16 rounds their length by up to one part in a thousand
+        return normalize(images.to(device), dim=1), normalize(texts.to(device), dim=1)
 
     def captions_of_others(self, pairs: IntArray, seed: int) -> IntArray:
         """For each pair another pair of the set with another image and another caption, if there is one to be found (m,)."""
         generator = np.random.default_rng(seed)
-        other = generator.integers(0, len(self), len(pairs))
+        lenders = min(len(self), MAX_LENDERS)  # the canonical order is random
+        lent, own = self.read(slice(0, lenders), "image", "text"), self.read(pairs, "image", "text")
+        other = generator.integers(0, lenders, len(pairs))
         for _ in range(20):  # a few redraws suffice unless almost all pairs share one image or one caption
-            same = (self.image[other] == self.image[pairs]) | (self.text[other] == self.text[pairs])
+            same = (lent["image"][other] == own["image"]) | (lent["text"][other] == own["text"])
             if not same.any():
                 break
-            other[same] = generator.integers(0, len(self), int(same.sum()))
+            other[same] = generator.integers(0, lenders, int(same.sum()))
         return other
 
     def mixed_inputs(self, pairs: IntArray, captions_of: IntArray) -> tuple[Tensor, Tensor]:
@@ -129,7 +146,7 @@ class PairSet:
 
 def _open(folder: Path, rows_file: Path | None) -> PairSet:
     """A set that came over the wire; one process reads the columns of the same files once."""
-    files = [path for path in (folder / "pairs.parquet", rows_file) if path is not None and path.exists()]
+    files = [path for path in (folder / MANIFEST, rows_file) if path is not None and path.exists()]
     return _opened(folder, rows_file, tuple(path.stat().st_mtime_ns for path in files))
 
 

@@ -130,6 +130,12 @@ class LocalEngine:
         for task in tasks:
             yield worker.attempt(task).result()
 
+    def stream(self, produce: Any, tasks: Any, consume: Any, **more: Any) -> Iterator[Any]:
+        reader, encode = produce(), consume()
+        for task in tasks:
+            for item in reader(task):
+                yield encode(item)
+
     @contextmanager
     def pool(
         self, factory: WorkerFactory, *, workers: int = 1, resources: Resources = ONE_CORE

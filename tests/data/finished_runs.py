@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from shards import coco_captions, coco_image, read_all, sample_files, tar_bytes, write_coco, write_parquet
 
 from influencespace.data.artifacts import Manifest, write_manifest
-from influencespace.data.merge import PAIRS_SCHEMA
+from influencespace.data.bucket_files import PAIRS_SCHEMA
 from influencespace.data.uids import digest, pair_uids
 
 Encode = Callable[..., bytes]

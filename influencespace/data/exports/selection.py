@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from influencespace.data.artifacts import file_digest, read_manifest
-from influencespace.data.merge import PAIRS_SCHEMA
+from influencespace.data.bucket_files import PAIRS_SCHEMA
 from influencespace.data.schema import PLACE
 from influencespace.errors import InputError
 

@@ -1,8 +1,7 @@
-"""The embed stage: from shards to unit embeddings of each distinct image and caption, in canonical order.
+"""The embed stage: from shards to unit embeddings of every pair, in canonical order, in buckets.
 
-Three steps, each resumed at its last finished shard: *index* reads the shards without decoding, *encode* runs
-the towers on what each shard owns, *merge* builds the artifact. The driver sees shards and counts, but
-never pairs.
+Two steps. *Ingest* reads every shard once: readers decode, resize and tokenise, encoders run the towers and commit chunks.
+*Merge* sorts the chunks' pairs into buckets, one task each. The driver sees shards, units and counts, but never pairs.
 """
 
 import shutil
@@ -13,26 +12,50 @@ from pathlib import Path
 from typing import Any
 
 from influencespace.data.artifacts import fingerprint, folder_digest
-from influencespace.data.chunks import write_owned
-from influencespace.data.merge import MergeReport, merge
+from influencespace.data.bucket_files import BUCKET_PAIRS, buckets_for
+from influencespace.data.chunks import ChunkFolder, dimension_of
+from influencespace.data.imported import import_options, list_chunks
+from influencespace.data.merge import (
+    MAX_READS,
+    RUN_CHUNKS,
+    BucketReport,
+    MergeBucket,
+    MergeRun,
+    join_rejected,
+)
 from influencespace.engine.local import Engine
 from influencespace.engine.placement import Resources, Share, share
 from influencespace.run import Details, Run, Stage, Workers
-from influencespace.stages.ingest.encode import EmbedConfig, EmbedWorker, EncoderLoader, ShardResult, load
-from influencespace.stages.ingest.imports import import_chunks, imported_identity
-from influencespace.stages.ingest.index import ShardTask, index
-from influencespace.stages.ingest.shards import role_shards, shard_identities
-
-# A worker with torch, transformers and Ray takes about 0.8 GB before its encoder; the rest is for its batches.
-LIBRARY_BYTES = 3 * 2**29
-# An encoder from the hub, seen only by the workers: a ViT-L/14 in float32.
-UNKNOWN_ENCODER_BYTES = 7 * 2**28
+from influencespace.stages.ingest.encode import (
+    EmbedConfig,
+    EncoderLoader,
+    EncodeUnits,
+    UnitResult,
+    load,
+    load_preprocessing,
+)
+from influencespace.stages.ingest.imports import (
+    CHUNK_PAIRS,
+    ImportFile,
+    IndexShard,
+    files_of,
+    imported_identity,
+    same_dimension,
+)
+from influencespace.stages.ingest.shards import amounts, file_version, role_shards, shard_identities
+from influencespace.stages.ingest.units import PreprocessingLoader, ReadUnits, ShardTask
 
 
 def encoder_identity(encoder: str) -> str:
     """A digest of the files of a local encoder, wherever it lies; a hub id stands for itself."""
     folder = Path(encoder).expanduser()
     return folder_digest(folder) if folder.is_dir() else encoder
+
+
+# A worker with torch, transformers and Ray takes about 0.8 GB before its encoder; the rest is for its batches.
+LIBRARY_BYTES = 3 * 2**29
+# An encoder from the hub, seen only by the workers: a ViT-L/14 in float32.
+UNKNOWN_ENCODER_BYTES = 7 * 2**28
 
 
 def embed_share(config: EmbedConfig, engine: Engine, tasks: int) -> Share:
@@ -66,7 +89,10 @@ class Embed(Stage):
 
     role: str
     load_encoder: EncoderLoader = load
-    version = 3
+    load_preprocessing: PreprocessingLoader = load_preprocessing
+    bucket_pairs: int = BUCKET_PAIRS
+    """Pairs of a bucket, about; no result depends on it."""
+    version = 4
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -86,7 +112,7 @@ class Embed(Stage):
         data = {"data": fingerprint(sorted(shard_identities(shards)))} if shards else {}
         if self.imports(run.config):
             return imported_identity(run.config.data.embeddings) | data
-        return {"encoder": encoder_identity(run.config.embed.encoder)} | data
+        return data | {"encoder": encoder_identity(run.config.embed.encoder)}
 
     def resources(self, run: Run) -> Resources:
         """Of an encoder's worker; where cores are left open, its machine may give it more than one."""
@@ -94,71 +120,125 @@ class Embed(Stage):
         return Resources(cpus=config.cpus_per_actor or 1, gpus=config.gpus_per_actor or 0)
 
     def chunks(self, run: Run) -> Path:
-        """What each shard has given so far; every file knows the shard that it is of."""
+        """What each shard has given so far, in a folder for each fingerprint of shard and settings."""
         folder = run.at(self.name)
         return folder.with_name(f"{folder.name}.chunks")
 
     def work(self, run: Run, workers: Workers) -> Details:
-        shards = role_shards(run.config, self.role)
-        embed, chunks = run.config.embed, self.chunks(run)
-        tasks = index(shards, embed.read, run.seed, chunks, workers) if shards else []
-        index_chunks = [task.index_chunk for task in tasks]
         if self.imports(run.config):
-            shutil.rmtree(chunks / "provided", ignore_errors=True)
-            job = partial(
-                import_chunks, run.config.data.embeddings, embed.read, chunks, index_chunks, workers.folder
-            )
-            return details_of(workers.once(job))
-        workers.once(partial(write_owned, chunks / "owned.arrow", index_chunks))
-        results = self._encode(run, tasks, workers)
-        embed_chunks = [task.embed_chunk for task in tasks]
-        report = workers.once(partial(merge, workers.folder, index_chunks, embed_chunks))
-        return details_of(report, **_rates(results))
+            return self._import(run, workers)
+        tasks = self._tasks(run, encoder_identity(run.config.embed.encoder))
+        results = self._ingest(run, [task for task in tasks if not task.chunks.done], workers)
+        report = self._merge(workers, [task.chunks for task in tasks])
+        dimension = dimension_of([chunk for task in tasks for chunk in task.chunks.chunks])
+        return details_of(report, dimension=dimension, **_rates(results))
 
-    def _encode(self, run: Run, tasks: Sequence[ShardTask], workers: Workers) -> list[ShardResult]:
+    def _tasks(self, run: Run, encoder: str) -> list[ShardTask]:
+        """One for each shard of the role: what its chunks depend on names their folder."""
+        shards = role_shards(run.config, self.role)
+        settings = [self.settings(run.config), encoder]
+        return [
+            ShardTask(shard=shard, chunks=self._chunks(run, [mark, settings]), seed=run.seed)
+            for shard, mark in zip(shards, shard_identities(shards) if shards else [], strict=True)
+        ]
+
+    def _chunks(self, run: Run, made_from: Any) -> ChunkFolder:
+        return ChunkFolder(self.chunks(run) / fingerprint(made_from)[:20])
+
+    def _ingest(self, run: Run, tasks: Sequence[ShardTask], workers: Workers) -> list[UnitResult]:
+        if not tasks:
+            return []
         config: EmbedConfig = run.config.embed
         placed = embed_share(config, workers.engine, len(tasks))
-        config = replace(config, decode_threads=config.decode_threads or int(placed.resources.cpus))
-        factory = partial(
-            EmbedWorker,
-            config=config,
-            encoder=encoder_identity(config.encoder),
-            device=placed.device,
-            load_encoder=self.load_encoder,
-        )
-        results = []
-        with workers.progress(sum(task.rows for task in tasks)) as bar:
-            for result in workers.engine.map(
-                factory, tasks, workers=placed.workers, resources=placed.resources
-            ):
+        sizes, unit = amounts([task.shard for task in tasks])
+        results, shown = [], 0.0
+        with workers.progress(sum(sizes), unit) as bar:
+            stream = workers.engine.stream(
+                ReadUnits(load=self.load_preprocessing, config=config),
+                tasks,
+                EncodeUnits(load=self.load_encoder, config=config, device=placed.device),
+                workers=placed.workers,
+                resources=placed.resources,
+            )
+            for result in stream:
                 results.append(result)
-                bar.advance(result.rows)
+                shown += result.bytes_read / 1e6 if unit == "MB" else result.items
+                bar.advance(int(shown))
+                shown -= int(shown)
         return results
+
+    def _import(self, run: Run, workers: Workers) -> Details:
+        read, tasks = run.config.embed.read, self._tasks(run, "")
+        options = replace(import_options(read, joined=bool(tasks)), batch_rows=CHUNK_PAIRS)
+        imports = []
+        for source in list_chunks(run.config.data.embeddings):
+            versions = [file_version(name) for name in files_of(source)]
+            chunks = self._chunks(run, [versions, options, source.layout])
+            imports.append(ImportFile(source=source, options=options, chunks=chunks))
+        index = [IndexShard(read=read, task=task) for task in tasks]
+        read_files = workers.map([*imports, *index], unit="files", label="read")
+        dimension = same_dimension(sorted(read_files))
+        provided = [one.chunks for one in imports]
+        if not tasks:
+            return details_of(self._merge(workers, provided), dimension=dimension)
+        report = self._merge(workers, [task.chunks for task in tasks], provided)
+        return details_of(report, dimension=dimension, unmatched_embeddings=report.unmatched)
+
+    def _merge(
+        self, workers: Workers, sources: Sequence[ChunkFolder], provided: Sequence[ChunkFolder] | None = None
+    ) -> BucketReport:
+        """The buckets of all chunks, with the embeddings that are provided apart."""
+        chunks, count = _paths(sources), buckets_for(sum(one.rows for one in sources), self.bucket_pairs)
+        if count * len(chunks) > MAX_READS:
+            runs = [
+                MergeRun(chunks=chunks[i : i + RUN_CHUNKS], out=workers.folder / f".run-{i:09d}.arrow")
+                for i in range(0, len(chunks), RUN_CHUNKS)
+            ]
+            chunks = sorted(workers.map(runs, unit="runs", label="sort"))
+        tasks = [
+            MergeBucket(
+                folder=workers.folder,
+                number=number,
+                count=count,
+                chunks=chunks,
+                provided=None if provided is None else _paths(provided),
+            )
+            for number in range(count)
+        ]
+        reports = dict(workers.map(tasks, unit="buckets", label="merge"))
+        workers.once(partial(join_rejected, workers.folder, count))
+        return sum((reports[number] for number in range(count)), BucketReport())
 
     def tidy(self, run: Run) -> None:
         if not run.config.embed.keep_chunks:
             shutil.rmtree(self.chunks(run), ignore_errors=True)
 
 
-def details_of(report: MergeReport, **details: Any) -> Details:
+def _paths(sources: Sequence[ChunkFolder]) -> list[Path]:
+    return [chunk for source in sources for chunk in source.chunks]
+
+
+def details_of(report: BucketReport, **details: Any) -> Details:
     """What a merge counted."""
-    return Details(
-        rows_in=report.rows_in,
-        rows_out=report.rows_out,
-        rejected=report.rejected,
-        details=report.details | details,
-    )
+    counted = {
+        "buckets": report.buckets,
+        "groups": report.groups,
+        "truncated_captions": report.truncated,
+        "exact_copies": report.copies,
+    }
+    kept = sum(report.buckets)
+    return Details(rows_in=report.rows_in, rows_out=kept, rejected=report.rejected, details=counted | details)
 
 
-def _rates(results: Sequence[ShardResult]) -> dict[str, Any]:
-    """Start-up apart from the steady state; only shards that were embedded now count."""
-    new = [result for result in results if result.began]
-    seconds = max((r.ended for r in new), default=0.0) - min((r.began for r in new), default=0.0)
+def _rates(results: Sequence[UnitResult]) -> dict[str, Any]:
+    """Start-up apart from the steady state; only units that were embedded now count."""
+    seconds = max((r.ended for r in results), default=0.0) - min((r.began for r in results), default=0.0)
+    rows, images = (sum(getattr(result, name) for result in results) for name in ("rows", "images"))
     return {
-        "workers": len({result.worker for result in new}),
-        "startup_seconds": round(max((result.startup for result in new), default=0.0), 3),
+        "workers": len({result.worker for result in results}),
+        "startup_seconds": round(max((result.startup for result in results), default=0.0), 3),
         "steady_seconds": round(seconds, 3),
-        "pairs_per_second": round(sum(result.rows for result in new) / seconds, 3) if seconds else 0.0,
-        "resumed_shards": len(results) - len(new),
-        "encoder_fingerprint": next((result.fingerprint for result in new if result.fingerprint), ""),
+        "pairs_per_second": round(rows / seconds, 3) if seconds else 0.0,
+        "images_per_second": round(images / seconds, 3) if seconds else 0.0,
+        "encoder_fingerprint": next((result.fingerprint for result in results if result.fingerprint), ""),
     }

@@ -81,3 +81,13 @@ def file_version(url: str) -> dict[str, str]:
         raise InputError(f"{url} is gone since the files were listed") from None
     names = ("size", "mtime", "ETag", "etag", "md5Hash")
     return {"path": path} | {name: str(info[name]) for name in names if name in info}
+
+
+def amounts(shards: Sequence[Shard]) -> tuple[list[int], str]:
+    """How much there is to read in each shard, for the progress shown: MB of files, or images of folders and caption files."""
+    if any(shard.format in ("coco", "class_folder") for shard in shards):
+        return [shard.rows[1] - shard.rows[0] if shard.rows else 1 for shard in shards], "images"
+    with ThreadPoolExecutor(LOOKUPS) as executor:
+        sizes = list(executor.map(lambda shard: int(file_version(shard.path).get("size", 0)), shards))
+    of_file = {path: max(1, sum(shard.path == path for shard in shards)) for path in {s.path for s in shards}}
+    return [round(size / 1e6 / of_file[shard.path]) for shard, size in zip(shards, sizes, strict=True)], "MB"

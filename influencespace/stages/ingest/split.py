@@ -14,13 +14,18 @@ from pydantic.dataclasses import dataclass as options
 
 from influencespace.core.arrays import IntArray
 from influencespace.core.batches import folds_by_image
+from influencespace.core.hashing import fold_of
 from influencespace.data.artifacts import atomic_path
+from influencespace.data.buckets import buckets_of
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import STRICT, InputError
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.ingest.shards import ROLES, roles_of
 
 MIN_IMAGES = 16
+ENOUGH = 65_536  # pairs among which so many images are looked for
+RANGE = 65_536  # pairs whose columns are in memory at once
+MAX_DRAWN = 40_000  # pairs that are drawn for a target, of however large a pool: a target of half as many is exact enough
 
 
 @options(frozen=True, kw_only=True, config=STRICT)
@@ -49,59 +54,64 @@ class DrawSplit:
     folder: Path
 
     def __call__(self) -> dict[str, Any]:
+        sets = {role: PairSet(path) for role, path in self.embeddings.items()}
+        _check_dimensions(sets)
         source = dict(self.embeddings)
-        dimensions = {role: PairSet(path).table.dimension for role, path in source.items()}
-        if len(set(dimensions.values())) > 1:
-            listed = ", ".join(f"{role} {dimension}" for role, dimension in dimensions.items())
-            raise InputError(
-                f"embeddings of different dimensions cannot be compared ({listed}): embed pool, target and test with the encoder "
-                "that made the imported embeddings"
-            )
-        rows: dict[str, IntArray] = {role: np.arange(len(PairSet(path))) for role, path in source.items()}
+        rows: dict[str, IntArray] = {}
+        """Of the roles that are a part of an artifact."""
         notes: list[str] = []
         if "target" not in source:
             source["target"] = source["pool"]
-            rows["target"], rows["pool"] = self._cut_target(PairSet(source["pool"]))
+            rows["target"], rows["pool"], share = self._cut_target(sets["pool"])
             notes.append(
                 f"no target was given: {len(rows['target'])} pairs of the pool, the better half by the encoder's CLIP score of "
-                f"a seeded {1 / self.config.parts:.0%} of its images, were set apart as target, and the other half left "
+                f"a seeded {share:.2%} of its images, were set apart as target, and the other half left "
                 "out; figures on it are optimistic"
             )
         if "test" not in source:
             source["test"] = source["target"]
-            images = PairSet(source["target"]).image[rows["target"]]
-            half = folds_by_image(images, 2, self.seed + 1)
-            rows["target"], rows["test"] = rows["target"][half == 0], rows["target"][half == 1]
+            target = PairSet(source["target"])
+            of_target = rows.get("target", np.arange(len(target)))
+            half = folds_by_image(target.read(of_target, "image")["image"], 2, self.seed + 1)
+            rows["target"], rows["test"] = of_target[half == 0], of_target[half == 1]
             notes.append("no test set was given: half of the target's images were set apart as test set")
-        notes += self._overlaps()
+        notes += self._overlaps(sets)
         counts = {}
-        for role, chosen in rows.items():
-            distinct = len(np.unique(PairSet(source[role]).image[chosen]))
-            if distinct < MIN_IMAGES:
-                raise InputError(
-                    f"the {role} has {len(chosen)} pair(s) of {distinct} image(s); {MIN_IMAGES} images or more are needed. "
-                    + self._advice(role)
-                )
-            counts[role] = len(chosen)
-            with atomic_path(self.folder / f"{role}.npy") as aside, aside.open("wb") as file:
-                np.save(file, chosen)
+        for role in ROLES:
+            counts[role] = len(rows[role]) if role in rows else len(sets[role])
+            self._check_images(role, PairSet(source[role]), rows.get(role), counts[role])
+            if role in rows:
+                with atomic_path(self.folder / f"{role}.npy") as aside, aside.open("wb") as file:
+                    np.save(file, rows[role])
         return {
             # relative: a run folder may be moved or copied
             "source": {role: os.path.relpath(path, self.artifact) for role, path in source.items()},
             "rows": counts,
             "notes": notes,
-            "total": sum(len(PairSet(path)) for path in self.embeddings.values()),
+            "total": sum(map(len, sets.values())),
         }
 
-    def _overlaps(self) -> list[str]:
+    def _check_images(self, role: str, pairs: PairSet, rows: IntArray | None, count: int) -> None:
+        first = slice(0, ENOUGH) if rows is None else rows[:ENOUGH]
+        distinct = len(np.unique(pairs.read(first, "image")["image"]))
+        if distinct < MIN_IMAGES:
+            raise InputError(
+                f"the {role} has {count} pair(s) of {distinct} image(s); {MIN_IMAGES} images or more are needed. "
+                + self._advice(role)
+            )
+
+    def _overlaps(self, sets: dict[str, PairSet]) -> list[str]:
         """Roles with data of their own that share pairs, by uid."""
-        uids = {role: PairSet(path).table.pairs("uid")["uid"] for role, path in self.embeddings.items()}
         notes = []
-        for first, second in combinations(uids, 2):
-            shared = pc.sum(pc.is_in(uids[second], value_set=uids[first].combine_chunks())).as_py() or 0
+        for first, second in combinations(sets, 2):  # the pool comes first, and is read by range
+            uids = sets[second].table.pairs("uid")["uid"].combine_chunks()
+            shared = sum(
+                pc.sum(pc.is_in(sets[first].table.rows(*span, "uid")["uid"], value_set=uids)).as_py() or 0
+                for span in buckets_of(len(sets[first]), RANGE)
+            )
             if shared:
                 notes.append(
-                    f"{shared:,} of the {len(uids[second]):,} pairs of the {second} are in the {first} too (by uid): "
+                    f"{shared:,} of the {len(uids):,} pairs of the {second} are in the {first} too (by uid): "
                     "the comparison is no proof until they are apart"
                 )
         return notes
@@ -115,17 +125,37 @@ class DrawSplit:
             f"No {' and no '.join(missing)} was given, so that it was set apart: give one, or enlarge {more}"
         )
 
-    def _cut_target(self, pool: PairSet) -> tuple[IntArray, IntArray]:
-        """Rows of the target and of what is left of the pool: whole images, so that no image is in both."""
-        drawn = folds_by_image(pool.image, self.config.parts, self.seed) == 0
-        candidates = np.flatnonzero(drawn)
-        score = pool.clip_score[candidates]
-        best = candidates[score >= np.median(score)]
-        return best, np.flatnonzero(~drawn)
+    def _cut_target(self, pool: PairSet) -> tuple[IntArray, IntArray, float]:
+        """Rows of the target and of what is left of the pool, and the share of images that was drawn.
+
+        Whole images, so that no image is in both; of a large pool no more than a target needs.
+        """
+        parts = max(self.config.parts, len(pool) // MAX_DRAWN)
+        drawn, left, scores = [], [], []
+        for start, stop in buckets_of(len(pool), RANGE):
+            columns = pool.read(slice(start, stop), "image", "clip_score")
+            mine = fold_of(columns["image"], parts, self.seed) == 0
+            drawn.append(start + np.flatnonzero(mine))
+            left.append(start + np.flatnonzero(~mine))
+            scores.append(columns["clip_score"][mine])
+        candidates, score = np.concatenate(drawn), np.concatenate(scores)
+        best = candidates[score >= np.median(score)] if len(score) else candidates
+        return best, np.concatenate(left), 1 / parts
+
+
+def _check_dimensions(sets: dict[str, PairSet]) -> None:
+    dimensions = {role: pairs.table.dimension for role, pairs in sets.items()}
+    if len(set(dimensions.values())) > 1:
+        listed = ", ".join(f"{role} {dimension}" for role, dimension in dimensions.items())
+        raise InputError(
+            f"embeddings of different dimensions cannot be compared ({listed}): embed pool, target and test with the encoder "
+            "that made the imported embeddings"
+        )
 
 
 class Split(Stage):
-    """Writes pool.npy, target.npy and test.npy: rows of the embedding artifacts that the manifest names."""
+    """Writes pool.npy, target.npy and test.npy, of the roles that are a part of an artifact: its rows. The manifest names the
+    artifacts."""
 
     name = "split"
 
@@ -151,4 +181,10 @@ class Split(Stage):
 def pair_sets(run: Run) -> dict[str, PairSet]:
     """The pool, target and test set of a finished split."""
     out, source = run.at(Split.name), run.manifest(Split.name).details["source"]
-    return {role: PairSet(Path(os.path.abspath(out / source[role])), out / f"{role}.npy") for role in ROLES}
+    files = {role: out / f"{role}.npy" for role in ROLES}
+    return {
+        role: PairSet(
+            Path(os.path.abspath(out / source[role])), files[role] if files[role].exists() else None
+        )
+        for role in ROLES
+    }

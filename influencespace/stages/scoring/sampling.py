@@ -64,15 +64,15 @@ def caption_agreement(pool: PairSet, size: int = 16_384) -> NDArray[np.float64]:
 
     A pair that the pool holds twice counts once.
     """
-    pairs, place = np.unique(np.stack([pool.image, pool.text]), axis=1, return_inverse=True)
+    pairs, first, place = np.unique(
+        np.stack([pool.image, pool.text]), axis=1, return_index=True, return_inverse=True
+    )
     result = np.empty(pairs.shape[1])
     start = 0
     while start < len(result):
         # as many whole images as fit, one at least
         last = pairs[0, min(start + size, len(result)) - 1]
         stop = int(np.searchsorted(pairs[0], last, side="right"))
-        result[start:stop] = agreement(
-            np.asarray(pool.table.texts[pairs[1, start:stop]]), pairs[0, start:stop]
-        )
+        result[start:stop] = agreement(pool.inputs(first[start:stop])[1].numpy(), pairs[0, start:stop])
         start = stop
     return result[place.reshape(-1)]

@@ -85,10 +85,9 @@ class CompareCluster:
     def _leaders(self, rows: IntArray) -> IntArray:
         if not (self.config.find and self.describing):
             return rows
-        table = self.pool.table
+        sample = self.pool.inputs(slice(0, MEAN_SAMPLE))
         images, texts = (
-            unit_rows(values - torch.from_numpy(distinct[:MEAN_SAMPLE].mean(0)))
-            for values, distinct in zip(self.pool.inputs(rows), (table.images, table.texts))
+            unit_rows(values - some.mean(0)) for values, some in zip(self.pool.inputs(rows), sample)
         )
         leader = np.empty_like(rows)
         for part in halved(concatenation(images, texts), self.config.max_compared):
