@@ -76,6 +76,9 @@ class Engine(Protocol):
         Raises TaskError (or the worker's InputError) where a task fails, and InputError where no machine has the resources.
         """
 
+    def stream(self, produce: Any, tasks: Any, consume: Any, **more: Any) -> Iterator[Any]:
+        """Placeholder."""
+
     def pool(
         self, factory: WorkerFactory, *, workers: int = 1, resources: Resources = ONE_CORE
     ) -> AbstractContextManager[Pool]:

@@ -5,6 +5,7 @@ import pickle
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,10 @@ class RayEngine:
             result: TaskResult = pickle.loads(row["result"])
             yield result.result()
 
+    def stream(self, produce: Any, tasks: Any, consume: Any, **more: Any) -> Iterator[Any]:
+        for results in self.map(partial(_Both, produce, consume), tasks, **more):
+            yield from results
+
     @contextmanager
     def pool(
         self, factory: WorkerFactory, *, workers: int = 1, resources: Resources = ONE_CORE
@@ -110,6 +115,14 @@ class RayEngine:
         finally:
             for one in actors:
                 ray.kill(one)
+
+
+class _Both:
+    def __init__(self, produce: Any, consume: Any) -> None:
+        self._produce, self._consume = produce(), consume()
+
+    def __call__(self, task: Any) -> list[Any]:
+        return [self._consume(item) for item in self._produce(task)]
 
 
 def _call_all(tasks: Sequence[Any], at_once: int, resources: dict[str, float]) -> Iterator[Any]:

@@ -232,6 +232,7 @@ def details_of(report: BucketReport, **details: Any) -> Details:
 
 def _rates(results: Sequence[UnitResult]) -> dict[str, Any]:
     """Start-up apart from the steady state; only units that were embedded now count."""
+    results = [result for result in results if result.began]
     seconds = max((r.ended for r in results), default=0.0) - min((r.began for r in results), default=0.0)
     rows, images = (sum(getattr(result, name) for result in results) for name in ("rows", "images"))
     return {

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from influencespace.data.chunks import Floats, set_column, write_chunk
 from influencespace.data.schema import ReadOptions
 from influencespace.errors import STRICT
-from influencespace.stages.ingest.units import Preprocessing, Unit
+from influencespace.stages.ingest.units import Committed, Preprocessing, Unit
 
 NOT_FINITE = "the embedding is not finite"
 
@@ -97,18 +97,16 @@ class UnitResult:
     """What an encoder says of a unit: counts and times."""
 
     rows: int
-    images: int
-    texts: int
     bytes_read: int
     items: int
-    dimension: int
-    began: float
-    """Clock time when the encoder was ready and the unit was begun."""
-    ended: float
-    startup: float
+    images: int = 0
+    began: float = 0.0
+    """Clock time when the encoder was ready and the unit was begun; 0 for one whose chunk was there already."""
+    ended: float = 0.0
+    startup: float = 0.0
     """Seconds to build the encoder, where this unit did it."""
-    worker: str
-    fingerprint: str
+    worker: str = ""
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +117,7 @@ class EncodeUnits:
     config: EmbedConfig
     device: str
 
-    def __call__(self) -> Callable[[Unit], UnitResult]:
+    def __call__(self) -> Callable[[Unit | Committed], UnitResult]:
         return _Worker(self.load, self.config, self.device).encode
 
 
@@ -133,7 +131,9 @@ class _Worker:
     def encoder(self) -> Encoder:
         return self.load(self.config, self.device)
 
-    def encode(self, unit: Unit) -> UnitResult:
+    def encode(self, unit: Unit | Committed) -> UnitResult:
+        if isinstance(unit, Committed):
+            return UnitResult(rows=unit.rows, bytes_read=unit.bytes_read, items=unit.items)
         start = time.monotonic()
         encoder = self.encoder
         startup, began = time.monotonic() - start, time.time()
@@ -141,12 +141,10 @@ class _Worker:
         texts = self._texts(unit)
         self._commit(unit, images, texts)
         return UnitResult(
-            rows=len(unit.pairs),
+            rows=unit.rows,
             images=len(images),
-            texts=len(texts),
             bytes_read=unit.bytes_read,
             items=unit.items,
-            dimension=encoder.dimension,
             began=began,
             ended=time.time(),
             startup=startup if startup > 1e-3 else 0.0,

@@ -63,15 +63,28 @@ class Unit:
     items: int
     """Images, and what was rejected instead."""
 
+    @property
+    def rows(self) -> int:
+        return len(self.pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """A unit whose chunk is there: a reader that is begun again, its worker lost, must yield as many items as before."""
+
+    rows: int
+    bytes_read: int
+    items: int
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReadUnits:
-    """The factory of readers: a shard's units that have no chunk yet, one after another."""
+    """The factory of readers: a shard's units, one after another."""
 
     load: PreprocessingLoader
     config: Any
 
-    def __call__(self) -> Callable[[ShardTask], Iterator[Unit]]:
+    def __call__(self) -> Callable[[ShardTask], Iterator[Unit | Committed]]:
         return _Reader(self.load, self.config).units
 
 
@@ -84,7 +97,7 @@ class _Reader:
     def preprocessing(self) -> Preprocessing:
         return self.load(self.config)
 
-    def units(self, task: ShardTask) -> Iterator[Unit]:
+    def units(self, task: ShardTask) -> Iterator[Unit | Committed]:
         read: ReadOptions = self.config.read
         items = read_shard(task.shard, read, seed=task.seed)
         rows = 0
@@ -96,11 +109,20 @@ class _Reader:
                 return
             whole = chain([first], some)
             if is_whole(task.chunks.chunk(number)):
-                rows += sum(len(item.captions) if isinstance(item, Sample) else 1 for item in whole)
-                continue
-            unit = _Builder(self.preprocessing, self.config).unit(task, number, whole)
-            rows += len(unit.pairs)
+                unit: Unit | Committed = _committed(whole)
+            else:
+                unit = _Builder(self.preprocessing, self.config).unit(task, number, whole)
+            rows += unit.rows
             yield unit
+
+
+def _committed(items: Iterable[Sample | Rejection]) -> Committed:
+    rows = size = number = 0
+    for item in items:
+        number += 1
+        rows += len(item.captions) if isinstance(item, Sample) else 1
+        size += len(item.image) if isinstance(item, Sample) else 0
+    return Committed(rows=rows, bytes_read=size, items=number)
 
 
 @dataclass
