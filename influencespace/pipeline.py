@@ -1,5 +1,6 @@
 """The pipeline: the stages in their order, the rounds, and the summary; what is finished is skipped, so that a run continues."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,11 +10,20 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from influencespace.config import RunConfig, load_config, save_config
-from influencespace.data.artifacts import Manifest, copy_file, installed_versions, is_done, write_json
+from influencespace.config import RunConfig, as_tree, load_config, save_config
+from influencespace.data.artifacts import Manifest, copy_file, installed_versions, write_json
 from influencespace.data.embeddings import rejected_reasons
+from influencespace.data.integrity import is_done
 from influencespace.data.locations import local_folder
 from influencespace.data.pair_set import PairSet
+from influencespace.data.results import (
+    CURATED,
+    RESULTS,
+    SUMMARY,
+    finish_results,
+    forget_results,
+    reopen_results,
+)
 from influencespace.engine.local import Engine, run_once
 from influencespace.errors import InputError
 from influencespace.models.encoders import embedding_dimension
@@ -47,7 +57,6 @@ STAGES: tuple[Stage, ...] = (
 )
 """What a round does once the data are embedded and split, in order: a new stage is an entry here."""
 MAX_REASONS = 100  # that are named apart in the summary
-RESULTS = ("curated.parquet", "summary.json", "report.html")
 
 
 def data_stages(config: RunConfig) -> tuple[Stage, ...]:
@@ -73,24 +82,34 @@ def _curate(config: RunConfig, out: Path, engine: Engine, stages: tuple[Stage, .
     done = {}
     for stage in data_stages(config):
         if isinstance(stage, Split) and not is_done(out / Split.name, stage_fingerprint(stage, data)[0]):
-            _forget_results(out)  # of other data, by the same config
+            forget_results(out)  # of other data, by the same config
         done[str(stage.name)] = carry_out(stage, data, engine)
     rounds = list(_rounds(replace(data, sets=pair_sets(data)), done[Split.name], engine, stages))
     best = min(rounds, key=lambda one: one.target_loss)
     summary = summarise(data, done, rounds, best)
-    copy_file(best.run.at("selection") / "curated.parquet", out / "curated.parquet")
-    write_json(out / "summary.json", summary)
+    for fault in reopen_results(out):
+        print(f"results: written again, as {fault}", file=sys.stderr, flush=True)
+    copy_file(best.run.at("selection") / CURATED, out / CURATED)
+    write_json(out / SUMMARY, summary)
     write_report(out)
+    of_rounds = {
+        (one.run.folder / name).relative_to(out).as_posix(): manifest
+        for one in rounds
+        for name, manifest in one.stages.items()
+    }
+    finish_results(out, done | of_rounds, as_tree(config))
     return rounds[0].run
 
 
 def load_run(folder: Path | str) -> Run:
-    """The Run of a folder whose data are embedded and split; raises InputError where it is not so far."""
+    """The Run of a folder whose data are embedded and split; raises InputError where it is not so far, or damaged."""
     folder = Path(folder).expanduser().absolute()
     run = Run(folder=folder, config=None)
     split = run.manifest(Split.name)
+    for name in (*split.inputs, Split.name):
+        run.check(name)
     config = load_config(folder / "config.yaml")
-    return replace(run, config=config, sets=pair_sets(run), inputs={Split.name: split.fingerprint})
+    return replace(run, config=config, sets=pair_sets(run), inputs={Split.name: split.content})
 
 
 @contextmanager
@@ -123,12 +142,7 @@ def open_folder(config: RunConfig, out: Path) -> None:
     before = path.read_bytes() if path.exists() else None
     save_config(config, path)
     if before != path.read_bytes():
-        _forget_results(out)
-
-
-def _forget_results(out: Path) -> None:
-    for name in RESULTS:
-        (out / name).unlink(missing_ok=True)
+        forget_results(out)
 
 
 def check(config: RunConfig) -> None:
@@ -169,7 +183,7 @@ class Round:
 def _rounds(data: Run, split: Manifest, engine: Engine, stages: tuple[Stage, ...]) -> Iterator[Round]:
     """Rounds until the target loss stops falling; each sees what the one before kept."""
     config = data.config
-    run = replace(data, inputs={Split.name: split.fingerprint})
+    run = replace(data, inputs={Split.name: split.content})
     best = float("inf")
     for number in range(config.iterate):
         this = Round(run=run, stages={str(stage.name): carry_out(stage, run, engine) for stage in stages})
@@ -184,7 +198,7 @@ def _rounds(data: Run, split: Manifest, engine: Engine, stages: tuple[Stage, ...
                 folder=data.folder / f"round-{number + 1}",
                 config=_of_what_is_left(config, left / split.details["rows"]["pool"]),
                 sets={**run.sets, "everything": everything, "pool": PairSet(everything.folder, kept)},
-                inputs={Split.name: split.fingerprint, "selection": this.stages["selection"].fingerprint},
+                inputs={Split.name: split.content, "selection": this.stages["selection"].content},
                 previous=run,
             )
 

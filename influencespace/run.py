@@ -1,7 +1,7 @@
 """A Run, its Stages, and how a stage is carried out: fingerprint, skip, work, manifest - once, for all of them."""
 
-import json
 import shutil
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,17 +15,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from influencespace.data.artifacts import (
+    MANIFEST,
+    MISSING,
     Manifest,
-    file_digest,
     fingerprint,
     installed_versions,
-    is_done,
+    manifest_or_fault,
     read_manifest,
     write_manifest,
 )
 from influencespace.data.buckets import ComputeColumns, buckets_of, join_buckets, remove_buckets, write_tasks
 from influencespace.data.exchange import Exchange, ReduceGroups
+from influencespace.data.integrity import cheap_faults, damage, describe_tasks, is_done
 from influencespace.data.pair_set import PairSet
+from influencespace.data.results import CURATED, REPORT, check_result, read_summary
 from influencespace.engine.local import Engine, Pool, WorkerFactory, run_once, run_task
 from influencespace.engine.placement import Resources
 from influencespace.engine.progress import Bar, progress
@@ -79,14 +82,27 @@ class Run:
         return self.folder / stage
 
     def manifest(self, stage: str, purpose: str = "") -> Manifest:
-        """What a finished stage recorded; raises InputError where it is not finished."""
-        manifest = read_manifest(self.at(stage))
-        if manifest is None:
+        """What a finished stage recorded; raises InputError where it is not finished, or its manifest damaged."""
+        manifest = manifest_or_fault(self.at(stage))
+        if isinstance(manifest, Manifest):
+            return manifest
+        if manifest != MISSING:
             raise InputError(
-                f"{self.folder} has no finished {stage} stage{purpose and f' {purpose}'}: run `influencespace run` with "
-                "this folder first, or check the path"
+                f"{self.at(stage)}/manifest.json {manifest}: `influencespace repair {self.first.folder}` makes it again"
             )
-        return manifest
+        raise InputError(
+            f"{self.folder} has no finished {stage} stage{purpose and f' {purpose}'}: run `influencespace run` with "
+            "this folder first, or check the path"
+        )
+
+    def check(self, stage: str) -> None:
+        """Check the files of a finished stage before they are read; raises InputError where one is not as it was written."""
+        if faults := cheap_faults(self.at(stage), self.manifest(stage)):
+            raise InputError(f"{faults[0]}: {self._advice}")
+
+    @property
+    def _advice(self) -> str:
+        return f"`influencespace repair {self.first.folder}` makes it again"
 
     def summary(self) -> dict[str, Any]:
         """Every number of the table of a finished run; raises InputError where it is not finished."""
@@ -99,12 +115,12 @@ class Run:
         Raises InputError where the run is not finished.
         """
         self.summary()
-        return pq.read_table(self.folder / "curated.parquet")
+        return pq.read_table(check_result(self.folder, CURATED))
 
     def report(self) -> Path:
         """The self-contained page of a finished run; raises InputError where it is not finished."""
         self.summary()
-        path = self.folder / "report.html"
+        path = check_result(self.folder, REPORT)
         if not path.is_file():
             raise InputError(f"{path} is missing: run the same command again")
         return path
@@ -120,23 +136,6 @@ class Run:
         kept = round(summary["kept_fraction"] * summary["rows"]["pool"])
         with progress("export", kept, "pairs") as bar:
             return export(self.folder, to, out, shard_size=shard_size, advance=bar.advance)
-
-
-def read_summary(run: Path | str) -> dict[str, Any]:
-    """`summary.json` of a finished run's folder; raises InputError where there is none, or a damaged one."""
-    path = Path(run) / "summary.json"
-    try:
-        summary = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{run} holds no finished run (no summary.json). Is it mistyped? A run that was interrupted is finished by the "
-            "command that began it."
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): remove it and run again") from None
-    if not isinstance(summary, dict):
-        raise InputError(f"{path} is damaged (an object is expected): remove it and run again")
-    return summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +278,7 @@ def stage_fingerprint(stage: Stage, run: Run) -> tuple[str, dict[str, str]]:
     inputs = {
         **run.inputs,
         **stage.inputs(run),
-        **{name: run.manifest(name).fingerprint for name in stage.needs},
+        **{name: run.manifest(name).content for name in stage.needs},
     }
     settings = stage.settings(run.config)
     return fingerprint([stage.name, stage.version, settings, inputs]), inputs
@@ -295,43 +294,50 @@ def carry_out(stage: Stage, run: Run, engine: Engine) -> Manifest:
     mark, inputs = stage_fingerprint(stage, run)
     working = folder.with_name(f".{folder.name}-{mark[:16]}")
     if not is_done(folder, mark):
+        if faults := damage(folder, mark):
+            more = f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""
+            print(f"{stage.name}: done again, as {faults[0]}{more}", file=sys.stderr, flush=True)
         if not is_done(working, mark):  # whole, but killed before it took its place
             _work(stage, run, engine, working, (mark, inputs))
         _strip(working)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         working.rename(folder)
     for left in folder.parent.glob(f".{folder.name}-{'[0-9a-f]' * 16}"):  # not of a stage with a longer name
-        shutil.rmtree(left, ignore_errors=True)
+        _remove(left)
     stage.tidy(run)
     manifest = read_manifest(folder)
     assert manifest is not None, f"{folder} lost its manifest"
     return manifest
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """Of the files of an artifact; read by a worker, as they may be large."""
-    files = (path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != ".")
-    return {path.name: file_digest(path) for path in files}
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _strip(folder: Path) -> None:
     """Remove what only served the work of a stage whose manifest is written."""
     remove_buckets(folder)
     for path in folder.glob(".*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _remove(path)
 
 
 def _work(
     stage: Stage, run: Run, engine: Engine, working: Path, made_from: tuple[str, dict[str, str]]
 ) -> None:
     began = time.monotonic()
+    for name in stage.needs:
+        run.check(name)
+    if (
+        working / MANIFEST
+    ).exists() or not working.is_dir():  # whole, and damaged since: no file of it counts as done
+        _remove(working)
     working.mkdir(parents=True, exist_ok=True)
     for path in working.rglob(".*.tmp"):  # half written when a run was killed
-        path.unlink(missing_ok=True)
-    (working / "manifest.json").unlink(missing_ok=True)
+        _remove(path)
     workers = Workers(engine=engine, folder=working, stage=str(stage.name), resources=stage.resources(run))
     reported = stage.work(run, workers)
-    files = workers.once(partial(_digests, working))
+    described = engine.map(run_task, describe_tasks(working), workers=engine.cores)
+    files = {name: file for some in described for name, file in some.items()}
     manifest = Manifest(
         stage=str(stage.name),
         fingerprint=made_from[0],
@@ -339,7 +345,7 @@ def _work(
         rows_in=reported.rows_in,
         rows_out=reported.rows_out,
         rejected=reported.rejected,
-        files=files,
+        files=dict(sorted(files.items())),
         versions=installed_versions(),
         seconds=round(time.monotonic() - began, 3),
         details=dict(reported.details),

@@ -24,8 +24,8 @@ Finished = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finish
 def finished_run(folder: str) -> "Run":
     """The run in a folder; raises InputError where it is not finished."""
     path = local_folder(folder, "RUN").expanduser()
+    from influencespace.data.results import read_summary
     from influencespace.pipeline import load_run
-    from influencespace.run import read_summary
 
     read_summary(path)
     return load_run(path)

@@ -138,8 +138,8 @@ def sweep(
 def show(folder: Finished) -> None:
     """The table and the paths of a finished run, again."""
     path = local_folder(folder, "RUN").expanduser()
+    from influencespace.data.results import read_summary
     from influencespace.report.table import print_summary
-    from influencespace.run import read_summary
 
     print_summary(read_summary(path))
 

@@ -20,7 +20,21 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 MANIFEST = "manifest.json"
+DIGEST = "digest"  # in a manifest: of all else in it
+MISSING = "is missing"
 PACKAGES = ("influencespace", "torch", "ray", "transformers", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """What a finished file must be."""
+
+    size: int
+    """Bytes."""
+    digest: str
+    """Of its content."""
+    rows: int | None = None
+    """Of a Parquet file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +49,16 @@ class Manifest:
     rows_in: int = 0
     rows_out: int = 0
     rejected: int = 0
-    files: dict[str, str] = Field(default_factory=dict)
-    """Name of each file of the folder -> digest of its content."""
+    files: dict[str, File] = Field(default_factory=dict)
+    """Each file below the folder, by its relative POSIX path."""
     versions: dict[str, str] = Field(default_factory=dict)
     seconds: float = 0.0
     details: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def content(self) -> str:
+        """What a later stage depends on: the settings that it was made by, and the files as they are."""
+        return fingerprint([self.fingerprint, {name: file.digest for name, file in self.files.items()}])
 
 
 @contextmanager
@@ -96,7 +115,7 @@ def folder_digest(folder: Path | str) -> str:
 
 
 def write_manifest(folder: Path | str, manifest: Manifest) -> None:
-    """Declare `folder` finished.
+    """Declare `folder` finished; with a digest of what is declared, so that a changed number is noticed.
 
     Raises AssertionError unless every row that came in is either kept or rejected.
     """
@@ -104,23 +123,34 @@ def write_manifest(folder: Path | str, manifest: Manifest) -> None:
         f"{manifest.stage}: {manifest.rows_in} rows in, but {manifest.rows_out} kept "
         f"and {manifest.rejected} rejected"
     )
-    write_json(Path(folder) / MANIFEST, manifest)
+    tree = json.loads(json.dumps(manifest, default=_plain))
+    write_json(Path(folder) / MANIFEST, {**tree, DIGEST: fingerprint(tree)})
 
 
 def read_manifest(folder: Path | str) -> Manifest | None:
-    """The manifest of a finished folder; None where there is none, or one of another layout."""
+    """The manifest of a finished folder; None where there is none, a damaged one, or one of another layout."""
+    manifest = manifest_or_fault(folder)
+    return manifest if isinstance(manifest, Manifest) else None
+
+
+def manifest_or_fault(folder: Path | str) -> Manifest | str:
+    """The manifest of a finished folder, or why there is none: `is missing` and what else may be wrong with the file."""
     try:
-        return TypeAdapter(Manifest).validate_json((Path(folder) / MANIFEST).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValidationError):
-        return None
-
-
-def is_done(folder: Path | str, fingerprint: str) -> bool:
-    """Whether `folder` was finished by the same config from the same inputs, and its files are there."""
-    manifest = read_manifest(folder)
-    if manifest is None or manifest.fingerprint != fingerprint:
-        return False
-    return all((Path(folder) / name).is_file() for name in manifest.files)
+        tree = json.loads((Path(folder) / MANIFEST).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return MISSING
+    except IsADirectoryError:
+        return "is a folder, not a file"
+    except (ValueError, RecursionError):
+        return "is not JSON"
+    if not isinstance(tree, dict) or DIGEST not in tree:
+        return "is of another version"
+    if tree.pop(DIGEST) != fingerprint(tree):
+        return "was changed after it was written"
+    try:
+        return TypeAdapter(Manifest).validate_python(tree)
+    except ValidationError:
+        return "is of another version"
 
 
 def reopen(folder: Path | str) -> Path:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from influencespace.data.artifacts import atomic_path
 
 Columns = dict[str, NDArray[Any]]
+BUCKETS = "buckets"
+"""Folder of the buckets of a stage at work."""
 ComputeColumns = Callable[[int, int], Columns]
 """Gives the columns of the rows [start, stop)."""
 
@@ -26,7 +28,7 @@ def buckets_of(rows: int, size: int) -> Iterator[tuple[int, int]]:
 
 def bucket_path(folder: Path, name: str, start: int) -> Path:
     """Where a finished bucket lies; its presence means that it is done."""
-    return folder / "buckets" / f"{name}-{start:012d}.arrow"
+    return folder / BUCKETS / f"{name}-{start:012d}.arrow"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,7 @@ def join_buckets(folder: Path, name: str, starts: Sequence[int]) -> int:
 
 def remove_buckets(folder: Path) -> None:
     """Remove all buckets: their columns are in whole files now."""
-    shutil.rmtree(folder / "buckets", ignore_errors=True)
+    shutil.rmtree(folder / BUCKETS, ignore_errors=True)
 
 
 def read_columns(path: Path, *names: str) -> Columns:

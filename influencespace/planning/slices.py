@@ -146,7 +146,7 @@ def _measure(config: RunConfig, folder: Path, engine: Engine, stages: Sequence[S
     run = Run(folder=folder, config=config)
     for stage in data_stages(config):
         carried_out(stage, run)
-    sources, split = list(timings), run.manifest(Split.name).fingerprint
+    sources, split = list(timings), run.manifest(Split.name).content
     run = replace(run, sets=pair_sets(run), inputs={Split.name: split})
     for stage in stages:
         carried_out(stage, run, sources)

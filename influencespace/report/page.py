@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from influencespace.data.artifacts import atomic_path, read_manifest
+from influencespace.data.results import read_summary
 from influencespace.errors import InputError
 from influencespace.report import charts, numbers, strata, table
 from influencespace.report.findings import findings, title
 from influencespace.report.pictures import BATCH_ROWS, examples
-from influencespace.run import read_summary
 
 REPORT = "report.html"
 ROLES = ("pool", "target", "test")

@@ -20,6 +20,7 @@ from influencespace.data import exports
 from influencespace.data.artifacts import read_manifest
 from influencespace.data.exports import export, folder, parquet, pictures
 from influencespace.data.exports.npy import hash_of, to_numbers
+from influencespace.data.integrity import describe
 from influencespace.data.schema import ImageRef
 from influencespace.data.uids import digest, pair_uids
 from influencespace.errors import InputError
@@ -312,9 +313,13 @@ def test_a_decision_of_another_run(broken: Callable[..., str], run: Path) -> Non
 
 def test_stats_are_read_with_distrust(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "00000000.tar"
-    for text in ("", "[]", '{"fingerprint": "x"}', '{"fingerprint": "mark", "bytes": 3, "digest": "d"}'):
+    path.write_bytes(b"abc")
+    right = describe(path)
+    known = {"fingerprint": "mark", "bytes": 3, "digest": right.digest, "rows": None}
+    wrong = [known | {key: 7} for key in ("fingerprint", "bytes", "digest")] + [{"fingerprint": "mark"}, []]
+    for text in ("", *map(json.dumps, wrong)):
         (tmp_path / "00000000_stats.json").write_text(text)
         assert folder._finished(path, "mark") is None
-    path.write_bytes(b"abc")
-    assert folder._finished(path, "mark") == "d"
+    (tmp_path / "00000000_stats.json").write_text(json.dumps(known))
+    assert folder._finished(path, "mark") == right
     assert folder._finished(path, "other") is None

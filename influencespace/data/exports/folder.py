@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from influencespace.data.artifacts import (
+    File,
     Manifest,
     atomic_path,
-    file_digest,
     fingerprint,
     installed_versions,
-    is_done,
     read_manifest,
     reopen,
     write_json,
@@ -22,6 +21,7 @@ from influencespace.data.artifacts import (
 )
 from influencespace.data.exports.pictures import read_pictures
 from influencespace.data.exports.selection import FinishedRun, Selection, select
+from influencespace.data.integrity import describe, file_fault, is_done
 from influencespace.data.schema import ImageRef
 from influencespace.errors import InputError
 
@@ -51,12 +51,12 @@ def write_once(
     out: Path,
     kind: str,
     options: dict[str, Any],
-    write: Callable[[str], dict[str, str]],
+    write: Callable[[str], dict[str, File]],
     advance: Callable[[int], None],
 ) -> Manifest:
     """Fill the folder `out` unless the same export of the same run is there.
 
-    `write` takes the fingerprint of the export, calls `advance` and returns the digest of each file. Raises InputError when
+    `write` takes the fingerprint of the export, calls `advance` and describes each file. Raises InputError when
     `out` holds files that are no export of this kind.
     """
     started = time.monotonic()
@@ -100,7 +100,7 @@ def write_shards(
     Beside each file lies `<name>_stats.json`, as img2dataset writes it, which also records that it is complete.
     """
 
-    def write(mine: str) -> dict[str, str]:
+    def write(mine: str) -> dict[str, File]:
         files = {}
         with select(run, out / ".kept.arrow") as pairs:
             starts = range(0, len(pairs), shard_size)
@@ -108,12 +108,12 @@ def write_shards(
             for shard, start in enumerate(starts):
                 stop = min(start + shard_size, len(pairs))
                 path = out / f"{shard:08d}{suffix}"
-                if (digest := _finished(path, mine)) is None:
+                if (file := _finished(path, mine)) is None:
                     _stats(path).unlink(missing_ok=True)
                     with atomic_path(path) as aside:
                         write_shard(aside, _read(pairs, start, stop))
-                    digest = _record(path, mine, stop - start)
-                files[path.name] = digest
+                    file = _record(path, mine, stop - start)
+                files[path.name] = file
                 advance(stop - start)
         return files
 
@@ -135,22 +135,23 @@ def _stats(path: Path) -> Path:
     return path.with_name(f"{path.stem}_stats.json")
 
 
-def _record(path: Path, mine: str, count: int) -> str:
-    """Record that a file is complete; returns its digest."""
-    digest = file_digest(path)
-    stats = {"count": count, "successes": count, "bytes": path.stat().st_size}
-    write_json(_stats(path), stats | {"digest": digest, "fingerprint": mine})
-    return digest
+def _record(path: Path, mine: str, count: int) -> File:
+    """Record that a file is complete."""
+    file = describe(path)
+    stats = {"count": count, "successes": count, "bytes": file.size}
+    write_json(_stats(path), stats | {"digest": file.digest, "rows": file.rows, "fingerprint": mine})
+    return file
 
 
-def _finished(path: Path, mine: str) -> str | None:
-    """The digest of a file that an earlier export of the same pairs finished, else None."""
+def _finished(path: Path, mine: str) -> File | None:
+    """A file that an earlier export of the same pairs finished, where it still is what was recorded of it, else None."""
     try:
         stats = json.loads(_stats(path).read_bytes())
-        whole = stats["fingerprint"] == mine and stats["bytes"] == path.stat().st_size
+        file = File(size=stats["bytes"], digest=stats["digest"], rows=stats["rows"])
+        whole = stats["fingerprint"] == mine and file_fault(path, file) is None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return str(stats["digest"]) if whole else None
+    return file if whole else None
 
 
 def _claim(out: Path, kind: str) -> None:

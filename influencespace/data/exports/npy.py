@@ -9,9 +9,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from influencespace.data.artifacts import Manifest, atomic_path, file_digest
+from influencespace.data.artifacts import File, Manifest, atomic_path
 from influencespace.data.exports.folder import write_once
 from influencespace.data.exports.selection import FinishedRun
+from influencespace.data.integrity import describe
 from influencespace.data.uids import digest
 
 UID = np.dtype("u8,u8")
@@ -25,7 +26,7 @@ def export_npy(run: FinishedRun, out: Path, advance: Callable[[int], None]) -> M
     The map holds the 32 hex digits of each uid: see `hash_of`. All hashes are in memory at once, 16 bytes a pair.
     """
 
-    def write(_: str) -> dict[str, str]:
+    def write(_: str) -> dict[str, File]:
         numbers = [np.zeros(0, UID)]
         with (
             atomic_path(out / "uids.parquet") as aside,
@@ -38,7 +39,7 @@ def export_npy(run: FinishedRun, out: Path, advance: Callable[[int], None]) -> M
                 advance(len(uids))
         with atomic_path(out / "uids.npy") as aside, aside.open("wb") as file:
             np.save(file, np.sort(np.concatenate(numbers)))
-        return {name: file_digest(out / name) for name in ("uids.npy", "uids.parquet")}
+        return {name: describe(out / name) for name in ("uids.npy", "uids.parquet")}
 
     return write_once(run, out, "npy", {}, write, advance)
 

@@ -57,7 +57,7 @@ class FinishedRun:
         """Fingerprints of what is read."""
         pool = read_manifest(self.pool)
         assert pool is not None
-        return {"curated": file_digest(self.curated), "pool": pool.fingerprint}
+        return {"curated": file_digest(self.curated), "pool": pool.content}
 
     def kept_uids(self) -> Iterator[list[str]]:
         """The uids of the kept pairs, in canonical order."""

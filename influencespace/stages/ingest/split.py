@@ -164,7 +164,7 @@ class Split(Stage):
 
     def inputs(self, run: Run) -> Mapping[str, str]:
         names = [f"embed/{role}" for role in roles_of(run.config)]
-        return {name: run.manifest(name).fingerprint for name in names}
+        return {name: run.manifest(name).content for name in names}
 
     def work(self, run: Run, workers: Workers) -> Details:
         config, seed = self.settings(run.config)

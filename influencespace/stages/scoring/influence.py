@@ -211,7 +211,7 @@ class Influence(Stage):
         inputs = ScoringInputs.of(run)
         starts: dict[str, list[int]] = {}
         with scoring_pass(workers, inputs, config.bucket_size, counts["pairs"]) as scoring:
-            estimator, solved = directional(run.config), run.manifest("curvature").fingerprint
+            estimator, solved = directional(run.config), run.manifest("curvature").content
             by_proxy = self._fit(run, inputs, counts["pairs"], scoring if estimator is None else None)
 
             def sample(kind: Kind, file: str) -> ScoreSample:
