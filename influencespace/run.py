@@ -1,6 +1,5 @@
 """A Run, its Stages, and how a stage is carried out: fingerprint, skip, work, manifest - once, for all of them."""
 
-import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -22,9 +21,10 @@ from influencespace.data.artifacts import (
     installed_versions,
     manifest_or_fault,
     read_manifest,
+    remove,
     write_manifest,
 )
-from influencespace.data.buckets import ComputeColumns, buckets_of, join_buckets, remove_buckets, write_tasks
+from influencespace.data.buckets import ComputeColumns, buckets_of, join_buckets, remove_work, write_tasks
 from influencespace.data.exchange import Exchange, ReduceGroups
 from influencespace.data.integrity import cheap_faults, damage, describe_tasks, is_done
 from influencespace.data.pair_set import PairSet
@@ -299,26 +299,15 @@ def carry_out(stage: Stage, run: Run, engine: Engine) -> Manifest:
             print(f"{stage.name}: done again, as {faults[0]}{more}", file=sys.stderr, flush=True)
         if not is_done(working, mark):  # whole, but killed before it took its place
             _work(stage, run, engine, working, (mark, inputs))
-        _strip(working)
-        _remove(folder)
+        remove_work(working)
+        remove(folder)
         working.rename(folder)
     for left in folder.parent.glob(f".{folder.name}-{'[0-9a-f]' * 16}"):  # not of a stage with a longer name
-        _remove(left)
+        remove(left)
     stage.tidy(run)
     manifest = read_manifest(folder)
     assert manifest is not None, f"{folder} lost its manifest"
     return manifest
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _strip(folder: Path) -> None:
-    """Remove what only served the work of a stage whose manifest is written."""
-    remove_buckets(folder)
-    for path in folder.glob(".*"):
-        _remove(path)
 
 
 def _work(
@@ -330,10 +319,10 @@ def _work(
     if (
         working / MANIFEST
     ).exists() or not working.is_dir():  # whole, and damaged since: no file of it counts as done
-        _remove(working)
+        remove(working)
     working.mkdir(parents=True, exist_ok=True)
     for path in working.rglob(".*.tmp"):  # half written when a run was killed
-        _remove(path)
+        remove(path)
     workers = Workers(engine=engine, folder=working, stage=str(stage.name), resources=stage.resources(run))
     reported = stage.work(run, workers)
     described = engine.map(run_task, describe_tasks(working), workers=engine.cores)

@@ -77,6 +77,14 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as readable JSON, keys in their order, atomically."""
     with atomic_path(path) as aside:

@@ -1,6 +1,5 @@
 """Results of a stage by bucket, a range of the canonical order: one file a bucket, then one Parquet file in that order."""
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from influencespace.data.artifacts import atomic_path
+from influencespace.data.artifacts import atomic_path, remove
 
 Columns = dict[str, NDArray[Any]]
 BUCKETS = "buckets"
@@ -104,9 +103,10 @@ def join_buckets(folder: Path, name: str, starts: Sequence[int]) -> int:
     return rows
 
 
-def remove_buckets(folder: Path) -> None:
-    """Remove all buckets: their columns are in whole files now."""
-    shutil.rmtree(folder / BUCKETS, ignore_errors=True)
+def remove_work(folder: Path) -> None:
+    """Remove what only served the work on a finished artifact: buckets, whose columns are in whole files, and hidden files."""
+    for path in (folder / BUCKETS, *folder.glob(".*")):
+        remove(path)
 
 
 def read_columns(path: Path, *names: str) -> Columns:

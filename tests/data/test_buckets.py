@@ -14,7 +14,7 @@ from influencespace.data.buckets import (
     read_bucket,
     read_columns,
     read_rows,
-    remove_buckets,
+    remove_work,
     table_rows,
     write_bucket,
 )
@@ -51,9 +51,9 @@ def test_joined_buckets_stay_for_a_task_that_is_begun_again(tmp_path: Path) -> N
 def test_no_bucket_is_left_behind(tmp_path: Path) -> None:
     write_bucket(tmp_path, "score", 0, {"x": np.arange(2)})
     write_bucket(tmp_path, "score", 7, {"x": np.arange(2)})
-    remove_buckets(tmp_path)
+    remove_work(tmp_path)
     assert not list(tmp_path.iterdir())
-    remove_buckets(tmp_path)
+    remove_work(tmp_path)
 
 
 def test_a_range_of_rows_is_read_from_the_row_groups_that_hold_it(tmp_path: Path) -> None:
