@@ -1,4 +1,4 @@
-"""The only two verbs of the stages: *map* tasks over workers, and *fold* tasks into one state.
+"""The only verbs of the stages: *map* tasks over workers, *fold* tasks into one state, *stream* from readers to workers.
 
 A factory crosses the wire and the worker is born where it works: `factory()` returns the callable that is then
 given one task after another. Folded states are merged on the workers by a binary tree whose shape depends on the number of
@@ -6,19 +6,21 @@ tasks alone, so that any number of actors gives the same bits. `LocalEngine` is 
 """
 
 import os
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from influencespace.engine.attempts import TaskError, Worker, WorkerFactory, attempt, run_task
 from influencespace.engine.placement import Machine, Resources
-from influencespace.errors import InputError
 
-WorkerFactory = Callable[[], Callable[..., Any]]
+__all__ = ["TaskError", "WorkerFactory", "run_task"]  # what goes with the verbs
+
 Merge = Callable[[Any, Any], Any]
 Done = Callable[[Any], object]
+AtOnce = int | tuple[int, int]
+"""So many workers, or at least and at most so many: the engine then takes what there is room for."""
 
 # How far a worker may run ahead of the slowest task: bounds the states that wait to be merged.
 AHEAD = 4
@@ -27,10 +29,6 @@ ONE_CORE = Resources()
 
 def nothing(_: Any) -> None:
     """What to do where nothing is to be done."""
-
-
-class TaskError(RuntimeError):
-    """A task raised an unexpected exception: names the task and carries the worker's traceback."""
 
 
 class Pool(Protocol):
@@ -70,28 +68,38 @@ class Engine(Protocol):
         *,
         workers: int = 1,
         resources: Resources = ONE_CORE,
+        set_aside: bool = False,
     ) -> Iterator[Any]:
         """Yield `worker(task)` for each task, as they finish: small picklable results; big ones go to files.
 
-        Raises TaskError (or the worker's InputError) where a task fails, and InputError where no machine has the resources.
+        I/O errors are tried again. Raises TaskError (or the worker's InputError) where a task fails, and InputError where no
+        machine has the resources. With `set_aside`, a task that raises or that no worker survives gives `Failed` instead.
         """
 
-    def stream(self, produce: Any, tasks: Any, consume: Any, **more: Any) -> Iterator[Any]:
-        """Placeholder."""
+    def stream(
+        self,
+        produce: WorkerFactory,
+        tasks: Sequence[Any],
+        consume: WorkerFactory,
+        *,
+        workers: AtOnce = 1,
+        resources: Resources = ONE_CORE,
+        readers: Resources = ONE_CORE,
+        set_aside: bool = False,
+    ) -> Iterator[Any]:
+        """Yield `consumer(item)` for each item of `producer(task)`, of each task: one pass, as they finish.
+
+        `produce()` returns a callable that turns a task into an iterator of picklable items (they may be large: few are under
+        way at once), the same ones each time; it works with the resources of `readers` wherever there is room. `consume()`
+        returns a callable, born once in each of `workers` workers (so many, or from so many to so many), that turns an item
+        into a small result. An item may be consumed again after its worker or machine is lost. Failures are as in `map`;
+        results of a task that fails later may have come before.
+        """
 
     def pool(
         self, factory: WorkerFactory, *, workers: int = 1, resources: Resources = ONE_CORE
     ) -> AbstractContextManager[Pool]:
         """Workers that live until the block ends."""
-
-
-def run_task() -> Callable[..., Any]:
-    """The factory for tasks that know themselves what to do: a task is called, and its result is the answer."""
-    return _call
-
-
-def _call(task: Callable[[], Any], *_shared: Any) -> Any:
-    return task()
 
 
 def run_once(engine: Engine, job: Callable[[], Any]) -> Any:
@@ -128,81 +136,34 @@ class LocalEngine:
         *,
         workers: int = 1,
         resources: Resources = ONE_CORE,
+        set_aside: bool = False,
     ) -> Iterator[Any]:
         worker = Worker(factory)
         for task in tasks:
-            yield worker.attempt(task).result()
+            yield worker.attempt(task).or_failed(task, set_aside)
 
-    def stream(self, produce: Any, tasks: Any, consume: Any, **more: Any) -> Iterator[Any]:
-        reader, encode = produce(), consume()
+    def stream(
+        self,
+        produce: WorkerFactory,
+        tasks: Sequence[Any],
+        consume: WorkerFactory,
+        *,
+        workers: AtOnce = 1,
+        resources: Resources = ONE_CORE,
+        readers: Resources = ONE_CORE,
+        set_aside: bool = False,
+    ) -> Iterator[Any]:
+        reader, worker = Worker(produce), Worker(consume)
         for task in tasks:
-            for item in reader(task):
-                yield encode(item)
+            for item in reader.produce(task):
+                result = item if item.error else worker.attempt(item.value)
+                yield result.or_failed(task, set_aside)
 
     @contextmanager
     def pool(
         self, factory: WorkerFactory, *, workers: int = 1, resources: Resources = ONE_CORE
     ) -> Iterator[Pool]:
         yield _LocalPool(Worker(factory))
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What a worker sends back; exceptions travel as values: Ray then retries lost workers, never errors."""
-
-    value: Any = None
-    error: str = ""
-    trace: str = ""
-
-    def result(self) -> Any:
-        if self.trace:
-            raise TaskError(f"{self.error}\n{self.trace}")
-        if self.error:
-            raise InputError(self.error)
-        return self.value
-
-
-class Worker:
-    """One worker: builds its callable at the first task, and turns exceptions into outcomes."""
-
-    def __init__(self, factory: WorkerFactory) -> None:
-        self._factory = factory
-        self._call: Callable[..., Any] | None = None
-
-    def start(self) -> None:
-        """Answered as soon as there is a process."""
-
-    def attempt(self, task: Any, *shared: Any) -> TaskResult:
-        try:
-            self._call = self._call or self._factory()
-            return TaskResult(self._call(task, *shared))
-        except InputError as error:
-            return TaskResult(error=str(error))
-        except Exception as error:
-            return TaskResult(
-                error=f"task {brief(task)} failed: {type(error).__name__}: {error}",
-                trace=traceback.format_exc(),
-            )
-
-    def fold(self, task: Any, shared: Any) -> tuple[TaskResult, Any]:
-        """Whether the task ended well, and its state: apart, so that the state may stay where it is."""
-        return _apart(self.attempt(task, shared))
-
-    def merge(self, merge: Merge, left: Any, right: Any) -> tuple[TaskResult, Any]:
-        """As `fold`: two states, merged."""
-        return _apart(attempt(partial(merge, left, right)))
-
-    def run(self, job: Callable[[], Any]) -> TaskResult:
-        return attempt(job)
-
-
-def _apart(result: TaskResult) -> tuple[TaskResult, Any]:
-    return replace(result, value=None), result.value
-
-
-def attempt(task: Any) -> TaskResult:
-    """The outcome of a task that knows itself what to do."""
-    return Worker(run_task).attempt(task)
 
 
 @dataclass(frozen=True)
@@ -271,13 +232,6 @@ class MergeTree:
         other = self._waiting.pop(neighbour)
         left, right = (other, state) if index % 2 else (state, other)
         return height + 1, index // 2, left, right
-
-
-def brief(task: Any) -> str:
-    """What an error calls a task: its name, or its text, shortened."""
-    task = task.args[0] if isinstance(task, partial) and task.args else task
-    text = str(getattr(task, "name", task))
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def machine_cores() -> int:

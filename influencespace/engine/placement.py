@@ -35,6 +35,14 @@ class Machine:
             limits.append(self.memory // need.memory)
         return int(min(limits, default=0))
 
+    def without(self, need: Resources, count: int) -> "Machine":
+        """What is left beside so many workers of a need."""
+        return Machine(
+            cpus=self.cpus - count * need.cpus,
+            gpus=self.gpus - count * need.gpus,
+            memory=self.memory - count * need.memory,
+        )
+
 
 def _whole(ratio: float) -> int:
     return int(ratio + 1e-9)  # ten tenths are one, of floats too
@@ -43,6 +51,17 @@ def _whole(ratio: float) -> int:
 def places(machines: Sequence[Machine], need: Resources) -> int:
     """How many workers of this need fit on all machines together."""
     return sum(machine.places(need) for machine in machines)
+
+
+def beside(machines: Sequence[Machine], need: Resources, other: Resources) -> int:
+    """How many workers of this need fit so that one of the other still finds a place: without it they would wait for ever."""
+    losses = []
+    for machine in machines:
+        most = machine.places(need)
+        kept = next((k for k in range(most, -1, -1) if machine.without(need, k).places(other)), None)
+        if kept is not None:
+            losses.append(most - kept)
+    return places(machines, need) - min(losses, default=0)
 
 
 def check_place(machines: Sequence[Machine], need: Resources) -> None:

@@ -1,36 +1,25 @@
 """The two verbs of the stages on Ray: Ray Data's actor pool for map, plain actors for folds."""
 
-import logging
 import pickle
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 
-from influencespace.engine.local import (
-    AHEAD,
-    ONE_CORE,
-    Done,
-    Merge,
-    MergeTree,
-    Pool,
-    TaskError,
-    TaskResult,
-    Worker,
-    WorkerFactory,
-    attempt,
-    brief,
-    nothing,
-    run_task,
+from influencespace.engine.attempts import TaskResult, Worker, WorkerFactory, attempt, run_task
+from influencespace.engine.local import AHEAD, ONE_CORE, AtOnce, Done, Merge, MergeTree, Pool, nothing
+from influencespace.engine.placement import Machine, Resources, beside, check_place
+from influencespace.engine.ray_stream import (
+    TASK_RETRIES,
+    Pipeline,
+    Starts,
+    lost_worker,
+    ray_data,
+    ray_options,
 )
-from influencespace.engine.placement import Machine, Resources, check_place
-
-# A worker that dies (killed node, out of memory) is always replaced, but a task may lose only so many.
-TASK_RETRIES = 3
 
 
 class RayEngine:
@@ -72,34 +61,59 @@ class RayEngine:
         *,
         workers: int = 1,
         resources: Resources = ONE_CORE,
+        set_aside: bool = False,
     ) -> Iterator[Any]:
         if not tasks:
             return
         check_place(self.machines, resources)
         if factory is run_task:
-            yield from _call_all(tasks, max(1, workers), _options(resources))
+            for index, result in _call_all(tasks, max(1, workers), ray_options(resources)):
+                yield result.or_failed(tasks[index], set_aside)
             return
         # One row and one block a task: Ray Data then hands out single tasks and gives back single results.
         items = [{"index": index, "task": pickle.dumps(task)} for index, task in enumerate(tasks)]
-        starts = ray.remote(_Starts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
-        results = _data().from_items(items, override_num_blocks=len(items))
+        starts = ray.remote(Starts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+        results = ray_data().from_items(items, override_num_blocks=len(items))
         results = results.map_batches(
             _MapWorker,
             fn_constructor_args=(factory, starts),
             batch_size=1,
             # Shards take long: a task that waited behind another would leave some other worker idle.
-            compute=_data().ActorPoolStrategy(
+            compute=ray_data().ActorPoolStrategy(
                 size=max(1, min(workers, len(items))), max_tasks_in_flight_per_actor=1
             ),
-            **_options(resources),
+            **ray_options(resources),
         )
         for row in results.iter_rows():
-            result: TaskResult = pickle.loads(row["result"])
-            yield result.result()
+            yield pickle.loads(row["result"]).or_failed(tasks[row["index"]], set_aside)
 
-    def stream(self, produce: Any, tasks: Any, consume: Any, **more: Any) -> Iterator[Any]:
-        for results in self.map(partial(_Both, produce, consume), tasks, **more):
-            yield from results
+    def stream(
+        self,
+        produce: WorkerFactory,
+        tasks: Sequence[Any],
+        consume: WorkerFactory,
+        *,
+        workers: AtOnce = 1,
+        resources: Resources = ONE_CORE,
+        readers: Resources = ONE_CORE,
+        set_aside: bool = False,
+    ) -> Iterator[Any]:
+        if not tasks:
+            return
+        for need in (readers, resources):
+            check_place(self.machines, need)
+        least, most = (workers, workers) if isinstance(workers, int) else workers
+        room = beside(self.machines, resources, readers)
+        pipeline = Pipeline(
+            produce=produce,
+            consume=consume,
+            readers=readers,
+            resources=resources,
+            workers=(max(1, min(least, room)), max(1, most)),
+            max_readers=self._cores,
+        )
+        for index, result in pipeline.results(tasks):
+            yield result.or_failed(tasks[index], set_aside)
 
     @contextmanager
     def pool(
@@ -107,7 +121,7 @@ class RayEngine:
     ) -> Iterator[Pool]:
         check_place(self.machines, resources)
         actor = ray.remote(Worker).options(
-            **_options(resources), max_restarts=-1, max_task_retries=TASK_RETRIES
+            **ray_options(resources), max_restarts=-1, max_task_retries=TASK_RETRIES
         )
         actors = [actor.remote(factory) for _ in range(max(1, workers))]
         try:
@@ -117,48 +131,33 @@ class RayEngine:
                 ray.kill(one)
 
 
-class _Both:
-    def __init__(self, produce: Any, consume: Any) -> None:
-        self._produce, self._consume = produce(), consume()
-
-    def __call__(self, task: Any) -> list[Any]:
-        return [self._consume(item) for item in self._produce(task)]
-
-
-def _call_all(tasks: Sequence[Any], at_once: int, resources: dict[str, float]) -> Iterator[Any]:
+def _call_all(
+    tasks: Sequence[Any], at_once: int, resources: dict[str, float]
+) -> Iterator[tuple[int, TaskResult]]:
     """Tasks that know themselves what to do need no actor: Ray hands them to processes that are there already.
 
     Starting a process costs seconds, mostly importing; a run has dozens of such calls.
     """
     worker = ray.remote(attempt).options(**resources, max_retries=TASK_RETRIES)
-    waiting = deque(tasks)
-    running: dict[Any, Any] = {}
+    waiting = deque(range(len(tasks)))
+    running: dict[Any, int] = {}
     while waiting or running:
         while waiting and len(running) < at_once:
-            task = waiting.popleft()
-            running[worker.remote(task)] = task
+            index = waiting.popleft()
+            running[worker.remote(tasks[index])] = index
         (reference, *_), _ = ray.wait(list(running), num_returns=1)
-        yield _result(reference, running.pop(reference))
+        index = running.pop(reference)
+        yield index, _result(reference, tasks[index])
 
 
-def _result(reference: Any, task: Any) -> Any:
-    """The worker's result; raises what it raised, and TaskError where no worker survived the task."""
+def _result(reference: Any, task: Any) -> TaskResult:
+    """The worker's result; a failure where no worker survived the task."""
     try:
         result: TaskResult = ray.get(reference)
     except ray.exceptions.RayError as error:
-        raise TaskError(f"{_lost(task)} Ray says: {error}") from error
-    return result.result()
-
-
-class _Starts:
-    """How often each task was begun, kept by an actor of its own: Ray Data itself would retry for ever."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[int] = Counter()
-
-    def begin(self, index: int) -> int:
-        self._counts[index] += 1
-        return self._counts[index]
+        lost = lost_worker(task)
+        return replace(lost, error=f"{lost.error} Ray says: {error}")
+    return result
 
 
 class _MapWorker:
@@ -171,10 +170,10 @@ class _MapWorker:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         task = pickle.loads(batch["task"][0])
         if ray.get(self._starts.begin.remote(int(batch["index"][0]))) > TASK_RETRIES + 1:
-            result = TaskResult(error=_lost(task), trace="(no traceback: the process was gone)")
+            result = lost_worker(task)
         else:
             result = self._worker.attempt(task)
-        return {"result": [pickle.dumps(result)]}
+        return {"index": [batch["index"][0]], "result": [pickle.dumps(result)]}
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ class _RayPool:
                     continue
                 job = running.pop(reference)
                 self._idle.append(job.actor)
-                _result(reference, tasks[job.index << job.height])
+                _result(reference, tasks[job.index << job.height]).result()
                 if not job.height:
                     done(tasks[job.index])
                 if pair := tree.add(job.height, job.index, job.state):
@@ -232,26 +231,4 @@ class _RayPool:
         while not self._idle:
             (reference, *_), _ = ray.wait(list(self._starting), num_returns=1)
             self._idle.append(self._starting.pop(reference))
-        return _result(self._idle[0].run.remote(job), job)
-
-
-def _lost(task: Any) -> str:
-    return (
-        f"task {brief(task)} lost its worker {TASK_RETRIES + 1} times. Likely causes: it ran out of memory, "
-        "a crash in native code on this input, or its node is gone."
-    )
-
-
-def _options(resources: Resources) -> dict[str, float]:
-    optional = {"num_gpus": resources.gpus, "memory": resources.memory}
-    return {"num_cpus": resources.cpus} | {name: value for name, value in optional.items() if value}
-
-
-def _data() -> Any:
-    """Ray Data without its own progress and reports: the stages show theirs."""
-    import ray.data
-
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    # Here, because the import sets the level anew.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    return ray.data
+        return _result(self._idle[0].run.remote(job), job).result()
