@@ -16,6 +16,7 @@ from influencespace import pipeline
 from influencespace.config import RunConfig, load_config
 from influencespace.data import buckets
 from influencespace.data.buckets import Columns, read_columns
+from influencespace.data.pair_set import PairSet
 from influencespace.engine.local import LocalEngine
 from influencespace.pipeline import STAGES
 from influencespace.planning import plan, print_plan
@@ -97,11 +98,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A pool of imported embeddings, of which the target and the test set are cut."""
     folder = tmp_path_factory.mktemp("toy")
     planted = plant(folder / "planted", 400, wrong=0.2)
-    pairs = pq.read_table(planted.folder / "pairs.parquet", columns=["uid", "image", "text", "caption"])
-    vectors = pa.list_(pa.float32())
-    for side in ("image", "text"):
-        rows = np.load(planted.folder / f"{side}s.npy")[pairs[side].to_numpy()]
-        pairs = pairs.append_column(f"{side}_embedding", pa.array(list(rows), vectors)).drop_columns([side])
+    pairs = PairSet(planted.folder)
+    thin = pairs.read(slice(None), "uid", "caption")
+    fat = dict(zip(("image_embedding", "text_embedding"), pairs.inputs(slice(None))))
+    vectors = {name: pa.array(list(side.numpy()), pa.list_(pa.float32())) for name, side in fat.items()}
+    pairs = pa.table({"uid": list(thin["uid"]), "caption": list(thin["caption"]), **vectors})
     pq.write_table(pairs, folder / "pairs.parquet")
     small = {"proxy.train.steps": 10, "proxy.train.batch_size": 16, "proxy.train.dimension": 8}
     small |= {"proxy.choose_steps": False, "proxy.folds": 2, "cluster.k": 2, "influence.quantiles": 4}

@@ -11,6 +11,7 @@ from chain import Idle
 from planted import Planted, plant
 
 from influencespace.config import load_config
+from influencespace.core.hashing import fold_of
 from influencespace.data.artifacts import Manifest, read_manifest
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.local import Engine, LocalEngine
@@ -154,6 +155,15 @@ def test_a_missing_target_with_a_test_set_keeps_the_test_set(
     assert images(sets["pool"]).isdisjoint(images(sets["target"]))
     assert sets["target"].folder.resolve() == pool.folder
     assert len(manifest.details["notes"]) == 1
+
+
+def test_the_draw_of_a_target_says_nothing_of_the_folds_of_what_is_left(
+    pool: Planted, tmp_path: Path
+) -> None:
+    """Both are thresholds on a hash of the image: with one seed a fold could lose all of its images to the target."""
+    _, sets = cut(tmp_path, {"split.target_share": 0.49}, pool=pool)
+    left = sets["pool"].image
+    assert np.bincount(fold_of(left, 2, load_config().seed), minlength=2).min() > len(left) / 4
 
 
 def test_the_seed_decides(pool: Planted, tmp_path: Path) -> None:

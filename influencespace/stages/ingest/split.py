@@ -23,6 +23,7 @@ from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.ingest.shards import ROLES, roles_of
 
 MIN_IMAGES = 16
+OF_TARGET = 2**32  # added to the seed: the folds of the proxies are drawn by the same hash, and must not depend on this draw
 ENOUGH = 65_536  # pairs among which so many images are looked for
 RANGE = 65_536  # pairs whose columns are in memory at once
 MAX_DRAWN = 40_000  # pairs that are drawn for a target, of however large a pool: a target of half as many is exact enough
@@ -134,7 +135,7 @@ class DrawSplit:
         drawn, left, scores = [], [], []
         for start, stop in buckets_of(len(pool), RANGE):
             columns = pool.read(slice(start, stop), "image", "clip_score")
-            mine = fold_of(columns["image"], parts, self.seed) == 0
+            mine = fold_of(columns["image"], parts, self.seed + OF_TARGET) == 0
             drawn.append(start + np.flatnonzero(mine))
             left.append(start + np.flatnonzero(~mine))
             scores.append(columns["clip_score"][mine])
@@ -158,6 +159,7 @@ class Split(Stage):
     artifacts."""
 
     name = "split"
+    version = 2
 
     def settings(self, config: Any) -> tuple[SplitConfig, int]:
         return config.split, config.seed
