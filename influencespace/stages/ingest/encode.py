@@ -9,13 +9,14 @@ from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from influencespace.data.chunks import Floats, set_column, write_chunk
 from influencespace.data.schema import ReadOptions
 from influencespace.errors import STRICT
-from influencespace.stages.ingest.units import Committed, Preprocessing, Unit
+from influencespace.stages.ingest.units import Committed, Preprocessing, Unit, unpacked
 
 NOT_FINITE = "the embedding is not finite"
 
@@ -153,13 +154,14 @@ class _Worker:
         )
 
     def _images(self, unit: Unit) -> Floats:
-        parts = [self.encoder.encode_image(pixels).float().cpu().numpy() for pixels in unit.pixels]
+        parts = [self.encoder.encode_image(unpacked(pixels)).float().cpu().numpy() for pixels in unit.pixels]
         return np.concatenate([np.zeros((0, self.encoder.dimension), np.float32), *parts])
 
     def _texts(self, unit: Unit) -> Floats:
         values = np.zeros((sum(len(rows) for rows, _ in unit.tokens), self.encoder.dimension), np.float32)
         for rows, tokens in unit.tokens:
-            values[rows] = self.encoder.encode_text(tokens).float().cpu().numpy()
+            inputs = {name: torch.from_numpy(ids) for name, ids in tokens.items()}
+            values[rows] = self.encoder.encode_text(inputs).float().cpu().numpy()
         return values
 
     def _commit(self, unit: Unit, images: Floats, texts: Floats) -> None:

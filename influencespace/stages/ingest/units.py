@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from influencespace.data.chunks import ChunkFolder, is_whole, pair_rows, table_of
 from influencespace.data.images import RejectedImage, decode_image, sharpness
@@ -55,7 +56,7 @@ class Unit:
     """Which of the images each pair has (n,); -1: none."""
     text: np.ndarray[Any, Any]
     pixels: list[Any]
-    """Batches (b, 3, H, W) of the images that were decoded, in their order."""
+    """Packed batches of the images that were decoded, in their order."""
     tokens: list[tuple[list[int], Any]]
     """Batches of captions: which, and the text tower's inputs (b, L)."""
     bytes_read: int
@@ -66,6 +67,18 @@ class Unit:
     @property
     def rows(self) -> int:
         return len(self.pairs)
+
+
+def packed(pixels: Any) -> np.ndarray[Any, Any]:
+    """A batch (b, 3, H, W) as an array whose memory is in one piece: pictures are made with their channels last."""
+    array: np.ndarray[Any, Any] = (pixels.permute(0, 2, 3, 1) if pixels.ndim == 4 else pixels).numpy()
+    return array
+
+
+def unpacked(pixels: np.ndarray[Any, Any]) -> Any:
+    """The batch that was packed, without a copy."""
+    tensor = torch.from_numpy(pixels)
+    return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +198,7 @@ class _Builder:
 
     def _flush(self, allowed: int) -> None:
         if len(self.waiting) > allowed:
-            self.pixels.append(self.preprocessing.preprocess_images(self.waiting))
+            self.pixels.append(packed(self.preprocessing.preprocess_images(self.waiting)))
             self.waiting = []
 
     def _tokens(self) -> tuple[list[tuple[list[int], Any]], dict[int, bool]]:
@@ -197,7 +210,7 @@ class _Builder:
         for start in range(0, len(order), self.config.batch_size):
             rows = order[start : start + self.config.batch_size]
             tokens, cut = self.preprocessing.tokenize([texts[i] for i in rows])
-            batches.append((rows, tokens))
+            batches.append((rows, {name: values.numpy() for name, values in tokens.items()}))
             truncated |= dict(zip(rows, cut, strict=True))
         return batches, truncated
 
