@@ -18,7 +18,7 @@ PRUNED = {"proxy__train__steps": 100, "selection__tau_low": 0.2}
 # number of shards, seed of the order, and settings of who computes what at once
 DEALS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "two shards": (2, 1, {}),
-    "seven shards in small batches": (7, 2, {"embed__batch_size": 7, "embed__decode_threads": 1}),
+    "seven shards in small batches": (7, 2, {"embed__batch_size": 7}),
     "one shard in small buckets": (
         1,
         3,

@@ -37,9 +37,6 @@ class EmbedConfig:
     """CPU cores of one worker; 0 shares the cores among the workers."""
     gpus_per_actor: float | None = Field(default=None, ge=0)
     """GPUs of one worker, a fraction for small models; None means one where there are GPUs."""
-    decode_threads: int = Field(default=0, ge=0)
-    """Threads of one worker that decode the next images meanwhile; 0 means one for each of its CPU cores. More than these
-    are slower: a thread that decodes and the one that runs the towers take the interpreter from each other."""
     max_pixels: int = Field(default=64_000_000, ge=1)
     """Larger images are rejected, unread."""
     trust_remote_code: bool = False
