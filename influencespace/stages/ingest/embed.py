@@ -43,7 +43,7 @@ from influencespace.stages.ingest.imports import (
     same_dimension,
 )
 from influencespace.stages.ingest.shards import amounts, file_version, role_shards, shard_identities
-from influencespace.stages.ingest.units import PreprocessingLoader, ReadUnits, ShardTask
+from influencespace.stages.ingest.units import UNIT_IMAGES, PreprocessingLoader, ReadUnits, ShardTask
 
 
 def encoder_identity(encoder: str) -> str:
@@ -54,6 +54,10 @@ def encoder_identity(encoder: str) -> str:
 
 # A worker with torch, transformers and Ray takes about 0.8 GB before its encoder; the rest is for its batches.
 LIBRARY_BYTES = 3 * 2**29
+# A reader with torch and transformers takes 0.6 GB; the rest is for the picture that it decodes and its unit.
+READER_BYTES = 2**30
+# Of a unit of web pictures, about: how many encoders have work at all.
+UNIT_MB = 10
 # An encoder from the hub, seen only by the workers: a ViT-L/14 in float32.
 UNKNOWN_ENCODER_BYTES = 7 * 2**28
 
@@ -149,8 +153,10 @@ class Embed(Stage):
         if not tasks:
             return []
         config: EmbedConfig = run.config.embed
-        placed = embed_share(config, workers.engine, len(tasks))
         sizes, unit = amounts([task.shard for task in tasks])
+        units = sum(sizes) // (UNIT_MB if unit == "MB" else UNIT_IMAGES) + 1
+        placed = embed_share(config, workers.engine, units)
+        largest = max(machine.memory for machine in workers.engine.machines)
         results, shown = [], 0.0
         with workers.progress(sum(sizes), unit) as bar:
             stream = workers.engine.stream(
@@ -159,6 +165,7 @@ class Embed(Stage):
                 EncodeUnits(load=self.load_encoder, config=config, device=placed.device),
                 workers=placed.workers,
                 resources=placed.resources,
+                readers=Resources(memory=min(READER_BYTES, largest)),
             )
             for result in stream:
                 results.append(result)

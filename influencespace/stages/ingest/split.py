@@ -23,7 +23,9 @@ from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.ingest.shards import ROLES, roles_of
 
 MIN_IMAGES = 16
-OF_TARGET = 2**32  # added to the seed: the folds of the proxies are drawn by the same hash, and must not depend on this draw
+OF_TARGET = (
+    2**32
+)  # added to the seed: the folds of the proxies are drawn by the same hash, and must not depend on this draw
 ENOUGH = 65_536  # pairs among which so many images are looked for
 RANGE = 65_536  # pairs whose columns are in memory at once
 MAX_DRAWN = 40_000  # pairs that are drawn for a target, of however large a pool: a target of half as many is exact enough
