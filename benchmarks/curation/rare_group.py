@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from benchmarks import wanted
 from benchmarks.bench import Bench
 from benchmarks.curation.curation import Curation, identity, retrained, swapped
-from benchmarks.data.datasets import Setting, link_embeddings, store_pairs, with_column, with_rows
+from benchmarks.data.datasets import Content, Setting, store_pairs, with_column, with_rows
+from benchmarks.data.distinct import Distinct
 from influencespace.core.arrays import BoolArray, FloatArray
 from influencespace.core.metrics import interval
 from influencespace.data.pair_set import PairSet
@@ -34,18 +34,18 @@ def in_group(pairs: PairSet) -> BoolArray:
     named = np.array(
         [re.search(RULE, str(caption).lower()) is not None for caption in pairs.column("caption")]
     )
-    share = np.bincount(pairs.image, named) / np.maximum(np.bincount(pairs.image), 1)
-    shown: BoolArray = share[pairs.image] >= MIN_SHARE
+    image = Distinct(pairs).image
+    shown: BoolArray = (np.bincount(image, named) / np.bincount(image))[image] >= MIN_SHARE
     return shown
 
 
 def with_groups(pairs: PairSet, folder: Path) -> PairSet:
     """The same artifact with the group of every pair in its column."""
 
-    def make(folder: Path) -> pa.Table:
-        link_embeddings(pairs.folder, folder)
+    def make(folder: Path) -> Content:
         names = pa.array(np.where(in_group(pairs), RARE, OTHERS).tolist(), pa.string())
-        return with_column(pq.read_table(pairs.folder / "pairs.parquet"), "group", names)
+        images, texts = pairs.inputs(slice(None))
+        return with_column(pairs.table.pairs(), "group", names), images.numpy(), texts.numpy()
 
     return store_pairs(folder, ["groups", identity(pairs), RULE, MIN_SHARE], make)
 

@@ -16,6 +16,7 @@ from benchmarks.curation.curation import Changes
 from benchmarks.curation.retrain_eval import Retrained
 from benchmarks.curation.scenario_curation import ScenarioCuration, scenario_setting
 from benchmarks.data.datasets import Dataset
+from benchmarks.data.distinct import Distinct
 from benchmarks.methods.alike import within_clusters
 from influencespace.core import coreset
 from influencespace.core.arrays import BoolArray, FloatArray, IntArray
@@ -47,14 +48,14 @@ def leaders(curation: ScenarioCuration, changes: Changes) -> IntArray:
 
 def same_pair(curation: ScenarioCuration) -> IntArray:
     """A number for each pair that copies share: of its caption, and of the picture that it shows, compressed anew or not (n,)."""
-    result = torch.from_numpy(np.array(curation.pool.table.images))
-    sources = curation.sources
+    pool, sources = Distinct(curation.pool), curation.sources
+    result = torch.from_numpy(pool.images)
     shown = [
         (result @ torch.from_numpy(np.array(known)).T).max(1)
-        for known in (sources.pool.table.images, sources.altered("recompressed")[0])
+        for known in (sources.pool.images, sources.altered("recompressed")[0])
     ]
     picture = torch.where(shown[0].values >= shown[1].values, shown[0].indices, shown[1].indices).numpy()
-    both = np.stack([picture[curation.pool.image], curation.pool.text])
+    both = np.stack([picture[pool.image], pool.text])
     number: IntArray = np.unique(both, axis=1, return_inverse=True)[1]
     return number.reshape(-1)
 

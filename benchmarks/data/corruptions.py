@@ -26,7 +26,7 @@ class Draft:
     @classmethod
     def of(cls, sources: Sources, captions: int) -> "Draft":
         """The pool as it is, with some captions of each picture."""
-        number = np.array([int(str(uid).rsplit("#", 1)[1]) for uid in sources.pool.column("uid")])
+        number = np.array([int(str(uid).rsplit("#", 1)[1]) for uid in sources.pool.pairs.column("uid")])
         rows = np.flatnonzero(number < captions)
         kind = np.full(len(rows), CLEAN, "U16")
         return cls(image=sources.pool.image[rows], text=sources.pool.text[rows], kind=kind)
@@ -72,7 +72,7 @@ def wrong(draft: Draft, share: float, rng: np.random.Generator, sources: Sources
 def hard_wrong(draft: Draft, share: float, rng: np.random.Generator, sources: Sources) -> Draft:
     """The caption of one of the ten pictures that look most alike."""
     rows = draft.good(share, rng)
-    base = torch.from_numpy(np.array(sources.pool.table.images))
+    base = torch.from_numpy(sources.pool.images)
     alike = torch.cat(
         [(part @ base.T).topk(11, 1).indices[:, 1:] for part in torch.split(base, 1024)]
     ).numpy()
@@ -94,7 +94,8 @@ def boilerplate(draft: Draft, share: float, rng: np.random.Generator, sources: S
 def irrelevant(draft: Draft, share: float, rng: np.random.Generator, sources: Sources) -> Draft:
     """Pairs of another domain added until they are `share` of the pool."""
     scenes = sources.scenes
-    extra = rng.choice(len(scenes), min(len(scenes), round(share / (1 - share) * len(draft))), replace=False)
+    there = len(scenes.pairs)
+    extra = rng.choice(there, min(there, round(share / (1 - share) * len(draft))), replace=False)
     image, text = sources.picture("scenes", scenes.image[extra]), sources.text("scenes", scenes.text[extra])
     return draft.with_more(image, text, "irrelevant")
 

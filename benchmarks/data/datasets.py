@@ -1,6 +1,5 @@
 """The pairs that benchmarks curate: real ones, embedded once, with captions moved on purpose; and synthetic scenes."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -9,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
 
 from benchmarks.bench import Bench
+from benchmarks.data.distinct import RealArray
 from benchmarks.data.shuffle import shuffle_captions
 from influencespace.config import load_config
 from influencespace.core.arrays import BoolArray
@@ -26,6 +25,7 @@ from influencespace.data.artifacts import (
     reopen,
     write_manifest,
 )
+from influencespace.data.bucket_files import PAIRS_SCHEMA, write_artifact
 from influencespace.data.pair_set import PairSet
 from influencespace.data.readers import list_shards
 from influencespace.data.synthetic import WorldConfig, write_world
@@ -34,6 +34,8 @@ from influencespace.run import Run, carry_out
 from influencespace.stages.ingest.embed import Embed
 
 ENGINE = LocalEngine()
+Content = tuple[pa.Table, RealArray, RealArray]
+"""Pairs (n) in canonical order with the unit embeddings of their images and of their captions, two (n, D)."""
 CLEAN_SCENES: dict[str, Any] = {
     **dict.fromkeys(("wrong_captions", "near_duplicates", "boilerplate", "irrelevant"), 0.0),
     "captions_per_image": 3,
@@ -69,24 +71,18 @@ def embed_into(folder: Path, shards: str, encoder: Path | str) -> PairSet:
     return PairSet(folder / "embed" / "pool")
 
 
-def store_pairs(folder: Path, key: Any, make: Callable[[Path], pa.Table]) -> PairSet:
-    """An embedding artifact by hand, made once for its key: `make` writes embeddings into the folder and gives the pairs."""
+def store_pairs(folder: Path, key: Any, make: Callable[[Path], Content]) -> PairSet:
+    """An embedding artifact by hand, made once for its key: `make` gives its content, and may write more into the folder."""
     mark, manifest = fingerprint(key), read_manifest(folder)
     if manifest is None or manifest.fingerprint != mark:
         reopen(folder)
-        table = make(folder)
-        with atomic_path(folder / "pairs.parquet") as aside:
-            pq.write_table(table, aside)
+        table, images, texts = make(folder)
+        details = write_artifact(folder, table, images, texts)
         rows = len(table)
-        write_manifest(folder, Manifest(stage="embed", fingerprint=mark, rows_in=rows, rows_out=rows))
+        write_manifest(
+            folder, Manifest(stage="embed", fingerprint=mark, rows_in=rows, rows_out=rows, details=details)
+        )
     return PairSet(folder)
-
-
-def link_embeddings(source: Path, folder: Path) -> None:
-    """Use the embeddings of another artifact; by relative links, since a cache may be moved or copied."""
-    for name in ("images.npy", "texts.npy"):
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).symlink_to(os.path.relpath(source / name, folder))
 
 
 def with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
@@ -137,7 +133,7 @@ class Dataset:
         """These shards embedded, once for their content, whatever dates the files have."""
         folder = self.cache / "embed" / name
         content = fingerprint(
-            [self.encoder_digest, [file_digest(shard.path) for shard in list_shards(shards)]]
+            [Embed.version, self.encoder_digest, [file_digest(shard.path) for shard in list_shards(shards)]]
         )
         made_of, done = folder.with_suffix(".made_of"), folder / "embed" / "pool"
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -169,27 +165,22 @@ class Dataset:
 
     def corrupted(self, setting: Setting) -> tuple[PairSet, BoolArray]:
         """The pool with some captions moved between images, and which pairs are wrong (n,)."""
-        columns = pq.read_schema(
-            self.pool.folder / "pairs.parquet"
-        ).names  # a cache may be older than one of them
-        key = ["corrupted", setting.wrong, setting.captions, setting.noise_seed, columns]
+        key = ["corrupted", setting.wrong, setting.captions, setting.noise_seed, PAIRS_SCHEMA.names]
 
-        def make(folder: Path) -> pa.Table:
-            table = pq.read_table(self.pool.folder / "pairs.parquet")
+        def make(folder: Path) -> Content:
+            table = self.pool.table.pairs()
             number = np.array([int(uid.rsplit("#", 1)[1]) for uid in table["uid"].to_pylist()])
-            table = table.take(np.flatnonzero(number < setting.captions))
-            image = table["image"].to_numpy()
+            rows = np.flatnonzero(number < setting.captions)
             # row numbers stand for captions, so that embeddings move along
-            rows = [str(row) for row in range(len(table))]
-            moved, wrong = shuffle_captions(rows, image.tolist(), setting.wrong, setting.noise_seed)
+            captions, image = [str(row) for row in rows], self.pool.image[rows].tolist()
+            moved, wrong = shuffle_captions(captions, image, setting.wrong, setting.noise_seed)
             source = np.array([int(row) for row in moved])
-            for column in ("text", "caption", "truncated"):
-                table = with_column(table, column, table[column].take(source))
-            link_embeddings(self.pool.folder, folder)
             np.save(folder / "wrong.npy", wrong)
-            images, texts = self.pool.table.images, self.pool.table.texts
-            score = (images[image] * texts[table["text"].to_numpy()]).sum(1)
-            return with_column(table, "clip_score", pa.array(score))
+            images, texts = self.pool.inputs(rows)[0].numpy(), self.pool.inputs(source)[1].numpy()
+            pairs = table.take(rows)
+            for column in ("text", "caption", "truncated"):
+                pairs = with_column(pairs, column, table[column].take(source))
+            return with_column(pairs, "clip_score", pa.array((images * texts).sum(1))), images, texts
 
         pairs = store_pairs(self.cache / "pools" / fingerprint(key), key, make)
         return pairs, np.load(pairs.folder / "wrong.npy")

@@ -8,10 +8,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from benchmarks.data.corruptions import CORRUPTIONS, UNFORESEEN, Draft
-from benchmarks.data.datasets import store_pairs
+from benchmarks.data.datasets import Content, store_pairs
 from benchmarks.data.sources import Sources
 from influencespace.data.artifacts import fingerprint
+from influencespace.data.bucket_files import PAIRS_SCHEMA
 from influencespace.data.pair_set import PairSet
+from influencespace.data.schema import ImageRef
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,28 +59,27 @@ def scenario_pool(sources: Sources, scenario: Scenario, cache: Path) -> tuple[Pa
     """The pool of a scenario as an embedding artifact, and what is wrong with each pair (n,): "" for good ones."""
     key = ["scenario", scenario.corruption, scenario.share, scenario.captions, scenario.seed]
 
-    def make(folder: Path) -> pa.Table:
+    def make(folder: Path) -> Content:
         rng = np.random.default_rng(scenario.seed)
         corrupt = CORRUPTIONS[scenario.corruption]
         draft = corrupt(Draft.of(sources, scenario.captions), scenario.share, rng, sources)
         order = rng.permutation(len(draft))  # as the canonical order of uids would be
         used_images, image = np.unique(draft.image[order], return_inverse=True)
         used_texts, text = np.unique(draft.text[order], return_inverse=True)
-        images, texts = sources.images(used_images), sources.texts(used_texts)
-        arrays = {"images": images, "texts": texts, "kind": draft.kind[order]}
-        for name, values in arrays.items():
-            np.save(folder / f"{name}.npy", values)
+        images, texts = sources.images(used_images)[image], sources.texts(used_texts)[text]
+        np.save(folder / "kind.npy", draft.kind[order])
         columns = {
             "uid": [f"{row:06d}" for row in range(len(order))],
             "image": image,
             "text": text,
             "caption": [str(t) for t in used_texts[text]],
-            "clip_score": (images[image] * texts[text]).sum(1),
+            "clip_score": (images * texts).sum(1),
             "truncated": np.zeros(len(order), bool),
             "sharpness": sources.sharpness(used_images)[image],
             "group": pa.nulls(len(order), pa.string()),
+            **{name: [value] * len(order) for name, value in ImageRef(path="").columns().items()},
         }
-        return pa.table(columns)
+        return pa.table(columns).select(PAIRS_SCHEMA.names), images, texts
 
     pairs = store_pairs(cache / "pools" / fingerprint(key), key, make)
     return pairs, np.load(pairs.folder / "kind.npy")

@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from random import Random
-from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from benchmarks.data.datasets import Dataset
+from benchmarks.data.distinct import Distinct, RealArray
 from influencespace.core.arrays import IntArray
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.images import decode_image, sharpness
@@ -46,7 +44,6 @@ FILE_NAMES = ("DSC{:05d}.JPG", "img_{:05d}_large.png", "20131104_{:06d}.jpg", "I
 BATCH = 64
 STORED = ("pool", "scenes")  # whose embeddings are there already
 
-RealArray = NDArray[np.floating[Any]]
 Alteration = Callable[[Image.Image, int], Image.Image]
 
 
@@ -113,13 +110,13 @@ class Sources:
     dataset: Dataset
 
     @cached_property
-    def pool(self) -> PairSet:
-        return self.dataset.pool
+    def pool(self) -> Distinct:
+        return Distinct(self.dataset.pool)
 
     @cached_property
-    def scenes(self) -> PairSet:
+    def scenes(self) -> Distinct:
         """Rightly captioned pairs of another domain."""
-        return self.dataset.other_domain
+        return Distinct(self.dataset.other_domain)
 
     def coco(self) -> PairSet:
         """COCO's train and val pictures: a target from elsewhere."""
@@ -129,7 +126,7 @@ class Sources:
     @property
     def count(self) -> int:
         """Pictures of the pool."""
-        return len(self.pool.table.images)
+        return len(self.pool.first_of_image)
 
     @cached_property
     def _pictures(self) -> dict[str, int]:
@@ -140,7 +137,7 @@ class Sources:
     @cached_property
     def _captions(self) -> dict[str, int]:
         """Where each kind of caption begins."""
-        count = len(self.pool.table.texts)
+        count = len(self.pool.first_of_text)
         sizes = {"pool": count, "boilerplate": len(BOILERPLATE), **dict.fromkeys(ALTERED_CAPTIONS, count)}
         return starts(sizes, last="scenes")
 
@@ -168,14 +165,12 @@ class Sources:
         """Embeddings (Ni, D) and sharpness (Ni,) of all pictures of a kind."""
         if kind not in STORED:
             return self.altered(kind)
-        pairs: PairSet = getattr(self, kind)
-        sharp = np.full(len(pairs.table.images), np.nan)
-        sharp[pairs.image] = pairs.sharpness
-        return pairs.table.images, sharp
+        stored: Distinct = getattr(self, kind)
+        return stored.images, stored.pairs.sharpness[stored.first_of_image]
 
     def _texts(self, kind: str, rows: IntArray) -> RealArray:
         if kind in STORED:
-            known: RealArray = getattr(self, kind).table.texts[rows]
+            known: RealArray = getattr(self, kind).texts[rows]
             return known
         if kind == "boilerplate":
             captions = [BOILERPLATE[row] for row in rows]
@@ -191,11 +186,10 @@ class Sources:
 
     @cached_property
     def captions(self) -> list[str]:
-        """Of the pool, in the order of their embeddings."""
-        captions = [""] * len(self.pool.table.texts)
-        for text, caption in zip(self.pool.text.tolist(), self.pool.column("caption"), strict=True):
-            captions[text] = str(caption)
-        return captions
+        """Of the pool, by their numbers."""
+        return [
+            str(caption) for caption in self.pool.pairs.read(self.pool.first_of_text, "caption")["caption"]
+        ]
 
     def altered(self, kind: str) -> tuple[RealArray, RealArray]:
         """Embeddings of altered pictures and their sharpness, kept for good: (Ni, D), (Ni,)."""
@@ -205,7 +199,7 @@ class Sources:
             rows = len(PLACEHOLDERS)
             if kind != "placeholders":
                 pictures, rows = self._changed(ALTERED_PICTURES[kind]), self.count
-            embeddings, sharp = np.zeros((rows, self.pool.table.images.shape[1]), np.float32), np.zeros(rows)
+            embeddings, sharp = np.zeros((rows, self.pool.pairs.table.dimension), np.float32), np.zeros(rows)
             for row, picture in pictures:
                 sharp[row] = sharpness(picture)
                 ready = self.encoder.preprocess_images([picture])
@@ -216,9 +210,9 @@ class Sources:
         return stored["embeddings"], stored["sharpness"]
 
     def _changed(self, change: Alteration) -> Iterator[tuple[int, Image.Image]]:
-        """Every picture of the pool after a change, with the row of its embedding."""
-        table = pq.read_table(self.pool.folder / "pairs.parquet", columns=["uid", "image"]).to_pydict()
-        row = {uid.rsplit("#", 1)[0]: image for uid, image in zip(table["uid"], table["image"])}
+        """Every picture of the pool after a change, with its number."""
+        uids = self.pool.pairs.column("uid")
+        row = {str(uid).rsplit("#", 1)[0]: number for uid, number in zip(uids, self.pool.image.tolist())}
         for shard in list_shards(self.dataset.pool_shards):
             for sample in read_shard(shard):
                 if isinstance(sample, Sample):

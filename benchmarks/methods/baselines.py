@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.curation.curation import Curation
+from benchmarks.data.distinct import Distinct
 from benchmarks.methods.alike import most_alike, within_clusters
 from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.coreset import d2, diversity, herding
@@ -28,14 +29,14 @@ def baselines(curation: Curation, keep: int) -> dict[str, FloatArray]:
     single = np.full(len(pool), -np.inf)  # a pair that no negative batch can judge is removed first
     single[influence["pair"]] = influence["influence_in"]
     X = fuse(*pool.inputs(slice(None)), FusionConfig(), query=None)
-    images = torch.from_numpy(np.array(pool.table.images))
-    wanted = torch.from_numpy(np.array(target.table.images))[np.unique(target.image)]
+    shown = Distinct(pool)
+    images, wanted = torch.from_numpy(shown.images), torch.from_numpy(Distinct(target).images)
     shifted = pool.clip_score - pool.clip_score.min()  # nowhere negative, as D2 pruning wants scores
     share = keep / len(pool)
     scores = {
         "early_clip_score": early_clip_score(curation),
-        "norm_sim": largest_cosine(images, wanted).double().numpy()[pool.image],
-        "image_based": image_based(images, wanted)[pool.image],
+        "norm_sim": largest_cosine(images, wanted).double().numpy()[shown.image],
+        "image_based": image_based(images, wanted)[shown.image],
         "single_pair_influence": single,
         "semdedup": -most_alike(X, cluster),
     }
