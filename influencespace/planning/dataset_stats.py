@@ -9,7 +9,6 @@ import fsspec
 import pyarrow.parquet as pq
 
 from influencespace.config import RunConfig
-from influencespace.data.chunks import pair_rows
 from influencespace.data.imported import EmbeddingBatch, import_options, list_chunks, read_imported_embeddings
 from influencespace.data.readers import read_shard
 from influencespace.data.schema import ReadOptions, Sample, Shard
@@ -31,10 +30,6 @@ class SetSize:
     """Shards that were read whole."""
     bytes: int
     pairs: int
-    images: int
-    """Distinct ones."""
-    texts: int
-    """Distinct ones."""
     dimension: int
     """Numbers of an embedding."""
 
@@ -44,8 +39,8 @@ class SetSize:
 
     @property
     def embedding_bytes(self) -> int:
-        """Of the float32 embeddings of all distinct images and texts."""
-        return 4 * self.dimension * (self.images + self.texts)
+        """Of the float16 embeddings of image and caption of every pair."""
+        return 2 * 2 * self.dimension * self.pairs
 
 
 def dataset_stats(config: RunConfig) -> dict[str, SetSize]:
@@ -69,18 +64,13 @@ def shard_stats(shards: Sequence[Shard], read: ReadOptions, dimension: int) -> S
     Raises InputError when they hold no pair.
     """
     weights = _weights(shards)
-    images: set[bytes] = set()
-    texts: set[bytes] = set()
     pairs, shards_read, covered = 0, 0, 0.0
     for shard, weight in zip(shards, weights):
         portion = 1.0
         for item in read_shard(shard, read):
             if not isinstance(item, Sample):
                 continue
-            for row in pair_rows(shard.path, [item]):
-                pairs += 1
-                images.add(row["image"])
-                texts.add(row["text"])
+            pairs += len(item.captions)
             # Only the beginning of a huge tar is read; other files come as shards of moderate size.
             if item.ref.offset > INDEX_BYTES:
                 portion = min(1.0, (item.ref.offset + item.ref.length) / weight)
@@ -97,8 +87,6 @@ def shard_stats(shards: Sequence[Shard], read: ReadOptions, dimension: int) -> S
         shards_read=shards_read,
         bytes=round(sum(weights)),
         pairs=round(factor * pairs),
-        images=round(factor * len(images)),
-        texts=round(factor * len(texts)),
         dimension=dimension,
     )
 
@@ -117,8 +105,6 @@ def embedding_stats(path: str, read: ReadOptions, joined: bool) -> SetSize:
         shards_read=len(chunks),
         bytes=sum(map(_size, files)),
         pairs=pairs,
-        images=pairs,
-        texts=pairs,
         dimension=batch.images.shape[1],
     )
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from influencespace.engine.attempts import Failed
 from influencespace.engine.local import Done, Engine, Merge, Pool, WorkerFactory, nothing, run_task
 
 Record = Callable[[int], None]
@@ -18,7 +19,8 @@ Record = Callable[[int], None]
 def measured(engine: Engine, record: Record) -> Engine:
     """A copy of `engine`; `record` is called with the peak memory of a worker during a task or a fold, in bytes."""
     copied = copy(engine)
-    vars(copied).update(map=partial(_map, engine, record), pool=partial(_pool, engine, record))
+    verbs: dict[str, Any] = {"map": _map, "stream": _stream, "pool": _pool}
+    vars(copied).update({name: partial(verb, engine, record) for name, verb in verbs.items()})
     return copied
 
 
@@ -29,7 +31,27 @@ def _map(
         tasks = [partial(_measure, task) for task in tasks]
     else:
         factory = partial(_worker, factory)
-    for result, peak in engine.map(factory, tasks, **options):
+    yield from _recorded(record, engine.map(factory, tasks, **options))
+
+
+def _stream(
+    engine: Engine,
+    record: Record,
+    produce: WorkerFactory,
+    tasks: Sequence[Any],
+    consume: WorkerFactory,
+    **options: Any,
+) -> Iterator[Any]:
+    """The peak of those who consume: readers hold less."""
+    yield from _recorded(record, engine.stream(produce, tasks, partial(_worker, consume), **options))
+
+
+def _recorded(record: Record, results: Iterator[Any]) -> Iterator[Any]:
+    for one in results:
+        if isinstance(one, Failed):  # set aside
+            yield one
+            continue
+        result, peak = one
         record(peak)
         yield result
 
