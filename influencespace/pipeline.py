@@ -215,7 +215,9 @@ def summarise(
     data: Run, embedded: Mapping[str, Manifest], rounds: list[Round], best: Round
 ) -> dict[str, Any]:
     """Every number of the table, from manifests alone."""
-    selected, evaluated = best.stages["selection"].details, best.stages["evaluate"].details
+    proxies, selected, evaluated = (
+        best.stages[name].details for name in ("proxies", "selection", "evaluate")
+    )
     stages = {name.replace("/", " "): manifest for name, manifest in embedded.items()}
     for number, one in enumerate(rounds):
         stages |= {
@@ -245,6 +247,6 @@ def summarise(
         },
         "versions": installed_versions(),
         "seeds": list(data.config.train.seeds),
-        "notes": [*split.details["notes"], *selected["warnings"]],
+        "notes": [*split.details["notes"], *proxies["warnings"], *selected["warnings"]],
         "paths": {name: str(data.folder / name) for name in RESULTS},
     }

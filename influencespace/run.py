@@ -228,17 +228,15 @@ class Workers:
                 bar.advance(size(result))
         return results
 
-    def buckets(
-        self, name: str, compute: ComputeColumns, rows: range, size: int, *, label: str = ""
-    ) -> list[int]:
-        """Write what `compute(start, stop)` gives for every bucket of some rows; where the buckets begin."""
+    def buckets(self, name: str, compute: ComputeColumns, rows: range, size: int, **shown: Any) -> list[int]:
+        """Write what `compute(start, stop)` gives for every bucket of some rows; where the buckets begin. More is as of `map`."""
         spans = [(rows.start + a, rows.start + b) for a, b in buckets_of(len(rows), size)]
-        self.map(write_tasks(self.folder, name, compute, spans), total=len(rows), label=label, size=int)
+        self.map(write_tasks(self.folder, name, compute, spans), total=len(rows), size=int, **shown)
         return [start for start, _ in spans]
 
-    def table(self, name: str, compute: ComputeColumns, rows: int, size: int, *, label: str = "") -> None:
+    def table(self, name: str, compute: ComputeColumns, rows: int, size: int, **shown: Any) -> None:
         """Write `name`.parquet: what `compute(start, stop)` gives for every bucket of the rows, in their order."""
-        self.join(name, self.buckets(name, compute, range(rows), size, label=label))
+        self.join(name, self.buckets(name, compute, range(rows), size, **shown))
 
     def join(self, name: str, starts: Sequence[int]) -> None:
         """Write `name`.parquet from finished buckets."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from influencespace.data.artifacts import Manifest, fingerprint, write_manifest
 from influencespace.data.bucket_files import PAIRS_SCHEMA, write_artifact
+from influencespace.data.embeddings import EmbeddingTable
 from influencespace.data.schema import ImageRef
 from influencespace.data.uids import digest
 
@@ -83,6 +85,12 @@ def plant(
         folder, Manifest(stage="embed", fingerprint=made_by, rows_in=n, rows_out=n, details=details)
     )
     return Planted(folder=folder, fingerprint=made_by, uids=uids, wrong=swapped[order])
+
+
+def replant(folder: Path, images: NDArray[Any], texts: NDArray[Any]) -> None:
+    """Give the pairs of an artifact other embeddings (n, D)."""
+    table = EmbeddingTable.open(folder)
+    write_artifact(folder, table.pairs(), images, texts, table.manifest.details["buckets"][0])
 
 
 def unit(rows: FloatArray) -> NDArray[np.float32]:

@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chain import World, assert_equal_results, beside, carry, carry_beside, columns, with_sets
+from chain import World, assert_equal_results, beside, carry, columns, with_sets
+from planted import replant
 from safetensors.torch import load_file
 
+from influencespace.data.artifacts import write_manifest
 from influencespace.data.buckets import write_columns
+from influencespace.data.integrity import describe
 from influencespace.engine.ray_engine import RayEngine
 from influencespace.run import Run
 from influencespace.stages.proxies.train_many import Given, train
@@ -37,28 +40,39 @@ def test_a_retrained_proxy_is_the_plain_loops(truth: Run, method: str) -> None:
     torch.testing.assert_close(heads(truth, f"{method}-1"), dict(plain.heads.state_dict()), rtol=0, atol=0)
 
 
+def with_weights(run: Run, folder: Path, **weights: np.ndarray) -> Run:
+    """The run in a folder where the selection stage has given these weights."""
+    other = beside(run, folder, "train", settings={"train.methods": ["curated", "everything"]})
+    (folder / "selection").unlink()
+    shutil.copytree(run.at("selection"), other.at("selection"))
+    write_columns(other.at("selection") / "weights.parquet", weights)
+    files = {name: describe(other.at("selection") / name) for name in run.manifest("selection").files}
+    write_manifest(other.at("selection"), replace(run.manifest("selection"), files=files))
+    return other
+
+
 def test_methods_with_the_same_pairs_give_the_same_proxy(truth: Run, tmp_path: Path) -> None:
     """So that a comparison of two methods is one of their pairs alone."""
-    run = beside(truth, tmp_path, "train", settings={"train.methods": ["curated", "everything"]})
-    (tmp_path / "selection").unlink()
-    shutil.copytree(truth.at("selection"), run.at("selection"))
     ones = np.ones(len(truth.pool))
-    write_columns(run.at("selection") / "weights.parquet", {"curated": ones, "everything": ones})
+    run = with_weights(truth, tmp_path, curated=ones, everything=ones)
     carry(run, "train")
     torch.testing.assert_close(heads(run, "curated-1"), heads(run, "everything-1"), rtol=0, atol=0)
 
 
 def test_pairs_without_weight_are_not_seen(truth: Run, world: World, tmp_path: Path) -> None:
     """Other embeddings for what curated dropped: its proxy stays, that of everything does not."""
-    folder = tmp_path / "pool"
+    folder, kept = tmp_path / "pool", np.arange(len(truth.pool)) % 3 > 0
     shutil.copytree(truth.pool.folder, folder)
-    texts = np.load(folder / "texts.npy")
-    texts[truth.pool.text[~columns(truth, "selection/curated", "kept")["kept"].astype(bool)]] *= -1
-    np.save(folder / "texts.npy", texts)
+    images, texts = (one.numpy() for one in truth.pool.inputs(slice(None)))
+    texts[~kept] *= -1
+    replant(folder, images, texts)
     changed = with_sets(truth, pool=replace(world["pool"], folder=folder))
-    run = carry_beside(changed, tmp_path, "train", seeds=[0])
+    weights = {"curated": kept.astype(float), "everything": np.ones(len(kept))}
+    runs = [with_weights(run, tmp_path / str(i), **weights) for i, run in enumerate((truth, changed))]
+    for run in runs:
+        carry(run, "train")
     for method, same in (("curated", True), ("everything", False)):
-        before, after = (heads(one, f"{method}-0")["text"] for one in (truth, run))
+        before, after = (heads(one, f"{method}-0")["text"] for one in runs)
         assert torch.equal(before, after) == same
 
 

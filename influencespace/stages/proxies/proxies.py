@@ -1,11 +1,13 @@
 """The proxies stage: one proxy on all pairs, one for each fold by image, and every pair's quality by both."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.batches import blocks_of
@@ -13,9 +15,9 @@ from influencespace.core.hashing import fold_of
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns
 from influencespace.data.pair_set import PairSet
-from influencespace.engine.placement import Resources
 from influencespace.estimators.filters import clip_score, neg_clip_loss
 from influencespace.models.heads import Heads
+from influencespace.models.space import Inputs
 from influencespace.models.training import HeadsConfig
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.proxies.proxy import ALL, Proxy, ProxyConfig, proxy_name
@@ -25,8 +27,8 @@ from influencespace.stages.proxies.train_many import (
     Training,
     Uniform,
     Weights,
-    fold_of_rows,
     train_many,
+    training_memory,
 )
 
 QUALITY = ("clip_in", "clip_out", "neg_clip_in", "neg_clip_out")
@@ -58,7 +60,7 @@ def seen_by(fold: int | None, pool: PairSet, config: ProxyConfig, seed: int) -> 
     """Weights that a proxy is trained by: all pairs alike, or those outside of its fold."""
     if fold is None:
         return Uniform()
-    return OutsideFold(pool=pool, fold=fold, count=config.folds, seed=seed)
+    return OutsideFold(pool=pool, fold=fold, count=config.fold_count(len(pool)), seed=seed)
 
 
 @dataclass(frozen=True)
@@ -80,23 +82,56 @@ class Quality:
     config: ProxyConfig
     folder: Path
     seed: int
+    device: str = "cpu"
 
     def __call__(self, start: int, stop: int) -> Columns:
-        rows = np.arange(start, stop)
-        fold = fold_of_rows(self.pool, slice(start, stop), self.config.folds, self.seed)
-        columns: Columns = {name: np.empty(len(rows)) for name in QUALITY}
-        columns["clip_in"], columns["neg_clip_in"] = self._scores(rows, None)
+        span = slice(start, stop)
+        image, inputs = self.pool.read(span, "image")["image"], self.pool.inputs(span, self.device)
+        fold = fold_of(image, self.config.fold_count(len(self.pool)), self.seed)
+        columns: Columns = {name: np.empty(stop - start) for name in QUALITY}
+        columns["clip_in"], columns["neg_clip_in"] = self._scores(None, inputs, image)
         for k in np.unique(fold):
-            out = fold == k
-            columns["clip_out"][out], columns["neg_clip_out"][out] = self._scores(rows[out], int(k))
+            out = np.flatnonzero(fold == k)
+            images, texts = (one[torch.from_numpy(out).to(self.device)] for one in inputs)
+            scores = self._scores(int(k), (images, texts), image[out])
+            columns["clip_out"][out], columns["neg_clip_out"][out] = scores
         return columns
 
-    def _scores(self, rows: IntArray, fold: int | None) -> tuple[FloatArray, FloatArray]:
+    @torch.no_grad()
+    def _scores(self, fold: int | None, inputs: Inputs, image: IntArray) -> tuple[FloatArray, FloatArray]:
         proxy = Proxy(self.folder, proxy_name(fold))
-        bank = [(*proxy.embed(batch.inputs), batch.image) for batch in proxy.reference_bank(self.pool)]
-        u, t = proxy.embed(self.pool.inputs(rows))
-        scale = 1 / self.config.train.temperature
-        return clip_score(u, t), neg_clip_loss(u, t, self.pool.image[rows], bank, scale)
+        heads = proxy.heads.to(self.device)
+        bank = []
+        for batch in proxy.reference_bank(self.pool):
+            images, texts = (one.to(self.device) for one in batch.inputs)
+            bank.append((*heads(images, texts), batch.image))
+        u, t = heads(*inputs)
+        return clip_score(u, t), neg_clip_loss(u, t, image, bank, 1 / self.config.train.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How the proxies of a pool are trained, but for their steps."""
+
+    pool: PairSet
+    target: PairSet
+    config: ProxyConfig
+    seed: int
+    bank_batches: int
+
+    def training(self, fold: int | None, steps: int, name: str = "") -> Training:
+        """Of the proxy of all pairs, or of the one without a fold."""
+        return Training(
+            name=name or proxy_name(fold),
+            weights=seen_by(fold, self.pool, self.config, self.seed),
+            seed=self.seed + 1 + (fold or 0),
+            steps=steps,
+            bank=(self.config.train.batch_size - 1, self.bank_batches, self.seed + 1),
+            measure=ChoosingLoss(TargetHalves(self.target, self.seed), self.config.train),
+        )
+
+    def train(self, trainings: Sequence[Training], workers: Workers, **more: Any) -> list[dict[str, Any]]:
+        return train_many(self.pool, self.config.train, trainings, workers, **more)
 
 
 class Proxies(Stage):
@@ -110,44 +145,45 @@ class Proxies(Stage):
 
     def work(self, run: Run, workers: Workers) -> Details:
         config, seed = self.settings(run.config)
-        pairs, size = len(run.pool), config.train.batch_size - 1
-        enough = size * config.negative_batches
-        images = workers.once(CountImages(pool=run.pool, folds=config.folds, seed=seed, enough=enough))
-        bank = size, config.bank_batches(images), seed + 1
-        measure = ChoosingLoss(TargetHalves(run.target, seed), config.train)
+        pairs = len(run.pool)
+        folds, steps = config.fold_count(pairs), config.first_steps(pairs)
+        enough = (config.train.batch_size - 1) * config.negative_batches
+        images = workers.once(CountImages(pool=run.pool, folds=folds, seed=seed, enough=enough))
+        recipe = Recipe(
+            pool=run.pool,
+            target=run.target,
+            config=config,
+            seed=seed,
+            bank_batches=config.bank_batches(images),
+        )
+        first: list[int | None] = [None]
+        records = []
+        if config.max_steps(pairs) >= 2 * steps:
+            records, first = [self._longest_that_pays(recipe, workers)], []
+            steps = records[0]["steps"]
+        trainings = [recipe.training(k, steps) for k in (*first, *range(folds))]
+        records += recipe.train(trainings, workers)
+        quality = Quality(
+            pool=run.pool, config=config, folder=workers.folder, seed=seed, device=workers.device
+        )
+        needs = workers.heavy(memory=training_memory(run.pool))
+        workers.table("quality", quality, pairs, config.bucket_size, label="quality", resources=needs)
+        passes = config.passes(steps, pairs)
+        details = {"steps": steps, "folds": folds, "passes": passes, "warnings": unseen(passes)}
+        return Details(rows_in=pairs, rows_out=pairs, details=details | {"proxies": records})
 
-        def training(fold: int | None, steps: int, name: str) -> Training:
-            return Training(
-                name=name,
-                weights=seen_by(fold, run.pool, config, seed),
-                seed=seed + 1 + (fold or 0),
-                steps=steps,
-                bank=bank,
-                measure=measure,
-            )
-
-        first = self._first(run, workers, config.first_steps(pairs), training)
-        others = [training(k, first["steps"], proxy_name(k)) for k in range(config.folds)]
-        records = [first, *train_many(run.pool, config.train, others, workers, label="by fold")]
-        quality = Quality(pool=run.pool, config=config, folder=workers.folder, seed=seed)
-        workers.table("quality", quality, pairs, config.bucket_size, label="quality")
-        details = {"steps": first["steps"], "proxies": records}
-        return Details(rows_in=pairs, rows_out=pairs, details=details)
-
-    def _first(self, run: Run, workers: Workers, steps: int, training: Any) -> dict[str, Any]:
+    def _longest_that_pays(self, recipe: Recipe, workers: Workers) -> dict[str, Any]:
         """Train the proxy of all pairs for as many steps as pay, on all the cores of a machine; its record."""
-        config = run.config.proxy
-        whole = Resources(cpus=workers.engine.cores_per_task)
+        config, pairs = recipe.config, len(recipe.pool)
+        cpus = workers.engine.cores_per_task if workers.device == "cpu" else 1
 
         def trained(steps: int) -> dict[str, Any]:
-            one = training(None, steps, f".{ALL}-{steps}")
-            return train_many(
-                run.pool, config.train, [one], workers, label=f"{steps} steps", resources=whole
-            )[0]
+            one = recipe.training(None, steps, f".{ALL}-{steps}")
+            return recipe.train([one], workers, label=f"{steps} steps", cpus=cpus)[0]
 
-        best = trained(steps)
-        losses = {steps: best["target_loss"]}
-        for _ in range(config.max_doublings if config.choose_steps else 0):
+        best = trained(config.first_steps(pairs))
+        losses = {best["steps"]: best["target_loss"]}
+        while 2 * best["steps"] <= config.max_steps(pairs):
             longer = trained(2 * best["steps"])
             losses[longer["steps"]] = longer["target_loss"]
             if longer["target_loss"] > best["target_loss"] * (1 - config.min_gain):
@@ -158,3 +194,14 @@ class Proxies(Stage):
             shutil.copyfile(Proxy(workers.folder, best["name"]).path, aside)
         by_steps = {str(steps): loss for steps, loss in losses.items()}
         return best | {"name": ALL, "target_loss_by_steps": by_steps}
+
+
+def unseen(passes: float) -> list[str]:
+    """What it means where proxies were trained for less than a pass over the pool."""
+    if passes >= 1:
+        return []
+    seen = f"{100 * passes:.2g} %"
+    return [
+        f"the proxies saw {seen} of the pool (proxy.epochs): for others influence in sample is that of pairs left out, so that "
+        "harm by what a proxy would learn by heart is underestimated; set proxy.epochs to 1 or more"
+    ]

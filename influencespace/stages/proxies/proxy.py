@@ -23,6 +23,10 @@ from influencespace.estimators.influence import NegativeBatch
 from influencespace.models.heads import Heads
 from influencespace.models.training import HeadsConfig, Trained
 
+MANY_FOLDS, FEW_FOLDS = 5, 2
+MANY_FOLDS_PAIRS = 200_000
+"""Above, half of the pool is enough for a proxy, and each further fold would cost a pass."""
+
 ALL = "all"
 """The proxy of all pairs."""
 
@@ -33,14 +37,15 @@ class ProxyConfig:
 
     train: HeadsConfig = plain_field(default_factory=HeadsConfig)
     epochs: float | None = Field(default=None, gt=0)
-    """Passes over the pool that a proxy takes, in place of `train.steps`."""
+    """Passes over the pool that a proxy takes, in place of `train.steps`; by default these steps, but one pass at least."""
     choose_steps: bool = True
     """Double the steps while that lowers the loss on the choosing half of the target by at least `min_gain`."""
     min_gain: float = Field(default=0.01, ge=0)
     """Relative fall of the loss that a doubling must bring."""
     max_doublings: int = Field(default=3, ge=0)
-    folds: int = Field(default=5, ge=2)
-    """K: proxies that leave out one fold of the images each."""
+    """Of `train.steps`, or of `epochs` where they are given: a pass that takes as many steps already is not repeated."""
+    folds: int | None = Field(default=None, ge=2)
+    """K: proxies that leave out one fold of the images each; by default 5, and 2 for pools of more than 200,000 pairs."""
     negative_batches: int = Field(default=4, ge=2)
     """Batches in the reference bank of each proxy, of batch_size - 1 pairs."""
     bucket_size: int = Field(default=16_384, ge=1)
@@ -49,8 +54,26 @@ class ProxyConfig:
     def first_steps(self, pairs: int) -> int:
         """Steps of the first proxy on a pool of so many pairs, before any doubling."""
         if self.epochs is None:
-            return self.train.steps
+            return max(self.train.steps, -(-pairs // self.train.batch_size))
         return max(1, round(self.epochs * pairs / self.train.batch_size))
+
+    def max_steps(self, pairs: int) -> int:
+        """Steps that doubling does not go beyond."""
+        first = self.first_steps(pairs)
+        if not self.choose_steps:
+            return first
+        doubled = self.train.steps if self.epochs is None else first
+        return max(first, doubled * 2**self.max_doublings)
+
+    def fold_count(self, pairs: int) -> int:
+        """K for a pool of so many pairs."""
+        if self.folds is not None:
+            return self.folds
+        return MANY_FOLDS if pairs <= MANY_FOLDS_PAIRS else FEW_FOLDS
+
+    def passes(self, steps: int, pairs: int) -> float:
+        """Passes over the pool that so many steps are."""
+        return steps * self.train.batch_size / pairs
 
     def bank_batches(self, images: int) -> int:
         """Batches in every proxy's bank: as many as the one with the fewest images can fill, so many; two or more.
@@ -118,7 +141,9 @@ class Proxy:
         return [self._state[key].numpy() for key in batches]
 
     def reference_bank(self, pool: PairSet) -> list[NegativeBatch]:
-        return [NegativeBatch(inputs=pool.inputs(rows), image=pool.image[rows]) for rows in self.bank]
+        image = [pool.read(rows, "image")["image"] for rows in self.bank]
+        inputs = [pool.inputs(rows) for rows in self.bank]
+        return [NegativeBatch(inputs=x, image=i) for x, i in zip(inputs, image, strict=True)]
 
     @torch.no_grad()
     def embed(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,15 @@ from influencespace.core.batches import BLOCK, disjoint_batches, stream_batches
 from influencespace.core.hashing import fold_of
 from influencespace.data.buckets import buckets_of, read_rows
 from influencespace.data.pair_set import PairSet
-from influencespace.engine.placement import Resources
 from influencespace.models.heads import Heads, initial_heads
 from influencespace.models.training import Alone, Exchange, HeadsConfig, Trained, train_heads
 from influencespace.run import Workers
 from influencespace.stages.proxies.proxy import Proxy
 
 Measure = Callable[[Heads], dict[str, Any]]
+
+LIBRARIES = 700_000_000
+"""Bytes of a process that has loaded torch and computed something."""
 
 
 class Weights(Protocol):
@@ -238,6 +240,13 @@ class TrainProxy:
         return record | {"seconds": seconds}
 
 
+def training_memory(pool: PairSet) -> int:
+    """Bytes that a worker takes which trains a proxy on the pool: a block of embeddings, as it is read and as it is kept."""
+    images, texts = pool.inputs(slice(0, 1))
+    pair = 6 * (images.shape[1] + texts.shape[1])  # float32, beside float16 or half of another copy
+    return LIBRARIES + min(len(pool), BLOCK) * pair
+
+
 def train_many(
     pool: PairSet,
     config: HeadsConfig,
@@ -245,13 +254,17 @@ def train_many(
     workers: Workers,
     *,
     label: str = "",
-    resources: Resources | None = None,
+    cpus: int = 1,
 ) -> list[dict[str, Any]]:
-    """Train proxies into `workers.folder`, one file each, those aside that lie there; their records in the order given."""
+    """Train proxies into `workers.folder`, one file each, those aside that lie there; their records in the order given.
+
+    As many are trained at once as there is room for, of `cpus` cores each.
+    """
     tasks = [
         TrainProxy(pool=pool, config=config, training=one, folder=workers.folder, device=workers.device)
         for one in trainings
     ]
-    records = workers.map(tasks, unit="proxies", label=label, resources=resources or workers.heavy())
+    needs = workers.heavy(cpus=cpus, memory=training_memory(pool))
+    records = workers.map(tasks, unit="proxies", label=label, resources=needs)
     by_name = {record["name"]: record for record in records}
     return [by_name[training.name] for training in trainings]

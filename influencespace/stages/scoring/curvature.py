@@ -132,7 +132,7 @@ class Curvature(Stage):
         inputs, config = ScoringInputs.of(run), run.config.curvature
         size = workers.once(CountParameters(inputs))
         rank, limit = min(config.rank, size), min(config.max_rank, size)
-        left: list[int | None] = [None, *range(run.config.proxy.folds)]
+        left: list[int | None] = [None, *range(run.config.proxy.fold_count(len(run.pool)))]
         records: dict[str, Any] = {}
         while left:
             if estimator.sketched:

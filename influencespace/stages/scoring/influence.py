@@ -225,7 +225,7 @@ class Influence(Stage):
                 return ScoreSample(
                     kind=kind,
                     scorers=scorers,
-                    folds=run.config.proxy.folds,
+                    folds=run.config.proxy.fold_count(len(run.pool)),
                     sample=workers.folder / file,
                 )
 
@@ -265,5 +265,5 @@ class Influence(Stage):
             return ByScorers({})
         config = run.config.influence
         estimator = make_estimator(config.estimator, config.options, run.config.curvature)
-        folds = [None, *range(run.config.proxy.folds)]
+        folds = [None, *range(run.config.proxy.fold_count(len(run.pool)))]
         return ByScorers({k: scoring.fit(estimator, inputs.problem(k), pairs, k) for k in folds})

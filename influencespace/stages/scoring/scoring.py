@@ -132,7 +132,7 @@ class ScoringInputs:
 
     def fold_of(self, rows: IntArray) -> IntArray:
         """Fold of some pairs of the pool (m,): which of the proxies left them out."""
-        return fold_of_rows(self.pool, rows, self.proxy.folds, self.seed)
+        return fold_of_rows(self.pool, rows, self.proxy.fold_count(len(self.pool)), self.seed)
 
     def problem(self, fold: int | None = None, *, path: bool = True) -> Problem:
         """The problem of the proxy of all pairs, or of the one that left a fold out, on the half that gives gradients.
