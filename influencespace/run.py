@@ -256,7 +256,7 @@ class Workers:
     ) -> None:
         """Write `name`.parquet, in row order: what `reduce` gives for groups of the rows of `emit` alike in the column `key`."""
         for tasks, total in Exchange(self.folder, name, emit, key, reduce, rows, size, **more).steps():
-            self.map(tasks, total=total, size=int, label=name, resources=resources)
+            self.map(tasks, total=total, size=int, label=name.lstrip("."), resources=resources)
 
     @contextmanager
     def pool(self, factory: WorkerFactory, tasks: int) -> Iterator[Pool]:

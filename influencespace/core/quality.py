@@ -1,7 +1,6 @@
 """The axes along which influence is pooled: scores of a pair without a gradient, each blind to some kind of wrong pair."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from influencespace.core.arrays import FloatArray, IntArray
 
@@ -49,11 +48,16 @@ def caption_axis(image: IntArray, text: IntArray) -> FloatArray:
     return images if (images > 0).mean() <= MAX_SHARED else np.full(len(images), np.nan)
 
 
-def agreement(texts: NDArray[np.float32], image: IntArray) -> FloatArray:
+def agreement(texts: FloatArray, image: IntArray) -> FloatArray:
     """Mean cosine of each caption with the other captions of its image: unit (n, D), (n,) -> (n,); nan for an only one."""
     _, owner, counts = np.unique(image, return_inverse=True, return_counts=True)
     total = np.zeros((len(counts), texts.shape[1]))
     np.add.at(total, owner, texts)
-    others = counts[owner] - 1
-    cosines = np.einsum("nd,nd->n", total[owner] - texts, texts.astype(np.float64))
+    return cosine_with_others(texts, total[owner], counts[owner])
+
+
+def cosine_with_others(texts: FloatArray, total: FloatArray, count: IntArray | int) -> FloatArray:
+    """Mean cosine of unit rows (n, D) with the others of a set, of its sum (n, D) or (D,) and its size; nan for an only row."""
+    cosines = np.einsum("nd,nd->n", total - texts, texts.astype(np.float64))
+    others = np.asarray(count) - 1
     return np.where(others > 0, cosines / np.maximum(others, 1), np.nan)

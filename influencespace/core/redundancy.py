@@ -4,6 +4,8 @@ Pairs are ordered by worth, the best first. Each joins the first leader that it 
 group itself. So every member is near its own leader; connected components would chain through gradual changes.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from influencespace.core.arrays import BoolArray, FloatArray, IntArray
 
 ROUNDING = 1e-5  # of cosines in float32: equal rows have less than 1
+FEW = 0.01  # of all captions that are compared
 
 
 def exact_leaders(image: IntArray, text: IntArray, worth: FloatArray) -> IntArray:
@@ -30,8 +33,16 @@ def near_leaders(images: Tensor, texts: Tensor, image: float, text: float, block
     """
 
     def near(rows: IntArray, others: IntArray) -> BoolArray:
-        pictures, captions = images[rows] @ images[others].T, texts[rows] @ texts[others].T
-        return ((pictures >= image - ROUNDING) & (captions >= text - ROUNDING)).cpu().numpy()
+        close = texts[rows] @ texts[others].T >= text - ROUNDING
+        if (pairs := close.nonzero()).shape[0] > FEW * close.numel():
+            close &= images[rows] @ images[others].T >= image - ROUNDING
+        elif len(pairs):  # few captions are alike: only their images are looked at
+            i, j = pairs.cpu().numpy().T
+            cosines = torch.cat(
+                [(images[rows[a]] * images[others[b]]).sum(1) for a, b in _blocks(i, j, block)]
+            )
+            close[pairs[:, 0], pairs[:, 1]] = cosines >= image - ROUNDING
+        return close.cpu().numpy()
 
     leader = np.arange(len(images))
     leading = np.empty(0, np.int64)
@@ -47,40 +58,17 @@ def near_leaders(images: Tensor, texts: Tensor, image: float, text: float, block
     return leader
 
 
+def _blocks(i: IntArray, j: IntArray, size: int) -> Iterator[tuple[IntArray, IntArray]]:
+    for start in range(0, len(i), size):
+        yield i[start : start + size], j[start : start + size]
+
+
 def _join(leader: IntArray, rows: IntArray, leading: IntArray, near: BoolArray) -> IntArray:
     """Give each row its first near leader, and return those that have none."""
     joins = near.any(1)
     if joins.any():
         leader[rows[joins]] = leading[near[joins].argmax(1)]
     return rows[~joins]
-
-
-def halved(X: Tensor, max_rows: int) -> list[IntArray]:
-    """Row sets of at most `max_rows` rows of X (n, d), halved again and again across their direction of greatest spread.
-
-    Near rows mostly stay together (principal direction divisive partitioning, Boley 1998, cut at the median). The rows of a set
-    keep their order.
-    """
-    waiting, small = [np.arange(len(X))], []
-    while waiting:
-        rows = waiting.pop()
-        if len(rows) <= max_rows:
-            small.append(rows)
-            continue
-        order = np.argsort(_along_greatest_spread(X[torch.from_numpy(rows).to(X.device)]), kind="stable")
-        middle = len(rows) // 2
-        waiting += [rows[np.sort(order[middle:])], rows[np.sort(order[:middle])]]
-    return small
-
-
-def _along_greatest_spread(X: Tensor) -> FloatArray:
-    """Coordinate of each row along the first principal direction, by power iteration: (n,)."""
-    X = X - X.mean(0)
-    direction = X[X.norm(dim=1).argmax()]
-    for _ in range(10):  # the cut needs no exact direction
-        direction = X.T @ (X @ direction)
-        direction = direction / direction.norm().clamp_min(torch.finfo(X.dtype).tiny)
-    return (X @ direction).double().cpu().numpy()
 
 
 def joint_mean(values: FloatArray, leader: IntArray) -> FloatArray:

@@ -137,6 +137,17 @@ class GatherRange:
         return _taken(columns, order)
 
 
+def whole_groups(key: IntArray, most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of whole groups of equal keys (n,), which are sorted: `most` rows at most, or one larger group."""
+    ends = np.append(np.flatnonzero(np.diff(key)) + 1, len(key))
+    start = 0
+    while start < len(key):
+        fits, first = np.searchsorted(ends, (start + most, start), side="right")
+        stop = int(ends[max(fits - 1, first)])
+        yield start, stop
+        start = stop
+
+
 def _slice(exchange: Exchange, table: str, at: int, by: str, start: int, stop: int) -> Columns:
     """The rows of a file that is sorted by a column where that is in [start, stop); nothing where there are none."""
     file = open_bucket(exchange.folder, table, at)

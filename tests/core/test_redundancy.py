@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from influencespace.core import redundancy
 from influencespace.core.kmeans import unit_rows
 from influencespace.core.redundancy import (
     ROUNDING,
     exact_leaders,
-    halved,
     joint_mean,
     near_leaders,
 )
@@ -58,6 +58,17 @@ def test_no_bucket_size_changes_the_groups(n: int, seed: int, text: float, block
 
 
 @given(n=st.integers(1, 40), seed=seeds)
+def test_it_does_not_matter_how_many_captions_are_alike(n: int, seed: int) -> None:
+    """Images are compared all at once where many captions are alike, else one by one: alike."""
+    U, T = pairs(n, seed)
+    whole = near_leaders(U, T, 0.5, 0.5)
+    for few in (-1, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(redundancy, "FEW", few)
+            np.testing.assert_array_equal(near_leaders(U, T, 0.5, 0.5, block=7), whole)
+
+
+@given(n=st.integers(1, 40), seed=seeds)
 def test_at_threshold_one_only_equal_pairs_are_copies(n: int, seed: int) -> None:
     U, T = (X.float().repeat(2, 1) for X in pairs(n, seed))
     np.testing.assert_array_equal(near_leaders(U, T, 1.0, 1.0), np.tile(np.arange(n), 2))
@@ -98,27 +109,6 @@ def test_exact_copies_are_always_grouped(copies: list[tuple[int, int]], seed: in
 def test_the_first_of_equal_copies_leads() -> None:
     same = np.zeros(3, np.int64)
     assert exact_leaders(same, same, np.array([1.0, 2.0, 2.0])).tolist() == [1, 1, 1]
-
-
-@given(n=st.integers(1, 60), most=st.integers(2, 20), seed=seeds)
-def test_halves_are_a_partition_of_small_parts_in_order(n: int, most: int, seed: int) -> None:
-    parts = halved(rows(n, seed), most)
-    assert sorted(np.concatenate(parts)) == list(range(n))
-    assert all(0 < len(part) <= most and (np.diff(part) > 0).all() for part in parts)
-
-
-def test_halves_end_where_all_rows_are_equal() -> None:
-    assert sorted(map(len, halved(rows(1, 0).repeat(10, 1), 4))) == [2, 2, 3, 3]
-
-
-@given(seed=seeds)
-def test_halves_keep_bunches_together(seed: int) -> None:
-    """Two bunches far apart are never mixed."""
-    far = torch.tensor([[5.0, 0.0, 0.0]], dtype=torch.float64)
-    generator = np.random.default_rng(seed)
-    bunch = generator.permutation(np.repeat([0, 1], 8))
-    X = 0.1 * rows(16, seed) + torch.from_numpy(bunch)[:, None] * far
-    assert all(len(set(bunch[part])) == 1 for part in halved(X, 8))
 
 
 @pytest.mark.parametrize("leader", [[0, 0, 2, 0], [0, 1, 2, 3], [3, 3, 3, 3]])

@@ -1,6 +1,11 @@
-"""The redundancy stage: which pairs are copies or near copies of a better one, found cluster by cluster."""
+"""The redundancy stage: which pairs are copies or near copies of a better one, found cluster by cluster.
+
+Pairs meet by the hash of what they share: equal ones by image and caption, near ones by cluster, images by caption, captions by
+image. No process holds a column of the whole pool.
+"""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +13,31 @@ import numpy as np
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
+from torch import Tensor
 
-from influencespace.core.arrays import IntArray
+from influencespace.core.arrays import FloatArray, IntArray
+from influencespace.core.cells import cells
+from influencespace.core.hashing import hashed
 from influencespace.core.kmeans import unit_rows
-from influencespace.core.quality import MAX_SHARED, quality_axis, shared_captions
-from influencespace.core.redundancy import exact_leaders, halved, near_leaders
-from influencespace.data.artifacts import atomic_path
-from influencespace.data.buckets import Columns, WriteBucket, read_bucket, read_columns, write_columns
+from influencespace.core.quality import FitAxis, QualityAxis
+from influencespace.core.redundancy import exact_leaders, near_leaders
+from influencespace.data.buckets import Columns, buckets_of, read_rows
+from influencespace.data.exchange import PARTITION_ROWS, whole_groups
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import STRICT
-from influencespace.models.fusion import concatenation
 from influencespace.run import Details, Run, Stage, Workers
+from influencespace.stages.passes import range_passes
+from influencespace.stages.scoring.sampling import scores_of
+from influencespace.stages.selection.captions import RANGE, write_captions
 
-COPIES = "copies.parquet"
-MEAN_SAMPLE = 4096  # distinct images, and captions, whose mean is taken off
+COPIES = ("leader", "copies")
+"""Columns of copies.parquet: the pair of the pool that a pair copies, itself where it is none; how many have this leader."""
+EXACT, NEAR = ".exact", ".near"  # tables that only serve the work
+MEAN_SAMPLE = 4096  # pairs whose mean is taken off
+READ = 16_384  # pairs whose embeddings are in memory at once
+MEMORY = 2**30  # of a worker
+MIN_PARTITION, MAX_PARTITIONS = 16_384, 256
+"""Clusters are shared out among more tasks than thin columns are: rows of a task at least, and how many tasks by then."""
 
 
 @options(frozen=True, kw_only=True, config=STRICT)
@@ -36,110 +52,181 @@ class RedundancyConfig:
     alike they find any two pictures. 1 finds equal ones only."""
     text: float = Field(default=0.99, gt=0, le=1)
     """The same for captions: stricter, since one picture's captions say similar things."""
-    max_compared: int = Field(default=16_384, ge=2)
-    """Pairs that are compared with each other at most: larger clusters are halved across their greatest spread."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OrderPairs:
-    """Task: drop exact copies, and order the others by cluster and quality.
-
-    Gives the end of each cluster in that order, and whether captions describe images.
-    """
-
-    run: Run
-    folder: Path
-
-    def __call__(self) -> tuple[list[int], bool]:
-        pool = self.run.pool
-        columns = read_columns(self.run.at("proxies") / "quality.parquet", "neg_clip_in", "neg_clip_out")
-        quality = quality_axis(columns["neg_clip_in"], columns["neg_clip_out"])
-        leader = np.arange(len(quality))
-        if self.run.config.redundancy.find:
-            leader = exact_leaders(pool.image, pool.text, quality)
-        rows = np.unique(leader)
-        cluster = read_columns(self.run.at("cluster") / "clusters.parquet", "cluster")["cluster"][rows]
-        order = rows[np.lexsort((-quality[rows], cluster))]
-        for name, values in (("leader", leader), ("order", order)):
-            with atomic_path(self.folder / f".{name}.npy") as aside, aside.open("wb") as file:
-                np.save(file, values)
-        sizes = np.bincount(cluster)
-        ends: list[int] = np.cumsum(sizes[sizes > 0]).tolist()
-        return ends, shared_captions(pool.image, pool.text) <= MAX_SHARED
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareCluster:
-    """Columns: the leader of each pair of a cluster, exact copies aside, for a range of the ordered pairs."""
-
-    pool: PairSet
-    config: RedundancyConfig
-    folder: Path
-    describing: bool
-    """Whether captions describe single images, so that an equal one says that a pair is a copy."""
-
-    def __call__(self, start: int, stop: int) -> Columns:
-        rows = np.load(self.folder / ".order.npy")[start:stop]
-        return {"pair": rows, "leader": self._leaders(rows)}
-
-    def _leaders(self, rows: IntArray) -> IntArray:
-        if not (self.config.find and self.describing):
-            return rows
-        sample = self.pool.inputs(slice(0, MEAN_SAMPLE))
-        images, texts = (
-            unit_rows(values - some.mean(0)) for values, some in zip(self.pool.inputs(rows), sample)
-        )
-        leader = np.empty_like(rows)
-        for part in halved(concatenation(images, texts), self.config.max_compared):
-            among = torch.from_numpy(part)
-            near = near_leaders(images[among], texts[among], self.config.image, self.config.text)
-            leader[part] = rows[part[near]]
-        return leader
+    max_compared: int = Field(default=4096, ge=2)
+    """Pairs that are compared with each other at most: larger clusters are cut between captions that differ."""
 
 
 @dataclass(frozen=True)
-class JoinCopies:
-    """Task: write leader and image of every pair in canonical order; how many pairs are exact copies, and how many near ones."""
+class WithQuality:
+    """Columns: image, text, quality of a range of pairs, and `pair`, a number that copies share."""
 
-    pool: PairSet
+    run: Run
+    axis: QualityAxis
+
+    def __call__(self, start: int, stop: int) -> Columns:
+        columns = self.run.pool.read(slice(start, stop), "image", "text")
+        pair = hashed(columns["image"], 1) ^ hashed(columns["text"], 2)
+        scores = scores_of(self.run)(start, stop)
+        quality = self.axis(scores.in_sample, scores.out_of_fold)
+        return columns | {"quality": quality, "pair": pair.view(np.int64)}
+
+
+def lead_equal(columns: Columns) -> Columns:
+    """Of whole groups of equal pairs: the row of the best one, and how many there are."""
+    leader = exact_leaders(columns["image"], columns["text"], columns["quality"])
+    return {"exact": columns["row"][leader], "held": np.bincount(leader, minlength=len(leader))[leader]}
+
+
+@dataclass(frozen=True)
+class WithCluster:
+    """Columns: cluster, quality and number of equal pairs of a range of pairs; exact copies are groups of their own."""
+
+    quality: WithQuality
     folder: Path
-    starts: list[int]
 
-    def __call__(self) -> dict[str, int]:
-        parts = [read_bucket(self.folder, "near", start, "pair", "leader") for start in self.starts]
-        pair, near = (np.concatenate([part[name] for part in parts]) for name in ("pair", "leader"))
-        exact = np.load(self.folder / ".leader.npy")
-        leader = exact.copy()
-        leader[pair] = near
-        write_columns(self.folder / COPIES, {"leader": leader[exact], "image": self.pool.image})
+    def __call__(self, start: int, stop: int) -> Columns:
+        rows = slice(start, stop)
+        exact = read_rows(self.folder / f"{EXACT}.parquet", rows)
+        cluster = read_rows(self.quality.run.at("cluster") / "clusters.parquet", rows, "cluster")["cluster"]
+        row = np.arange(start, stop)
         return {
-            "pairs": len(exact),
-            "exact_copies": len(exact) - len(pair),
-            "near_copies": int((near != pair).sum()),
+            "cluster": np.where(exact["exact"] == row, cluster.astype(np.int64), -1 - row),
+            "quality": self.quality(start, stop)["quality"],
+            "exact": exact["exact"],
+            "held": exact["held"],
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareClusters:
+    """Of whole clusters, exact copies aside: the leader of each pair, and how many pairs that leads, exact copies among them."""
+
+    pool: PairSet
+    config: RedundancyConfig
+    means: tuple[Tensor, Tensor]
+    describing: bool
+    """Whether captions describe single images, so that an equal one says that a pair is a copy."""
+    device: str
+
+    def __call__(self, columns: Columns) -> Columns:
+        row, leader = columns["row"], np.arange(len(columns["row"]))
+        compared = np.flatnonzero(columns["cluster"] >= 0) if self.describing else leader[:0]
+        for start, stop in whole_groups(columns["cluster"][compared], READ):
+            places = compared[start:stop]
+            cluster, quality = columns["cluster"][places], columns["quality"][places]
+            leader[places] = places[self._leaders(row[places], cluster, quality)]
+        copies = np.bincount(leader, columns["held"], len(row)).astype(np.int64)
+        return {"exact": columns["exact"], "leader": row[leader], "copies": copies[leader]}
+
+    def _leaders(self, row: IntArray, cluster: IntArray, quality: FloatArray) -> IntArray:
+        """The place of each pair's leader: of some clusters, which are read at once, or a large one, which is read in parts."""
+        at_once = self._inputs(row) if len(row) <= READ else None
+
+        def read(places: IntArray) -> tuple[Tensor, Tensor]:
+            if at_once is None:
+                return self._inputs(row[places])
+            here = torch.from_numpy(places).to(at_once[0].device)
+            return at_once[0][here], at_once[1][here]
+
+        leader = np.arange(len(row))
+        for places in np.split(leader.copy(), np.flatnonzero(np.diff(cluster)) + 1):
+            for part in cells(places, read, self.config.max_compared):
+                part = part[np.argsort(-quality[part], kind="stable")]
+                leader[part] = part[near_leaders(*read(part), self.config.image, self.config.text)]
+        return leader
+
+    def _inputs(self, row: IntArray) -> tuple[Tensor, Tensor]:
+        inputs = self.pool.inputs(row, self.device)
+        images, texts = (unit_rows(X - mean.to(X.device)) for X, mean in zip(inputs, self.means))
+        return images, texts
+
+
+@dataclass(frozen=True)
+class ReadTable:
+    """Columns of a range of a table."""
+
+    path: Path
+
+    def __call__(self, start: int, stop: int) -> Columns:
+        return read_rows(self.path, slice(start, stop))
+
+
+def follow_exact(columns: Columns) -> Columns:
+    """Of whole groups of equal pairs: what is known of the best one."""
+    best = np.flatnonzero(columns["row"] == columns["exact"])  # one of each group
+    group = np.unique(columns["exact"], return_inverse=True)[1]
+    return {name: columns[name][best][group] for name in COPIES}
+
+
+def alone(start: int, stop: int) -> Columns:
+    """Columns of copies.parquet where no copies are looked for."""
+    return dict(zip(COPIES, (np.arange(start, stop), np.ones(stop - start, np.int64)), strict=True))
+
+
+def sample_means(pool: PairSet) -> tuple[Tensor, Tensor]:
+    """Mean embedding of images and of captions of the first pairs, which are a random sample: (D,), (D,)."""
+    images, texts = pool.inputs(slice(0, MEAN_SAMPLE))
+    return images.mean(0), texts.mean(0)
+
+
+@dataclass(frozen=True)
+class CountCopies:
+    """Task: how many pairs of a range are exact copies, and how many are any."""
+
+    folder: Path
+    start: int
+    stop: int
+
+    def __call__(self) -> tuple[int, int]:
+        rows, row = slice(self.start, self.stop), np.arange(self.start, self.stop)
+        exact = read_rows(self.folder / f"{EXACT}.parquet", rows, "exact")["exact"]
+        leader = read_rows(self.folder / "copies.parquet", rows, "leader")["leader"]
+        return int((exact != row).sum()), int((leader != row).sum())
+
+
 class Redundancy(Stage):
-    """Finds the copies among the pairs of the pool; writes copies.parquet: each pair's image and its leader.
+    """Finds the copies among the pairs of the pool; writes copies.parquet and captions.parquet.
 
     A pair that copies no other leads itself. Copies in different clusters are missed, exact ones aside.
     """
 
     name = "redundancy"
+    version = 2
     needs = ("proxies", "cluster")
 
     def settings(self, config: Any) -> RedundancyConfig:
         return config.redundancy
 
     def work(self, run: Run, workers: Workers) -> Details:
-        ends, describing = workers.once(OrderPairs(run=run, folder=workers.folder))
-        compare = CompareCluster(
-            pool=run.pool, config=run.config.redundancy, folder=workers.folder, describing=describing
+        rows = len(run.pool)
+        describing = write_captions(run.pool, workers)
+        if run.config.redundancy.find:
+            exact, copies = self._find(run, workers, describing)
+        else:
+            workers.table("copies", alone, rows, RANGE)
+            exact = copies = 0
+        details = {"pairs": rows, "exact_copies": exact, "near_copies": copies - exact}
+        return Details(rows_in=rows, rows_out=rows, details=details)
+
+    def _find(self, run: Run, workers: Workers, describing: bool) -> tuple[int, int]:
+        """Write copies.parquet; how many exact copies there are, and how many copies in all."""
+        rows, folder = len(run.pool), workers.folder
+        with range_passes(workers, rows) as passes:
+            quality = WithQuality(run, passes.fold(FitAxis(), scores_of(run), rows))
+        workers.group_by(EXACT, quality, "pair", lead_equal, rows, RANGE)
+        compare = CompareClusters(
+            pool=run.pool,
+            config=run.config.redundancy,
+            means=workers.once(partial(sample_means, run.pool)),
+            describing=describing,
+            device=workers.device,
         )
-        tasks = [
-            WriteBucket(folder=workers.folder, table="near", start=a, stop=b, compute=compare)
-            for a, b in zip([0, *ends], ends)
-        ]
-        workers.map(tasks, total=ends[-1], size=int)
-        counts = workers.once(JoinCopies(run.pool, workers.folder, [task.start for task in tasks]))
-        return Details(rows_in=counts["pairs"], rows_out=counts["pairs"], details=counts)
+        workers.group_by(
+            *(NEAR, WithCluster(quality, folder), "cluster", compare, rows, RANGE),
+            resources=workers.heavy(memory=MEMORY),
+            partition_rows=min(PARTITION_ROWS, max(MIN_PARTITION, rows // MAX_PARTITIONS)),
+        )
+        workers.group_by("copies", ReadTable(folder / f"{NEAR}.parquet"), "exact", follow_exact, rows, RANGE)
+        spans = buckets_of(rows, RANGE)
+        counts = workers.map([CountCopies(folder, *span) for span in spans], label="count")
+        return sum(exact for exact, _ in counts), sum(copies for _, copies in counts)
