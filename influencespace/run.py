@@ -255,8 +255,9 @@ class Workers:
         **more: int,
     ) -> None:
         """Write `name`.parquet, in row order: what `reduce` gives for groups of the rows of `emit` alike in the column `key`."""
-        for tasks, total in Exchange(self.folder, name, emit, key, reduce, rows, size, **more).steps():
-            self.map(tasks, total=total, size=int, label=name.lstrip("."), resources=resources)
+        label, exchange = name.lstrip("."), Exchange(self.folder, name, emit, key, reduce, rows, size, **more)
+        for tasks, total, unit in exchange.steps():
+            self.map(tasks, total=total, unit=unit, label=label, size=int, resources=resources)
 
     @contextmanager
     def pool(self, factory: WorkerFactory, tasks: int) -> Iterator[Pool]:

@@ -83,7 +83,8 @@ def _bounds(sorted_coordinates: FloatArray) -> FloatArray | None:
         return np.full(2, (x[widest] + x[widest + 1]) / 2)
     if x[-1] - x[0] <= 2 * EQUAL:
         return None
-    return x[n // 2] + np.array([-EQUAL, EQUAL])
+    ends: FloatArray = x[n // 2] + np.array([-EQUAL, EQUAL])
+    return ends
 
 
 def _cells_of(tree: "_Cut | int", pairs: tuple[Tensor, Tensor]) -> IntArray:

@@ -59,8 +59,8 @@ class Exchange:
         """Where the ranges begin."""
         return [start for start, _ in buckets_of(self.rows, self.size)]
 
-    def steps(self) -> Iterator[tuple[Sequence[Callable[[], int]], int]]:
-        """The tasks of each step, and the sum of what they return; a step needs all files of the one before.
+    def steps(self) -> Iterator[tuple[Sequence[Callable[[], int]], int, str]]:
+        """The tasks of each step, the sum of what they return and its unit; a step needs all files of the one before.
 
         None where the table is there. What only served the work is removed after the last one.
         """
@@ -68,10 +68,14 @@ class Exchange:
             return
         ranges = list(buckets_of(self.rows, self.size))
         partitions = [(p, p + 1) for p in range(self.partitions)]
-        yield write_tasks(self.folder, self._sent, Partition(self), ranges), self.rows
-        yield write_tasks(self.folder, self._reduced, ReducePartition(self), partitions), self.partitions
-        yield write_tasks(self.folder, self.name, GatherRange(self), ranges), self.rows
-        yield [partial(join_buckets, self.folder, self.name, self.starts)], self.rows
+        yield write_tasks(self.folder, self._sent, Partition(self), ranges), self.rows, "pairs"
+        yield (
+            write_tasks(self.folder, self._reduced, ReducePartition(self), partitions),
+            len(partitions),
+            "partitions",
+        )
+        yield write_tasks(self.folder, self.name, GatherRange(self), ranges), self.rows, "pairs"
+        yield [partial(join_buckets, self.folder, self.name, self.starts)], self.rows, "pairs"
         for name, starts in (
             (self._sent, self.starts),
             (self._reduced, range(self.partitions)),

@@ -143,7 +143,7 @@ def test_five_hundred_copies_of_a_pair_move_no_others_score(decided: Run) -> Non
     many.__dict__["strata"] = {name: values[rows] for name, values in once.strata.items()}
     again = {name: values[rows] for name, values in once.influence.items()}
     many.__dict__["influence"] = again | {"pair": np.arange(len(rows))}
-    many.__dict__["_copies"] = {"leader": leader[rows], "image": once.image[rows]}
+    many.__dict__["_copies"] = {"leader": leader[rows]}
     many.__dict__["common_variance"] = once.common_variance
     score, se = (values[: len(leader)] for values in many.pair_scores)
     assert np.corrcoef(score, once.pair_scores[0])[0, 1] > 0.93  # knots lie where pairs are, copies too

@@ -25,6 +25,7 @@ from influencespace.core.strata import (
 )
 from influencespace.data.artifacts import write_json
 from influencespace.data.buckets import Columns, read_columns, write_columns
+from influencespace.data.pair_set import PairSet
 from influencespace.run import Run
 
 PRUNING_AXES = ("quality", "caption_images", "caption_agreement", "sharpness")
@@ -47,9 +48,11 @@ class Evidence:
     copies: Path | None = None
     """The redundancy stage's; None where no pair is a copy of another, and no two have one image."""
 
+    pool: PairSet | None = None
+
     @classmethod
     def of(cls, run: Run) -> "Evidence":
-        return cls(run.at("influence"), run.at("redundancy"))
+        return cls(run.at("influence"), run.at("redundancy"), run.pool)
 
     @cached_property
     def strata(self) -> Columns:
@@ -129,7 +132,7 @@ class Evidence:
     def _copies(self) -> Columns:
         if self.copies is None:
             alone = np.arange(len(self.strata["quality"]))
-            return {"leader": alone, "image": alone}
+            return {"leader": alone}
         return read_columns(self.copies / "copies.parquet")
 
     @property
@@ -140,7 +143,7 @@ class Evidence:
     @property
     def image(self) -> NDArray[np.int64]:
         """The image of each pair (n,)."""
-        return self._copies["image"]
+        return self.leader if self.pool is None else self.pool.image
 
     @cached_property
     def joint_scores(self) -> tuple[FloatArray, FloatArray]:
