@@ -72,9 +72,9 @@ def test_all_captions_of_an_image_are_in_one_fold(truth: Run) -> None:
 def test_a_fold_left_out_changes_nothing_in_its_proxy(truth: Run, tmp_path: Path) -> None:
     """Other embeddings for the images of a fold: its own proxy stays, the others do not."""
     changed = plant(tmp_path / "pool", 120, captions=2, wrong=0.2, seed=1)
-    images, texts = PairSet(changed.folder).inputs(slice(None))
+    images, texts = PairSet(changed.folder).table.embeddings(slice(None))
     images[fold_of_pairs(truth) == 1] *= -1
-    replant(changed.folder, images.numpy(), texts.numpy())
+    replant(changed.folder, images, texts)
     other = with_sets(beside(truth, tmp_path / "run"), pool=changed)
     carry(other, "proxies")
     for k in FOLDS:

@@ -63,7 +63,7 @@ def test_pairs_without_weight_are_not_seen(truth: Run, world: World, tmp_path: P
     """Other embeddings for what curated dropped: its proxy stays, that of everything does not."""
     folder, kept = tmp_path / "pool", np.arange(len(truth.pool)) % 3 > 0
     shutil.copytree(truth.pool.folder, folder)
-    images, texts = (one.numpy() for one in truth.pool.inputs(slice(None)))
+    images, texts = truth.pool.table.embeddings(slice(None))
     texts[~kept] *= -1
     replant(folder, images, texts)
     changed = with_sets(truth, pool=replace(world["pool"], folder=folder))
