@@ -246,7 +246,7 @@ def summarise(
             for name, m in stages.items()
         },
         "versions": installed_versions(),
-        "seeds": list(data.config.train.seeds),
+        "seeds": sorted({run["seed"] for run in best.stages["train"].details["runs"]}),
         "notes": [*split.details["notes"], *proxies["warnings"], *selected["warnings"]],
         "paths": {name: str(data.folder / name) for name in RESULTS},
     }

@@ -10,34 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influencespace.engine.placement import Resources, share
+from influencespace.engine.placement import share
 from influencespace.models.training import Alone, Exchange
 from influencespace.run import Workers
-from influencespace.stages.proxies.train_many import TrainProxy
+from influencespace.stages.proxies.train_many import TrainProxy, training_memory
 
 LOST_WORKERS = 3
 """As often is the group of workers begun again; runs that are done are not repeated."""
 
 
 class Gloo:
-    """The exchange of a Ray Train worker group, by torch.distributed."""
+    """The exchange of a Ray Train worker group, by torch.distributed, over the CPU: workers may share one GPU."""
 
     def __init__(self) -> None:
         self.rank = torch.distributed.get_rank()
         self.size = torch.distributed.get_world_size()
 
     def gather(self, part: Tensor) -> list[Tensor]:
+        own = part.detach().cpu()
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        torch.distributed.all_gather(sizes, torch.tensor([len(part)]))
+        torch.distributed.all_gather(sizes, torch.tensor([len(own)]))
         longest = max(int(size) for size in sizes)
-        padded = torch.zeros(longest, part.shape[1], dtype=part.dtype)
-        padded[: len(part)] = part.detach()
+        padded = torch.zeros(longest, own.shape[1], dtype=own.dtype)
+        padded[: len(own)] = own
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         torch.distributed.all_gather(parts, padded)
-        return [whole[: int(size)] for whole, size in zip(parts, sizes)]
+        return [whole[: int(size)].to(part.device) for whole, size in zip(parts, sizes)]
 
     def add_up(self, gradient: Tensor) -> None:
-        torch.distributed.all_reduce(gradient)
+        added = gradient.cpu()
+        torch.distributed.all_reduce(added)
+        gradient.copy_(added)
 
 
 def train_share(config: dict[str, Any]) -> None:
@@ -67,23 +70,28 @@ def train_by_ray(trainings: Sequence[TrainProxy], sharing: int, workers: Workers
 
 def _fit(left: Sequence[TrainProxy], sharing: int, workers: Workers) -> None:
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     engine, storage = workers.engine, workers.folder / ".ray"
+    need = workers.heavy(cpus=0, memory=training_memory(left[0].pool))
     # all must find a place at once; on a cluster the job's own driver may hold a core
     free = engine.cores - (engine.cores_per_task < engine.cores)
     placed = share(
         engine.machines,
         sharing if sharing > 1 else min(len(left), max(1, free)),
-        need=Resources(cpus=0),
+        need=need,
         max_cpus=max(1, min(engine.cores_per_task, free // sharing if sharing > 1 else 1)),
     )
     trainer = TorchTrainer(
         train_share,
         train_loop_config={"trainings": left, "shared": sharing > 1},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=placed.workers, resources_per_worker={"CPU": placed.resources.cpus}
+            num_workers=placed.workers,
+            use_gpu=need.gpus > 0,
+            resources_per_worker={"CPU": placed.resources.cpus, "memory": need.memory}
+            | ({"GPU": need.gpus} if need.gpus else {}),
         ),
+        torch_config=TorchConfig(backend="gloo"),
         run_config=ray.train.RunConfig(
             name=f"train-{time.time_ns()}",
             storage_path=str(storage.absolute()),

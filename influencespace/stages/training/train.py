@@ -15,13 +15,16 @@ from influencespace.stages.selection.selection import DYNAMIC, METHODS, weights_
 from influencespace.stages.training.dynamic import DynamicTrainer
 from influencespace.stages.training.ray_train import train_by_ray
 
+MANY_SEEDS_PAIRS = 500_000
+"""Above, a training takes a thousand steps or more, and seeds differ little."""
+
 
 @options(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """The retraining that judges."""
 
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2)
-    """Each method is trained once for each."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Each method is trained once for each; by default 0, 1 and 2, but 0 and 1 for pools of more than 500,000 pairs."""
     workers: int = Field(default=1, ge=1)
     """Workers that share each run; the global batch does not change with them. 1 trains runs side by side."""
     methods: tuple[str, ...] = plain_field(default=METHODS)
@@ -36,8 +39,16 @@ class TrainConfig:
             raise ValueError(f"methods = {self.methods}: curated and any of {', '.join(known[1:])} are known")
         for name in ("seeds", "methods"):
             values = getattr(self, name)
+            if values is None:
+                continue
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} = {values}: give one or more, each once")
+
+    def seeds_of(self, pairs: int) -> tuple[int, ...]:
+        """The seeds for a pool of so many pairs."""
+        if self.seeds is not None:
+            return self.seeds
+        return (0, 1, 2) if pairs <= MANY_SEEDS_PAIRS else (0, 1)
 
 
 class Train(Stage):
@@ -61,14 +72,20 @@ class Train(Stage):
                 steps=steps,
                 trainer=DynamicTrainer.of(run) if method == DYNAMIC else None,
             )
-            for seed in config.seeds
+            for seed in config.seeds_of(len(run.everything))
             for method in config.methods
         }
         ordered, heads = list(trainings.values()), run.config.proxy.train
         if isinstance(workers.engine, LocalEngine):
             records = train_many(run.everything, heads, ordered, workers)
         else:
-            make = partial(TrainProxy, pool=run.everything, config=heads, folder=workers.folder)
+            make = partial(
+                TrainProxy,
+                pool=run.everything,
+                config=heads,
+                folder=workers.folder,
+                device=workers.device,
+            )
             records = train_by_ray([make(training=one) for one in ordered], config.workers, workers)
         methods = {name: {"method": name.rpartition("-")[0]} for name in trainings}
         return Details(details={"runs": [record | methods[record["name"]] for record in records]})
