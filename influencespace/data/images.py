@@ -1,7 +1,9 @@
-"""Encoded images: decoded with distrust, and their bytes read again from where they lie."""
+"""Encoded images: decoded with distrust and near the size that is needed, and their bytes read again from where they lie."""
 
 import errno
 import io
+import math
+import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
@@ -22,6 +24,27 @@ from influencespace.errors import InputError
 # record of hostile files (TIFF).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
+# Pictures are decoded to this many times the edge that the encoder sees. Measured on 48 photographs of COCO, enlarged 4 to 9
+# times with grain as a camera's: the least cosine of an embedding with that of the full picture is .9987 at 2, .9991 at 3 and
+# .9992 at 4; the same pictures saved again as JPEG of quality 85 give .9989. At 3 a photograph of 24 megapixels is decoded at a
+# quarter of its edges, 16 times smaller.
+DRAFT = 3
+
+# What a drafted picture holds at most, in squares of DRAFT times the encoder's edge; what is longer is a strip.
+HELD_SQUARES = 8
+
+# Pixels that are converted at once on the way to a small picture.
+BAND_PIXELS = 2**20
+
+# A pixel of the full size takes at most this while it is decoded (WebP keeps two canvases and its output; a progressive JPEG
+# the coefficients of all its pixels).
+BYTES_PER_PIXEL = 17
+
+# Encoders write about 10 scans, at most 18. Each scan of a progressive JPEG goes over all pixels again: 300 scans in a file of
+# 286 kB took 16 seconds.
+MAX_SCANS = 32
+_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd7])")
+
 # An encoded image above this is a mistake or an attack; reading it would only fill the memory of a worker.
 MAX_ENCODED_BYTES = 256 * 2**20
 
@@ -38,10 +61,12 @@ class RejectedImage(ValueError):
     """An image that cannot be used; the message is the reason."""
 
 
-def decode_image(data: bytes, max_pixels: int = 64_000_000) -> Image.Image:
+def decode_image(data: bytes, max_pixels: int = 64_000_000, near: int | None = None) -> Image.Image:
     """The image in `data` as RGB pixels; its size is read from the header before any pixel is decoded.
 
-    Raises RejectedImage for what is no image of a known format, is cut, or has more than `max_pixels` pixels.
+    With `near`, the edge in pixels that an encoder sees, a picture of more than DRAFT times that is returned reduced; its
+    `info` then holds `full`, the size (width, height) in the file, and `scale`, how many times smaller the edges are.
+    Raises RejectedImage for what is no image of a known format, is cut, has more than `max_pixels` pixels, or too many scans.
     """
     # Pillow raises almost anything for hostile bytes: OSError, SyntaxError, struct.error, IndexError, ...
     try:
@@ -53,23 +78,44 @@ def decode_image(data: bytes, max_pixels: int = 64_000_000) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise RejectedImage(f"the image has {width} x {height} pixels, more than {max_pixels:,}")
+    if has_more_scans(data, MAX_SCANS):
+        raise RejectedImage(f"the image is a JPEG of more than {MAX_SCANS} scans")
     try:
-        return _to_rgb(image)
+        return _to_rgb(image) if near is None else _drafted(image, near)
     except Exception as error:
         raise RejectedImage(f"the image is damaged or cut: {error}") from error
+
+
+def decoding_bytes(max_pixels: int, near: int) -> tuple[int, int]:
+    """Memory for decoding one picture, and for holding one that is decoded, at most; in bytes."""
+    return max_pixels * BYTES_PER_PIXEL, 4 * HELD_SQUARES * (DRAFT * near) ** 2
+
+
+def has_more_scans(data: bytes, limit: int) -> bool:
+    """Whether `data` is a JPEG of more than `limit` scans; what looks like one in its metadata does not count."""
+    if not data.startswith(b"\xff\xd8") or data.count(b"\xff\xda") <= limit:
+        return False
+    place, scans = 2, 0
+    while (marker := _MARKER.search(data, place)) and marker[1] != b"\xd9" and scans <= limit:
+        scans += marker[1] == b"\xda"
+        place = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2]))
+    return scans > limit
 
 
 def sharpness(image: Image.Image) -> float:
     """Logarithm of the variance of the Laplacian of the grey picture at 128 x 128 pixels (Pech-Pacheco et al. 2000).
 
-    Low for pictures out of focus and for enlarged thumbnails, whatever their size now: about 7 for photographs, 1 to 2
-    for blurred ones. The logarithm of 0.001 for a picture of one colour.
+    Low for pictures out of focus and for enlarged thumbnails, whatever their size now: 6 to 9 for photographs, 1 to 3
+    for blurred ones. The logarithm of 0.001 for a picture of one colour. Of a reduced picture it is that of the full one.
     """
     side = 128
-    grey = np.asarray(image.convert("L").resize((side, side), Image.Resampling.BILINEAR), np.float64)
-    inner = grey[1:-1, 1:-1]
-    laplacian = 4 * inner - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]
-    return float(np.log(laplacian.var() + 1e-3))
+    factors = max(1, image.width // side), max(1, image.height // side)
+    grey = (image.reduce(factors) if max(factors) > 1 else image).convert("L")
+    grey = np.asarray(grey.resize((side, side), Image.Resampling.BOX)).astype(np.int16)
+    laplacian = 4 * grey[1:-1, 1:-1]
+    for neighbours in (grey[:-2, 1:-1], grey[2:, 1:-1], grey[1:-1, :-2], grey[1:-1, 2:]):
+        laplacian -= neighbours
+    return float(np.log(laplacian.var(dtype=np.float64) + 1e-3))
 
 
 def read_image_bytes(ref: ImageRef) -> bytes:
@@ -163,6 +209,35 @@ def escapes(name: str) -> bool:
     """Whether a file name leads out of the folder or archive that it belongs to."""
     path = PurePosixPath(name.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or any(part.endswith(":") for part in path.parts[:1])
+
+
+def _drafted(image: Image.Image, near: int) -> Image.Image:
+    """The picture in RGB, with a short edge of about DRAFT * `near` at least where it has that, and few pixels."""
+    full, side = image.size, DRAFT * near
+    box = image.draft(None, (side, side)) if image.format in ("JPEG", "MPO") else None
+    scale = round(full[0] / box[1][2]) if box else 1
+    short, pixels = min(image.size), image.width * image.height
+    most = HELD_SQUARES * side**2
+    factor = max(short // side, min(math.ceil(math.sqrt(pixels / most)), short // near), 1)
+    small = _reduced(image, factor) if factor > 1 else _to_rgb(image)
+    small.info = {} if scale * factor == 1 else {"full": full, "scale": scale * factor}
+    if small.width * small.height > most:  # a strip: a square crop sees only its middle
+        width, height = (min(edge, most // min(small.size)) for edge in small.size)
+        left, top = (small.width - width) // 2, (small.height - height) // 2
+        small = small.crop((left, top, left + width, top + height))
+        small.info = {}
+    return small
+
+
+def _reduced(image: Image.Image, factor: int) -> Image.Image:
+    """The picture in RGB with edges `factor` times shorter; never a second picture of the full size."""
+    width, height = image.size
+    small = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+    rows = factor * max(1, BAND_PIXELS // (width * factor))
+    for top in range(0, height, rows):
+        band = _to_rgb(image.crop((0, top, width, min(top + rows, height))))
+        small.paste(band.reduce(factor), (0, top // factor))
+    return small
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -48,6 +48,11 @@ class DualEncoder(nn.Module):
         """Where the weights are."""
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
+    @property
+    def input_size(self) -> int:
+        """As `Preprocessing.input_size`."""
+        return self.preprocessing.input_size
+
     def preprocess_images(self, images: Sequence[Image.Image]) -> Tensor:
         """As `Preprocessing.preprocess_images`."""
         return self.preprocessing.preprocess_images(images)

@@ -38,6 +38,11 @@ class PixelPipeline:
         pixels = np.stack([np.asarray(self._cut(image)) for image in images])  # (B, H, W, 3)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
+    @property
+    def input_size(self) -> int:
+        """The edge to which pictures are resized before they are cropped, in pixels: the shortest, or the longer of two."""
+        return self.size if isinstance(self.size, int) else max(self.size)
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """Map uint8 (B, 3, H, W) to float32 of the same shape, on the device where it lies."""
         scale, shift = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (self.scale, self.shift))
@@ -47,8 +52,11 @@ class PixelPipeline:
         image = image if image.mode == "RGB" else image.convert("RGB")
         if isinstance(self.size, int):
             image = _middle(image)
-        height, width = self._resized(image.height, image.width)
-        image = image.resize((width, height), Image.Resampling(self.resample))
+        # A reduced picture is a fraction of a pixel wider than the full one; at 224 pixels the crop would move by one.
+        full, scale = image.info.get("full", image.size), image.info.get("scale", 1)
+        height, width = self._resized(full[1], full[0])
+        box = (0, 0, full[0] / scale, full[1] / scale)
+        image = image.resize((width, height), Image.Resampling(self.resample), box)
         top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
         # A crop beyond the edges pads with black, as the processors do.
         return image.crop((left, top, left + self.crop[1], top + self.crop[0]))
@@ -84,7 +92,11 @@ def _middle(image: Image.Image) -> Image.Image:
     """Cut a strip to its middle: scaled by its short edge, 1 x 10^7 pixels would fill the memory."""
     longest = LONGEST_STRIP * min(image.size)
     left, top = (max(edge - longest, 0) // 2 for edge in image.size)
-    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
+    if not (left or top):
+        return image
+    image = image.crop((left, top, image.width - left, image.height - top))
+    image.info = {}
+    return image
 
 
 def _from_settings(settings: dict[str, Any]) -> PixelPipeline | None:

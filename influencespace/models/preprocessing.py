@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from influencespace.models.pixels import pixel_pipeline
+from influencespace.models.pixels import pixel_pipeline, probe_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,13 @@ class Preprocessing:
         # This first call also fixes the tokenizer's padding and truncation, which no later call then changes:
         # a fast tokenizer whose settings change cannot be shared by threads.
         self.tokenize(["a probe"])
+
+    @cached_property
+    def input_size(self) -> int:
+        """The edge in pixels to which pictures are resized: what `decode_image` wants as `near`."""
+        if self.pipeline is not None:
+            return self.pipeline.input_size
+        return max(self.preprocess_images(probe_images()[:1]).shape[-2:])
 
     def preprocess_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Resize and crop images to (B, 3, H, W) on the CPU, as uint8 where no more is needed."""

@@ -175,7 +175,9 @@ class Answer:
 
     def _embedded(self, query: Query, encoder: Any) -> Inputs:
         embed, width = self.run.config.embed, self.run.pool.table.dimension
-        pixels = encoder.preprocess_images([decode_image(query.picture, embed.max_pixels)])
+        pixels = encoder.preprocess_images(
+            [decode_image(query.picture, embed.max_pixels, encoder.input_size)]
+        )
         tokens, _ = encoder.tokenize([query.caption])
         inputs = encoder.encode_image(pixels).clone(), encoder.encode_text(tokens).clone()
         if inputs[0].shape[1] != width:

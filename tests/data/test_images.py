@@ -4,14 +4,26 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from influencespace.data.images import RejectedImage, decode_image, escapes, read_image_bytes, sharpness
+from influencespace.data.images import (
+    DRAFT,
+    HELD_SQUARES,
+    MAX_SCANS,
+    RejectedImage,
+    decode_image,
+    decoding_bytes,
+    escapes,
+    has_more_scans,
+    read_image_bytes,
+    sharpness,
+)
 from influencespace.data.schema import ImageRef
 
 Encode = Callable[..., bytes]
@@ -144,8 +156,114 @@ def test_what_is_out_of_focus_or_enlarged_is_less_sharp(seed: int, width: int, h
     thumbnail = picture.resize((12, 12)).resize((width, height))
     assert sharpness(blurred) < sharpness(picture) - 1
     assert sharpness(thumbnail) < sharpness(picture) - 1
-    assert abs(sharpness(picture.resize((2 * width, 2 * height))) - sharpness(picture)) < 0.5
+    twice = picture.resize((2 * width, 2 * height), Image.Resampling.NEAREST)
+    assert abs(sharpness(twice) - sharpness(picture)) < 0.5
 
 
 def test_a_picture_of_one_colour_has_the_least_sharpness() -> None:
     assert sharpness(Image.new("RGB", (40, 30), "red")) == pytest.approx(np.log(1e-3))
+
+
+def photograph(width: int, height: int, kind: str = "JPEG", mode: str = "RGB", **how: Any) -> bytes:
+    """Smooth noise of any size, encoded."""
+    cells = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    picture = Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC)
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    else:
+        picture = picture.convert(mode)
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **how)
+    return buffer.getvalue()
+
+
+KINDS = [
+    ("JPEG", "RGB"),
+    ("JPEG", "L"),
+    ("JPEG", "CMYK"),
+    ("PNG", "RGB"),
+    ("PNG", "RGBA"),
+    ("PNG", "P"),
+    ("PNG", "LA"),
+    ("PNG", "1"),
+    ("PNG", "I;16"),
+    ("WEBP", "RGB"),
+    ("GIF", "P"),
+    ("BMP", "RGB"),
+]
+
+
+@pytest.mark.parametrize(("kind", "mode"), KINDS)
+def test_a_picture_near_the_encoders_size_is_the_full_one_made_small(kind: str, mode: str) -> None:
+    data = photograph(901, 703, kind, mode)
+    full, near = decode_image(data), decode_image(data, near=32)
+    assert near.mode == "RGB"
+    assert min(near.size) >= DRAFT * 32
+    assert near.info["full"] == full.size == (901, 703)
+    box = (0, 0, 901 / near.info["scale"], 703 / near.info["scale"])
+    expected = full.resize((64, 48), Image.Resampling.BILINEAR)
+    pixels = near.resize((64, 48), Image.Resampling.BILINEAR, box)
+    assert np.abs(np.asarray(pixels, float) - np.asarray(expected, float)).mean() < 1.5
+    assert abs(sharpness(near) - sharpness(full)) < 0.5
+
+
+@given(width=st.integers(1, 2000), height=st.integers(1, 2000), near=st.integers(1, 64))
+@settings(deadline=None)
+def test_what_is_held_of_a_picture_is_bounded(width: int, height: int, near: int) -> None:
+    for kind in ("JPEG", "PNG"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (width, height), "red").save(buffer, kind)
+        picture = decode_image(buffer.getvalue(), near=near)
+        assert picture.width * picture.height <= HELD_SQUARES * (DRAFT * near) ** 2
+        assert 4 * picture.width * picture.height <= decoding_bytes(1, near)[1]
+        assert min(picture.size) >= min(width, height, near)
+        assert picture.getpixel((0, 0))[0] >= 250  # type: ignore[index]
+        if min(width, height) <= DRAFT * near and width * height <= HELD_SQUARES * (DRAFT * near) ** 2:
+            assert picture.size == (width, height)
+            assert picture.info == {}
+
+
+def test_no_more_than_one_band_is_converted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 24 megapixel PNG with alpha takes 4 bytes a pixel, and never as many again for its conversion."""
+    data, sizes, convert = photograph(1200, 900, "PNG", "RGBA"), [], Image.Image.convert
+
+    def spy(image: Image.Image, mode: str) -> Image.Image:
+        sizes.append(image.width * image.height)
+        return convert(image, mode)
+
+    monkeypatch.setattr(Image.Image, "convert", spy)
+    monkeypatch.setattr("influencespace.data.images.BAND_PIXELS", 50_000)
+    decode_image(data, near=50)
+    assert len(sizes) > 10
+    assert max(sizes) <= 50_000
+
+
+def many_scans(scans: int) -> bytes:
+    """A progressive JPEG whose last scan is there many times."""
+    data = photograph(64, 48, progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + (scans - data.count(b"\xff\xda")) * last + data[-2:]
+
+
+def test_a_jpeg_of_very_many_scans_is_rejected_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode_image(many_scans(MAX_SCANS)).size == (64, 48)
+    hostile = many_scans(300)
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("pixels were decoded"))
+    for near in (None, 8):
+        with pytest.raises(RejectedImage, match="more than 32 scans"):
+            decode_image(hostile, near=near)
+
+
+@pytest.mark.parametrize("how", [{}, {"progressive": True}])
+def test_what_looks_like_a_scan_is_counted_only_where_scans_are(how: dict[str, bool]) -> None:
+    thumbnails = b"Exif\0\0" + 100 * (b"\xff\xda" + bytes(10))
+    data = photograph(64, 48, exif=thumbnails, **how) + 100 * b"\xff\xda"
+    assert not has_more_scans(data, MAX_SCANS)
+    assert decode_image(data, near=8).mode == "RGB"
+    assert not has_more_scans(100 * b"\xff\xda", MAX_SCANS)
+
+
+def test_what_a_file_says_beside_its_pixels_is_not_kept() -> None:
+    data = photograph(64, 48, exif=b"Exif\0\0" + bytes(60_000))
+    assert decode_image(data, near=8).info.keys() <= {"full", "scale"}
+    assert decode_image(data, near=64).info == {}

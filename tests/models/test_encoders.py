@@ -118,6 +118,10 @@ def test_batch_size_changes_nothing(encoder: DualEncoder, pictures: list[Image.I
     )
 
 
+def test_the_size_near_which_pictures_are_decoded(family: str, encoder: DualEncoder) -> None:
+    assert encoder.input_size == (36 if family in ("clip", "vision-text-dual-encoder") else 32)
+
+
 def test_repeating_changes_no_bit(encoder: DualEncoder, pictures: list[Image.Image]) -> None:
     assert torch.equal(embed_images(encoder, pictures), embed_images(encoder, pictures))
     assert torch.equal(embed_texts(encoder, CAPTIONS), embed_texts(encoder, CAPTIONS))
@@ -198,6 +202,7 @@ def test_a_processor_that_does_more_is_called_itself(
     processor.save_pretrained(folder)
     encoder = load_encoder(folder)
     assert encoder.pipeline is None
+    assert encoder.input_size == 32
     expected = processor(images=pictures, return_tensors="pt")["pixel_values"]
     assert torch.equal(encoder.preprocess_images(pictures), expected)
     assert embed_images(encoder, pictures).shape == (4, encoder.dimension)

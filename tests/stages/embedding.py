@@ -36,6 +36,7 @@ class FakeEncoder:
     fail_after: int | None = None
     dimension: int = DIMENSION
     fingerprint: str = "fake"
+    input_size: int = 64
 
     def preprocess_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         pixels = [np.asarray(image.resize((SIDE, SIDE)), np.float32).reshape(-1) for image in images]

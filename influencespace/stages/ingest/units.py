@@ -23,6 +23,8 @@ UNIT_IMAGES = 256
 class Preprocessing(Protocol):
     """What readers ask of `models.preprocessing.Preprocessing`."""
 
+    @property
+    def input_size(self) -> int: ...
     def preprocess_images(self, images: Any) -> Any: ...
     def tokenize(self, texts: Any) -> tuple[Any, list[bool]]: ...
 
@@ -184,7 +186,7 @@ class _Builder:
         digest = rows[0]["image"]
         if digest not in self.images:
             try:
-                picture = decode_image(sample.image, self.config.max_pixels)
+                picture = decode_image(sample.image, self.config.max_pixels, self.preprocessing.input_size)
                 self.sharp.append(sharpness(picture))
                 self.images[digest] = len(self.sharp) - 1
                 self.waiting.append(picture)

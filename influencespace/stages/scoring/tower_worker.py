@@ -130,7 +130,8 @@ class TowerWorker:
     def pixels(self, pictures: Sequence[bytes]) -> Tensor:
         """Encoded pictures, preprocessed: (n, 3, H, W)."""
         try:
-            images = [decode_image(data, self.inputs.embed.max_pixels) for data in pictures]
+            near, limit = self.model.encoder.input_size, self.inputs.embed.max_pixels
+            images = [decode_image(data, limit, near) for data in pictures]
         except RejectedImage as error:
             raise InputError(
                 f"a picture that was embedded is none any more ({error}); embed the data again"
