@@ -26,6 +26,7 @@ NAMES = (
     "fairness/fairness",
     "speed/throughput",
     "speed/towers",
+    "speed/scale",
 )
 
 

@@ -30,9 +30,11 @@ def test_every_benchmark_loads_and_names_its_parts(name: str) -> None:
     benchmark = load(name)
     assert benchmark.parts
     assert set(benchmark.quick_seeds) <= set(range(5))
-    result = json.loads((ROOT / "benchmarks" / "results" / f"{name.split('/')[1]}.json").read_text())
-    assert result["benchmark"] == name
-    assert set(result["commits"]) <= set(benchmark.parts)
+    path = ROOT / "benchmarks" / "results" / f"{name.split('/')[1]}.json"
+    if path.is_file():  # a new one is not measured yet
+        result = json.loads(path.read_text())
+        assert result["benchmark"] == name
+        assert set(result["commits"]) <= set(benchmark.parts)
 
 
 def test_the_list_is_there_without_a_package_of_benchmarks_on_the_path(tmp_path: Path) -> None:
