@@ -7,6 +7,7 @@ for a moment (an I/O error, a lost connection, a time-out) is tried again; all e
 import errno
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,10 @@ from influencespace.errors import InputError
 
 WorkerFactory = Callable[[], Callable[..., Any]]
 
+TASK_RETRIES = 3
+"""A worker that dies (out of memory, a crash) is always replaced, but a task may lose only so many and one more."""
+MACHINE_LOSSES = 20
+"""So often may the machine of a task go away: no fault of the task's, but it must end."""
 BACK_OFF = (1.0, 2.0, 4.0)
 """Seconds before each further try of a task that failed by an I/O error."""
 LASTING = frozenset(
@@ -69,6 +74,31 @@ def failure(task: Any, error: Exception) -> TaskResult:
     return TaskResult(error=text, trace=traceback.format_exc())
 
 
+NO_TRACE = "(no traceback: the process was gone)"
+
+
+def lost_worker(task: Any, more: str = "") -> TaskResult:
+    """The failure of a task that no worker survived."""
+    error = (
+        f"task {brief(task)} lost its worker {TASK_RETRIES + 1} times. Likely causes: it ran out of memory, "
+        f"a crash in native code on this input, or its node is gone.{more}"
+    )
+    return TaskResult(error=error, trace=NO_TRACE)
+
+
+class Losses:
+    """How often each task lost its worker, and how often the machine was lost with it."""
+
+    def __init__(self) -> None:
+        self._workers: Counter[int] = Counter()
+        self._machines: Counter[int] = Counter()
+
+    def count(self, index: int, *, machine_gone: bool) -> bool:
+        """Count one; whether that was too many."""
+        (self._machines if machine_gone else self._workers)[index] += 1
+        return self._workers[index] > TASK_RETRIES or self._machines[index] > MACHINE_LOSSES
+
+
 def is_transient(error: BaseException | None) -> bool:
     """Whether the next try may succeed: an I/O error that is not lasting, or what was made of one."""
     if isinstance(error, OSError):
@@ -113,9 +143,6 @@ class Worker:
     def __init__(self, factory: WorkerFactory) -> None:
         self._factory = factory
         self._call: Callable[..., Any] | None = None
-
-    def start(self) -> None:
-        """Answered as soon as there is a process."""
 
     @property
     def call(self) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """Which workers fit where: a worker needs one machine that has all it asks for, however much the others have."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from influencespace.errors import InputError
 
@@ -64,7 +64,13 @@ def beside(machines: Sequence[Machine], need: Resources, other: Resources) -> in
     return places(machines, need) - min(losses, default=0)
 
 
-def check_place(machines: Sequence[Machine], need: Resources) -> None:
+def described(need: Resources) -> str:
+    """What a worker needs, or machines have, in words."""
+    parts = [f"{need.cpus:g} CPU(s)", f"{need.gpus:g} GPU(s)"]
+    return " and ".join([", ".join(parts), f"{need.memory / 1e9:.1f} GB"] if need.memory else parts)
+
+
+def check_place(machines: Sequence[Machine], need: Resources, hint: str = "") -> None:
     """Refuse workers that no machine has room for: they would wait for ever. Raises InputError, which names what is missing."""
     if not machines or places(machines, need):
         return
@@ -76,8 +82,18 @@ def check_place(machines: Sequence[Machine], need: Resources) -> None:
     raise InputError(
         f"a worker needs {need.cpus:g} CPU(s), {need.gpus:g} GPU(s) and {need.memory / 1e9:.1f} GB, and no machine has them: one "
         f"has at most {most.cpus:g} CPU(s), one {most.gpus:g} GPU(s), one {most.memory / 1e9:.1f} GB. Add a machine that has "
-        "all of it, or lower what is asked for (of encoders: embed.cpus_per_actor, embed.gpus_per_actor)"
+        f"all of it, or lower what is asked for (of encoders: embed.cpus_per_actor, embed.gpus_per_actor){hint}"
     )
+
+
+def shrunk(machines: Sequence[Machine], need: Resources, max_cpus: float) -> Resources:
+    """The need with as many CPU cores as a machine still gives it: a task with fewer takes longer, and is done."""
+    fitting = (
+        smaller
+        for cpus in range(int(min(need.cpus, max_cpus)), 0, -1)
+        if places(machines, smaller := replace(need, cpus=cpus))
+    )
+    return need if places(machines, need) else next(fitting, need)
 
 
 @dataclass(frozen=True, kw_only=True)

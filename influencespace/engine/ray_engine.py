@@ -1,25 +1,20 @@
-"""The two verbs of the stages on Ray: Ray Data's actor pool for map, plain actors for folds."""
+"""The verbs of the stages on Ray: tasks and actors for map, actors for folds, a Ray Data pipeline for streams."""
 
-import pickle
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
 
-from influencespace.engine.attempts import TaskResult, Worker, WorkerFactory, attempt, run_task
-from influencespace.engine.local import AHEAD, ONE_CORE, AtOnce, Done, Merge, MergeTree, Pool, nothing
-from influencespace.engine.placement import Machine, Resources, beside, check_place
-from influencespace.engine.ray_stream import (
-    TASK_RETRIES,
-    Pipeline,
-    Starts,
-    lost_worker,
-    ray_data,
-    ray_options,
-)
+from influencespace.engine.attempts import WorkerFactory, run_task
+from influencespace.engine.cluster import alive_machines
+from influencespace.engine.local import ONE_CORE, AtOnce, Pool
+from influencespace.engine.place import Place
+from influencespace.engine.placement import Machine, Resources
+from influencespace.engine.ray_map import call_all, on_actors
+from influencespace.engine.ray_pool import RayPool
+from influencespace.engine.ray_stream import Pipeline
 
 
 class RayEngine:
@@ -44,15 +39,8 @@ class RayEngine:
 
     @property
     def machines(self) -> Sequence[Machine]:
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return [
-            Machine(
-                cpus=self._cores or has.get("CPU", 0),
-                gpus=has.get("GPU", 0),
-                memory=int(has.get("memory", 0)),
-            )
-            for has in alive
-        ]
+        machines = alive_machines()
+        return [replace(machine, cpus=self._cores) for machine in machines] if self._cores else machines
 
     def map(
         self,
@@ -65,27 +53,10 @@ class RayEngine:
     ) -> Iterator[Any]:
         if not tasks:
             return
-        check_place(self.machines, resources)
-        if factory is run_task:
-            for index, result in _call_all(tasks, max(1, workers), ray_options(resources)):
-                yield result.or_failed(tasks[index], set_aside)
-            return
-        # One row and one block a task: Ray Data then hands out single tasks and gives back single results.
-        items = [{"index": index, "task": pickle.dumps(task)} for index, task in enumerate(tasks)]
-        starts = ray.remote(Starts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
-        results = ray_data().from_items(items, override_num_blocks=len(items))
-        results = results.map_batches(
-            _MapWorker,
-            fn_constructor_args=(factory, starts),
-            batch_size=1,
-            # Shards take long: a task that waited behind another would leave some other worker idle.
-            compute=ray_data().ActorPoolStrategy(
-                size=max(1, min(workers, len(items))), max_tasks_in_flight_per_actor=1
-            ),
-            **ray_options(resources),
-        )
-        for row in results.iter_rows():
-            yield pickle.loads(row["result"]).or_failed(tasks[row["index"]], set_aside)
+        place = self._place(resources, workers)
+        results = call_all(tasks, place) if factory is run_task else on_actors(factory, tasks, place)
+        for index, result in results:
+            yield result.or_failed(tasks[index], set_aside)
 
     def stream(
         self,
@@ -100,17 +71,13 @@ class RayEngine:
     ) -> Iterator[Any]:
         if not tasks:
             return
-        for need in (readers, resources):
-            check_place(self.machines, need)
-        least, most = (workers, workers) if isinstance(workers, int) else workers
-        room = beside(self.machines, resources, readers)
         pipeline = Pipeline(
             produce=produce,
             consume=consume,
-            readers=readers,
-            resources=resources,
-            workers=(max(1, min(least, room)), max(1, most)),
-            max_readers=self._cores,
+            readers=self._place(readers),
+            place=self._place(resources),
+            workers=(workers, workers) if isinstance(workers, int) else workers,
+            cores=self._cores,
         )
         for index, result in pipeline.results(tasks):
             yield result.or_failed(tasks[index], set_aside)
@@ -119,116 +86,11 @@ class RayEngine:
     def pool(
         self, factory: WorkerFactory, *, workers: int = 1, resources: Resources = ONE_CORE
     ) -> Iterator[Pool]:
-        check_place(self.machines, resources)
-        actor = ray.remote(Worker).options(
-            **ray_options(resources), max_restarts=-1, max_task_retries=TASK_RETRIES
-        )
-        actors = [actor.remote(factory) for _ in range(max(1, workers))]
+        pool = RayPool(factory, self._place(resources, workers))
         try:
-            yield _RayPool(actors)
+            yield pool
         finally:
-            for one in actors:
-                ray.kill(one)
+            pool.end()
 
-
-def _call_all(
-    tasks: Sequence[Any], at_once: int, resources: dict[str, float]
-) -> Iterator[tuple[int, TaskResult]]:
-    """Tasks that know themselves what to do need no actor: Ray hands them to processes that are there already.
-
-    Starting a process costs seconds, mostly importing; a run has dozens of such calls.
-    """
-    worker = ray.remote(attempt).options(**resources, max_retries=TASK_RETRIES)
-    waiting = deque(range(len(tasks)))
-    running: dict[Any, int] = {}
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            index = waiting.popleft()
-            running[worker.remote(tasks[index])] = index
-        (reference, *_), _ = ray.wait(list(running), num_returns=1)
-        index = running.pop(reference)
-        yield index, _result(reference, tasks[index])
-
-
-def _result(reference: Any, task: Any) -> TaskResult:
-    """The worker's result; a failure where no worker survived the task."""
-    try:
-        result: TaskResult = ray.get(reference)
-    except ray.exceptions.RayError as error:
-        lost = lost_worker(task)
-        return replace(lost, error=f"{lost.error} Ray says: {error}")
-    return result
-
-
-class _MapWorker:
-    """A worker as Ray Data calls it: one row in, one row out."""
-
-    def __init__(self, factory: WorkerFactory, starts: Any) -> None:
-        self._worker = Worker(factory)
-        self._starts = starts
-
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        task = pickle.loads(batch["task"][0])
-        if ray.get(self._starts.begin.remote(int(batch["index"][0]))) > TASK_RETRIES + 1:
-            result = lost_worker(task)
-        else:
-            result = self._worker.attempt(task)
-        return {"index": [batch["index"][0]], "result": [pickle.dumps(result)]}
-
-
-@dataclass(frozen=True)
-class _Running:
-    """A task of a fold, or two states that are merged: its place in the tree, where its state will be, and who works on it."""
-
-    height: int
-    index: int
-    state: Any
-    actor: Any
-
-
-class _RayPool:
-    """Actors are given work as they start: on a busy cluster some may never find a place."""
-
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self._starting = {actor.start.remote(): actor for actor in actors}
-        self._idle: deque[Any] = deque()
-
-    def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None, *, done: Done = nothing) -> Any:
-        """States stay where they were made or merged: only the last one comes here."""
-        tree, shared, merge = MergeTree(len(tasks)), ray.put(shared), ray.put(merge)
-        waiting = deque(range(len(tasks)))
-        merges: deque[tuple[int, int, Any, Any]] = deque()
-        running: dict[Any, _Running] = {}
-        try:
-            while waiting or merges or running:
-                most = min((job.index for job in running.values() if not job.height), default=len(tasks))
-                most += AHEAD * (len(self._idle) + len(running))
-                while self._idle and (merges or (waiting and waiting[0] < most)):
-                    actor = self._idle.popleft()
-                    if merges:
-                        height, index, left, right = merges.popleft()
-                        reference, state = actor.merge.options(num_returns=2).remote(merge, left, right)
-                    else:
-                        height, index = 0, waiting.popleft()
-                        reference, state = actor.fold.options(num_returns=2).remote(tasks[index], shared)
-                    running[reference] = _Running(height, index, state, actor)
-                (reference, *_), _ = ray.wait([*running, *self._starting], num_returns=1)
-                if reference in self._starting:
-                    self._idle.append(self._starting.pop(reference))
-                    continue
-                job = running.pop(reference)
-                self._idle.append(job.actor)
-                _result(reference, tasks[job.index << job.height]).result()
-                if not job.height:
-                    done(tasks[job.index])
-                if pair := tree.add(job.height, job.index, job.state):
-                    merges.append(pair)
-        finally:
-            self._idle.extend(job.actor for job in running.values())
-        return ray.get(tree.root)
-
-    def run(self, job: Callable[[], Any]) -> Any:
-        while not self._idle:
-            (reference, *_), _ = ray.wait(list(self._starting), num_returns=1)
-            self._idle.append(self._starting.pop(reference))
-        return _result(self._idle[0].run.remote(job), job).result()
+    def _place(self, need: Resources, asked: int = 0) -> Place:
+        return Place(lambda: self.machines, need, asked)

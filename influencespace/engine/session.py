@@ -11,9 +11,9 @@ from typing import Any
 
 import ray
 
+from influencespace.engine.attempts import TASK_RETRIES
 from influencespace.engine.local import machine_cores
 from influencespace.engine.ray_engine import RayEngine
-from influencespace.engine.ray_stream import TASK_RETRIES
 from influencespace.errors import InputError
 
 # Ray puts sockets below its temporary folder, and Linux allows a socket's path no more than 107 bytes.
