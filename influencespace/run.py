@@ -223,7 +223,7 @@ class Workers:
         results = []
         with self.progress(len(tasks) if total is None else total, unit, label) as bar:
             needs = resources or self.resources
-            for result in self.engine.map(run_task, tasks, workers=self.cores, resources=needs):
+            for result in self.engine.map(run_task, tasks, workers=0, resources=needs):
                 results.append(result)
                 bar.advance(size(result))
         return results
@@ -262,7 +262,8 @@ class Workers:
     @contextmanager
     def pool(self, factory: WorkerFactory, tasks: int) -> Iterator[Pool]:
         """Workers that live until the block ends, no more than there are tasks."""
-        with self.engine.pool(factory, workers=min(self.cores, tasks), resources=self.resources) as pool:
+        workers = tasks if tasks < self.cores else 0  # 0: all there is room for, now and later
+        with self.engine.pool(factory, workers=workers, resources=self.resources) as pool:
             yield pool
 
     @contextmanager

@@ -72,7 +72,8 @@ class Engine(Protocol):
     ) -> Iterator[Any]:
         """Yield `worker(task)` for each task, as they finish: small picklable results; big ones go to files.
 
-        I/O errors are tried again. Raises TaskError (or the worker's InputError) where a task fails, and InputError where no
+        With `workers` = 0 there are as many at once as there is room for, also on machines that come later. I/O errors are tried
+        again. Raises TaskError (or the worker's InputError) where a task fails, and InputError where no
         machine has the resources. With `set_aside`, a task that raises or that no worker survives gives `Failed` instead.
         """
 
@@ -99,7 +100,7 @@ class Engine(Protocol):
     def pool(
         self, factory: WorkerFactory, *, workers: int = 1, resources: Resources = ONE_CORE
     ) -> AbstractContextManager[Pool]:
-        """Workers that live until the block ends."""
+        """Workers that live until the block ends; with `workers` = 0 as many as there is room for, now and later."""
 
 
 def run_once(engine: Engine, job: Callable[[], Any]) -> Any:
