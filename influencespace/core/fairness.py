@@ -1,4 +1,4 @@
-"""Groups: their means, how far each is worse off than the rest, and floors below which none may fall.
+"""Groups: their means, and how far each is worse off than the rest.
 
 Group labels are of any kind that sorts. Gap measures and minimax weights are in `benchmarks/fairness`.
 """
@@ -6,8 +6,7 @@ Group labels are of any kind that sorts. Gap measures and minimax weights are in
 import numpy as np
 
 from influencespace.core.arrays import BoolArray, FloatArray, IntArray, Labels
-from influencespace.core.strata import between_variance, means_by, rank_within
-from influencespace.errors import InputError
+from influencespace.core.strata import between_variance, means_by
 
 
 def _numbered(group: Labels) -> tuple[IntArray, int]:
@@ -46,21 +45,3 @@ def disadvantage(loss: FloatArray, group: Labels) -> FloatArray:
     excess = np.maximum(shrunken_group_means(loss, group) - loss.mean(), 0.0)
     share: FloatArray = excess / (excess.sum() or 1.0)
     return share
-
-
-def with_floors(kept: BoolArray, score: FloatArray, group: Labels, floor: float) -> BoolArray:
-    """The kept pairs (n,) with as many brought back as each group (n,) needs to keep the share `floor`, at least, of its pairs.
-
-    Those of highest score (n,) are brought back first, as the least harmful; ties by order. No kept pair is removed. Raises
-    InputError where the floor is no share.
-    """
-    if not 0 <= floor <= 1:
-        raise InputError(f"floor = {floor}: it is the share of each group's pairs that is kept, from 0 to 1")
-    number, groups = _numbered(group)
-    needed = np.ceil(floor * np.bincount(number, minlength=groups) - 1e-9)
-    lacking = needed - np.bincount(number[kept], minlength=groups)
-    pruned = np.flatnonzero(~kept)
-    back = pruned[rank_within(number[pruned], score[pruned]) < lacking[number[pruned]]]
-    result = kept.copy()
-    result[back] = True
-    return result

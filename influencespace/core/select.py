@@ -1,4 +1,4 @@
-"""From pooled influence to a subset: prune, size, weigh; every pair gets its reason."""
+"""Settings of the decision, its weights, and the choice among candidates; `core/rule.py` decides."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,20 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass as options
-from scipy.special import ndtr, stdtrit
+from scipy.special import stdtrit
 
 from influencespace.core.additive import fit_additive
-from influencespace.core.fairness import with_floors
-from influencespace.core.strata import rank_within, weighted_deviation
-from influencespace.errors import STRICT, InputError
+from influencespace.core.strata import weighted_deviation
+from influencespace.errors import STRICT
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
-
-# What an image's each further caption is worth less, in standard deviations of predicted influence: of 0, 1/4, 1/2 and 1
-# the best for 70 and 50 % of 20,455 clean pairs, by a target that the encoder knew too well: to be chosen anew.
-SAME_IMAGE = 0.5
 
 KEPT, HARMFUL, OVER_SIZE, REDUNDANT = "kept", "harmful", "over target size", "redundant"
 
@@ -88,93 +83,11 @@ class Subset:
     reason: NDArray[np.str_]  # (n,)
 
 
-def select(
-    score: FloatArray,
-    se: FloatArray,
-    unit: float,
-    predicted: FloatArray,
-    config: SelectionConfig,
-    *,
-    redundant: BoolArray | None = None,
-    image: IntArray | None = None,
-    group: IntArray | None = None,
-) -> Subset:
-    """Decide on every pair from its pooled influence and standard error (n,).
+def margin_that_held(nearest: float, config: SelectionConfig) -> float:
+    """Standard errors that part harmful pairs from the others: the rule's, or fewer where less certain ones went along.
 
-    `unit` is the standard deviation of single influences, in which thresholds are given. Of those that are not harmful the
-    `redundant` (n,) go, copies of a pair that has their score. `predicted` (n,) is the influence of a pair by all quality
-    axes: a target size is met by dropping the least of what is left, each further pair of an `image` (n,) counted lower.
-    Then each `group` (n,) gets back what its floor asks for, copies never.
-    `influence` weights follow it too; `auto` weights are uniform here, since it takes retraining to confirm any.
-    Raises InputError when nothing would be kept, or pairs of one image only, from which no proxy can learn.
+    `nearest` is the least certain of them, in standard errors above the threshold.
     """
-    copy = np.zeros(len(score), bool) if redundant is None else redundant
-    harmful = below_threshold(score - config.tau_low * unit, se, config, ~copy)
-    reason = np.where(harmful, HARMFUL, np.where(copy, REDUNDANT, KEPT)).astype("U20")
-    kept = ~harmful & ~copy
-    if config.target_size is not None:
-        allowed = max(1, round(config.target_size * len(score)))
-        surplus = int(kept.sum()) - allowed
-        if surplus > 0:
-            rows = np.flatnonzero(kept)
-            worth = predicted[rows]
-            if image is not None:
-                worth = worth - SAME_IMAGE * worth.std() * rank_within(image[rows], worth)
-            dropped = rows[np.argsort(worth, kind="stable")[:surplus]]
-            kept[dropped] = False
-            reason[dropped] = OVER_SIZE
-    if group is not None and config.min_group_share:
-        kept[~copy] = with_floors(kept[~copy], score[~copy], group[~copy], config.min_group_share)
-        reason[kept] = KEPT
-    if not kept.any():
-        raise InputError(
-            f"every pair scores below tau_low = {config.tau_low}; likely the target does not fit the pool, or tau_low is too high"
-        )
-    if image is not None and len(image) > 1 and np.ptp(image[kept]) == 0:
-        size = "" if config.target_size is None else f"raise target_size ({config.target_size}), or "
-        raise InputError(
-            f"only {int(kept.sum())} of {len(score)} pairs would be kept, of one image: to learn from they must be of two or "
-            f"more; {size}lower tau_low ({config.tau_low})"
-        )
-    weight = np.zeros(len(score))
-    weight[kept] = (
-        capped_weights(predicted[kept] / ((unit or 1.0) * config.temperature), config.max_weight)
-        if config.weighting == "influence"
-        else 1.0
-    )
-    return Subset(kept=kept, weight=weight, reason=reason)
-
-
-def below_threshold(
-    excess: FloatArray, se: FloatArray, config: SelectionConfig, counted: BoolArray | None = None
-) -> BoolArray:
-    """Which pairs leave, by their pooled influence above the threshold and its standard error (n,): (n,).
-
-    Those that are below it by the margin. Beyond, where the rule is not `conservative`, as many of those below it as can leave,
-    the most certain first, while at most `max_false_discovery` of them are expected to be above it (Newton, Noueiry, Sarkar and
-    Ahlquist 2004); of these only the `counted` (n,) are counted: copies are one piece of evidence.
-    """
-    leave: BoolArray = excess + config.standard_errors * se < 0
-    if config.conservative or not config.max_false_discovery:
-        return leave
-    below = excess < 0
-    with np.errstate(divide="ignore", over="ignore"):
-        sureness = excess[below] / se[below]
-    above = np.sort(ndtr(sureness if counted is None else sureness[counted[below]]))
-    expected = np.cumsum(above) / np.arange(1, len(above) + 1)
-    whole = np.append(above[1:] > above[:-1], True)[: len(above)]  # pairs that are equally sure go together
-    leave[below] |= ndtr(sureness) <= above[whole & (expected <= config.max_false_discovery)].max(
-        initial=-1.0
-    )
-    return leave
-
-
-def margin_that_held(
-    excess: FloatArray, se: FloatArray, harmful: BoolArray, config: SelectionConfig
-) -> float:
-    """Standard errors that part the `harmful` pairs (n,) from the others: the rule's, or fewer where some went along."""
-    with np.errstate(divide="ignore", over="ignore"):
-        nearest = (excess[harmful] / se[harmful]).max(initial=-np.inf)
     return float(np.clip(-nearest, 0.0, config.standard_errors))
 
 

@@ -1,12 +1,11 @@
-"""Laws of group means shrunken for chance, of disadvantage and of floors."""
+"""Laws of group means shrunken for chance, and of disadvantage."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from influencespace.core.fairness import disadvantage, group_means, shrunken_group_means, with_floors
-from influencespace.errors import InputError
+from influencespace.core.fairness import disadvantage, group_means, shrunken_group_means
 
 seeds = st.integers(0, 10_000)
 
@@ -33,36 +32,6 @@ def test_sharp_means_are_hardly_shrunken_and_noise_is() -> None:
     noise = rng.normal(size=600)
     spread = [np.ptp(f(noise, group)) for f in (shrunken_group_means, group_means)]
     assert spread[0] < 0.5 * spread[1]
-
-
-@given(seed=seeds, floor=st.floats(0, 1))
-def test_each_group_keeps_its_floor_and_no_more_is_brought_back(seed: int, floor: float) -> None:
-    rng, group = grouped(seed)
-    kept, score = rng.random(60) < 0.3, rng.normal(size=60).round(1)
-    found = with_floors(kept, score, group, floor)
-    assert (found >= kept).all()
-    for g in range(3):
-        rows = group == g
-        n, before, after = rows.sum(), kept[rows].sum(), found[rows].sum()
-        assert after >= floor * n - 1e-6
-        assert after == before or after - 1 < floor * n
-        back, pruned = found & ~kept & rows, ~found & rows
-        if back.any() and pruned.any():
-            assert score[back].min() >= score[pruned].max()
-
-
-@given(seed=seeds)
-def test_no_floor_changes_nothing_and_a_whole_one_keeps_all(seed: int) -> None:
-    rng, group = grouped(seed)
-    kept, score = rng.random(60) < 0.3, rng.normal(size=60)
-    np.testing.assert_array_equal(with_floors(kept, score, group, 0.0), kept)
-    assert with_floors(kept, score, group, 1.0).all()
-
-
-@pytest.mark.parametrize("floor", [-0.1, 1.5, float("nan")])
-def test_a_floor_that_is_no_share_says_so(floor: float) -> None:
-    with pytest.raises(InputError, match="from 0 to 1"):
-        with_floors(np.ones(2, bool), np.zeros(2), np.zeros(2), floor)
 
 
 def test_disadvantage_counts_groups_above_the_mean_by_how_far_they_are():

@@ -1,6 +1,8 @@
 """Laws of the decision: thresholds in standard deviations, exact sizes, weights of mean one below their cap."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,26 +11,54 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pydantic import ValidationError
 from scipy.stats import norm
+from whole_decision import by_ranges, looped, pairs_of, rule_for, whole
 
+from influencespace.core import histogram, rule
 from influencespace.core import select as module
 from influencespace.core.additive import fit_additive
+from influencespace.core.rule import _refuse, find_level, leveled
 from influencespace.core.select import (
     HARMFUL,
     KEPT,
     OVER_SIZE,
     REDUNDANT,
     SelectionConfig,
-    below_threshold,
+    Subset,
     best_candidate,
     capped_weights,
     margin_that_held,
-    select,
     spread_like,
     weights_along,
 )
 from influencespace.errors import InputError
 
 finite = st.floats(-3, 3, allow_nan=False)
+
+
+def select(
+    score: np.ndarray,
+    se: np.ndarray,
+    unit: float,
+    predicted: np.ndarray,
+    config: SelectionConfig,
+    **known: np.ndarray,
+) -> Subset:
+    """The decision by passes over ranges of seven pairs, where it leaves images enough."""
+    pairs = pairs_of(score, se, predicted, **known)
+    with pytest.MonkeyPatch.context() as patch:
+        if "image" not in known:
+            patch.setattr(rule, "_refuse", lambda kept, config, rows: _refuse((kept[0], 0, 1), config, rows))
+        return by_ranges(pairs, unit, config)
+
+
+def below_threshold(
+    excess: np.ndarray, se: np.ndarray, config: SelectionConfig, counted: np.ndarray | None = None
+) -> np.ndarray:
+    """Which pairs are harmful; one more, which is not, keeps the subset from being empty."""
+    counted = np.ones(len(excess), bool) if counted is None else counted
+    more = [np.append(values, last) for values, last in ((excess, 1.0), (se, 0.0))]
+    pairs = pairs_of(*more, more[0], redundant=np.append(~counted, False))
+    return rule_for(pairs, 1.0, config, 7).harmful(pairs)[:-1]
 
 
 @st.composite
@@ -76,7 +106,7 @@ def test_the_more_are_significantly_harmful_the_more_doubtful_ones_go_with_them(
         assert not harmful[sure + 10 :].any()
         only = below_threshold(score, np.ones(len(score)), SelectionConfig(max_false_discovery=0))
         assert only.sum() == sure
-        held = margin_that_held(score, np.ones(len(score)), harmful, SelectionConfig())
+        held = margin_that_held(score[harmful].max(initial=-np.inf), SelectionConfig())
         np.testing.assert_array_equal(harmful, score < -held + 1e-12 if gone else score < -held)
         assert held == pytest.approx(SelectionConfig().margin_se if gone == 0 else -doubtful[gone - 1])
 
@@ -334,3 +364,87 @@ def test_pairs_of_one_image_are_no_subset() -> None:
     config = SelectionConfig(target_size=0.1)
     with pytest.raises(InputError, match=r"only 1 of 8 pairs would be kept.*raise target_size"):
         select(score, np.full(8, 0.1), 1.0, score, config, image=image)
+
+
+def outcome(decide: Callable[..., Subset], *given: Any) -> Subset | str:
+    """The subset, or why there is none."""
+    try:
+        return decide(*given)
+    except InputError as error:
+        return str(error)
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> dict[str, np.ndarray]:
+    """Pairs with copies, images and groups; many are equal."""
+    n = draw(st.integers(2, 60))
+    generator = np.random.default_rng(draw(st.integers(0, 999)))
+    places = draw(st.integers(0, 3))
+    leader = np.arange(n)
+    copies = leader[(leader > n // 2) & (generator.random(n) < 0.4)]
+    leader[copies] = generator.integers(0, n // 2, len(copies))
+    columns = {
+        "score": generator.normal(size=n).round(places)[leader],
+        "se": np.abs(generator.normal(size=n).round(places))[leader],
+        "predicted": generator.normal(size=n).round(places),
+        "redundant": leader != np.arange(n),
+        "image": generator.integers(0, n, n),
+        "group": generator.integers(-1, 3, n),
+    }
+    columns["score"][leader <= 1], columns["image"][:2] = 1.0, [-1, -2]
+    return columns
+
+
+@pytest.mark.parametrize("collected", [10**6, 8, 0], ids=["collected", "few collected", "counted"])
+@given(
+    columns=pools(),
+    size=st.integers(1, 70),
+    rate=st.sampled_from([0.0, 0.05, 0.3]),
+    target=st.none() | st.floats(0.05, 1),
+    floor=st.sampled_from([0.0, 0.4, 1.0]),
+    weighting=st.sampled_from(["uniform", "influence"]),
+    cap=st.sampled_from([1.0, 1.7, 5.0]),
+)
+def test_the_rule_of_any_ranges_decides_as_one_that_sees_all(
+    collected: int,
+    columns: dict[str, np.ndarray],
+    size: int,
+    rate: float,
+    target: float | None,
+    floor: float,
+    weighting: str,
+    cap: float,
+) -> None:
+    config = SelectionConfig(
+        max_false_discovery=rate,
+        target_size=target,
+        min_group_share=floor,
+        weighting=weighting,
+        max_weight=cap,
+        temperature=0.5,
+    )
+    pairs = pairs_of(**columns)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(histogram, "COLLECTED", collected)
+        found, expected = outcome(by_ranges, pairs, 0.7, config, size), outcome(whole, pairs, 0.7, config)
+    if isinstance(found, str) or isinstance(expected, str):
+        assert found == expected
+        return
+    np.testing.assert_array_equal(found.kept, expected.kept)
+    np.testing.assert_array_equal(found.reason, expected.reason)
+    np.testing.assert_allclose(found.weight, expected.weight, rtol=1e-9, atol=1e-12)
+
+
+@given(
+    utility=arrays(np.float64, st.integers(1, 50), elements=st.floats(-800, 800)),
+    cap=st.floats(1, 9),
+    size=st.integers(1, 60),
+    closely=st.booleans(),
+)
+def test_weights_found_in_passes_are_the_capped_weights(
+    utility: np.ndarray, cap: float, size: int, closely: bool
+) -> None:
+    utility = 1 + utility * 1e-12 if closely else utility
+    parts = [utility[i : i + size] for i in range(0, len(utility), size)]
+    level = looped(find_level(np.asarray, cap), parts)
+    np.testing.assert_allclose(leveled(utility, level, cap), capped_weights(utility, cap), 1e-6, 1e-300)
