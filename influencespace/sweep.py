@@ -42,7 +42,7 @@ from influencespace.models.heads import Heads
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.proxies.target import TargetHalves, choosing_loss
 from influencespace.stages.proxies.train_many import Given, train
-from influencespace.stages.selection.evidence import PairEvidence
+from influencespace.stages.selection.pair_evidence import PairEvidence
 from influencespace.stages.selection.weighting import with_chosen
 
 Settings = Mapping[str, Any]

@@ -35,7 +35,7 @@ def written(folder: Path, text: str) -> Path:
 
 def test_the_prototypes_settings_are_read() -> None:
     config = load_config(Path(__file__).parents[1] / "configs" / "prototype.yaml")
-    assert (config.cluster.k, config.curvature.rank, config.influence.max_samples) == (100, 10, 5)
+    assert (config.cluster.k, config.curvature.rank, config.influence.max_samples) == (100, 10, 20_000)
     assert (config.selection.target_size, config.selection.tau_low, config.selection.max_weight) == (
         0.8,
         -0.001,
@@ -172,7 +172,7 @@ class TestRefusals:
             *(pair for pair in RENAMED.items() if "." in pair[0]),
             *(("student.folds", "proxy.folds"), ("student.train.steps", "proxy.train.steps")),
             *(("student.most_doublings", "proxy.max_doublings"), ("student.seed", "seed")),
-            *(("attribute.first_look", "influence.initial_samples"), ("curate.tau_low", "selection.tau_low")),
+            *(("attribute.first_look", "influence.max_samples"), ("curate.tau_low", "selection.tau_low")),
             *(("attribute.quantiles", "influence.quantiles"), ("target.folds", "curvature.target_folds")),
             *(("curate.tau_high", "selection.temperature"), ("curate.weights", "selection.weighting")),
         ],

@@ -38,7 +38,7 @@ SMALL = {
     "proxy.train.steps": 4,
     "proxy.folds": 2,
     "curvature.rank": 8,
-    "influence.initial_samples": 20,
+    "influence.max_samples": 100,
     "influence.target_samples": 8,
     "influence.control_samples": 100,
     "train.seeds": [0],

@@ -28,7 +28,7 @@ from influencespace.engine.session import start_ray
 from influencespace.errors import InputError
 from influencespace.pipeline import load_run
 from influencespace.run import Run, carry_out
-from influencespace.stages.selection.evidence import PairEvidence
+from influencespace.stages.selection.pair_evidence import PairEvidence
 from influencespace.sweep import (
     TRIAL,
     Retraining,

@@ -51,7 +51,7 @@ class Varied(Curation):
             "single_pairs": self.auroc(-self.single),
             "strata": self.auroc(-pooled.mean[cluster, quantile]),
             "quality_alone": self.auroc(-pooled.parent.mean[quantile]),
-            "all_axes": self.auroc(-evidence.pair_scores[0]),
+            "all_axes": self.auroc(-evidence.carried_over(evidence.strata)["score"]),
             "pruned": float(pruned.mean()),
             "precision": float(self.wrong[pruned].mean()) if pruned.any() else None,
         }

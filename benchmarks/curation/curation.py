@@ -23,7 +23,8 @@ from influencespace.data.pair_set import PairSet
 from influencespace.estimators.filters import random_score
 from influencespace.pipeline import STAGES
 from influencespace.run import Run, carry_out, stage_fingerprint
-from influencespace.stages.selection.evidence import Evidence, PairEvidence
+from influencespace.stages.selection.evidence import Evidence
+from influencespace.stages.selection.pair_evidence import PairEvidence
 from influencespace.stages.selection.weighting import with_chosen
 
 LAST = "selection"  # the stages up to the decision; benchmarks retrain and judge by themselves
@@ -136,7 +137,7 @@ class Curation:
     def judge(self) -> dict[str, Any]:
         """The decision against the planted truth."""
         evidence, reason = self.evidence, self.decide().reason
-        score, _ = evidence.pair_scores
+        score = evidence.carried_over(evidence.strata)["score"]
         # of copies that are alike one stays, whichever the planted one is: they are no question of precision
         pruned = reason == HARMFUL
         return {

@@ -148,7 +148,7 @@ def size(share: float, bench: Bench) -> None:
         "everything": lambda: np.ones(len(pool), bool),
         **{name: partial(filters.__getitem__, name) for name in ("random", "clip_score", "proxy_clip_score")},
         "quality": by_score(quality),
-        "predicted influence": by_score(curation.evidence.predicted),
+        "predicted influence": by_score(curation.evidence.carried_over(strata)["predicted"]),
         # the best caption of every image before any second one
         "captions by quality": by_score(worth - rank_within(pool.image, worth)),
         "clip_score, captions first": by_score(crowded),

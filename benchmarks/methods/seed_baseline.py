@@ -17,13 +17,12 @@ SETTINGS = {
     "cluster.k": 5,
     "curvature.rank": 10,
     "curvature.max_rank": 10,
-    "influence.initial_samples": 5,
-    "influence.max_samples": 5,
+    "influence.max_samples": 1000,
     "influence.target_samples": 5,
     "selection.tau_low": -0.001,
     "selection.target_size": SHARE,
 }
-"""Few clusters, a small sketch, five scored pairs in a stratum, a given size."""
+"""Few clusters, a small sketch, five scored pairs for each stratum, a given size."""
 DRAWS = "whole clusters, all draws"
 
 

@@ -82,13 +82,9 @@ def design(curves: Sequence[Curve], axes: FloatArray) -> FloatArray:
 
 
 def fit_additive(
-    axes: FloatArray,
-    rows: IntArray,
-    influence: FloatArray,
-    quantiles: int,
-    stands_for: FloatArray | None = None,
+    axes: FloatArray, influence: FloatArray, quantiles: int, stands_for: FloatArray | None = None
 ) -> Additive:
-    """Fit the influence (m,) of the scored pairs `rows` (m,) of the pool, whose axes are (n, A).
+    """Fit the influence (m,) of scored pairs, whose axes are (m, A).
 
     Each scored pair counts for the pairs of the pool that it `stands_for` (m,), one by default: otherwise strata that were
     sampled less often would count too little. Evidence is that of as many equal weights as have this spread (Kish 1965), and
@@ -99,12 +95,12 @@ def fit_additive(
     if not np.isfinite(influence).all():
         wrong = int((~np.isfinite(influence)).sum())
         raise ValueError(f"{wrong} of {len(influence)} influences are not finite")
-    stands_for = np.ones(len(rows)) if stands_for is None else stands_for
+    stands_for = np.ones(len(axes)) if stands_for is None else stands_for
     weight = stands_for * stands_for.sum() / (stands_for @ stands_for)
     knots = min(quantiles, max(2, int(weight.sum()) // PAIRS_PER_KNOT))
     curves = [curve_along(values, knots) for values in axes.T]
     group = _groups(curves)
-    gram, moment, square = _sums(curves, axes[rows], influence, weight)
+    gram, moment, square = _sums(curves, axes, influence, weight)
     precision, noise = _evidence(gram, moment, square, group, weight, weighted_deviation(influence, weight))
     covariance = np.linalg.inv(gram[1] / noise + np.diag(precision))
     # of the noise of the weighted sum, and of what the priors hold back

@@ -83,6 +83,18 @@ class Cut:
         return before
 
 
+def place_among(cuts: Sequence["Cut"], values: FloatArray, row: IntArray) -> IntArray:
+    """How many of some cuts, which rise, lie before each value (n,) of the rows (n,): (n,)."""
+    bounds = np.array([cut.key for cut in cuts], np.uint64)
+    keys = order_keys(values)
+    place = np.searchsorted(bounds, keys)
+    (tied,) = np.nonzero(np.searchsorted(bounds, keys, side="right") > place)
+    if len(tied):
+        rows = np.array([cut.row for cut in cuts])
+        place[tied] += ((bounds == keys[tied, None]) & (rows <= row[tied, None])).sum(1)
+    return place
+
+
 NOTHING = Cut(0)
 """Before all values."""
 EVERYTHING = Cut(2**64 - 1, 2**ROW_BITS)

@@ -159,8 +159,8 @@ def find_rule(config: SelectionConfig, unit: float, rows: int) -> Passes:
             rule = replace(rule, size=size)
     if config.min_group_share:
         groups = yield OfGroups(rule)
-        lacking = {code: lacks(*counts, config.min_group_share) for code, counts in sorted(groups.items())}
-        goals = [Goal(rank=rank, part=code) for code, rank in lacking.items() if rank > 0]
+        lacking = {code: lacks(size, kept, config.min_group_share) for code, (size, kept) in groups.items()}
+        goals = [Goal(rank=rank, part=code) for code, rank in sorted(lacking.items()) if rank > 0]
         cuts = yield from search(rule.pruned, goals, rows)
         rule = replace(rule, floors={goal.part: cut for goal, cut in zip(goals, cuts, strict=True)})
     kept = yield Kept(rule)

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass as options
 from scipy.special import stdtrit
 
 from influencespace.core.additive import fit_additive
+from influencespace.core.histogram import Moments
 from influencespace.core.strata import weighted_deviation
 from influencespace.errors import STRICT
 
@@ -112,10 +113,14 @@ def capped_weights(utility: FloatArray, cap: float) -> FloatArray:
 
 def spread_like(values: FloatArray, other: FloatArray) -> FloatArray:
     """Values (n,) moved and scaled to mean zero and the standard deviation of others (n,); zeros where they are nan."""
-    known = values[np.isfinite(values)]
-    if len(known) == 0 or np.ptp(known) == 0:  # rounding gives equal values a spread
+    return spread_by(values, Moments.of(values), Moments.of(other))
+
+
+def spread_by(values: FloatArray, own: Moments, other: Moments) -> FloatArray:
+    """`spread_like` of some values (n,) of a column, by the moments of the whole columns."""
+    if own.deviation <= 1e-12 * abs(own.mean):  # rounding gives equal values a spread
         return np.zeros(len(values))
-    moved: FloatArray = np.nan_to_num((values - known.mean()) / known.std()) * other.std()
+    moved: FloatArray = np.nan_to_num((values - own.mean) / own.deviation) * other.deviation
     return moved
 
 
@@ -137,7 +142,7 @@ def weights_along(
     """
     if len(influence) < 2:
         return np.ones(len(axes))
-    predicted, _ = fit_additive(axes, rows, influence, knots, stands_for).predict(axes)
+    predicted, _ = fit_additive(axes[rows], influence, knots, stands_for).predict(axes)
     followed = predicted + config.clip_score_share * spread_like(clip_score, predicted)
     unit = weighted_deviation(influence, stands_for) or 1.0
     return capped_weights(followed / (unit * config.temperature), config.max_weight)

@@ -1,15 +1,16 @@
 """Strata (semantic cluster x quality quantile) and influence pooled over them, with standard errors.
 
-The influence of one pair is a noisy number, its mean over a stratum is not. A leaf of the tree borrows strength from
-its parent, the quality quantile over all clusters: pooled = parent + shrinkage (leaf - parent), empirical Bayes with a
-normal prior whose variance is estimated by moments (Morris 1983).
+The influence of one pair is a noisy number, its mean over like pairs is not. Influence is a smooth curve along quality, the
+same for all clusters, and each cluster departs from it by a random effect (Laird and Ware 1982): empirical Bayes with a normal
+prior whose variance is estimated by moments (Morris 1983).
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import false_discovery_control
 
-from influencespace.core.arrays import FloatArray, IntArray
+from influencespace.core.arrays import BoolArray, FloatArray, IntArray
 
 
 def quantile_of(quality: FloatArray, count: int) -> IntArray:
@@ -28,17 +29,14 @@ def rank_within(group: IntArray, value: FloatArray) -> IntArray:
     return rank
 
 
-def stratified_sample(stratum: IntArray, budget: int | IntArray, after: int | IntArray = 0) -> IntArray:
-    """Rows `after` to `budget` of each stratum (n,) -> sorted rows; a random sample where rows lie in canonical order.
+def quantile_bounds(rows: int, count: int) -> IntArray:
+    """How many of a pool's rows lie before each of its quantiles, as `quantile_of` numbers them: (count + 1,)."""
+    return -(-np.arange(count + 1) * rows // count)
 
-    Both are one number for all, or one for each stratum (S,).
-    """
-    place = rank_within(stratum, np.zeros(len(stratum)))
 
-    def of_row(bound: int | IntArray) -> int | IntArray:
-        return bound[stratum] if isinstance(bound, np.ndarray) else bound
-
-    return np.flatnonzero((place >= of_row(after)) & (place < of_row(budget)))
+def first_of_each(stratum: IntArray, budget: int) -> IntArray:
+    """The first rows of each stratum (n,), at most so many, sorted: a random sample where rows lie in canonical order."""
+    return np.flatnonzero(rank_within(stratum, np.zeros(len(stratum))) < budget)
 
 
 def pairs_stood_for(stratum: IntArray, rows: IntArray) -> FloatArray:
@@ -90,21 +88,6 @@ def spread_of_repeats(repeats: FloatArray) -> FloatArray:
         return np.zeros(repeats.shape[1])
     spread: FloatArray = repeats.var(axis=0, ddof=1) / len(repeats)
     return spread
-
-
-def shared_spread(leaf: Means, quantiles: int) -> Means:
-    """The same leaf means (C * Q,) with the spread of single values shared by all leaves of a quantile.
-
-    Two pairs do not know their own spread, and copies of one pair have none: by its own, a tiny leaf would look certain.
-    """
-    count = leaf.count.reshape(-1, quantiles)
-    freedom = np.maximum(count - 1, 0)
-    squares = freedom * count * np.nan_to_num(leaf.variance).reshape(-1, quantiles)
-    everywhere = squares.sum() / max(freedom.sum(), 1)
-    known = freedom.sum(0) > 0
-    spread = np.where(known, squares.sum(0) / np.maximum(freedom.sum(0), 1), everywhere)
-    variance = np.where(count > 0, spread / np.maximum(count, 1), np.nan)
-    return Means(count=leaf.count, mean=leaf.mean, variance=variance.reshape(-1))
 
 
 def between_variance(leaf: Means, parent_mean: FloatArray) -> float:
@@ -164,19 +147,30 @@ def smooth(mean: FloatArray, variance: FloatArray) -> Smoothed:
 
 @dataclass(frozen=True, kw_only=True)
 class Pooled:
-    """Influence of every leaf, shrunken to its parent: the smoothed curve over all clusters."""
+    """Influence of every stratum: the smoothed curve over quality, moved by a random effect of its cluster."""
 
-    leaf: Means
     quantile: Means
     parent: Smoothed
-    shrinkage: float  # between-leaf variance tau^2
-    mean: FloatArray  # (C, Q) shrunken
-    se: FloatArray  # (C, Q)
+    shrinkage: float  # between-cluster variance tau^2
+    effect: FloatArray  # (C,) posterior mean
+    effect_variance: FloatArray  # (C,) tau^2 where nothing of the cluster was scored
+
+    @property
+    def mean(self) -> FloatArray:
+        """(C, Q)"""
+        return self.parent.mean + self.effect[:, None]
+
+    @property
+    def se(self) -> FloatArray:
+        """(C, Q) of the curve's noise and of the cluster's unknown effect."""
+        return np.sqrt(np.diag(self.parent.covariance) + self.effect_variance[:, None])
 
 
 def pool(values: FloatArray, cluster: IntArray, quantile: IntArray, clusters: int, quantiles: int) -> Pooled:
-    """Pool values (n,) over clusters x quantiles; an empty leaf takes its parent's mean.
+    """Pool the influence (n,) of scored pairs along quality, with clusters as a random effect.
 
+    A cluster departs from the curve by the mean residual of its pairs, shrunken by how many there are; one of which none was
+    scored has the curve itself. The spread of single pairs is that of their quantile: two pairs do not know their own.
     Raises ValueError when a whole quantile is empty or a value is not finite.
     """
     if not np.isfinite(values).all():
@@ -186,22 +180,31 @@ def pool(values: FloatArray, cluster: IntArray, quantile: IntArray, clusters: in
         empty_count = int((by_quantile.count == 0).sum())
         raise ValueError(f"{empty_count} of {quantiles} quantiles are empty; use fewer quantiles")
     parent = smooth(by_quantile.mean, by_quantile.variance)
-    leaf = shared_spread(means_by(cluster * quantiles + quantile, values, clusters * quantiles), quantiles)
-    above = np.tile(parent.mean, clusters)
-    tau2 = between_variance(leaf, above) if clusters > 1 else 0.0
-    empty = leaf.count == 0
-    noise = np.where(empty, np.inf, leaf.variance)
-    trust = tau2 / (tau2 + noise) if tau2 > 0 else np.zeros_like(noise)
-    mean = above + trust * np.where(empty, 0.0, leaf.mean - above)
-    # a leaf's own noise, its unknown departure from the parent, and the parent's noise
-    posterior = np.where(empty, tau2, trust * np.where(empty, 0.0, leaf.variance))
-    variance = posterior + (1 - trust) ** 2 * np.tile(np.diag(parent.covariance), clusters)
-    shape = (clusters, quantiles)
+    departure = means_by(cluster, values - parent.mean[quantile], clusters)
+    single = (by_quantile.variance * by_quantile.count)[quantile]
+    count = np.maximum(departure.count, 1)
+    noise = np.bincount(cluster, single, minlength=clusters) / count**2
+    known = Means(count=departure.count, mean=departure.mean, variance=noise)
+    tau2 = between_variance(known, np.zeros(clusters)) if clusters > 1 else 0.0
+    scored = departure.count > 0
+    trust = np.where(scored, tau2 / (tau2 + noise), 0.0) if tau2 > 0 else np.zeros(clusters)
     return Pooled(
-        leaf=leaf,
         quantile=by_quantile,
         parent=parent,
         shrinkage=tau2,
-        mean=mean.reshape(shape),
-        se=np.sqrt(variance).reshape(shape),
+        effect=trust * np.where(scored, departure.mean, 0.0),
+        effect_variance=tau2 * (1 - trust),
     )
+
+
+def significantly_below_zero(mean: FloatArray, p: FloatArray, rate: float) -> BoolArray:
+    """Which means (S,) are below zero at a false discovery rate over all of them: (S,) (Benjamini and Hochberg 1995).
+
+    A stratum without a p-value is not among them. Means above zero are no evidence, however small their p: strata that
+    significantly help would otherwise make it easier for others to seem harmful.
+    """
+    known = np.isfinite(p)
+    below = np.zeros(len(p), bool)
+    if known.any():
+        below[known] = false_discovery_control(np.where(mean[known] < 0, p[known], 1.0)) < rate
+    return below

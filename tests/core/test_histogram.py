@@ -8,7 +8,17 @@ from hypothesis.extra.numpy import arrays
 from whole_decision import looped
 
 from influencespace.core import histogram
-from influencespace.core.histogram import EVERYTHING, NOTHING, Column, Cut, Goal, Moments, order_keys, search
+from influencespace.core.histogram import (
+    EVERYTHING,
+    NOTHING,
+    Column,
+    Cut,
+    Goal,
+    Moments,
+    order_keys,
+    place_among,
+    search,
+)
 
 anything = st.floats(allow_nan=True, allow_infinity=True)
 columns = arrays(np.float64, st.integers(1, 60), elements=anything | st.sampled_from([0.0, -0.0, 1.0]))
@@ -139,3 +149,13 @@ def test_quantiles_of_many_values_take_few_passes_and_small_states() -> None:
     for q, cut in enumerate(cuts, 1):
         assert cut.below(values, column.row).sum() == 25_000 * q
         assert cut.key == order_keys(ordered[25_000 * q : 25_000 * q + 1])[0]
+
+
+@given(values=columns, ranks=st.lists(st.integers(0, 60), max_size=6).map(sorted))
+def test_a_value_has_its_place_among_cuts(values: np.ndarray, ranks: list[int]) -> None:
+    row = np.arange(len(values))
+    cuts = searched(Column(values, row), [Goal(rank=rank) for rank in ranks], 60, 10**6)
+    expected = (
+        sum((~cut.below(values, row)).astype(int) for cut in cuts) if cuts else np.zeros(len(values), int)
+    )
+    np.testing.assert_array_equal(place_among(cuts, values, row), expected)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from influencespace.core.histogram import Moments
 from influencespace.core.quality import (
     agreement,
     caption_axis,
@@ -38,7 +39,7 @@ def test_a_score_without_spread_says_nothing() -> None:
 
 
 def test_values_that_are_all_alike_have_no_units() -> None:
-    np.testing.assert_array_equal(standardised(np.full(5, 3.0)), np.zeros(5))
+    np.testing.assert_array_equal(standardised(np.full(5, 3.0), Moments.of(np.full(5, 3.0))), np.zeros(5))
 
 
 @given(seed=st.integers(0, 2**31))

@@ -212,7 +212,7 @@ def test_weights_along_an_axis_follow_what_it_says_of_influence_in_any_unit(
     weight = weights_along(
         axes, rows, influence, stands_for=stands_for, knots=5, config=rule, clip_score=other
     )
-    predicted, _ = fit_additive(axes, rows, influence, 5, stands_for).predict(axes)
+    predicted, _ = fit_additive(axes[rows], influence, 5, stands_for).predict(axes)
     followed = predicted + 0.3 * spread_like(other, predicted)
     unit = np.sqrt(np.cov(influence, aweights=stands_for, bias=True))
     np.testing.assert_allclose(weight, capped_weights(followed / unit / temperature, cap))

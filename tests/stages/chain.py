@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from planted import Planted
 from safetensors.numpy import load_file
 
@@ -28,8 +29,11 @@ from influencespace.engine.local import (
 from influencespace.engine.placement import Resources
 from influencespace.pipeline import STAGES
 from influencespace.run import Run, Stage, carry_out
+from influencespace.stages import passes
+from influencespace.stages.scoring import influence, sampling
 from influencespace.stages.scoring.score import Score, ScoreConfig
 from influencespace.stages.scoring.trace import GradientIndex, TraceConfig
+from influencespace.stages.selection import pair_evidence, selection
 
 NAMES = tuple(str(stage.name) for stage in STAGES)
 BESIDE: tuple[Stage, ...] = (
@@ -214,6 +218,12 @@ class Idle(LocalEngine):
 
     def pool(self, *arguments: Any, **options: Any) -> Any:
         raise AssertionError("there was nothing to do")
+
+
+def set_range(patch: pytest.MonkeyPatch, size: int) -> None:
+    """Let passes over thin columns go by ranges of so many pairs."""
+    for module in (passes, sampling, influence, pair_evidence, selection):
+        patch.setattr(module, "RANGE", size)
 
 
 def times(folder: Path) -> dict[str, int]:

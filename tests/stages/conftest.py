@@ -1,7 +1,7 @@
 """A planted world, and all stages done on it once by the plain loop."""
 
 import pytest
-from chain import BY_NAME, Counting, World, carry, run_on
+from chain import BY_NAME, Counting, World, carry, run_on, set_range
 from planted import plant
 
 from influencespace.run import Run
@@ -39,3 +39,9 @@ def truth(done: tuple[Run, dict[str, int]]) -> Run:
 def tasks(done: tuple[Run, dict[str, int]]) -> dict[str, int]:
     """How many tasks each stage of it took."""
     return done[1]
+
+
+@pytest.fixture
+def ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes over thin columns in three ranges of the pool."""
+    set_range(monkeypatch, 100)

@@ -156,11 +156,11 @@ def test_the_weights_are_those_of_their_definition(truth: Run, monkeypatch: pyte
     in_sample = neg_clip_loss(u, t, pool.image[kept], embedded, 1 / train.temperature)
     axes[:, VALUE_AXES.index("in_sample")] = in_sample
     rows = np.array([list(kept).index(row) for row in sample])
-    stratum = (strata["cluster"] * 1000 + strata["quantile"])[kept]
+    quantile = strata["quantile"][kept]
     stands_for = np.array(
-        [np.sum(stratum == stratum[row]) / np.sum(stratum[rows] == stratum[row]) for row in rows]
+        [np.sum(quantile == quantile[row]) / np.sum(quantile[rows] == quantile[row]) for row in rows]
     )
-    predicted, _ = fit_additive(axes, rows, influence, KNOTS, stands_for).predict(axes)
+    predicted, _ = fit_additive(axes[rows], influence, KNOTS, stands_for).predict(axes)
     given = strata["pretrained"][kept]
     followed = predicted + 0.5 * predicted.std() * (given - given.mean()) / given.std()
     spread = np.sqrt(np.cov(influence, aweights=stands_for, bias=True))

@@ -26,7 +26,7 @@ from influencespace.stages.proxies.target import TargetHalves
 from influencespace.stages.scoring.curvature import directional
 from influencespace.stages.scoring.fairness import Disadvantaged, features
 from influencespace.stages.scoring.scoring import ScoringInputs
-from influencespace.stages.selection.evidence import PairEvidence
+from influencespace.stages.selection.pair_evidence import PairEvidence
 from influencespace.stages.selection.weighting import (
     CLIP_SCORE_SHARES,
     GROUP_SHARES,
@@ -137,15 +137,16 @@ def test_weights_follow_what_serves_the_groups(truth: Run) -> None:
     fair = pairs.decide(SelectionConfig(weighting="influence", group_share=0.5))
     gain = np.log(fair.weight[fair.kept]) - np.log(plain.weight[plain.kept])
     free = np.maximum(fair.weight, plain.weight)[fair.kept] < 4.9  # under the cap
-    for_groups = pairs.columns["for_groups"][fair.kept]
-    np.testing.assert_array_equal(pairs.columns["for_groups"], influence(truth))
+    everywhere = columns(truth, "selection/evidence")["for_groups"]
+    np.testing.assert_array_equal(everywhere, influence(truth))
+    for_groups = everywhere[fair.kept]
     assert np.corrcoef(gain[free], for_groups[free])[0, 1] == pytest.approx(1, abs=1e-6)
 
 
 def test_the_choice_is_the_fairest_of_the_trials(truth: Run, tmp_path: Path) -> None:
     evidence = PairEvidence(folder=truth.at("selection"))
     workers = Workers(engine=LocalEngine(), folder=tmp_path, stage="selection")
-    choice, trials = choose_weighting(truth, evidence, workers)
+    decision, trials = choose_weighting(truth, evidence, workers)
     choices, worst = candidates(AUTO, names_groups=True), evidence.worst_group
     assert len(trials) == 1 + (len(CLIP_SCORE_SHARES) + len(GROUP_SHARES)) * len(TEMPERATURES)
 
@@ -155,11 +156,11 @@ def test_the_choice_is_the_fairest_of_the_trials(truth: Run, tmp_path: Path) -> 
 
     whole, worst_off = (np.stack([mean_over_seeds(one, of) for one in choices]) for of in (False, True))
     best = fairest_candidate(whole, worst_off)
-    assert choice == choices[best]
+    assert decision.rule.config == choices[best]
     assert [trial["chosen"] for trial in trials] == [one == best for one in range(len(choices))]
     details = truth.manifest("selection").details
     assert details["trials"] == trials
-    assert details | chosen(choice) == details
+    assert details | chosen(decision.rule.config) == details
 
 
 @pytest.mark.parametrize("groups", [(), ("a", "b", "c", "d")], ids=["none", "small ones"])

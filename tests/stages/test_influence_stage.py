@@ -1,14 +1,11 @@
 """Influence of sampled pairs: the estimator's own numbers, balanced, whatever the buckets; samples and caption control."""
 
-import shutil
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
 from chain import (
-    Counting,
-    Killed,
     World,
     assert_equal_results,
     beside,
@@ -16,13 +13,14 @@ from chain import (
     carry_beside,
     columns,
     results,
+    set_range,
 )
 
+from influencespace.core import histogram
 from influencespace.core.metrics import auroc
 from influencespace.core.quality import agreement, quality_axis
-from influencespace.core.sequential import anytime_p, tightest_at
-from influencespace.core.strata import balance, means_by, shared_spread, stratified_sample
-from influencespace.data.buckets import read_columns, write_bucket
+from influencespace.core.strata import balance, quantile_of
+from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.ray_engine import RayEngine
 from influencespace.estimators.influence import Influence, InfluenceScorer
@@ -33,11 +31,10 @@ from influencespace.run import Run
 from influencespace.stages.proxies.proxy import Proxy, proxy_name
 from influencespace.stages.proxies.train_many import fold_of_rows
 from influencespace.stages.scoring.curvature import directions_of
-from influencespace.stages.scoring.influence import InfluenceConfig, InterimAnalysis
 from influencespace.stages.scoring.sampling import caption_agreement
 
-INTERIM = {"initial_samples": 4, "max_samples": 60, "bucket_size": 16}
-"""Settings by which some strata are looked at again."""
+FEW = {"influence.max_samples": 30, "influence.target_samples": 3, "influence.bucket_size": 16}
+"""Settings by which not all pairs are scored."""
 
 
 def assert_scores_of(truth: Run, scored: dict[str, np.ndarray]) -> None:
@@ -99,21 +96,12 @@ def test_strata_are_clusters_at_quantiles_of_quality(truth: Run) -> None:
     assert (np.diff(strata["quantile"][np.argsort(axis)]) >= 0).all()
 
 
-def test_captions_of_an_image_agree_alike_however_many_are_in_memory(truth: Run) -> None:
-    pool = truth.pool
-    pairs, place = np.unique(np.stack([pool.image, pool.text]), axis=1, return_inverse=True)
-    whole = agreement(np.asarray(pool.table.texts[pairs[1]]), pairs[0])[place.reshape(-1)]
-    np.testing.assert_allclose(columns(truth, "influence/strata")["caption_agreement"], whole)
-    for size in (1, 7, 100):
-        np.testing.assert_allclose(caption_agreement(pool, size), whole, atol=1e-12)
-
-
-def test_the_sample_of_each_stratum_is_bounded(truth: Run, tmp_path: Path) -> None:
-    run = carry_beside(truth, tmp_path, "influence", max_samples=5, target_samples=3, control_samples=7)
+def test_the_sample_is_the_first_pairs_of_each_quantile(truth: Run, tmp_path: Path) -> None:
+    run = carry_beside(truth, tmp_path, "influence", max_samples=30, target_samples=3, control_samples=7)
     strata, scored = columns(run, "influence/strata"), columns(run, "influence/influence")
-    leaf = strata["cluster"] * 6 + strata["quantile"]
-    expected = np.minimum(np.bincount(leaf, minlength=12), 5)
-    np.testing.assert_array_equal(np.bincount(leaf[scored["pair"]], minlength=12), expected)
+    np.testing.assert_array_equal(strata["quantile"], quantile_of(strata["quality"], 6))
+    expected = [row for q in range(6) for row in np.flatnonzero(strata["quantile"] == q)[:5]]
+    assert scored["pair"].tolist() == sorted(expected)
     target = columns(run, "influence/target")
     assert set(np.bincount(strata["quantile"][target["pair"]])) == {3}
     assert target["by_target_fold"].shape == (18, truth.config.curvature.target_folds)
@@ -122,64 +110,30 @@ def test_the_sample_of_each_stratum_is_bounded(truth: Run, tmp_path: Path) -> No
     assert_scores_of(truth, scored)
 
 
-def test_only_strata_without_a_significant_sign_are_looked_at_again(truth: Run, tmp_path: Path) -> None:
-    run = carry_beside(truth, tmp_path, "influence", **INTERIM)
-    strata, scored = columns(run, "influence/strata"), columns(run, "influence/influence")
-    leaf = strata["cluster"] * 6 + strata["quantile"]
-    size, count = np.bincount(leaf, minlength=12), np.bincount(leaf[scored["pair"]], minlength=12)
-    assert len(np.unique(scored["pair"])) == len(scored["pair"])
-    details = run.manifest("influence").details
-    assert details["interim_analyses"] > 1
-    assert details["sample"] == count.sum()
-    # every stratum is either decided or exhausted, and each holds the first of its pairs
-    p = np.load(tmp_path / "influence" / "p_values.npy")
-    exhausted = count == np.minimum(size, 60)
-    assert (exhausted | (p < 0.05)).all()
-    assert not exhausted.all()
-    np.testing.assert_array_equal(np.sort(scored["pair"]), stratified_sample(leaf, count))
-    means = means_by(leaf[scored["pair"]], scored["influence"], 12)
-    spread = np.sqrt(shared_spread(means, 6).variance * count)
-    np.testing.assert_allclose(p, anytime_p(means.mean, spread, count.astype(float), tightest_at(4, 0.05)))
-    # a score does not depend on the analysis for which it was taken
-    assert_scores_of(truth, scored)
-
-
-def test_a_run_killed_between_interim_analyses_continues_to_the_same(truth: Run, tmp_path: Path) -> None:
-    settings = {f"influence.{name}": value for name, value in INTERIM.items()}
-    whole = beside(truth, tmp_path / "whole", "influence", settings=settings)
-    engine = Counting()
-    carry(whole, "influence", engine=engine)
-    for share in (0.5, 0.75, 0.9):
-        killed = beside(truth, tmp_path / f"{share}", "influence", settings=settings)
-        with pytest.raises(Killed):
-            carry(killed, "influence", engine=Counting(limit=int(share * engine.tasks)))
-        carry(killed, "influence")
-        assert_equal_results(whole.at("influence"), killed.at("influence"))
+def test_a_small_pool_is_scored_as_a_whole(truth: Run) -> None:
+    assert columns(truth, "influence/influence")["pair"].tolist() == list(range(len(truth.pool)))
 
 
 @pytest.mark.ray
-def test_ray_equals_the_plain_loop(truth: Run, tmp_path: Path, ray_engine: RayEngine) -> None:
-    settings = {f"influence.{name}": value for name, value in INTERIM.items()}
-    here, there = (beside(truth, tmp_path / name, "influence", settings=settings) for name in ("a", "b"))
+def test_ray_equals_the_plain_loop(truth: Run, tmp_path: Path, ray_engine: RayEngine, ranges: None) -> None:
+    here, there = (beside(truth, tmp_path / name, "influence", settings=FEW) for name in ("a", "b"))
     carry(here, "influence")
     carry(there, "influence", engine=RayEngine(3))
     assert_equal_results(here.at("influence"), there.at("influence"), spreads=1e-6)
 
 
-def test_an_analysis_that_is_begun_again_draws_the_same_pairs(truth: Run, tmp_path: Path) -> None:
-    shutil.copytree(truth.at("influence"), tmp_path / "influence")
-    everything = columns(truth, "influence/influence")
-    few = stratified_sample(columns(truth, "influence/strata")["cluster"], 8)
-    rows = np.isin(everything["pair"], few)
-    scored = {name: everything[name][rows] for name in ("pair", "influence")}
-    write_bucket(tmp_path / "influence", "influence", 0, scored)
-    config = InfluenceConfig(initial_samples=4, alpha=1e-9)
-    again = InterimAnalysis(config=config, folder=tmp_path / "influence", starts=[0])
-    first = again()
-    sample = np.load(tmp_path / "influence" / "sample.npy")
-    assert first == len(sample) == len(np.unique(sample)) > rows.sum()
-    assert again() == first
-    np.testing.assert_array_equal(np.load(tmp_path / "influence" / "sample.npy"), sample)
+def test_the_size_of_ranges_changes_nothing(
+    truth: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor how many values a search may hold."""
+    first = beside(truth, tmp_path / "first", "influence", settings=FEW)
+    carry(first, "influence")
+    for size, collected in ((7, 10**6), (100, 20), (239, 0)):
+        set_range(monkeypatch, size)
+        monkeypatch.setattr(histogram, "COLLECTED", collected)
+        again = beside(truth, tmp_path / f"{size}", "influence", settings=FEW)
+        carry(again, "influence")
+        assert_equal_results(first.at("influence"), again.at("influence"), spreads=1e-9)
 
 
 def test_the_folds_of_the_target_average_to_the_whole_influence(truth: Run) -> None:
@@ -209,10 +163,13 @@ def test_a_caption_of_another_is_another_caption() -> None:
     """Many images share few captions, as those of classes do."""
 
     class Classes:
-        image, text = np.arange(1000), np.arange(1000) % 10
-
         def __len__(self) -> int:
-            return 1000
+            return 100_000
+
+        def read(self, rows: slice | np.ndarray, *names: str) -> dict[str, np.ndarray]:
+            place = np.arange(100_000)[rows]
+            assert len(place) < 70_000
+            return {"image": place, "text": place % 10}
 
     rows = np.arange(1000)
     other = PairSet.captions_of_others(cast(PairSet, Classes()), rows, seed=0)
@@ -243,8 +200,7 @@ def test_any_estimator_of_the_table_curates(truth: Run, tmp_path: Path, estimato
     """By a size: scores that have no zero, such as EL2N, have no threshold either."""
     settings = {
         "influence.estimator": estimator,
-        "influence.max_samples": 4,
-        "influence.initial_samples": 4,
+        "influence.max_samples": 24,
     }
     settings |= {"selection.weighting": "influence", "selection.tau_low": -1e3, "selection.target_size": 0.7}
     names = ("curvature", "influence", "fairness", "selection")

@@ -49,7 +49,7 @@ BEFORE_INFLUENCE = {"proxies", "cluster", "redundancy", "curvature"}
 CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "proxies": ({"proxy.train.steps": 21}, {"cluster"}),
     "cluster": ({"cluster.k": 3}, {"proxies", "curvature"}),
-    "redundancy": ({"redundancy.text": 0.8}, BEFORE_INFLUENCE - {"redundancy"} | {"influence", "fairness"}),
+    "redundancy": ({"redundancy.text": 0.8}, BEFORE_INFLUENCE - {"redundancy"}),
     "curvature": ({"curvature.damping_factor": 50}, BEFORE_INFLUENCE - {"curvature"}),
     "influence": ({"influence.target_samples": 7}, BEFORE_INFLUENCE),
     "fairness": ({"selection.fairness": "off"}, BEFORE_INFLUENCE | {"influence"}),

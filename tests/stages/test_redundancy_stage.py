@@ -18,7 +18,8 @@ from influencespace.data.artifacts import Manifest, write_manifest
 from influencespace.data.bucket_files import write_artifact
 from influencespace.run import Run
 from influencespace.stages.selection import captions, redundancy
-from influencespace.stages.selection.evidence import KNOTS, PRUNING_AXES, Evidence, PairEvidence
+from influencespace.stages.selection.evidence import KNOTS, PRUNING_AXES, Evidence
+from influencespace.stages.selection.pair_evidence import PairEvidence
 
 EXACT, NEAR, OTHER_CAPTION = 20, 15, 10
 
@@ -130,8 +131,12 @@ def test_copies_are_one_piece_of_evidence(decided: Run) -> None:
     alone = np.unique(leader)
     influence = np.array([scored["influence"][leader[scored["pair"]] == pair].mean() for pair in alone])
     axes = np.stack([scores.strata[name] for name in PRUNING_AXES], 1)
-    expected = fit_additive(axes, alone, influence, KNOTS)
-    np.testing.assert_allclose(scores.pair_scores[0], expected.predict(axes)[0], rtol=1e-6)
+    first = np.array([np.flatnonzero(leader == pair)[0] for pair in alone])
+    expected = fit_additive(axes[first], influence, KNOTS)
+    found = scores.carried_over(scores.strata)["score"]
+    np.testing.assert_allclose(found, expected.predict(axes)[0], rtol=1e-6)
+    together = np.array([found[leader == one].mean() for one in leader])
+    np.testing.assert_allclose(columns(copied, "selection/evidence")["score"], together, rtol=1e-9)
 
 
 def test_five_hundred_copies_of_a_pair_move_no_others_score(decided: Run) -> None:
@@ -140,14 +145,15 @@ def test_five_hundred_copies_of_a_pair_move_no_others_score(decided: Run) -> Non
     many = Evidence.of(decided)
     leader = leaders(decided)
     rows = np.append(np.arange(len(leader)), np.full(500, leader[0]))
-    many.__dict__["strata"] = {name: values[rows] for name, values in once.strata.items()}
+    many.__dict__["facts"] = once.facts | {"pairs": len(rows)}
+    many.__dict__["sample"] = {name: values[rows] for name, values in once.sample.items()}
     again = {name: values[rows] for name, values in once.influence.items()}
     many.__dict__["influence"] = again | {"pair": np.arange(len(rows))}
-    many.__dict__["_copies"] = {"leader": leader[rows]}
+    many.__dict__["_copies"] = {"leader": leader[rows], "copies": np.bincount(leader[rows])[leader[rows]]}
     many.__dict__["common_variance"] = once.common_variance
-    score, se = (values[: len(leader)] for values in many.pair_scores)
-    assert np.corrcoef(score, once.pair_scores[0])[0, 1] > 0.93  # knots lie where pairs are, copies too
-    assert np.median(se) == pytest.approx(np.median(once.pair_scores[1]), rel=0.3)
+    before, after = (one.carried_over(once.strata) for one in (once, many))
+    assert np.corrcoef(before["score"], after["score"])[0, 1] > 0.93
+    assert np.median(after["score_se"]) == pytest.approx(np.median(before["score_se"]), rel=0.3)
 
 
 def test_without_looking_nothing_is_a_copy(copied: Run, tmp_path: Path) -> None:

@@ -3,22 +3,29 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chain import World, beside, carry, carry_beside, columns
+from chain import World, assert_equal_results, beside, carry, carry_beside, columns, set_range
 
+from influencespace.core import histogram
 from influencespace.core.select import HARMFUL, KEPT, OVER_SIZE, SelectionConfig
 from influencespace.core.strata import rank_within
 from influencespace.data.buckets import read_columns, write_columns
+from influencespace.data.pair_set import PairSet
+from influencespace.engine.ray_engine import RayEngine
 from influencespace.errors import InputError
 from influencespace.estimators.filters import random_score
+from influencespace.pipeline import STAGES
 from influencespace.run import Run
-from influencespace.stages.selection.evidence import Evidence, PairEvidence
-from influencespace.stages.selection.selection import METHODS, KeptRows, rule_of
+from influencespace.stages.selection.evidence import Evidence
+from influencespace.stages.selection.pair_evidence import PairEvidence
+from influencespace.stages.selection.selection import METHODS, KeptRows
+from influencespace.stages.selection.summary import rule_of
 
 CURATED = pa.schema(
     [
@@ -52,6 +59,12 @@ STRATA = {
 
 def table(run: Run, name: str = "curated") -> pa.Table:
     return pq.read_table(run.at("selection") / f"{name}.parquet")
+
+
+def joint_scores(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Pooled influence and its standard error, of every pair."""
+    evidence = columns(run, "selection/evidence", "score", "score_se")
+    return evidence["score"], evidence["score_se"]
 
 
 def kept_pairs(run: Run) -> np.ndarray:
@@ -170,7 +183,7 @@ def test_written_evidence_gives_the_stages_decision(
 
 def test_the_threshold_is_in_standard_deviations_of_single_influences(truth: Run) -> None:
     evidence, pairs = Evidence.of(truth), PairEvidence(folder=truth.at("selection"))
-    score, se = evidence.joint_scores
+    score, se = joint_scores(truth)
     spread = evidence.influence["influence"].std()  # all pairs are scored here
     assert pairs.unit == evidence.unit == pytest.approx(spread)
     for margin in (0.0, 1.0):
@@ -181,7 +194,7 @@ def test_the_threshold_is_in_standard_deviations_of_single_influences(truth: Run
 def test_the_reported_margin_divides_what_is_removed_from_what_stays(truth: Run, tmp_path: Path) -> None:
     """A margin that hardly any pair has, beyond which others are removed too."""
     run = carry_beside(truth, tmp_path, "selection", margin_se=1.5, max_false_discovery=0.4)
-    score, se = Evidence.of(truth).joint_scores
+    score, se = joint_scores(truth)
     margin = run.manifest("selection").details["margin"]
     harmful = np.array(table(run)["reason"].to_pylist()) == HARMFUL
     assert 0 < margin < 1.5
@@ -193,25 +206,27 @@ def test_that_standard_deviation_is_the_pools_however_unevenly_strata_were_sampl
     truth: Run, tmp_path: Path
 ) -> None:
     whole = Evidence.of(truth)
-    scored, stratum = dict(whole.influence), whole.stratum[whole.influence["pair"]]
-    some = rank_within(stratum, np.zeros(len(stratum))) < np.where(stratum % 2, 3, 9)
+    scored, quantile = dict(whole.influence), whole.sample["quantile"]
+    some = rank_within(quantile, np.zeros(len(quantile))) < np.where(quantile % 2, 3, 9)
     write_columns(tmp_path / "influence.parquet", {name: column[some] for name, column in scored.items()})
-    shutil.copy(truth.at("influence") / "strata.parquet", tmp_path)
+    for name in ("strata.parquet", "strata.json"):
+        shutil.copy(truth.at("influence") / name, tmp_path)
     inside = [
-        (int((stratum == one).sum()), scored["influence"][some & (stratum == one)])
-        for one in np.unique(stratum)
+        (int((quantile == one).sum()), scored["influence"][some & (quantile == one)])
+        for one in np.unique(quantile)
     ]
     first, second = (
-        sum(size * (values**power).mean() for size, values in inside) / len(stratum) for power in (1, 2)
+        sum(size * (values**power).mean() for size, values in inside) / len(quantile) for power in (1, 2)
     )
-    assert some.sum() < len(stratum)
+    assert some.sum() < len(quantile)
     assert Evidence(tmp_path).unit == pytest.approx(np.sqrt(second - first**2))
 
 
 def test_one_scored_pair_has_no_spread_to_converge_by(truth: Run, tmp_path: Path) -> None:
     scored = Evidence.of(truth).influence
     write_columns(tmp_path / "influence.parquet", {name: column[:1] for name, column in scored.items()})
-    shutil.copy(truth.at("influence") / "strata.parquet", tmp_path)
+    for name in ("strata.parquet", "strata.json"):
+        shutil.copy(truth.at("influence") / name, tmp_path)
     assert Evidence(tmp_path).convergence == 0
 
 
@@ -239,3 +254,69 @@ def test_kept_rows_are_the_pool_of_a_next_round(truth: Run, tmp_path: Path) -> N
     kept = np.flatnonzero(kept_pairs(truth))
     assert job() == len(kept)
     np.testing.assert_array_equal(np.load(tmp_path / "kept.npy"), kept)
+
+
+DECISIONS = {
+    "auto": {},
+    "sized": {"selection.weighting": "influence", "selection.target_size": 0.6, "selection.temperature": 0.5},
+    "floors": {"selection.weighting": "uniform", "selection.tau_low": 0.5, "selection.min_group_share": 0.4},
+}
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_the_size_of_ranges_changes_nothing(
+    truth: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    first = beside(truth, tmp_path / "first", "selection", settings=DECISIONS[name])
+    carry(first, "selection")
+    for size, collected in ((17, 10**6), (100, 0)):
+        set_range(monkeypatch, size)
+        monkeypatch.setattr(histogram, "COLLECTED", collected)
+        again = beside(truth, tmp_path / f"{size}", "selection", settings=DECISIONS[name])
+        carry(again, "selection")
+        assert_equal_results(first.at("selection"), again.at("selection"), spreads=1e-5)
+        kept, same = kept_pairs(first), kept_pairs(again)
+        np.testing.assert_array_equal(kept, same)
+
+
+@pytest.mark.ray
+def test_three_ranges_on_ray_equal_the_plain_loop(
+    truth: Run, tmp_path: Path, ray_engine: RayEngine, ranges: None
+) -> None:
+    here, there = (
+        beside(truth, tmp_path / name, "selection", settings=DECISIONS["sized"]) for name in ("a", "b")
+    )
+    carry(here, "selection")
+    carry(there, "selection", engine=RayEngine(2))
+    assert_equal_results(here.at("selection"), there.at("selection"))
+
+
+def test_a_later_round_decides_on_what_is_left_and_leaves_the_others(
+    truth: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the ranges: what the first round dropped keeps its row, and weights are of all pairs."""
+    settings = {"selection.weighting": "influence", "selection.target_size": 0.6}
+    first = truth
+    rows = tmp_path / "kept.npy"
+    left = KeptRows(truth.pool, truth.at("selection") / "curated.parquet", rows)()
+    sets = {**truth.sets, "everything": truth.pool, "pool": PairSet(truth.pool.folder, rows)}
+    tables = []
+    for size in (1000, 50):
+        set_range(monkeypatch, size)
+        later = replace(truth, folder=tmp_path / f"{size}", sets=sets, previous=first)
+        later = beside(later, later.folder, settings=settings)
+        details = carry(later, *(stage.name for stage in STAGES[:7])).details
+        assert details["reasons"]["kept"] == round(0.6 * left)
+        tables.append((table(later), columns(later, "selection/weights")))
+    (curated, weights), (again, weights_again) = tables
+    before = kept_pairs(truth)
+    assert curated["uid"].to_pylist() == again["uid"].to_pylist() == table(truth)["uid"].to_pylist()
+    for one in (curated, again):
+        dropped = pa.array(np.flatnonzero(~before))
+        assert one.take(dropped).equals(table(truth).take(dropped))
+    assert curated["reason"].to_pylist() == again["reason"].to_pylist()
+    np.testing.assert_allclose(weights["curated"], weights_again["curated"], atol=1e-6)
+    np.testing.assert_allclose(weights["curated"], curated["weight"].to_numpy(), rtol=1e-6)
+    assert {name: int((values > 0).sum()) for name, values in weights.items()} == {
+        name: len(before) if name == "everything" else round(0.6 * left) for name in METHODS
+    }

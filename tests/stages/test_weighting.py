@@ -13,7 +13,8 @@ from influencespace.run import Run, Workers
 from influencespace.stages.proxies.proxy import Proxy
 from influencespace.stages.proxies.target import TargetHalves, choosing_terms, losses_by_fold
 from influencespace.stages.proxies.train_many import Given, train
-from influencespace.stages.selection.evidence import Evidence, PairEvidence
+from influencespace.stages.selection.evidence import Evidence
+from influencespace.stages.selection.pair_evidence import PairEvidence
 from influencespace.stages.selection.weighting import (
     CHOSEN,
     CLIP_SCORE_SHARES,
@@ -98,7 +99,7 @@ def test_finished_trials_are_not_trained_again(truth: Run, tmp_path: Path) -> No
 
 def test_weights_follow_the_influence_that_is_predicted(truth: Run) -> None:
     subset = decide(truth, weighting="influence", temperature=1.0)
-    order = np.argsort(Evidence.of(truth).predicted[subset.kept])
+    order = np.argsort(columns(truth, "selection/evidence")["predicted"][subset.kept])
     assert (np.diff(subset.weight[subset.kept][order]) >= -1e-9).all()
 
 
@@ -106,7 +107,7 @@ def test_the_clip_score_counts_as_much_as_is_asked(truth: Run) -> None:
     evidence = Evidence.of(truth)
     subset = decide(truth, weighting="influence", temperature=1.0, clip_score_share=0.5)
     given = columns(truth, "influence/strata", "pretrained")["pretrained"]
-    predicted = evidence.predicted
+    predicted = evidence.carried_over(evidence.strata)["predicted"]
     wanted = predicted + 0.5 * predicted.std() * (given - given.mean()) / given.std()
     kept = subset.kept & (subset.weight < AUTO.max_weight)
     slope, _ = np.polyfit(wanted[kept], np.log(subset.weight[kept]), 1)

@@ -1,6 +1,6 @@
-"""The influence stage: balanced influence of sampled pairs of every stratum, by the run's estimator."""
+"""The influence stage: strata of all pairs, and balanced influence of a sample of them, by the run's estimator."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field as plain_field
 from functools import lru_cache
@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
 from influencespace.core.arrays import FloatArray
-from influencespace.core.sequential import anytime_p, next_sample_size, tightest_at
-from influencespace.core.strata import balance, means_by, shared_spread, stratified_sample
-from influencespace.data.artifacts import atomic_path
-from influencespace.data.buckets import Columns, read_bucket, read_columns, write_columns
+from influencespace.core.quality import find_quantiles
+from influencespace.core.strata import balance
+from influencespace.data.buckets import Columns, read_columns, write_columns
 from influencespace.errors import STRICT, InputError
 from influencespace.estimators.problem import Batch, Directional, Scorer, mean_of_known
 from influencespace.run import Details, Run, Stage, Workers
+from influencespace.stages.passes import RANGE, range_passes
 from influencespace.stages.proxies.proxy import proxy_name
 from influencespace.stages.scoring.curvature import directional, directions_of
-from influencespace.stages.scoring.sampling import DrawSamples
+from influencespace.stages.scoring.sampling import DrawSamples, StrataOfRange, scores_of
 from influencespace.stages.scoring.scoring import ScoringInputs, ScoringPass, make_estimator, scoring_pass
 
 Kind = Literal["influence", "target", "caption_control"]
@@ -41,12 +40,9 @@ class InfluenceConfig:
     """Of the estimator, e.g. {"role": "own"}."""
     quantiles: int = Field(default=40, ge=2)
     """Quality quantiles Q over the pool; a stratum is a cluster at a quantile."""
-    initial_samples: int = Field(default=64, ge=2)
-    """Pairs of a stratum scored first; doubled while its confidence sequence holds zero, up to `max_samples`."""
-    max_samples: int = Field(default=500, ge=2)
-    """Pairs scored in a stratum at most; the others take the influence of their like."""
-    alpha: float = Field(default=0.05, gt=0, lt=1)
-    """Error of the confidence sequence of each stratum."""
+    max_samples: int = Field(default=32_000, ge=2)
+    """Pairs scored at most, about equally many of each quantile; the others take the influence of their like. A smaller pool is
+    scored as a whole."""
     target_samples: int = Field(default=64, ge=2)
     """Pairs of a quantile scored along every fold of the target, for the target's standard error."""
     control_samples: int = Field(default=2000, ge=0)
@@ -135,38 +131,6 @@ class ScoreSample:
         return dict(zip(INFLUENCE, (rows, *means, by_batch), strict=True))
 
 
-@dataclass(frozen=True, kw_only=True)
-class InterimAnalysis:
-    """Task: add pairs of the strata whose sign is not significant yet to the sample; how many there are then."""
-
-    config: InfluenceConfig
-    folder: Path
-    starts: Sequence[int]
-    """Buckets of the pairs that are scored already."""
-
-    def __call__(self) -> int:
-        strata = read_columns(self.folder / "strata.parquet", "cluster", "quantile")
-        quantiles = int(strata["quantile"].max()) + 1
-        stratum = strata["cluster"] * quantiles + strata["quantile"]
-        size = np.bincount(stratum, minlength=(int(strata["cluster"].max()) + 1) * quantiles)
-        buckets = [read_bucket(self.folder, "influence", start, "pair", "influence") for start in self.starts]
-        rows, values = (np.concatenate([one[name] for one in buckets]) for name in ("pair", "influence"))
-        known = np.isfinite(values)
-        scored = means_by(stratum[rows[known]], values[known], len(size))
-        taken = np.bincount(stratum[rows], minlength=len(size))
-        count = scored.count.astype(np.float64)
-        # of single pairs: a stratum's own spread is known too badly to stop by, that of its quantile of quality well
-        spread = np.sqrt(shared_spread(scored, quantiles).variance * count)
-        alpha = self.config.alpha
-        p = anytime_p(scored.mean, spread, count, tightest_at(self.config.initial_samples, alpha))
-        save_rows(self.folder / "p_values.npy", p)
-        wanted = next_sample_size(taken, size, p, alpha, self.config.max_samples)
-        more = stratified_sample(stratum, wanted, after=taken)
-        # from what is scored, not from the file: a task may be begun again after it has written
-        save_rows(self.folder / "sample.npy", np.concatenate([rows, more]))
-        return len(rows) + len(more)
-
-
 @dataclass(frozen=True)
 class DropUnscored:
     """Task: leave out of influence.parquet the pairs that the estimator cannot score; how many they are.
@@ -189,30 +153,31 @@ class DropUnscored:
         return int((~known).sum())
 
 
-def save_rows(path: Path, rows: NDArray[Any]) -> None:
-    """Write an array, atomically."""
-    with atomic_path(path) as aside, aside.open("wb") as file:
-        np.save(file, rows)
-
-
 class Influence(Stage):
-    """Scores sampled pairs of every stratum; writes influence, target, caption_control and strata.parquet, p_values.npy."""
+    """Scores a sample by quality quantiles; writes influence, target, caption_control and strata.parquet, and the samples."""
 
     name = "influence"
-    needs = ("proxies", "cluster", "curvature")
+    version = 2
+    needs = ("proxies", "cluster", "redundancy", "curvature")
 
     def settings(self, config: Any) -> tuple[InfluenceConfig, int]:
         return config.influence, config.seed
 
     def work(self, run: Run, workers: Workers) -> Details:
         config, _ = self.settings(run.config)
-        draw = DrawSamples(run=run, folder=workers.folder)
-        counts = workers.once(draw)
+        pairs, folder = run.manifest("proxies").rows_out, workers.folder
+        with range_passes(workers, pairs) as passes:
+            find = find_quantiles(config.quantiles_of(pairs), pairs)
+            quantiles = passes.result(find, scores_of(run), pairs)
+            draw = DrawSamples(run=run, folder=folder, quantiles=quantiles, pairs=pairs)
+            counts = passes.pool.run(draw)
+        strata = StrataOfRange(run=run, quantiles=quantiles)
+        workers.table("strata", strata, pairs, RANGE, label="strata")
         inputs = ScoringInputs.of(run)
         starts: dict[str, list[int]] = {}
-        with scoring_pass(workers, inputs, config.bucket_size, counts["pairs"]) as scoring:
+        with scoring_pass(workers, inputs, config.bucket_size, pairs) as scoring:
             estimator, solved = directional(run.config), run.manifest("curvature").content
-            by_proxy = self._fit(run, inputs, counts["pairs"], scoring if estimator is None else None)
+            by_proxy = self._fit(run, inputs, pairs, scoring if estimator is None else None)
 
             def sample(kind: Kind, file: str) -> ScoreSample:
                 scorers: ByProxy
@@ -225,39 +190,27 @@ class Influence(Stage):
                 return ScoreSample(
                     kind=kind,
                     scorers=scorers,
-                    folds=run.config.proxy.fold_count(len(run.pool)),
-                    sample=workers.folder / file,
+                    folds=run.config.proxy.fold_count(pairs),
+                    sample=folder / file,
                 )
 
-            kinds: tuple[tuple[Kind, str], ...] = (("target", "target"), ("caption_control", "control"))
-            for kind, name in kinds:
-                job, rows = sample(kind, f"{name}_sample.npy"), range(counts[f"{name}_sample"])
-                starts[kind] = scoring.write(kind, job, rows, label=kind, share=4)  # F directions at once
-            starts["influence"] = self._in_analyses(config, counts, sample, scoring)
+            kinds: tuple[tuple[Kind, str, int], ...] = (
+                ("target", "target_sample", 4),  # F directions at once
+                ("caption_control", "control_sample", 4),
+                ("influence", "sample", 1),
+            )
+            for kind, name, share in kinds:
+                job, rows = sample(kind, f"{name}.npy"), range(counts[name])
+                label = "" if kind == "influence" else kind
+                starts[kind] = scoring.write(kind, job, rows, label=label, share=share)
         for name, begins in starts.items():
             if begins:
                 workers.join(name, begins)
         if not starts["caption_control"]:
             nothing: Columns = {"pair": np.empty(0, np.int64), "influence_out": np.empty(0)}
-            write_columns(workers.folder / "caption_control.parquet", nothing)
-        counts["without_score"] = workers.once(DropUnscored(workers.folder))
-        return Details(rows_in=counts["pairs"], rows_out=counts["pairs"], details=counts)
-
-    def _in_analyses(
-        self, config: InfluenceConfig, counts: dict[str, int], sample: Any, scoring: ScoringPass
-    ) -> list[int]:
-        """Score the sample, and what interim analyses add to it; where its buckets begin."""
-        starts: list[int] = []
-        scored = counts["interim_analyses"] = 0
-        while counts["sample"] > scored:
-            counts["interim_analyses"] += 1
-            label = f"analysis {counts['interim_analyses']}" if scored else ""
-            job = sample("influence", "sample.npy")
-            starts += scoring.write("influence", job, range(scored, counts["sample"]), label=label)
-            scored = counts["sample"]
-            analysis = InterimAnalysis(config=config, folder=scoring.workers.folder, starts=starts)
-            counts["sample"] = scoring.pool.run(analysis)
-        return starts
+            write_columns(folder / "caption_control.parquet", nothing)
+        counts["without_score"] = workers.once(DropUnscored(folder))
+        return Details(rows_in=pairs, rows_out=pairs, details=counts)
 
     def _fit(self, run: Run, inputs: ScoringInputs, pairs: int, scoring: ScoringPass | None) -> ByScorers:
         """An estimator without directions is fitted to every proxy, on the pairs that the proxy was trained on."""
@@ -265,5 +218,5 @@ class Influence(Stage):
             return ByScorers({})
         config = run.config.influence
         estimator = make_estimator(config.estimator, config.options, run.config.curvature)
-        folds = [None, *range(run.config.proxy.fold_count(len(run.pool)))]
+        folds = [None, *range(run.config.proxy.fold_count(pairs))]
         return ByScorers({k: scoring.fit(estimator, inputs.problem(k), pairs, k) for k in folds})

@@ -1,17 +1,20 @@
-"""Strata of all pairs, and the samples of them that are scored."""
+"""Strata of all pairs, range by range, and the samples of them that are scored."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from influencespace.core.quality import agreement, caption_axis, quality_axis
-from influencespace.core.strata import quantile_of, stratified_sample
-from influencespace.data.artifacts import atomic_path
-from influencespace.data.buckets import read_columns, write_columns
+from influencespace.core.arrays import IntArray
+from influencespace.core.quality import Quantiles, Scores, agreement, caption_axis
+from influencespace.core.strata import first_of_each
+from influencespace.data.artifacts import atomic_path, write_json
+from influencespace.data.buckets import Columns, buckets_of, read_rows, write_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.run import Run
+from influencespace.stages.passes import RANGE
 
 STRATA = (
     *("quality", "cluster", "quantile", "in_sample", "out_of_fold", "pretrained"),
@@ -19,60 +22,95 @@ STRATA = (
 )
 """Columns of strata.parquet: quality is the mean of in_sample and out_of_fold, a pair's negCLIPLoss by the proxy that was
 trained on it and by the one that was not; pretrained is the given encoder's CLIP score."""
+FACTS = "strata.json"
+"""How many pairs, quantiles and clusters there are."""
+
+
+@dataclass(frozen=True)
+class ReadScores:
+    """Scores of a range of the pool, from the proxies' quality.parquet."""
+
+    path: Path
+
+    def __call__(self, start: int, stop: int) -> Scores:
+        columns = read_rows(self.path, slice(start, stop), "neg_clip_in", "neg_clip_out")
+        return Scores(np.arange(start, stop), columns["neg_clip_in"], columns["neg_clip_out"])
+
+
+def scores_of(run: Run) -> ReadScores:
+    """Of the run's pool."""
+    return ReadScores(run.at("proxies") / "quality.parquet")
+
+
+def save_rows(path: Path, rows: NDArray[Any]) -> None:
+    """Write an array, atomically."""
+    with atomic_path(path) as aside, aside.open("wb") as file:
+        np.save(file, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawSamples:
-    """Task: write the strata of all pairs and the rows of each sample; how many there are."""
+    """Task: write the rows of each sample; how many there are.
+
+    Of each quantile the first pairs of the canonical order, which is random: ranges are read until every quantile has enough.
+    """
 
     run: Run
     folder: Path
+    quantiles: Quantiles
+    pairs: int
 
     def __call__(self) -> dict[str, int]:
-        pool, config = self.run.pool, self.run.config.influence
-        quality = read_columns(self.run.at("proxies") / "quality.parquet", "neg_clip_in", "neg_clip_out")
-        axis = quality_axis(quality["neg_clip_in"], quality["neg_clip_out"])
-        cluster = read_columns(self.run.at("cluster") / "clusters.parquet", "cluster")["cluster"]
-        quantiles = config.quantiles_of(len(axis))
-        quantile = quantile_of(axis, quantiles)
-        first = min(config.initial_samples, config.max_samples)
+        config, count = self.run.config.influence, len(self.quantiles.cuts) + 1
+        each = max(-(-config.max_samples // count), config.target_samples)
+        rows, quantile = self._first(each, count)
         samples = {
-            "sample": stratified_sample(cluster * quantiles + quantile, first),
-            "target_sample": stratified_sample(quantile, config.target_samples),
-            # the canonical order is random, so its beginning is a random sample
-            "control_sample": np.arange(min(config.control_samples, len(axis))),
+            "sample": rows[first_of_each(quantile, -(-config.max_samples // count))],
+            "target_sample": rows[first_of_each(quantile, config.target_samples)],
+            "control_sample": np.arange(min(config.control_samples, self.pairs)),
         }
-        permuted = pool.captions_of_others(samples["control_sample"], seed=self.run.seed)
-        for name, rows in (*samples.items(), ("permuted_captions", permuted)):
-            with atomic_path(self.folder / f"{name}.npy") as aside, aside.open("wb") as file:
-                np.save(file, rows)
+        permuted = self.run.pool.captions_of_others(samples["control_sample"], seed=self.run.seed)
+        for name, chosen in (*samples.items(), ("permuted_captions", permuted)):
+            save_rows(self.folder / f"{name}.npy", chosen)
+        facts = {"pairs": self.pairs, "quantiles": count, "clusters": self._clusters()}
+        write_json(self.folder / FACTS, facts)
+        return {name: len(rows) for name, rows in samples.items()} | facts
+
+    def _first(self, each: int, count: int) -> tuple[IntArray, IntArray]:
+        """The first rows of each quantile and their quantiles."""
+        read, rows = scores_of(self.run), np.empty(0, np.int64)
+        quantile = rows
+        for start, stop in buckets_of(self.pairs, RANGE):
+            _, more = self.quantiles(read(start, stop))
+            rows = np.concatenate([rows, np.arange(start, stop)])
+            quantile = np.concatenate([quantile, more])
+            chosen = first_of_each(quantile, each)
+            rows, quantile = rows[chosen], quantile[chosen]
+            if np.bincount(quantile, minlength=count).min() >= each:
+                break
+        return rows, quantile
+
+    def _clusters(self) -> int:
+        return int(self.run.manifest("cluster").details["k"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrataOfRange:
+    """Columns of strata.parquet."""
+
+    run: Run
+    quantiles: Quantiles
+
+    def __call__(self, start: int, stop: int) -> Columns:
+        rows, scores = slice(start, stop), scores_of(self.run)(start, stop)
+        quality, quantile = self.quantiles(scores)
+        cluster = read_rows(self.run.at("cluster") / "clusters.parquet", rows, "cluster")["cluster"]
+        captions = read_rows(self.run.at("redundancy") / "captions.parquet", rows)
+        pairs = self.run.pool.read(rows, "clip_score", "sharpness", "group")
         values = (
-            *(axis, cluster, quantile, quality["neg_clip_in"], quality["neg_clip_out"], pool.clip_score),
-            caption_axis(pool.image, pool.text),
-            caption_agreement(pool),
-            *(pool.sharpness, pool.group),
+            *(quality, cluster, quantile, scores.in_sample, scores.out_of_fold),
+            pairs["clip_score"].astype(np.float64),
+            *(captions["caption_images"], captions["caption_agreement"]),
+            *(pairs["sharpness"].astype(np.float64), pairs["group"]),
         )
-        write_columns(self.folder / "strata.parquet", dict(zip(STRATA, values, strict=True)))
-        return {name: len(rows) for name, rows in samples.items()} | {
-            "pairs": len(axis),
-            "quantiles": quantiles,
-        }
-
-
-def caption_agreement(pool: PairSet, size: int = 16_384) -> NDArray[np.float64]:
-    """Agreement of every pair's caption with the other captions of its image (n,), some images in memory at a time.
-
-    A pair that the pool holds twice counts once.
-    """
-    pairs, first, place = np.unique(
-        np.stack([pool.image, pool.text]), axis=1, return_index=True, return_inverse=True
-    )
-    result = np.empty(pairs.shape[1])
-    start = 0
-    while start < len(result):
-        # as many whole images as fit, one at least
-        last = pairs[0, min(start + size, len(result)) - 1]
-        stop = int(np.searchsorted(pairs[0], last, side="right"))
-        result[start:stop] = agreement(pool.inputs(first[start:stop])[1].numpy(), pairs[0, start:stop])
-        start = stop
-    return result[place.reshape(-1)]
+        return dict(zip(STRATA, values, strict=True))

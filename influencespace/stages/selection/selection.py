@@ -1,34 +1,31 @@
 """The selection stage: pooled evidence, the weighting, the decision on every pair, and the baselines at the same size."""
 
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from influencespace.core.select import HARMFUL, SelectionConfig, Subset, margin_that_held, top_fraction
-from influencespace.core.sequential import significantly_below_zero
-from influencespace.core.strata import Means, means_by
+from influencespace.core.arrays import BoolArray, FloatArray
+from influencespace.core.histogram import Column, Cut, Goal, search
+from influencespace.core.select import KEPT, SelectionConfig
 from influencespace.data.artifacts import atomic_path
-from influencespace.data.buckets import Columns, read_columns, write_columns
+from influencespace.data.buckets import Columns, buckets_of, read_rows, table_rows
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.filters import random_score
 from influencespace.run import Details, Run, Stage, Workers
-from influencespace.stages.proxies.target import MIN_GROUP_IMAGES
-from influencespace.stages.scoring.curvature import directional
-from influencespace.stages.selection.evidence import Evidence, PairEvidence, WriteEvidence
+from influencespace.stages.passes import RANGE, range_passes
+from influencespace.stages.selection.pair_evidence import Decision, ReadTable, write_evidence
+from influencespace.stages.selection.summary import ReadDecided, StrataCounts, Summarise
 from influencespace.stages.selection.weighting import choose_weighting, chosen
 
 # clip_score is the given encoder's, as most people filter; the last two are by the proxy of all pairs
 BASELINES = ("everything", "random", "clip_score", "proxy_clip_score", "neg_clip_loss")
 METHODS = ("curated", *BASELINES)
 DYNAMIC = "dynamic"  # begins as curated does, and re-weights the kept pairs while it trains
-FALSE_DISCOVERIES = 0.05  # rate among the strata that are reported as harmful
-NOT_CONVERGED = 0.1  # |mean I_in| above this many standard deviations (algorithms, 6)
 CURATED = ("uid", "kept", "weight", "score", "score_se", "stratum", "reason")
 """Columns of curated.parquet."""
 
@@ -39,150 +36,126 @@ def weights_of(method: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WriteSelection:
-    """Task: decide, and write the subset, the strata and the baselines' weights.
-
-    Of a later round the files are about all pairs all the same: those that it did not see stay as they were decided.
-    """
+class Round:
+    """The pairs that a round sees among those of the first: all of them, or those that the round before kept."""
 
     run: Run
-    config: SelectionConfig
-    folder: Path
+    starts: tuple[int, ...] = ()
+    """How many of them lie before each range of all pairs; none for the first round, where each pair is at its place."""
 
-    @cached_property
-    def evidence(self) -> Evidence:
-        return Evidence.of(self.run)
+    @property
+    def before(self) -> Path:
+        """Decisions of the round before."""
+        assert self.run.previous is not None
+        return self.run.previous.at("selection") / "curated.parquet"
 
-    @cached_property
-    def pairs(self) -> PairEvidence:
-        return PairEvidence(folder=self.folder)
+    def seen(self, start: int, stop: int) -> tuple[BoolArray, tuple[int, int]]:
+        """Which of a range of all pairs the round sees (n,), and the range of the round's pairs that they are."""
+        if not self.starts:
+            return np.ones(stop - start, bool), (start, stop)
+        kept = read_rows(self.before, slice(start, stop), "kept")["kept"].astype(bool)
+        first = self.starts[start // RANGE]
+        return kept, (first, first + int(kept.sum()))
 
-    def __call__(self) -> dict[str, Any]:
-        subset = self.pairs.decide(self.config)
-        uids = np.array(self.run.everything.column("uid"), object)
-        rows = np.arange(len(uids))
-        if self.run.previous is not None:
-            before = self.run.previous.at("selection") / "curated.parquet"
-            rows = np.flatnonzero(read_columns(before, "kept")["kept"])
-        curated = self._with_others(rows, self._decisions(uids[rows].tolist(), subset))
-        with atomic_path(self.folder / "curated.parquet") as aside:
-            pq.write_table(curated, aside)
-        table = self._strata_table(subset)
-        write_columns(self.folder / "strata.parquet", table)
-        weight = np.zeros(len(uids))
-        weight[rows] = subset.weight
-        self._write_weights(uids.tolist(), weight, int(subset.kept.sum()))
-        return self._details(curated, subset) | {"harmful_strata": int(table["harmful"].sum())}
 
-    def _with_others(self, rows: NDArray[np.int64], decisions: pa.Table) -> pa.Table:
-        """The decisions on these rows of the pool amid those that were made before."""
-        if self.run.previous is None:
-            return decisions
-        table = pq.read_table(self.run.previous.at("selection") / "curated.parquet")
-        others = np.delete(np.arange(len(table)), rows)
-        order = np.argsort(np.concatenate([rows, others]))
-        return pa.concat_tables([decisions, table.take(pa.array(others))]).take(pa.array(order))
+@dataclass(frozen=True, kw_only=True)
+class CuratedRange:
+    """Columns of curated.parquet.
 
-    def _write_weights(self, uids: list[str], curated: NDArray[np.float64], kept: int) -> None:
-        quality = read_columns(self.run.first.at("proxies") / "quality.parquet", "clip_in", "neg_clip_in")
-        weights = {
-            "curated": curated,
-            "everything": np.ones(len(uids)),
-            "random": top_fraction(random_score(uids, self.run.seed), kept).astype(np.float64),
-            "clip_score": top_fraction(self.run.everything.clip_score, kept).astype(np.float64),
-            "proxy_clip_score": top_fraction(quality["clip_in"], kept).astype(np.float64),
-            "neg_clip_loss": top_fraction(quality["neg_clip_in"], kept).astype(np.float64),
-        }
-        write_columns(self.folder / "weights.parquet", {name: weights[name] for name in METHODS})
+    Of a later round the file is about all pairs all the same: those that it did not see stay as they were decided.
+    """
 
-    def _decisions(self, uids: list[str], subset: Subset) -> pa.Table:
-        score, se = self.pairs.columns["score"], self.pairs.columns["score_se"]
-        strata = self.evidence.strata
+    round: Round
+    decision: Decision
+
+    def __call__(self, start: int, stop: int) -> Columns:
+        seen, (first, last) = self.round.seen(start, stop)
+        columns = self._decided(first, last) if last > first else {}
+        if not seen.all():
+            whole = read_rows(self.round.before, slice(start, stop))
+            for name, values in columns.items():
+                whole[name] = whole[name].copy()
+                whole[name][seen] = values
+            columns = whole
+        columns["uid"] = self.round.run.everything.read(slice(start, stop), "uid")["uid"]
+        return {name: columns[name] for name in CURATED}
+
+    def _decided(self, start: int, stop: int) -> Columns:
+        pairs, rows = self.decision.pairs(start, stop), slice(start, stop)
+        subset = self.decision.rule.decide(pairs)
+        strata = read_rows(self.round.run.at("influence") / "strata.parquet", rows, "cluster", "quantile")
         labels = np.char.add(
             np.char.mod("c%03d/q", strata["cluster"]), np.char.mod("%02d", strata["quantile"])
         )
-        values = (
-            pa.array(uids, pa.string()),
-            pa.array(subset.kept),
-            *(pa.array(one.astype(np.float32)) for one in (subset.weight, score, se)),
-            pa.array(labels.tolist(), pa.string()),
-            pa.array(subset.reason.tolist(), pa.string()),
-        )
-        return pa.table(dict(zip(CURATED, values, strict=True)))
-
-    def _strata_table(self, subset: Subset) -> Columns:
-        scores, strata = self.evidence, self.evidence.strata
-        leaves = scores.clusters * scores.quantiles
-        leaf = strata["cluster"] * scores.quantiles + strata["quantile"]
-        scored_leaf = leaf[scores.influence["pair"]]
-
-        def scored(name: str) -> Means:
-            return means_by(scored_leaf, scores.influence[name], leaves)
-
-        variance = scores.pooled.se**2 + scores.common_variance
-        table: Columns = {
-            "cluster": np.repeat(np.arange(scores.clusters), scores.quantiles),
-            "quantile": np.tile(np.arange(scores.quantiles), scores.clusters),
-            "pairs": np.bincount(leaf, minlength=leaves),
-            "scored": scored("influence").count,
-            "quality": means_by(leaf, strata["quality"], leaves).mean,
-            "influence_in": scored("influence_in").mean,
-            "influence_out": scored("influence_out").mean,
-            "influence": scored("influence").mean,
-            "influence_se": np.sqrt(scored("influence").variance),
-            "pooled": scores.pooled.mean.reshape(-1),
-            "pooled_se": np.sqrt(variance).reshape(-1),
-            "p_value": scores.p_values,
-            "harmful": significantly_below_zero(scored("influence").mean, scores.p_values, FALSE_DISCOVERIES),
-            "kept": means_by(leaf, subset.kept.astype(np.float64), leaves).mean,
-        }
-        names = [f"c{c:03d}/q{q:02d}" for c, q in zip(table["cluster"], table["quantile"])]
-        return {"stratum": np.array(names), **table}
-
-    def _details(self, curated: pa.Table, subset: Subset) -> dict[str, Any]:
-        warnings = []
-        along = directional(self.run.config) is not None
-        if along and abs(self.evidence.convergence) > NOT_CONVERGED:
-            warnings.append(
-                f"the proxy has not converged: its mean in-sample influence is {self.evidence.convergence:.2f} standard "
-                f"deviations (should be below {NOT_CONVERGED}); train it longer, or lower its learning rate"
-            )
-        if self.config.group_share and self.pairs.worst_group is None:
-            warnings.append(
-                f"selection.group_share = {self.config.group_share:g} has no effect: the target has no two groups of "
-                f"{2 * MIN_GROUP_IMAGES} images or more, none is worse off, or the estimator scores along no direction"
-            )
-        score, se = self.pairs.columns["score"], self.pairs.columns["score_se"]
-        threshold = self.config.tau_low * self.evidence.unit
-        reasons, counts = np.unique(curated["reason"].to_pylist(), return_counts=True)
         return {
-            "rule": rule_of(self.config),
-            "margin": margin_that_held(score - threshold, se, subset.reason == HARMFUL, self.config),
-            "threshold": threshold,
-            "unit": self.evidence.unit,
-            "kept_fraction": float(curated["kept"].to_numpy().mean()),
-            "reasons": {str(reason): int(count) for reason, count in zip(reasons, counts)},
-            "clusters": self.evidence.clusters,
-            "quantiles": self.evidence.quantiles,
-            "scored": len(self.evidence.influence["pair"]),
-            "between_cluster_variance": self.evidence.pooled.shrinkage,
-            "caption_control": asdict(self.evidence.caption_control),
-            "warnings": warnings,
+            "kept": subset.kept,
+            "weight": subset.weight.astype(np.float32),
+            "score": pairs.score.astype(np.float32),
+            "score_se": pairs.se.astype(np.float32),
+            "stratum": labels.astype(object),
+            "reason": subset.reason.astype(object),
         }
 
 
-def rule_of(config: SelectionConfig) -> str:
-    """What makes a pair harmful, for the report."""
-    threshold = f"{config.tau_low:g} SD" if config.tau_low else "0"
-    if config.conservative:
-        return f"upper bound of T < {threshold}"
-    expected = (
-        f"at most {100 * config.max_false_discovery:g} % of such pairs are expected to be above {threshold}"
-    )
-    more = f", or T < {threshold} as long as {expected}"
-    return f"T + {config.margin_se:g} SE < {threshold}" + (
-        more if config.max_false_discovery and config.margin_se else ""
-    )
+@dataclass(frozen=True)
+class BaselineScores:
+    """What each baseline ranks a range of all pairs by, the best lowest."""
+
+    run: Run
+
+    def __call__(self, start: int, stop: int) -> dict[str, FloatArray]:
+        rows = slice(start, stop)
+        pairs = self.run.everything.read(rows, "uid", "clip_score")
+        quality = read_rows(self.run.first.at("proxies") / "quality.parquet", rows, "clip_in", "neg_clip_in")
+        return {
+            "random": -random_score(pairs["uid"].tolist(), self.run.seed),
+            "clip_score": -pairs["clip_score"].astype(np.float64),
+            "proxy_clip_score": -quality["clip_in"],
+            "neg_clip_loss": -quality["neg_clip_in"],
+        }
+
+    def columns(self, start: int, stop: int) -> dict[str, Column]:
+        return {name: Column(values, np.arange(start, stop)) for name, values in self(start, stop).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsOfRange:
+    """Columns of weights.parquet: each baseline has the first of its order, as many as curated keeps."""
+
+    round: Round
+    decision: Decision
+    cuts: Mapping[str, Cut]
+
+    def __call__(self, start: int, stop: int) -> Columns:
+        seen, span = self.round.seen(start, stop)
+        curated = np.zeros(stop - start)
+        curated[seen] = self.decision.read(*span)
+        weights = {"curated": curated, "everything": np.ones(stop - start)}
+        for name, values in BaselineScores(self.round.run)(start, stop).items():
+            weights[name] = self.cuts[name].below(values, np.arange(start, stop)).astype(np.float64)
+        return {name: weights[name] for name in METHODS}
+
+
+@dataclass(frozen=True)
+class CountReasons:
+    """Statistic: how many pairs have each reason."""
+
+    def observe(self, columns: Columns) -> Counter[str]:
+        return Counter(columns["reason"].tolist())
+
+    def merge(self, left: Counter[str], right: Counter[str]) -> Counter[str]:
+        return left + right
+
+
+@dataclass(frozen=True)
+class CountKept:
+    """Statistic: how many pairs are kept, range by range."""
+
+    def observe(self, columns: Columns) -> list[int]:
+        return [int(columns["kept"].sum())]
+
+    def merge(self, left: list[int], right: list[int]) -> list[int]:
+        return left + right
 
 
 @dataclass(frozen=True)
@@ -194,25 +167,56 @@ class KeptRows:
     out: Path
 
     def __call__(self) -> int:
-        kept = read_columns(self.curated, "kept")["kept"].astype(bool)
+        parts = []
+        for start, stop in buckets_of(table_rows(self.curated), RANGE):
+            kept = read_rows(self.curated, slice(start, stop), "kept")["kept"].astype(bool)
+            parts.append(self.pool.rows[start:stop][kept])
+        rows = np.concatenate(parts)
         with atomic_path(self.out) as aside, aside.open("wb") as file:
-            np.save(file, self.pool.rows[kept])
-        return int(kept.sum())
+            np.save(file, rows)
+        return len(rows)
 
 
 class Selection(Stage):
     """Turns scores into curated.parquet, strata.parquet, weights.parquet and evidence.parquet."""
 
     name = "selection"
+    version = 2
     needs = ("proxies", "redundancy", "influence", "fairness")
 
     def settings(self, config: Any) -> tuple[SelectionConfig, int]:
         return config.selection, config.seed
 
     def work(self, run: Run, workers: Workers) -> Details:
-        workers.once(WriteEvidence(run=run, folder=workers.folder))
-        config, trials = choose_weighting(run, PairEvidence(folder=workers.folder), workers)
-        details = workers.once(WriteSelection(run=run, config=config, folder=workers.folder))
-        details |= chosen(config) | {"trials": trials}
-        rows = sum(details["reasons"].values())
-        return Details(rows_in=rows, rows_out=rows, details=details)
+        evidence, folder = write_evidence(run, workers), workers.folder
+        decision, trials = choose_weighting(run, evidence, workers)
+        seen, everything = run.manifest("influence").rows_out, run.first.manifest("proxies").rows_out
+        with range_passes(workers, everything) as passes:
+            strata = ReadDecided(decision, run.at("influence") / "strata.parquet")
+            facts = run.manifest("influence").details
+            counting = StrataCounts(decision.rule, facts["clusters"], facts["quantiles"])
+            counts, nearest = passes.fold(counting, strata, seen)
+            this, kept = Round(run=run), int(counts[2].sum())
+            if run.previous is not None:
+                by_range = passes.fold(CountKept(), ReadTable(this.before, ("kept",)), everything)
+                this = Round(run=run, starts=tuple(np.cumsum([0, *by_range]).tolist()))
+            cuts = {
+                name: passes.result(
+                    search(itemgetter(name), [Goal(rank=kept)], everything),
+                    BaselineScores(run).columns,
+                    everything,
+                )[0]
+                for name in BASELINES[1:]
+            }
+            summary = Summarise(run=run, decision=decision, counts=counts, nearest=nearest, folder=folder)
+            details = passes.pool.run(summary)
+        workers.table("curated", CuratedRange(round=this, decision=decision), everything, RANGE)
+        weights = WeightsOfRange(round=this, decision=decision, cuts=cuts)
+        workers.table("weights", weights, everything, RANGE, label="weights")
+        with range_passes(workers, everything) as passes:
+            reasons = passes.fold(
+                CountReasons(), ReadTable(folder / "curated.parquet", ("reason",)), everything
+            )
+        details |= {"reasons": dict(sorted(reasons.items())), "kept_fraction": reasons[KEPT] / everything}
+        details |= chosen(decision.rule.config) | {"trials": trials}
+        return Details(rows_in=everything, rows_out=everything, details=details)

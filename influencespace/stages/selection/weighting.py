@@ -2,20 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from influencespace.core.arrays import FloatArray
 from influencespace.core.select import SelectionConfig, best_candidate, fairest_candidate
 from influencespace.models.heads import Heads
 from influencespace.models.training import HeadsConfig
 from influencespace.run import Run, Workers
+from influencespace.stages.passes import range_passes
 from influencespace.stages.proxies.target import TargetHalves, choosing_terms, losses_by_fold
 from influencespace.stages.proxies.train_many import Training, train_many
-from influencespace.stages.selection.evidence import PairEvidence
+from influencespace.stages.selection.pair_evidence import Decision, PairEvidence
 
 # Halved from one standard deviation of influence; colder ones leave too few pairs.
 TEMPERATURES = (1.0, 0.5, 0.25)
@@ -58,21 +56,6 @@ def with_chosen(config: SelectionConfig, reported: Mapping[str, Any]) -> Selecti
 
 
 @dataclass(frozen=True)
-class DecidedWeights:
-    """Weights of the pool's pairs by a decision."""
-
-    folder: Path
-    config: SelectionConfig
-
-    def read(self, start: int, stop: int) -> FloatArray:
-        return self._weight[start:stop]
-
-    @cached_property
-    def _weight(self) -> FloatArray:
-        return PairEvidence(folder=self.folder).decide(self.config).weight
-
-
-@dataclass(frozen=True)
 class LossByFold:
     """Measure: loss on the choosing half of the target by fold of its images, as a whole and of each group."""
 
@@ -97,22 +80,25 @@ def trial_name(config: SelectionConfig, seed: int) -> str:
 
 def choose_weighting(
     run: Run, evidence: PairEvidence, workers: Workers
-) -> tuple[SelectionConfig, list[dict[str, Any]]]:
-    """The candidate that retraining likes best, and the trials; nothing is trained where the config leaves no choice."""
+) -> tuple[Decision, list[dict[str, Any]]]:
+    """The decision that retraining likes best, and the trials; nothing is trained where the config leaves no choice."""
     worst = evidence.worst_group
     choices = candidates(run.config.selection, worst is not None)
+    with range_passes(workers, evidence.rows) as passes:
+        rules = [passes.result(evidence.passes(one), evidence.reader(one), evidence.rows) for one in choices]
+    decisions = [Decision(evidence=evidence, rule=rule) for rule in rules]
     if len(choices) == 1:
-        return choices[0], []
+        return decisions[0], []
     proxy, steps = run.config.proxy, run.manifest("proxies").details["steps"]
     trainings = [
         Training(
             name=trial_name(choice, seed),
-            weights=DecidedWeights(evidence.folder, choice),
+            weights=decision,
             seed=seed,
             steps=steps,
             measure=LossByFold(TargetHalves(run.target, run.seed), proxy.train),
         )
-        for choice in choices
+        for choice, decision in zip(choices, decisions, strict=True)
         for seed in SEEDS
     ]
     records = train_many(run.pool, proxy.train, trainings, workers, label="weighting")
@@ -135,4 +121,4 @@ def choose_weighting(
         }
         for i, choice in enumerate(choices)
     ]
-    return choices[best], table
+    return decisions[best], table

@@ -71,7 +71,7 @@ class Reweighting:
             np.stack(axes, 1),
             rows,
             influence,
-            stands_for=pairs_stood_for(self.evidence.stratum[kept], rows),
+            stands_for=pairs_stood_for(self.evidence.strata["quantile"][kept], rows),
             knots=KNOTS,
             config=self.rule,
             clip_score=self.evidence.strata["pretrained"][kept],
@@ -80,7 +80,7 @@ class Reweighting:
     def _influence(self, kept: IntArray, heads: Heads, preconditioner: Tensor) -> tuple[IntArray, FloatArray]:
         """Some pairs of the pool that are kept, and the influence of each."""
         scored = self.evidence.influence["pair"]
-        # the first of the initial sample: it has some of every stratum, in canonical order, which is random
+        # the first of the sample, which is in canonical order: a random one
         sample = scored[np.isin(scored, kept)][:MAX_SCORED]
         train = self.inputs.proxy.train
         scorer = online_scorer(
