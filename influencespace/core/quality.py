@@ -97,15 +97,6 @@ def shared_captions(image: IntArray, text: IntArray) -> float:
     return float((caption_images(image, text) > 0).mean())
 
 
-def caption_axis(image: IntArray, text: IntArray) -> FloatArray:
-    """`caption_images`, but unknown, nan, for all where most captions are shared: (n,), (n,) -> (n,).
-
-    There a caption is the name of a class, and how many images have it is the size of the class.
-    """
-    images = caption_images(image, text)
-    return images if (images > 0).mean() <= MAX_SHARED else np.full(len(images), np.nan)
-
-
 def agreement(texts: FloatArray, image: IntArray) -> FloatArray:
     """Mean cosine of each caption with the other captions of its image: unit (n, D), (n,) -> (n,); nan for an only one."""
     _, owner, counts = np.unique(image, return_inverse=True, return_counts=True)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from influencespace.core.histogram import Moments
 from influencespace.core.quality import (
     agreement,
-    caption_axis,
     caption_images,
     quality_axis,
     shared_captions,
@@ -62,7 +61,5 @@ def test_captions_and_their_agreement_are_what_loops_find(seed: int) -> None:
 def test_names_of_classes_are_no_axis() -> None:
     image, text = np.arange(30), np.arange(30) % 3
     assert shared_captions(image, text) == 1
-    assert np.isnan(caption_axis(image, text)).all()
     mostly_own = np.where(np.arange(30) < 12, 0, np.arange(30))
     assert shared_captions(image, mostly_own) == 0.4
-    np.testing.assert_array_equal(caption_axis(image, mostly_own), caption_images(image, mostly_own))

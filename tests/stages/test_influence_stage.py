@@ -18,7 +18,7 @@ from chain import (
 
 from influencespace.core import histogram
 from influencespace.core.metrics import auroc
-from influencespace.core.quality import agreement, quality_axis
+from influencespace.core.quality import quality_axis
 from influencespace.core.strata import balance, quantile_of
 from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
@@ -31,7 +31,6 @@ from influencespace.run import Run
 from influencespace.stages.proxies.proxy import Proxy, proxy_name
 from influencespace.stages.proxies.train_many import fold_of_rows
 from influencespace.stages.scoring.curvature import directions_of
-from influencespace.stages.scoring.sampling import caption_agreement
 
 FEW = {"influence.max_samples": 30, "influence.target_samples": 3, "influence.bucket_size": 16}
 """Settings by which not all pairs are scored."""

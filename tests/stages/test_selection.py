@@ -15,6 +15,7 @@ from chain import World, assert_equal_results, beside, carry, carry_beside, colu
 from influencespace.core import histogram
 from influencespace.core.select import HARMFUL, KEPT, OVER_SIZE, SelectionConfig
 from influencespace.core.strata import rank_within
+from influencespace.data.artifacts import File, file_digest, write_manifest
 from influencespace.data.buckets import read_columns, write_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.ray_engine import RayEngine
@@ -244,7 +245,11 @@ def test_a_proxy_that_has_not_converged_is_warned_of(truth: Run, tmp_path: Path)
         shutil.copytree(truth.at("influence"), run.at("influence"))
         centred = scored["influence_in"] - scored["influence_in"].mean()
         moved = scored | {"influence_in": centred + shift * centred.std()}
-        write_columns(run.at("influence") / "influence.parquet", moved)
+        path = run.at("influence") / "influence.parquet"
+        write_columns(path, moved)
+        manifest = run.manifest("influence")
+        anew = File(size=path.stat().st_size, digest=file_digest(path))
+        write_manifest(path.parent, replace(manifest, files={**manifest.files, path.name: anew}))
         warnings = carry(run, "selection").details["warnings"]
         assert any("has not converged" in warning for warning in warnings) == warned
 

@@ -8,11 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from influencespace.core.arrays import IntArray
-from influencespace.core.quality import Quantiles, Scores, agreement, caption_axis
+from influencespace.core.quality import Quantiles, Scores
 from influencespace.core.strata import first_of_each
 from influencespace.data.artifacts import atomic_path, write_json
-from influencespace.data.buckets import Columns, buckets_of, read_rows, write_columns
-from influencespace.data.pair_set import PairSet
+from influencespace.data.buckets import Columns, buckets_of, read_rows
 from influencespace.run import Run
 from influencespace.stages.passes import RANGE
 
