@@ -136,7 +136,7 @@ def test_copies_are_one_piece_of_evidence(decided: Run) -> None:
     found = scores.carried_over(scores.strata)["score"]
     np.testing.assert_allclose(found, expected.predict(axes)[0], rtol=1e-6)
     together = np.array([found[leader == one].mean() for one in leader])
-    np.testing.assert_allclose(columns(copied, "selection/evidence")["score"], together, rtol=1e-9)
+    np.testing.assert_allclose(columns(decided, "selection/evidence")["score"], together, rtol=1e-9)
 
 
 def test_five_hundred_copies_of_a_pair_move_no_others_score(decided: Run) -> None:
