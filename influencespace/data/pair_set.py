@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from influencespace.core.arrays import IntArray
 from influencespace.data.artifacts import MANIFEST
@@ -122,9 +121,11 @@ class PairSet:
 
     def inputs(self, pairs: IntArray | slice, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """Unit embeddings of images and captions of some pairs of the set: two (m, D)."""
-        images, texts = map(torch.from_numpy, self.table.embeddings(self.place(pairs)))
-        # float16 rounds their length by up to one part in a thousand
-        return normalize(images.to(device), dim=1), normalize(texts.to(device), dim=1)
+        read = map(torch.from_numpy, self.table.embeddings(self.place(pairs)))
+        images, texts = (one.to(device) for one in read)
+        for one in (images, texts):  # float16 rounds their length by up to one part in a thousand
+            one.div_(torch.linalg.vector_norm(one, dim=1, keepdim=True).clamp_(min=1e-12))
+        return images, texts
 
     def captions_of_others(self, pairs: IntArray, seed: int) -> IntArray:
         """For each pair another pair of the set with another image and another caption, if there is one to be found (m,)."""
