@@ -15,7 +15,7 @@ from influencespace import pipeline
 from influencespace.config import RunConfig, as_tree, load_config
 from influencespace.core.arrays import FloatArray
 from influencespace.data.buckets import buckets_of
-from influencespace.data.locations import local_folder
+from influencespace.data.locations import alone_in, local_folder
 from influencespace.engine.local import Engine, LocalEngine
 from influencespace.errors import InputError
 from influencespace.estimators import problem as contract
@@ -90,7 +90,7 @@ def curate(
     folder = local_folder(out, "--out").expanduser().absolute()
     pipeline.check(resolved)
     with (
-        pipeline.alone_in(folder),
+        alone_in(folder),
         start(engine, address) as started,
     ):  # what is refused is refused before Ray starts
         return pipeline.curate(resolved, folder, started)

@@ -5,7 +5,7 @@ from typing import Any
 
 from influencespace import pipeline
 from influencespace.config import load_config
-from influencespace.data.locations import local_folder
+from influencespace.data.locations import alone_in, local_folder
 from influencespace.data.synthetic import SPLITS, WorldConfig, count_shards, write_world
 from influencespace.engine.local import Engine, run_once
 from influencespace.engine.progress import progress
@@ -24,7 +24,7 @@ SMALL_PROXY = {
 def run_demo(out: Path, engine: Engine, *, seed: int = 0, pairs: int = 6000, steps: int = 300) -> Run:
     """Write the world and its encoder below `out`, and curate it there; the finished Run."""
     out = local_folder(out, "--out").expanduser().absolute()
-    with pipeline.alone_in(out):
+    with alone_in(out):
         return _demo(out, engine, seed, pairs, steps)
 
 

@@ -3,18 +3,15 @@
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from influencespace.config import RunConfig, as_tree, load_config, save_config
 from influencespace.data.artifacts import Manifest, copy_file, installed_versions, write_json
 from influencespace.data.embeddings import rejected_reasons
 from influencespace.data.integrity import is_done
-from influencespace.data.locations import local_folder
+from influencespace.data.locations import alone_in, local_folder
 from influencespace.data.pair_set import PairSet
 from influencespace.data.results import (
     CURATED,
@@ -110,30 +107,6 @@ def load_run(folder: Path | str) -> Run:
         run.check(name)
     config = load_config(folder / "config.yaml")
     return replace(run, config=config, sets=pair_sets(run), inputs={Split.name: split.content})
-
-
-@contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """Make the run folder and keep other runs out of it until the block ends, however it ends.
-
-    A process may enter again. Raises InputError where another run works in it, or where it cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock", is_singleton=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(
-            f"another run is working in {out}: wait until it has ended, or give another --out"
-        ) from None
-    except OSError as error:
-        raise InputError(
-            f"--out {out} cannot be written ({error.strerror}): it must be a folder, or a path where one can be made"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def open_folder(config: RunConfig, out: Path) -> None:

@@ -27,6 +27,7 @@ from influencespace.data.artifacts import (
 from influencespace.data.buckets import ComputeColumns, buckets_of, join_buckets, remove_work, write_tasks
 from influencespace.data.exchange import Exchange, ReduceGroups
 from influencespace.data.integrity import cheap_faults, damage, describe_tasks, is_done
+from influencespace.data.locations import alone_in
 from influencespace.data.pair_set import PairSet
 from influencespace.data.results import CURATED, REPORT, check_result, read_summary
 from influencespace.engine.local import Engine, Pool, WorkerFactory, run_once, run_task
@@ -128,13 +129,13 @@ class Run:
     def export(self, to: str, out: Path | str, *, shard_size: int = 10_000) -> Manifest:
         """Write the kept pairs into a folder as `npy` (DataComp), `webdataset` or `parquet`, `shard_size` of them a file.
 
-        Raises InputError for another format, a folder that holds other files and a run that is not finished.
+        Raises InputError for another format, a folder that holds other files, and a run that is not finished or worked in.
         """
         from influencespace.data.exports import export
 
         summary = self.summary()
         kept = round(summary["kept_fraction"] * summary["rows"]["pool"])
-        with progress("export", kept, "pairs") as bar:
+        with alone_in(self.folder), progress("export", kept, "pairs") as bar:
             return export(self.folder, to, out, shard_size=shard_size, advance=bar.advance)
 
 

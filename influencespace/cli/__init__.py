@@ -20,7 +20,8 @@ app = typer.Typer(
     help="Find out by influence functions which image-text pairs make a model better, and keep those.",
 )
 COMMANDS = (
-    *(runs.run, runs.demo, runs.plan, runs.sweep, runs.show, runs.export),
+    *(runs.run, runs.demo, runs.plan, runs.sweep, runs.show, runs.verify, runs.repair),
+    runs.export,
     *(tasks.score, tasks.detect, tasks.trace, tasks.clean, tasks.coreset, tasks.forget),
 )
 for command in COMMANDS:

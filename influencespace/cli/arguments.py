@@ -1,12 +1,14 @@
 """Arguments that several commands share, and how their texts are read."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from influencespace.data.locations import local_folder
+from influencespace.data.locations import alone_in, local_folder
 from influencespace.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,16 +21,29 @@ Address = Annotated[
     typer.Option("--address", help="Ray cluster to work on; without it, RAY_ADDRESS or a local Ray."),
 ]
 Finished = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
+Stored = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
-def finished_run(folder: str) -> "Run":
-    """The run in a folder; raises InputError where it is not finished."""
-    path = local_folder(folder, "RUN").expanduser()
+def existing_folder(folder: str) -> Path:
+    """The folder of a run; raises InputError where there is none."""
+    path = local_folder(folder, "RUN").expanduser().absolute()
+    if not path.is_dir():
+        raise InputError(f"{path}: no such run folder. Is it mistyped?")
+    return path
+
+
+@contextmanager
+def finished_run(folder: str) -> Iterator["Run"]:
+    """The run in a folder, where no other command works until the block ends; raises InputError where it is not finished."""
+    path = local_folder(folder, "RUN").expanduser().absolute()
     from influencespace.data.results import read_summary
     from influencespace.pipeline import load_run
 
-    read_summary(path)
-    return load_run(path)
+    if not path.is_dir():
+        read_summary(path)  # says what is missing, and makes no folder
+    with alone_in(path):
+        read_summary(path)
+        yield load_run(path)
 
 
 def named_values(given: list[str], flag: str) -> dict[str, str]:

@@ -5,11 +5,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from influencespace.cli.arguments import Address, Finished, finished_run, named_values
-from influencespace.data.locations import local_folder
+from influencespace.cli.arguments import (
+    Address,
+    Finished,
+    Stored,
+    existing_folder,
+    finished_run,
+    named_values,
+)
+from influencespace.data.locations import alone_in, local_folder
 
 if TYPE_CHECKING:
     from influencespace.config import RunConfig
+    from influencespace.tasks.verify import Problem
 
 Config = Annotated[Path | None, typer.Argument(help="YAML of a run; flags and --set override it.")]
 Out = Annotated[
@@ -128,7 +136,7 @@ def sweep(
     from influencespace.sweep import Sweep, SweepConfig
 
     pipeline.check(whole)
-    with pipeline.alone_in(folder), start("ray", address) as engine:
+    with alone_in(folder), start("ray", address) as engine:
         done = pipeline.curate(whole, folder, engine)
         best = carry_out(Sweep(SweepConfig(trials=trials)), done, engine).details
     print("best of {trials} trials: {settings}, {value:.4f} (the run's own: {own:.4f})".format(**best))
@@ -144,6 +152,45 @@ def show(folder: Finished) -> None:
     print_summary(read_summary(path))
 
 
+def verify(folder: Stored) -> None:
+    """Read every file of a run, and report those that are not as they were written; exit code 1 where there are any."""
+    from influencespace.tasks.verify import verify_run
+
+    path = existing_folder(folder)
+    with alone_in(path):
+        problems = verify_run(path)
+        print_problems(path, problems)
+    if problems:
+        raise typer.Exit(1)
+
+
+def repair(folder: Stored, address: Address = None) -> None:
+    """Make again what `verify` finds, by the run's own config; the rest stays as it is."""
+    from influencespace.api import start
+    from influencespace.report.table import print_summary
+    from influencespace.tasks.verify import repair_run, verify_run
+
+    path = existing_folder(folder)
+    with alone_in(path):
+        problems = verify_run(path)
+        print_problems(path, problems)
+        with start("ray", address) as engine:
+            print_summary(repair_run(path, problems, engine).summary())
+
+
+def print_problems(run: Path, problems: "list[Problem]") -> None:
+    from influencespace.tasks.verify import advice, is_finished
+
+    for problem in problems:
+        print(f"{problem.fault}: {advice(run, problem)}")
+    if not problems:
+        print(f"{run}: every file is as it was written")
+    if not is_finished(run):
+        print(
+            f"{run} is not finished: `influencespace repair {run}`, or the command that began it, continues it"
+        )
+
+
 def export(
     folder: Finished,
     to: Annotated[Literal["npy", "webdataset", "parquet"], typer.Option("--to", help="Format.")],
@@ -152,5 +199,6 @@ def export(
 ) -> None:
     """Write the kept pairs as others read them."""
     into = local_folder(out, "--out").expanduser()
-    manifest = finished_run(folder).export(to, into, shard_size=shard_size)
+    with finished_run(folder) as run:
+        manifest = run.export(to, into, shard_size=shard_size)
     print(f"{manifest.rows_out:,} pairs written to {into}")

@@ -34,12 +34,10 @@ def score(
     """Score every pair of a run's pool by an estimator: higher is more worth keeping."""
     options = options_of(option)
     from influencespace.engine.session import start_ray
-    from influencespace.pipeline import alone_in
     from influencespace.tasks.score import score_run, scoring_stage
 
     stage = scoring_stage(estimator, options, space)
-    run = finished_run(folder)
-    with alone_in(run.folder), start_ray(address) as engine:
+    with finished_run(folder) as run, start_ray(address) as engine:
         path, manifest = score_run(run, stage, engine)
     print(f"{manifest.rows_out:,} pairs, {manifest.details['without_score']:,} without a score: {path}")
 
@@ -58,13 +56,11 @@ def detect(
     """Rank the pairs that look misaligned, with a page of the first ones; precision and recall where truth is given."""
     options = options_of(option)
     from influencespace.api import start
-    from influencespace.pipeline import alone_in
     from influencespace.tasks.detect import detect_run, ranking_stage, read_truth
 
     stage = ranking_stage(estimator, options)
-    run = finished_run(folder)
     known = None if truth is None else read_truth(truth)
-    with alone_in(run.folder), start("ray" if stage else "local", address) as engine:
+    with finished_run(folder) as run, start("ray" if stage else "local", address) as engine:
         result = detect_run(run, stage, known, engine)
     paths = result.pop("paths")
     for name, value in result.items():
@@ -94,16 +90,15 @@ def trace(
     if not uid and query is None:
         raise InputError("nothing to trace: give --query IMAGE TEXT, or --uid UID of a test or target pair")
     from influencespace.engine.session import start_ray
-    from influencespace.pipeline import alone_in
     from influencespace.stages.scoring.trace import TraceConfig
     from influencespace.tasks.trace import query_by_picture, query_by_uid, trace_run
 
-    run = finished_run(folder)
-    queries = [query_by_uid(run, one) for one in uid]
-    if query is not None:
-        queries.append(query_by_picture(run, *query))
-    with alone_in(run.folder), start_ray(address) as engine:
-        traced = trace_run(run, queries, TraceConfig(top=top), engine, index=index)
+    with finished_run(folder) as run:
+        queries = [query_by_uid(run, one) for one in uid]
+        if query is not None:
+            queries.append(query_by_picture(run, *query))
+        with start_ray(address) as engine:
+            traced = trace_run(run, queries, TraceConfig(top=top), engine, index=index)
     for result in traced:
         caption, picture = (result["retrieved"][what] for what in ("caption", "picture"))
         print(
@@ -126,7 +121,8 @@ def clean(
     share = None if fraction == "auto" else number(fraction, "--fraction", "a share such as 0.2, or auto")
     from influencespace.tasks.choose import clean as choose
 
-    print_choice(choose(finished_run(folder), share))
+    with finished_run(folder) as run:
+        print_choice(choose(run, share))
 
 
 def coreset(
@@ -143,7 +139,8 @@ def coreset(
     wanted = number(size, "--size", "a share such as 0.1, or a number of pairs such as 500")
     from influencespace.tasks.choose import coreset as choose
 
-    print_choice(choose(finished_run(folder), wanted, method))
+    with finished_run(folder) as run:
+        print_choice(choose(run, wanted, method))
 
 
 def forget(
@@ -163,12 +160,10 @@ def forget(
     ] = False,
 ) -> None:
     """Make a run's proxy forget some pairs, without training it again."""
-    from influencespace.pipeline import alone_in
     from influencespace.tasks.forget import forget_run, read_uids
 
     named = read_uids(uids)
-    run = finished_run(folder)
-    with alone_in(run.folder):
+    with finished_run(folder) as run:
         result = forget_run(run, named, steps, check)
     print(f"{result['deleted']:,} pairs forgotten, {result['kept']:,} kept, in {result['seconds']:.2f} s")
     if result["unknown"]:

@@ -81,8 +81,8 @@ def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it, or nothing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def write_json(path: Path | str, value: Any) -> None:

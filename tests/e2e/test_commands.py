@@ -13,8 +13,8 @@ from conftest import SMALL, STAGES, Command, run_arguments, run_here, times
 from PIL import Image
 from scipy.stats import spearmanr
 
-from influencespace import pipeline
 from influencespace.config import load_config
+from influencespace.data.locations import alone_in
 from influencespace.data.pair_set import PairSet
 from influencespace.sweep import SETTINGS
 
@@ -197,8 +197,8 @@ def test_a_file_is_no_run_folder(influencespace: Command, world: Path, tmp_path:
 
 def test_two_runs_do_not_share_a_folder(influencespace: Command, world: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with pipeline.alone_in(out), pipeline.alone_in(out):  # the process itself may enter again
+    with alone_in(out), alone_in(out):  # the process itself may enter again
         done = influencespace(*run_arguments(world, out))
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: another run is working in {out}")
+    assert done.stderr.startswith(f"error: another command is working in {out}")
     assert not (out / "config.yaml").exists()

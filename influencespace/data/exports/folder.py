@@ -22,6 +22,7 @@ from influencespace.data.artifacts import (
 from influencespace.data.exports.pictures import read_pictures
 from influencespace.data.exports.selection import FinishedRun, Selection, select
 from influencespace.data.integrity import describe, file_fault, is_done
+from influencespace.data.locations import LOCK, alone_in
 from influencespace.data.schema import ImageRef
 from influencespace.errors import InputError
 
@@ -57,11 +58,26 @@ def write_once(
     """Fill the folder `out` unless the same export of the same run is there.
 
     `write` takes the fingerprint of the export, calls `advance` and describes each file. Raises InputError when
-    `out` holds files that are no export of this kind.
+    `out` holds files that are no export of this kind, and when another export is being written there.
     """
+    _claim(out, kind)
+    with alone_in(out.absolute()):
+        try:
+            return _write_once(run, out, kind, options, write, advance)
+        finally:
+            (out / LOCK).unlink()
+
+
+def _write_once(
+    run: FinishedRun,
+    out: Path,
+    kind: str,
+    options: dict[str, Any],
+    write: Callable[[str], dict[str, File]],
+    advance: Callable[[int], None],
+) -> Manifest:
     started = time.monotonic()
     inputs = run.inputs()
-    _claim(out, kind)
     mine = fingerprint({"stage": "export", "kind": kind, "options": options, "inputs": inputs})
     if (done := read_manifest(out)) is not None and is_done(out, mine):
         advance(done.rows_out)
