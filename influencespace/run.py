@@ -261,10 +261,13 @@ class Workers:
             self.map(tasks, total=total, unit=unit, label=label, size=int, resources=resources)
 
     @contextmanager
-    def pool(self, factory: WorkerFactory, tasks: int) -> Iterator[Pool]:
+    def pool(
+        self, factory: WorkerFactory, tasks: int, *, resources: Resources | None = None
+    ) -> Iterator[Pool]:
         """Workers that live until the block ends, no more than there are tasks."""
         workers = tasks if tasks < self.cores else 0  # 0: all there is room for, now and later
-        with self.engine.pool(factory, workers=workers, resources=self.resources) as pool:
+        needs = resources or self.resources
+        with self.engine.pool(factory, workers=workers, resources=needs) as pool:
             yield pool
 
     @contextmanager

@@ -140,10 +140,6 @@ class PairSet:
             other[same] = generator.integers(0, lenders, int(same.sum()))
         return other
 
-    def mixed_inputs(self, pairs: IntArray, captions_of: IntArray) -> tuple[Tensor, Tensor]:
-        """Images of `pairs` with the captions of other pairs of the set: two (m, D)."""
-        return self.inputs(pairs)[0], self.inputs(captions_of)[1]
-
 
 def _open(folder: Path, rows_file: Path | None) -> PairSet:
     """A set that came over the wire; one process reads the columns of the same files once."""

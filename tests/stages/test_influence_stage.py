@@ -1,7 +1,7 @@
 """Influence of sampled pairs: the estimator's own numbers, balanced, whatever the buckets; samples and caption control."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from influencespace.estimators.influence import Influence, InfluenceScorer
 from influencespace.estimators.table import BY_TANGENTS, TABLE
 from influencespace.models.space import Space
 from influencespace.pipeline import STAGES
-from influencespace.run import Run
+from influencespace.run import Run, Workers
 from influencespace.stages.proxies.proxy import Proxy, proxy_name
 from influencespace.stages.proxies.train_many import fold_of_rows
 from influencespace.stages.scoring.curvature import directions_of
@@ -224,3 +224,22 @@ def test_pairs_that_no_batch_has_held_are_left_out_of_unrolled_influence(truth: 
     counts = run.manifest("influence").details
     assert counts["without_score"] == counts["sample"] - len(influence) > 0
     assert details["caption_control"]["influence_permuted"] is None
+
+
+def test_scores_on_another_device_are_the_same(truth: Run, tmp_path: Path) -> None:
+    """Along all the way of a GPU: here a CPU of another name."""
+
+    run = beside(truth, tmp_path, "influence")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workers, "device", "cpu:0")
+        seen: list[str] = []
+        inputs = PairSet.inputs
+
+        def watched(self: PairSet, pairs: Any, device: str = "cpu") -> Any:
+            seen.append(device)
+            return inputs(self, pairs, device)
+
+        patch.setattr(PairSet, "inputs", watched)
+        carry(run, "influence")
+    assert set(seen) == {"cpu:0"}
+    assert_equal_results(truth.at("influence"), run.at("influence"), spreads=1e-6)

@@ -140,9 +140,9 @@ class Proxy:
         batches = sorted(key for key in self._state if key.startswith("batch_"))
         return [self._state[key].numpy() for key in batches]
 
-    def reference_bank(self, pool: PairSet) -> list[NegativeBatch]:
+    def reference_bank(self, pool: PairSet, device: str = "cpu") -> list[NegativeBatch]:
         image = [pool.read(rows, "image")["image"] for rows in self.bank]
-        inputs = [pool.inputs(rows) for rows in self.bank]
+        inputs = [pool.inputs(rows, device) for rows in self.bank]
         return [NegativeBatch(inputs=x, image=i) for x, i in zip(inputs, image, strict=True)]
 
     @torch.no_grad()

@@ -79,6 +79,7 @@ class AlongDirections:
 def _scorer(along: AlongDirections, fold: int | None) -> Any:
     """The scorer of one proxy, with all that it has computed of the bank."""
     directions = directions_of(along.curvature, proxy_name(fold))
+    directions = directions.to(along.inputs.device)
     rows = directions if along.by_target_fold else directions.mean(0, keepdim=True)
     return along.estimator.scorer(along.inputs.problem(fold, path=False), rows)
 
@@ -173,10 +174,12 @@ class Influence(Stage):
             counts = passes.pool.run(draw)
         strata = StrataOfRange(run=run, quantiles=quantiles)
         workers.table("strata", strata, pairs, RANGE, label="strata")
-        inputs = ScoringInputs.of(run)
+        estimator, solved = directional(run.config), run.manifest("curvature").content
+        # others are fitted where the stage is driven
+        inputs = ScoringInputs.of(run, "cpu" if estimator is None else workers.device)
+        needs = workers.resources if estimator is None else workers.heavy()
         starts: dict[str, list[int]] = {}
-        with scoring_pass(workers, inputs, config.bucket_size, pairs) as scoring:
-            estimator, solved = directional(run.config), run.manifest("curvature").content
+        with scoring_pass(workers, inputs, config.bucket_size, pairs, resources=needs) as scoring:
             by_proxy = self._fit(run, inputs, pairs, scoring if estimator is None else None)
 
             def sample(kind: Kind, file: str) -> ScoreSample:

@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
 from influencespace.data.artifacts import atomic_path
-from influencespace.data.buckets import open_bucket
+from influencespace.data.buckets import read_bucket
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import STRICT
 from influencespace.run import Details, Run, Stage, Workers
@@ -38,22 +38,30 @@ class ScoreConfig:
         return settings | {"without_score": without}
 
 
+SCORES = pa.schema([("uid", pa.string()), ("score", pa.float64())])
+"""Columns of scores.parquet."""
+
+
 @dataclass(frozen=True)
 class JoinScores:
-    """Task: scores.parquet (uid, score) from the buckets; the number of pairs without a score."""
+    """Task: scores.parquet from the buckets, one after another; the number of pairs without a score."""
 
     pool: PairSet
     folder: Path
     starts: list[int]
 
     def __call__(self) -> int:
-        score = np.concatenate(
-            [open_bucket(self.folder, "score", a)["score"].to_numpy() for a in self.starts]
-        )
-        uids = list(map(str, self.pool.column("uid")))
-        with atomic_path(self.folder / "scores.parquet") as aside:
-            pq.write_table(pa.table({"uid": pa.array(uids, pa.string()), "score": pa.array(score)}), aside)
-        return int((~np.isfinite(score)).sum())
+        without = 0
+        with (
+            atomic_path(self.folder / "scores.parquet") as aside,
+            pq.ParquetWriter(aside, SCORES) as writer,
+        ):
+            for start in self.starts:
+                score = read_bucket(self.folder, "score", start, "score")["score"]
+                uids = self.pool.read(slice(start, start + len(score)), "uid")["uid"]
+                writer.write_table(pa.table({"uid": pa.array(uids, pa.string()), "score": score}, SCORES))
+                without += int((~np.isfinite(score)).sum())
+        return without
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from influencespace.core.batches import folds_by_image
 from influencespace.data.buckets import Columns, WriteBucket, buckets_of
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.local import Pool
+from influencespace.engine.placement import Resources
 from influencespace.errors import InputError
 from influencespace.estimators.influence import (
     CurvatureConfig,
@@ -74,11 +75,7 @@ class Uids(Sequence[str]):
 
     @cached_property
     def _read(self) -> list[str]:
-        place = self._pairs.rows[self._rows]
-        first = int(place.min(initial=0))
-        table = self._pairs.table.rows(first, int(place.max(initial=-1)) + 1, "uid")
-        uids: list[str] = table["uid"].take(place - first).to_pylist()
-        return uids
+        return list(map(str, self._pairs.read(self._rows, "uid")["uid"]))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -102,9 +99,11 @@ class ScoringInputs:
     seed: int
     folder: Path
     """Of the proxies stage."""
+    device: str = "cpu"
+    """Where problems lie and batches are read to."""
 
     @classmethod
-    def of(cls, run: Run) -> "ScoringInputs":
+    def of(cls, run: Run, device: str = "cpu") -> "ScoringInputs":
         return cls(
             pool=run.pool,
             target=run.target,
@@ -112,6 +111,7 @@ class ScoringInputs:
             curvature=run.config.curvature,
             seed=run.seed,
             folder=run.at("proxies"),
+            device=device,
         )
 
     @cached_property
@@ -140,7 +140,7 @@ class ScoringInputs:
         Its training path takes a pass over the images of the pool: it may be left out.
         """
         proxy, train = self.trained(fold), self.proxy.train
-        space = Space(proxy.heads)
+        space = Space(proxy.heads.to(self.device))
         trajectory = self.trajectory(space, fold) if path else None
         return Problem(
             space=space,
@@ -151,12 +151,12 @@ class ScoringInputs:
             trained_on=int(total_weight(self.seen_by(fold), len(self.pool)))
             if path and fold is not None
             else None,
-            bank=proxy.reference_bank(self.pool),
+            bank=proxy.reference_bank(self.pool, self.device),
             target=[
-                NegativeBatch(inputs=self.target.inputs(rows), image=self.target.image[rows])
+                NegativeBatch(inputs=self.target.inputs(rows, self.device), image=self.target.image[rows])
                 for rows in self.target_batches
             ],
-            preconditioner=floored(proxy.preconditioner),
+            preconditioner=floored(proxy.preconditioner.to(self.device)),
             damping=damping_of(self.curvature, proxy.sum_of_learning_rates, train.weight_decay),
             checkpoints=checkpoints_of(trajectory) if trajectory else (),
             trajectory=trajectory,
@@ -179,20 +179,23 @@ class ScoringInputs:
         assert record is not None, f"{self.folder} lost the proxy {proxy_name(fold)}"
         train = replace(self.proxy.train, steps=record["steps"])
         heads, batches = beginning(self.pool, self.seen_by(fold), train, record["seed"])
-        initial = Space(heads)
+        initial = Space(heads.to(self.device))
         return Trajectory(
             space=space,
             initial=initial.flatten(initial.parameters),
             config=train,
             batches=list(batches),
-            inputs=BlockInputs(self.pool),
+            inputs=BlockInputs(self.pool, self.device),
             objective=train.objective,
         )
 
     def batch(self, rows: IntArray, captions_of: IntArray | None = None) -> Batch:
         """Some pairs of the pool, with their own captions or those of other pairs."""
-        inputs = self.pool.inputs(rows) if captions_of is None else self.pool.mixed_inputs(rows, captions_of)
-        return Batch(uid=Uids(self.pool, rows), row=rows, inputs=inputs, image=self.pool.image[rows])
+        images, texts = self.pool.inputs(rows, self.device)
+        if captions_of is not None:
+            _, texts = self.pool.inputs(captions_of, self.device)
+        image = self.pool.read(rows, "image")["image"].astype(np.int64)
+        return Batch(uid=Uids(self.pool, rows), row=rows, inputs=(images, texts), image=image)
 
     def out_of_fold(self, values: Values, rows: IntArray, captions_of: IntArray | None = None) -> FloatArray:
         """What `values(fold, batch)` gives of each pair (V, n, C), asked of the proxy that left the pair's image out."""
@@ -332,7 +335,9 @@ class ScoringPass:
 
 
 @contextmanager
-def scoring_pass(workers: Workers, inputs: HasBatches, size: int, rows: int) -> Iterator[ScoringPass]:
+def scoring_pass(
+    workers: Workers, inputs: HasBatches, size: int, rows: int, *, resources: Resources | None = None
+) -> Iterator[ScoringPass]:
     """Workers over `inputs` until the block ends, no more than `rows` give tasks to."""
-    with workers.pool(ScoringWorker(inputs), -(-rows // size)) as pool:
+    with workers.pool(ScoringWorker(inputs), -(-rows // size), resources=resources) as pool:
         yield ScoringPass(pool=pool, workers=workers, size=size)
