@@ -52,7 +52,7 @@ SMALL: dict[str, Any] = {
     "proxy.negative_batches": 3,
     "proxy.bucket_size": 100,
     "cluster.k": 2,
-    "cluster.batch_size": 64,
+    "cluster.step_pairs": 32,
     "cluster.bucket_size": 50,
     "curvature.rank": 16,
     "curvature.target_folds": 3,

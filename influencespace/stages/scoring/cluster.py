@@ -1,38 +1,49 @@
-"""The cluster stage: distributed mini-batch spherical k-means over fused embeddings, its tree, and every pair's leaf."""
+"""The cluster stage: distributed mini-batch spherical k-means over fused embeddings, its tree, and every pair's place in it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as plain_field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 from torch import Tensor
 
+from influencespace.core.arrays import IntArray
+from influencespace.core.cluster_tree import tree_levels
 from influencespace.core.kmeans import (
     Assignment,
     assign,
+    balance,
     davies_bouldin,
+    grouped,
     nearest,
     seed_centroids,
-    split_centroids,
     stable_level,
     step,
+    unit_rows,
 )
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, buckets_of
 from influencespace.data.pair_set import PairSet
-from influencespace.engine.local import Pool
+from influencespace.engine.local import Done, Pool, nothing
+from influencespace.engine.placement import Resources
 from influencespace.errors import STRICT
 from influencespace.models.fusion import FusionConfig, fuse
 from influencespace.run import Details, Run, Stage, Workers
 
 QUERY_SAMPLE = 4096  # pairs whose mean embedding is the query of attention pooling
+MEAN_OVER_MIN = 4
+"""Pairs of a mean leaf of `auto`, over those of the smallest that is allowed: small leaves are then few."""
+OVERSIZE = 8
+"""A leaf of `auto` with so many times the mean is split."""
+MIN_STEPS, MIN_SAMPLE = 16, 2048
+WORKER_MEMORY = 800 * 2**20
+"""Bytes: half of it Python and torch; rows of a bucket and states of 1,000 centroids are less than the rest."""
 
 
 @options(frozen=True, kw_only=True, config=STRICT)
@@ -40,125 +51,223 @@ class ClusterConfig:
     """Semantic clusters of the pool."""
 
     k: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Clusters; `auto` doubles them until the Davies-Bouldin index settles, and takes the level from which on it is stable, or
-    else the best one."""
+    """Clusters; `auto` makes as many leaves as `max_k` and `min_cluster_size` allow, merges them two by two, and takes the level
+    from which on the Davies-Bouldin index is stable, or else the best one."""
     first: int = Field(default=4, ge=1)
-    """Clusters of the first level of `auto`."""
-    min_cluster_size: int = Field(default=800, ge=1)
-    """Mean pairs a cluster must have: a leaf needs enough pairs for each of its quality quantiles."""
+    """Clusters of the first level of the tree; each next one has twice as many, down to the leaves."""
+    max_k: int = Field(default=1024, ge=1)
+    """Leaves that `auto` aims at, at most."""
+    min_cluster_size: int = Field(default=200, ge=1)
+    """Fewest pairs of a leaf of `auto`; a mean leaf has at least four times as many."""
     tolerance: float = Field(default=0.02, gt=0)
-    """`auto` stops when the index changes by less than this share."""
-    epochs: int = Field(default=2, ge=1)
-    """Passes over the pool at each level."""
-    batch_size: int = Field(default=8192, ge=1)
-    """Pairs of a mini-batch."""
-    sample: int = Field(default=20_000, ge=2)
-    """Pairs that seed centroids: the first of the canonical order, which is random."""
-    bucket_size: int = Field(default=16_384, ge=1)
+    """`auto` takes a level when the next changes the index by less than this share."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the pool that move the centroids; small pools are passed more often."""
+    steps: int = Field(default=64, ge=1)
+    """Mini-batches of a pass, at most."""
+    step_pairs: int = Field(default=16, ge=1)
+    """Pairs a cluster in a mini-batch, at least."""
+    seed_pairs: int = Field(default=8, ge=1)
+    """Pairs a cluster in the sample that seeds centroids: the first of the canonical order, which is random."""
+    bucket_size: int = Field(default=8192, ge=1)
     """Pairs assigned in one task; no centroid depends on it."""
     fusion: FusionConfig = plain_field(default_factory=FusionConfig)
 
 
+class Rows(Protocol):
+    """Unit rows that are clustered; cheap to pickle."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop), on the device where they are compared."""
+
+
 @dataclass(frozen=True)
 class Fused:
-    """Fused embeddings of a pool, computed where they are used."""
+    """Rows: fused embeddings of a pool, computed where they are used."""
 
     pool: PairSet
     fusion: FusionConfig
+    device: str = "cpu"
 
     @cached_property
     def _query(self) -> Tensor:
-        images, texts = self.pool.inputs(slice(0, QUERY_SAMPLE))
+        images, texts = self.pool.inputs(slice(0, QUERY_SAMPLE), self.device)
         return torch.cat([images, texts]).mean(0) if images.shape[1] == texts.shape[1] else images.mean(0)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        images, texts = self.pool.inputs(slice(start, stop))
-        return fuse(images, texts, self.fusion, query=self._query)
+        images, texts = self.pool.inputs(slice(start, stop), self.device)
+        query = self._query if self.fusion.name == "attention_pooling" else None
+        return fuse(images, texts, self.fusion, query=query)
 
 
 @dataclass(frozen=True)
 class FoldWorker:
-    """WorkerFactory: folds the k-means statistic of a range of pairs for the centroids that are shared."""
+    """WorkerFactory: folds the k-means statistic of a range of rows for the centroids that are shared."""
 
-    pool: PairSet
-    fusion: FusionConfig
+    data: Rows
 
     def __call__(self) -> Callable[[tuple[int, int], Tensor], Assignment]:
-        fused = Fused(self.pool, self.fusion)
-        return lambda span, centroids: assign(fused.rows(*span), centroids)
+        def fold(span: tuple[int, int], centroids: Tensor) -> Assignment:
+            rows = self.data.rows(*span)
+            return assign(rows, centroids.to(rows.device)).cpu()
+
+        return fold
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seeding:
-    """Task: first centroids, or the children of given ones, from the recorded sample."""
+    """Task: the first centroids, from the first rows."""
 
-    pool: PairSet
-    config: ClusterConfig
+    data: Rows
+    rows: int
     k: int
     seed: int
-    parents: Tensor | None = None
 
-    def __call__(self) -> tuple[Tensor, NDArray[np.int64], Tensor]:
-        sample = Fused(self.pool, self.config.fusion).rows(0, self.config.sample)
-        spare = sample[:256]
-        if self.parents is None:
-            return seed_centroids(sample, self.k, self.seed), np.zeros(self.k, np.int64), spare
-        children, parent = split_centroids(self.parents, sample, self.seed)
-        return children, parent, spare
+    def __call__(self) -> Tensor:
+        return seed_centroids(self.data.rows(0, self.rows), self.k, self.seed).cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
-class AssignBucket:
-    """Columns: the nearest centroid of a bucket of pairs, and its cosine."""
+class Balancing:
+    """Task: split oversize clusters and seed small ones anew, from the first rows."""
 
-    pool: PairSet
-    fusion: FusionConfig
+    data: Rows
+    rows: int
     centroids: Tensor
+    memory: Assignment
+    count: Tensor
+    shares: tuple[float, float]
+    seed: int
 
-    def __call__(self, start: int, stop: int) -> Columns:
-        index, cosine = nearest(Fused(self.pool, self.fusion).rows(start, stop), self.centroids)
-        return {"cluster": index.numpy(), "cosine": cosine.numpy()}
+    def __call__(self) -> tuple[Tensor, Assignment]:
+        sample = self.data.rows(0, self.rows).cpu()
+        return balance(self.centroids, self.memory, self.count, sample, self.shares, self.seed)
 
 
-def refine(pool: Pool, centroids: Tensor, spare: Tensor, rows: int, config: ClusterConfig) -> Tensor:
-    """Mini-batch passes over the canonical order: slice t of the order is mini-batch t."""
-    seen = torch.zeros(len(centroids), dtype=torch.float64)
-    for _ in range(config.epochs):
-        for start, stop in buckets_of(rows, config.batch_size):
-            spans = [(start + a, start + b) for a, b in buckets_of(stop - start, config.bucket_size)]
-            batch = pool.fold(spans, Assignment.merge, centroids)
-            centroids, seen = step(centroids, seen, batch, spare)
-    return centroids
+@dataclass(frozen=True, kw_only=True)
+class KMeans:
+    """Mini-batches over the canonical order: slice t of the order is mini-batch t, folded over ranges on all workers."""
+
+    data: Rows
+    rows: int
+    k: int
+    seed: int
+    config: ClusterConfig
+    shares: tuple[float, float]
+    """A cluster with less than the first share of the rows is seeded anew; one with more than the second is split."""
+
+    @classmethod
+    def of(cls, data: Rows, rows: int, config: ClusterConfig, seed: int) -> "KMeans":
+        """As the config asks for."""
+        if config.k != "auto":
+            k, shares = min(config.k, rows), (0.0, float("inf"))  # just empty ones
+        else:
+            k = max(1, min(config.max_k, rows // (MEAN_OVER_MIN * config.min_cluster_size)))
+            shares = config.min_cluster_size / rows, OVERSIZE / k
+        return cls(data=data, rows=rows, k=k, seed=seed, config=config, shares=shares)
+
+    @property
+    def batches(self) -> list[tuple[int, int]]:
+        """All mini-batches in turn."""
+        size = max(self.config.step_pairs * self.k, -(-self.rows // self.config.steps))
+        once = list(buckets_of(self.rows, size))
+        return once * max(self.config.epochs, -(-MIN_STEPS // len(once)))
+
+    @property
+    def sample(self) -> int:
+        """Rows that centroids are seeded from."""
+        return min(self.rows, max(MIN_SAMPLE, self.config.seed_pairs * self.k))
+
+    def spans(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The tasks of a range of rows."""
+        return [(start + a, start + b) for a, b in buckets_of(stop - start, self.config.bucket_size)]
+
+    def fit(self, pool: Pool, done: Done = nothing) -> Tensor:
+        """The centroids (K, d); `done` is called with each range (start, stop) that has been folded."""
+        centroids: Tensor = pool.run(Seeding(data=self.data, rows=self.sample, k=self.k, seed=self.seed))
+        memory, batches = Assignment.nothing(centroids), self.batches
+        count = memory.count
+        for turn, batch in enumerate(batches):
+            folded = pool.fold(self.spans(*batch), Assignment.merge, centroids, done=done)
+            centroids, memory = step(centroids, memory, folded, turn / len(batches))
+            count = count + folded.count
+            if turn in (len(batches) // 4, len(batches) // 2):
+                balancing = Balancing(
+                    data=self.data,
+                    rows=self.sample,
+                    centroids=centroids,
+                    memory=memory,
+                    count=count,
+                    shares=self.shares,
+                    seed=self.seed + turn,
+                )
+                centroids, memory = pool.run(balancing)
+                count = torch.zeros_like(memory.count)
+        return centroids
+
+    def statistic(self, pool: Pool, centroids: Tensor, done: Done = nothing) -> Assignment:
+        """The statistic of all rows for given centroids."""
+        result: Assignment = pool.fold(self.spans(0, self.rows), Assignment.merge, centroids, done=done)
+        return result
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
     """One level of the tree of clusters."""
 
+    label: IntArray
+    """Of each centroid of the k-means (K,)."""
     centroids: Tensor
-    parent: NDArray[np.int64]
-    """Of each centroid, on the level above."""
+    pairs: IntArray
+    """Of each cluster."""
+    parent: IntArray
+    """Of each cluster, on the level above; of the first level 0."""
     davies_bouldin: float
 
 
-def grow(pool: Pool, run: Run, rows: int) -> list[Level]:
-    """The levels of the tree, each with twice the clusters of the one above, until the index settles or they grow too small."""
-    config: ClusterConfig = run.config.cluster
-    spans = list(buckets_of(rows, config.bucket_size))
-    limit = max(1, rows // config.min_cluster_size)
-    k = min(config.first, limit) if config.k == "auto" else min(config.k, rows)
-    levels: list[Level] = []
-    while True:
-        parents = levels[-1].centroids if levels else None
-        seeding = Seeding(pool=run.pool, config=config, k=k, seed=run.seed, parents=parents)
-        centroids, parent, spare = pool.run(seeding)
-        centroids = refine(pool, centroids, spare, rows, config)
-        index = davies_bouldin(centroids, pool.fold(spans, Assignment.merge, centroids))
-        levels.append(Level(centroids=centroids, parent=parent, davies_bouldin=index))
-        before = levels[-2].davies_bouldin if len(levels) > 1 else np.inf
-        settled = abs(index - before) < config.tolerance * before < np.inf
-        if config.k != "auto" or settled or 2 * len(centroids) > limit:
-            return levels
+@dataclass(frozen=True, kw_only=True)
+class GrowTree:
+    """Task: the levels of the tree above the centroids, from the top; the last one has the leaves."""
+
+    statistic: Assignment
+    centroids: Tensor
+    min_count: int
+    first: int
+
+    def __call__(self) -> list[Level]:
+        mean = self.statistic.means(self.centroids)
+        sizes = [self.first << i for i in range(32) if self.first << i < len(mean)]
+        labels = tree_levels(self.statistic.count.numpy(), mean.numpy(), self.min_count, sizes)
+        levels, above = [], np.zeros_like(labels[0])
+        for label in labels:
+            one = grouped(self.statistic, label)
+            parent = np.zeros(len(one.count), np.int64)
+            parent[label] = above
+            index = davies_bouldin(one)
+            centroids = unit_rows(one.total).to(self.centroids.dtype)
+            pairs = one.count.numpy().astype(np.int64)
+            levels.append(
+                Level(label=label, centroids=centroids, pairs=pairs, parent=parent, davies_bouldin=index)
+            )
+            above = label
+        return levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssignBucket:
+    """Columns: the leaf and the cluster of a bucket of pairs by their nearest centroid, and the cosine to the cluster's."""
+
+    data: Rows
+    centroids: Tensor
+    leaf: IntArray
+    chosen: Level
+
+    def __call__(self, start: int, stop: int) -> Columns:
+        rows = self.data.rows(start, stop)
+        index = nearest(rows, self.centroids.to(rows.device))[0].cpu().numpy()
+        cluster = self.chosen.label[index]
+        cosine = (rows * self.chosen.centroids.to(rows.device)[torch.from_numpy(cluster)]).sum(1)
+        return {"cluster": cluster, "cosine": cosine.cpu().numpy(), "leaf": self.leaf[index]}
 
 
 @dataclass(frozen=True)
@@ -172,36 +281,61 @@ class CountPairs:
 
 
 class Cluster(Stage):
-    """Clusters the pool; writes centroids.npy, tree.npz and clusters.parquet (cluster, cosine)."""
+    """Clusters the pool; writes centroids.npy, tree.npz and clusters.parquet (cluster, cosine, leaf)."""
 
     name = "cluster"
+    version = 2
 
     def settings(self, config: Any) -> tuple[ClusterConfig, int]:
         return config.cluster, config.seed
 
+    def resources(self, run: Run) -> Resources:
+        return Resources(memory=WORKER_MEMORY)
+
     def work(self, run: Run, workers: Workers) -> Details:
-        config, _ = self.settings(run.config)
+        config, seed = self.settings(run.config)
         rows = workers.once(CountPairs(run.pool))
-        with workers.pool(FoldWorker(run.pool, config.fusion), workers.cores) as pool:
-            levels = grow(pool, run, rows)
-        level = stable_level([one.davies_bouldin for one in levels], config.tolerance)
+        workers = replace(workers, resources=workers.heavy(memory=WORKER_MEMORY))
+        data = Fused(run.pool, config.fusion, workers.device)
+        kmeans = KMeans.of(data, rows, config, seed)
+        total = kmeans.batches[-1][1] * len(kmeans.batches) // len({*kmeans.batches}) + rows
+        with (
+            workers.progress(total, label="k-means") as bar,
+            workers.pool(FoldWorker(data), -(-rows // config.bucket_size)) as pool,
+        ):
+
+            def advance(span: tuple[int, int]) -> None:
+                bar.advance(span[1] - span[0])
+
+            centroids = kmeans.fit(pool, advance)
+            statistic = kmeans.statistic(pool, centroids, advance)
+            fewest = config.min_cluster_size if config.k == "auto" else 1
+            tree = GrowTree(statistic=statistic, centroids=centroids, min_count=fewest, first=config.first)
+            levels: list[Level] = pool.run(tree)
+        indices = [level.davies_bouldin for level in levels]
+        level = stable_level(indices, config.tolerance) if config.k == "auto" else len(levels) - 1
         chosen = levels[level]
-        assigned = AssignBucket(pool=run.pool, fusion=config.fusion, centroids=chosen.centroids)
+        assigned = AssignBucket(data=data, centroids=centroids, leaf=levels[-1].label, chosen=chosen)
         workers.table("clusters", assigned, rows, config.bucket_size)
         write_arrays(workers.folder, chosen, levels)
         details = {
             "k": len(chosen.centroids),
             "level": level,
             "levels": [len(level.centroids) for level in levels],
-            "davies_bouldin": [level.davies_bouldin for level in levels],
+            "davies_bouldin": indices,
+            "inertia": statistic.inertia / rows,
         }
         return Details(rows_in=rows, rows_out=rows, details=details)
 
 
 def write_arrays(out: Path, chosen: Level, levels: Sequence[Level]) -> None:
-    """Centroids of the chosen level, and each centroid's parent level by level."""
+    """Centroids of the chosen level; centroids, pairs and parents of the clusters of every level, the first at the top."""
     with atomic_path(out / "centroids.npy") as aside, aside.open("wb") as file:
         np.save(file, chosen.centroids.numpy())
+    arrays: dict[str, Any] = {}
+    for i, level in enumerate(levels):
+        arrays[f"centroids_of_level_{i}"] = level.centroids.numpy()
+        arrays[f"pairs_of_level_{i}"] = level.pairs
+        arrays[f"parents_of_level_{i}"] = level.parent
     with atomic_path(out / "tree.npz") as aside, aside.open("wb") as file:
-        parents: dict[str, Any] = {f"parents_of_level_{i}": level.parent for i, level in enumerate(levels)}
-        np.savez(file, **parents)
+        np.savez(file, **arrays)
