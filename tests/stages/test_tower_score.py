@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from chain import Careful, Counting, Idle, Killed, carry, with_settings
+from torch import Tensor
 
 from influencespace.config import load_config
 from influencespace.data.artifacts import Manifest
@@ -23,10 +24,11 @@ from influencespace.pipeline import data_stages
 from influencespace.run import Run, carry_out
 from influencespace.stages.ingest.fit_encoder import FitEncoder
 from influencespace.stages.ingest.split import pair_sets
+from influencespace.stages.scoring import towers
 from influencespace.stages.scoring.score import ScoreConfig
 from influencespace.stages.scoring.scoring import ScoringInputs
-from influencespace.stages.scoring.tower_worker import ThroughTowers, TowerWorker
-from influencespace.stages.scoring.towers import ScoreThroughTowers, tower_estimator
+from influencespace.stages.scoring.tower_worker import Kind, ThroughTowers, TowerWorker
+from influencespace.stages.scoring.towers import KINDS, ScoreThroughTowers, tower_estimator
 
 CONFIG = ScoreConfig(estimator="ecif", space="*layers.0.mlp.fc2.*,*projection*", bucket_size=17)
 PROXIES = {"proxy.train.batch_size": 8, "proxy.train.steps": 5, "proxy.train.dimension": 8}
@@ -50,6 +52,12 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+def through(embedded: Run, folder: Path) -> ThroughTowers:
+    return ThroughTowers(
+        scoring=ScoringInputs.of(embedded), embed=embedded.config.embed, config=CONFIG, folder=folder
+    )
+
+
 def score(
     embedded: Run, out: Path, engine: Engine | None = None, config: ScoreConfig = CONFIG, **embed: Any
 ) -> tuple[Manifest, Path]:
@@ -70,13 +78,7 @@ def scores_of(out: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def whole(embedded: Run, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     """One batch of all pairs, by forward mode, without stages."""
-    inputs = ThroughTowers(
-        scoring=ScoringInputs.of(embedded),
-        embed=embedded.config.embed,
-        config=CONFIG,
-        folder=tmp_path_factory.mktemp("unused"),
-    )
-    worker = TowerWorker(inputs, "cpu")
+    worker = TowerWorker(through(embedded, tmp_path_factory.mktemp("unused")), "cpu")
     scorer = fitted(tower_estimator(CONFIG).fit(worker.problem(2**30)), lambda fold: None)
     assert isinstance(scorer, RoleScorer)
     rows = np.arange(len(embedded.pool))
@@ -155,9 +157,29 @@ def test_raw_media_are_what_the_shards_hold(embedded: Run) -> None:
         if isinstance(sample, Sample)
         for caption in sample.captions
     }
-    shown = set(zip(media.pictures(pool.image), media.captions(pool.text)))
-    assert shown == held
-    assert sorted(media.images) == sorted(set(pool.image))
-    assert sorted(media.texts) == sorted(set(pool.text))
-    lengths = [len(caption) for caption in media.captions(media.texts)]
-    assert lengths == sorted(lengths)
+    rows = np.arange(len(pool))[::-1]
+    shown = list(zip(media.pictures(rows), media.captions(rows)))
+    assert set(shown) == held
+    few = np.array([7, 3, 7])
+    assert list(zip(media.pictures(few), media.captions(few))) == [shown[len(pool) - 1 - row] for row in few]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_image_and_caption_is_embedded_once(
+    embedded: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    """Whatever the partitions."""
+    inputs: list[Tensor] = []
+    tangents = TowerWorker.tangents
+
+    def watched(self: TowerWorker, of: Kind, media: Tensor) -> Any:
+        inputs.extend(media if of == kind else [])
+        return tangents(self, of, media)
+
+    monkeypatch.setattr(TowerWorker, "tangents", watched)
+    monkeypatch.setattr(towers, "IN_PARTITION", 1)
+    score(embedded, tmp_path)
+    pool = embedded.pool
+    bank = sum(map(len, through(embedded, tmp_path).bank))
+    number = pool.image if kind == "images" else pool.text
+    assert len(inputs) - bank == len(np.unique(number))

@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
 from influencespace.core.arrays import IntArray
 from influencespace.core.contrastive import contrastive_loss
+from influencespace.data.buckets import Columns, read_rows
 from influencespace.data.images import RejectedImage, decode_image
 from influencespace.data.pair_set import PairSet
 from influencespace.data.raw_media import RawMedia
@@ -24,7 +26,6 @@ from influencespace.estimators.precomputed_tangents import PrecomputedTangents
 from influencespace.estimators.problem import Batch, Problem
 from influencespace.estimators.tower_problem import tower_problem
 from influencespace.models.encoders import load_encoder
-from influencespace.models.space import Inputs
 from influencespace.models.streamed import StreamedSpace
 from influencespace.models.tower_parameters import tower_parameters
 from influencespace.models.tower_tangents import TowerTangents
@@ -65,24 +66,32 @@ class ThroughTowers:
         return self.folder / ".direction.json"
 
     def tangents(self, kind: Kind) -> Path:
-        return self.folder / f".{kind}.npy"
+        """Embedding and derivative of the image or the caption of every pair of the pool, in its order."""
+        return self.folder / f".{kind}.parquet"
+
+    @property
+    def of_bank(self) -> Path:
+        """The same of the bank's batches."""
+        return self.folder / ".bank.safetensors"
 
     def batch(self, rows: IntArray) -> Batch:
-        inputs = self.stored(rows)
-        return Batch(uid=Uids(self.pool, rows), row=rows, inputs=inputs, image=self.pool.image[rows])
-
-    def stored(self, pairs: IntArray) -> Inputs:
-        """Embeddings and derivatives of some pairs: two (n, 2, d)."""
-        images, texts = (np.load(self.tangents(kind), mmap_mode="r") for kind in ("images", "texts"))
-        return (
-            torch.from_numpy(images[self.pool.image[pairs]]),
-            torch.from_numpy(texts[self.pool.text[pairs]]),
-        )
+        """A range of pairs."""
+        whole = slice(int(rows[0]), int(rows[-1]) + 1)
+        images, texts = (_stacked(read_rows(self.tangents(kind), whole)) for kind in ("images", "texts"))
+        image = self.pool.read(whole, "image")["image"]
+        return Batch(uid=Uids(self.pool, rows), row=rows, inputs=(images, texts), image=image)
 
     def scorer(self) -> RoleScorer:
         """The closed forms on stored tangents."""
         record = json.loads(self.record.read_text(encoding="utf-8"))
-        bank = [NegativeBatch(inputs=self.stored(rows), image=self.pool.image[rows]) for rows in self.bank]
+        tangents = load_file(self.of_bank)
+        bank = [
+            NegativeBatch(
+                inputs=(tangents[f"images{number}"], tangents[f"texts{number}"]),
+                image=self.pool.read(rows, "image")["image"],
+            )
+            for number, rows in enumerate(self.bank)
+        ]
         influence = InfluenceScorer(
             PrecomputedTangents(),
             torch.empty(1, 0),
@@ -92,6 +101,11 @@ class ThroughTowers:
             record["form"],
         )
         return RoleScorer(influence, record["role"])
+
+
+def _stacked(tangents: Columns) -> Tensor:
+    """Embeddings and derivatives of some pairs: (n, 2, d)."""
+    return torch.from_numpy(np.stack([tangents["embedding"], tangents["derivative"]], 1))
 
 
 @dataclass
@@ -127,6 +141,12 @@ class TowerWorker:
         directions = solved["directions"].to(self.space.like)
         return TowerTangents(self.space, directions, solved["steps"])
 
+    def tangents(self, kind: Kind, inputs: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Embeddings and derivatives of some pictures or captions: two (n, d)."""
+        differences = self.differences
+        x, dx = differences.images(inputs) if kind == "images" else differences.texts(inputs)
+        return x.cpu().numpy(), dx[0].cpu().numpy()
+
     def pixels(self, pictures: Sequence[bytes]) -> Tensor:
         """Encoded pictures, preprocessed: (n, 3, H, W)."""
         try:
@@ -140,12 +160,8 @@ class TowerWorker:
 
     def recorded(self, media: RawMedia, rows: IntArray) -> NegativeBatch:
         """Some pairs of a set, as an estimator is given them."""
-        pairs = media.pairs
-        inputs = (
-            self.pixels(media.pictures(pairs.image[rows])),
-            self.model.tokenize(media.captions(pairs.text[rows])),
-        )
-        return NegativeBatch(inputs=inputs, image=pairs.image[rows])
+        inputs = self.pixels(media.pictures(rows)), self.model.tokenize(media.captions(rows))
+        return NegativeBatch(inputs=inputs, image=media.pairs.read(rows, "image")["image"])
 
     def problem(self, memory: int) -> Problem:
         scoring = self.inputs.scoring

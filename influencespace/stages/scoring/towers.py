@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,12 +19,14 @@ from torch import Tensor
 from influencespace.core.arrays import IntArray
 from influencespace.core.contrastive import Sigmoid, contrastive
 from influencespace.data.artifacts import atomic_path, write_json
-from influencespace.data.buckets import Columns, WriteBucket, buckets_of, read_bucket
+from influencespace.data.buckets import Columns, buckets_of
 from influencespace.data.pair_set import PairSet
+from influencespace.data.raw_media import in_order_of_files, pictures_at, refs_of
+from influencespace.data.schema import PLACE
 from influencespace.engine.prefetch import prefetch
 from influencespace.errors import InputError
 from influencespace.estimators.ecif import RoleScorer
-from influencespace.estimators.problem import Estimator, Fold, fitted
+from influencespace.estimators.problem import Estimator, Fold, Problem, fitted
 from influencespace.estimators.table import BY_TANGENTS
 from influencespace.models.tower_tangents import choose_steps
 from influencespace.run import Details, Run, Stage, Workers
@@ -39,8 +42,13 @@ from influencespace.stages.scoring.tower_worker import Kind, ThroughTowers, Towe
 
 SAMPLE = 8
 """Pairs on which central differences are compared with forward mode."""
-IN_BUCKET = 16
-"""Batches of pictures or captions in one task."""
+IN_PARTITION = 16
+"""Batches of pictures or captions in one task, about."""
+MAX_PARTITIONS = 4096
+"""From so many tasks on each has more."""
+RANGE = 65_536
+"""Pairs of a task that reads where media lie."""
+KINDS: tuple[Kind, ...] = ("images", "texts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,85 +82,83 @@ class SolveDirection:
             "steps": steps.tolist(),
             "disagreement_with_forward_mode": disagreement,
         }
+        with atomic_path(inputs.of_bank) as aside:
+            save_file(dict(self._of_bank(worker, problem)), aside)
         write_json(inputs.record, record)
+
+    def _of_bank(self, worker: TowerWorker, problem: Problem) -> Iterator[tuple[str, Tensor]]:
+        """Embeddings and derivatives of the bank's batches."""
+        for number, batch in enumerate(problem.bank):
+            for kind, media in zip(KINDS, batch.inputs):
+                x, dx = worker.tangents(kind, media)
+                yield f"{kind}{number}", torch.from_numpy(np.stack([x, dx], 1))
 
 
 def _no_pass(fold: Fold) -> Any:
     raise AssertionError("an estimator of BY_TANGENTS asks for no pass over the pool")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TangentBucket:
-    """Task: embeddings and derivatives of some of the pool's distinct images or captions, unless they are there; how many."""
+@dataclass(frozen=True)
+class WhereMediaLie:
+    """Columns: the number of each pair's image or caption in a range of the pool, and where the picture lies or the caption."""
 
+    pool: PairSet
     kind: Kind
-    start: int
-    stop: int
 
-    @property
-    def name(self) -> str:
-        return f"tangents of {self.kind} {self.start} to {self.stop}"
-
-    def __call__(self, worker: TowerWorker) -> int:
-        return WriteBucket(
-            folder=worker.inputs.folder,
-            table=self.kind,
-            start=self.start,
-            stop=self.stop,
-            compute=partial(self._columns, worker),
-        )()
-
-    def _columns(self, worker: TowerWorker, start: int, stop: int) -> Columns:
-        media = worker.media
-        numbers = (media.images if self.kind == "images" else media.texts)[start:stop]
-        parts = list(self._tangents(worker, numbers))
-        x, dx = (np.concatenate(part) for part in zip(*parts))
-        return {"number": numbers, "embedding": x, "derivative": dx}
-
-    def _tangents(
-        self, worker: TowerWorker, numbers: IntArray
-    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Batch after batch, the next one read and decoded meanwhile."""
-        size = worker.inputs.embed.batch_size
-        batches = (numbers[i : i + size] for i in range(0, len(numbers), size))
-        differences = worker.differences
-        for inputs in prefetch(batches, partial(self._inputs, worker), threads=1, ahead=2):
-            x, dx = differences.images(inputs) if self.kind == "images" else differences.texts(inputs)
-            yield x.cpu().numpy(), dx[0].cpu().numpy()
-
-    def _inputs(self, worker: TowerWorker, numbers: IntArray) -> Tensor:
-        if self.kind == "images":
-            return worker.pixels(worker.media.pictures(numbers))
-        return worker.model.tokenize(worker.media.captions(numbers))
+    def __call__(self, start: int, stop: int) -> Columns:
+        names = ("image", *PLACE) if self.kind == "images" else ("text", "caption")
+        return self.pool.read(slice(start, stop), *names)
 
 
 @dataclass(frozen=True)
-class JoinTangents:
-    """Task: one array (numbers of the artifact, 2, d) of embeddings and derivatives, from the buckets of a kind."""
+class Tangents:
+    """Of whole groups of one image or caption: its embedding and derivative, computed once and given to all its pairs.
+
+    In memory 8 d bytes a pair of the largest group.
+    """
 
     inputs: ThroughTowers
     kind: Kind
-    starts: list[int]
+    device: str
 
-    def __call__(self) -> None:
-        table = self.inputs.pool.table
-        rows = len(table.images if self.kind == "images" else table.texts)
-        array: Any = None
-        with atomic_path(self.inputs.tangents(self.kind)) as aside:
-            for start in self.starts:
-                names = ("number", "embedding", "derivative")
-                columns = read_bucket(self.inputs.folder, self.kind, start, *names)
-                if array is None:
-                    shape = (rows, 2, columns["embedding"].shape[1])
-                    array = np.lib.format.open_memmap(aside, "w+", np.float32, shape)
-                for part, name in enumerate(names[1:]):
-                    array[columns["number"], part] = columns[name]
-            array.flush()
+    def __call__(self, columns: Columns) -> Columns:
+        number = columns["image" if self.kind == "images" else "text"]
+        _, first, place = np.unique(number, return_index=True, return_inverse=True)
+        first = first[self._order({name: values[first] for name, values in columns.items()})]
+        media = {name: values[first] for name, values in columns.items()}
+        x, dx = (np.concatenate(part) for part in zip(*self._tangents(media)))
+        order = np.argsort(number[first])  # numbers are sorted: the order of `place`
+        return {"embedding": x[order][place], "derivative": dx[order][place]}
+
+    def _order(self, media: Columns) -> IntArray:
+        """Pictures as they lie in their files; short captions first, so that little of a batch is padded."""
+        if self.kind == "images":
+            return np.array(in_order_of_files(refs_of(media)))
+        return np.argsort([len(caption) for caption in media["caption"]], kind="stable")
+
+    def _tangents(self, media: Columns) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Batch after batch, the next one read and decoded meanwhile."""
+        worker, size = opened(self.inputs, self.device), self.inputs.embed.batch_size
+        spans = buckets_of(len(media["row"]), size)
+        batches = ({name: values[a:b] for name, values in media.items()} for a, b in spans)
+        for inputs in prefetch(batches, partial(self._inputs, worker), threads=1, ahead=2):
+            yield worker.tangents(self.kind, inputs)
+
+    def _inputs(self, worker: TowerWorker, media: Columns) -> Tensor:
+        if self.kind == "images":
+            return worker.pixels(pictures_at(media))
+        return worker.model.tokenize(media["caption"].tolist())
 
 
-def count_media(pool: PairSet) -> dict[Kind, int]:
-    """How many distinct images and captions a set has."""
-    return {"images": len(np.unique(pool.image)), "texts": len(np.unique(pool.text))}
+_HELD: list[TowerWorker] = []
+
+
+def opened(inputs: ThroughTowers, device: str) -> TowerWorker:
+    """A worker that keeps its encoder for all tasks of its process."""
+    worker = TowerWorker(inputs, device)
+    if [worker] != _HELD:
+        _HELD[:] = [worker]
+    return _HELD[0]
 
 
 def tower_estimator(config: ScoreConfig) -> Estimator:
@@ -206,27 +212,21 @@ class ScoreThroughTowers(Stage):
         return Details(rows_in=rows, rows_out=rows, details=self.config.details(without) | record)
 
     def _map_tangents(self, inputs: ThroughTowers, workers: Workers) -> None:
-        """Solve for the direction, then map tangents over the pool's images and captions."""
-        counts: dict[Kind, int] = workers.once(partial(count_media, inputs.pool))
-        tasks = [
-            TangentBucket(kind=kind, start=start, stop=stop)
-            for kind, count in counts.items()
-            for start, stop in buckets_of(count, IN_BUCKET * inputs.embed.batch_size)
-        ]
-        engine = workers.engine
-        one, every = (embed_share(inputs.embed, engine, count) for count in (1, len(tasks)))
+        """Solve for the direction, then map tangents over the pool's images and captions, each once."""
+        engine, rows = workers.engine, len(inputs.pool)
+        at_once = IN_PARTITION * inputs.embed.batch_size
+        one, every = (embed_share(inputs.embed, engine, count) for count in (1, -(-rows // at_once)))
         # a sketch lies on one machine
         memory = max(machine.memory for machine in engine.machines)
         solve = SolveDirection(estimator=tower_estimator(self.config), memory=memory)
         list(engine.map(partial(TowerWorker, inputs, one.device), [solve], resources=one.resources))
-        with workers.progress(sum(counts.values()), "images and captions", self.config.space) as bar:
-            for count in engine.map(
-                partial(TowerWorker, inputs, every.device),
-                tasks,
-                workers=every.workers,
+        for kind in KINDS:
+            workers.group_by(
+                inputs.tangents(kind).stem,
+                WhereMediaLie(inputs.pool, kind),
+                "image" if kind == "images" else "text",
+                Tangents(inputs, kind, every.device),
+                *(rows, RANGE),
                 resources=every.resources,
-            ):
-                bar.advance(count)
-        for kind in counts:
-            starts = [task.start for task in tasks if task.kind == kind]
-            workers.once(JoinTangents(inputs, kind, starts))
+                partition_rows=max(at_once, rows // MAX_PARTITIONS),
+            )

@@ -158,7 +158,7 @@ class Judge:
         rows = np.union1d(self.nearest.rows(query), self.nearest.rows(opposite))
         if not len(rows):
             return Causes(harmful=[], helpful=[])
-        traced = self.tracer(pool.inputs(rows), pool.image[rows])
+        traced = self.tracer(pool.inputs(rows), pool.read(rows, "image")["image"])
         harmful, helpful = (
             [
                 _cause(traced, query, int(column), int(rows[column]))
