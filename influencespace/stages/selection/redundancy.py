@@ -19,12 +19,15 @@ from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.cells import cells
 from influencespace.core.hashing import hashed
 from influencespace.core.kmeans import unit_rows
+from influencespace.core.quality import FitAxis, QualityAxis
 from influencespace.core.redundancy import exact_leaders, near_leaders
 from influencespace.data.buckets import Columns, buckets_of, read_rows
 from influencespace.data.exchange import PARTITION_ROWS, whole_groups
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import STRICT
 from influencespace.run import Details, Run, Stage, Workers
+from influencespace.stages.passes import range_passes
+from influencespace.stages.scoring.sampling import scores_of
 from influencespace.stages.selection.captions import RANGE, write_captions
 
 COPIES = ("leader", "copies")
@@ -53,46 +56,18 @@ class RedundancyConfig:
     """Pairs that are compared with each other at most: larger clusters are cut between captions that differ."""
 
 
-SCORES = ("neg_clip_in", "neg_clip_out")
-
-
-@dataclass(frozen=True)
-class SumScores:
-    """Task: where a range of pairs begins, and its scores and their squares, summed: (4,)."""
-
-    path: Path
-    start: int
-    stop: int
-
-    def __call__(self) -> tuple[int, FloatArray]:
-        values = np.stack(list(read_rows(self.path, slice(self.start, self.stop), *SCORES).values()))
-        return self.start, np.concatenate([values.sum(1), (values**2).sum(1)])
-
-
 @dataclass(frozen=True)
 class WithQuality:
     """Columns: image, text, quality of a range of pairs, and `pair`, a number that copies share."""
 
     run: Run
-    scores: Path
-    mean: FloatArray
-    spread: FloatArray
-
-    @classmethod
-    def of(cls, run: Run, workers: Workers) -> "WithQuality":
-        path, rows = run.at("proxies") / "quality.parquet", len(run.pool)
-        sums = workers.map([SumScores(path, *span) for span in buckets_of(rows, RANGE)], label="quality")
-        total = np.stack([dict(sums)[start] for start in sorted(dict(sums))]).sum(0) / rows
-        spread = np.sqrt(np.maximum(total[2:] - total[:2] ** 2, 0))
-        return cls(run, path, total[:2], np.where(spread > 0, spread, 1.0))
+    axis: QualityAxis
 
     def __call__(self, start: int, stop: int) -> Columns:
         columns = self.run.pool.read(slice(start, stop), "image", "text")
         pair = hashed(columns["image"], 1) ^ hashed(columns["text"], 2)
-        scores = read_rows(self.scores, slice(start, stop), *SCORES)
-        quality = sum(
-            (scores[name] - mean) / spread for name, mean, spread in zip(SCORES, self.mean, self.spread)
-        )
+        scores = scores_of(self.run)(start, stop)
+        quality = self.axis(scores.in_sample, scores.out_of_fold)
         return columns | {"quality": quality, "pair": pair.view(np.int64)}
 
 
@@ -236,7 +211,8 @@ class Redundancy(Stage):
     def _find(self, run: Run, workers: Workers, describing: bool) -> tuple[int, int]:
         """Write copies.parquet; how many exact copies there are, and how many copies in all."""
         rows, folder = len(run.pool), workers.folder
-        quality = WithQuality.of(run, workers)
+        with range_passes(workers, rows) as passes:
+            quality = WithQuality(run, passes.fold(FitAxis(), scores_of(run), rows))
         workers.group_by(EXACT, quality, "pair", lead_equal, rows, RANGE)
         compare = CompareClusters(
             pool=run.pool,
