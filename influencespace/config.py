@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass as options
 
 from influencespace.core.select import SelectionConfig
 from influencespace.data.artifacts import atomic_path
+from influencespace.data.yaml_text import read_yaml
 from influencespace.errors import STRICT, InputError
 from influencespace.estimators.influence import CurvatureConfig
 from influencespace.stages.ingest.encode import EmbedConfig
@@ -168,11 +169,11 @@ def as_tree(config: RunConfig) -> dict[str, Any]:
 
 def _read(path: Path | str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = read_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"config file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise InputError(f"config file {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict | None):
         raise InputError(f"config file {path} holds a {type(tree).__name__}, not a mapping of sections")
     return tree or {}
@@ -197,8 +198,8 @@ def _parsed(key: str, text: str) -> Any:
     hint = fields[-1][1] if len(fields) == len(names) else Any
     is_text = str in (hint, *get_args(hint))
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = read_yaml(text)
+    except ValueError:
         value = text
     if not text or (is_text and not isinstance(value, list | None) and text[0] not in "'\""):
         return text

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from influencespace import pipeline
-from influencespace.config import RunConfig
-from influencespace.data.artifacts import Manifest, write_manifest
+from influencespace.config import RunConfig, load_config
+from influencespace.data.artifacts import MANIFEST, Manifest, write_manifest
 from influencespace.engine.local import Engine, LocalEngine
 from influencespace.run import Run, Stage, stage_fingerprint
 from influencespace.stages.ingest.split import Split
@@ -36,3 +36,20 @@ def test_results_of_other_data_are_removed_before_the_data_are_split(
     with pytest.raises(KeyboardInterrupt):
         pipeline._curate(RunConfig(), tmp_path, LocalEngine(), pipeline.STAGES)
     assert all((tmp_path / name).exists() is not changed for name in pipeline.RESULTS)
+
+
+def test_results_of_another_config_are_removed_before_the_run_begins(tmp_path: Path) -> None:
+    """The same config keeps them: a run that is repeated and interrupted has lost nothing."""
+
+    def write() -> None:
+        for name in pipeline.RESULTS:
+            (tmp_path / name).touch()
+        write_manifest(tmp_path, Manifest(stage="results", fingerprint="f"))
+
+    pipeline.open_folder(RunConfig(), tmp_path)
+    write()
+    pipeline.open_folder(RunConfig(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", MANIFEST, *pipeline.RESULTS}
+    pipeline.open_folder(RunConfig(seed=1), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert load_config(tmp_path / "config.yaml").seed == 1

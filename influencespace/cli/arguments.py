@@ -59,15 +59,14 @@ def named_values(given: list[str], flag: str) -> dict[str, str]:
 
 def options_of(given: list[str]) -> dict[str, Any]:
     """Options of an estimator, their values read as YAML; raises InputError for what is not."""
-    import yaml
+    from influencespace.data.yaml_text import read_yaml
 
     values = {}
     for key, value in named_values(given, "--option").items():
         try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"--option {key}={value} is not valid YAML: {reason}") from None
+            values[key] = read_yaml(value)
+        except ValueError as error:
+            raise InputError(f"--option {key}={value} is not valid YAML: {error}") from None
     return values
 
 

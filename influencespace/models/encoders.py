@@ -52,7 +52,7 @@ def load_encoder(
     target = _device(device)
     if dtype not in DTYPES:
         raise InputError(f"dtype '{dtype}' of the encoder is unknown; use one of: {', '.join(DTYPES)}")
-    trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}  # left out, transformers asks
     with quiet():
         config = _load(name, "config.json", transformers.AutoConfig, **trust)
         family = _family(name, config.model_type, trust_remote_code)

@@ -81,6 +81,16 @@ def test_what_is_no_image_is_rejected(data: bytes) -> None:
         decode_image(data)
 
 
+@pytest.mark.parametrize("kind", ["EPS", "TIFF", "PPM", "ICO"])
+def test_formats_of_other_programs_are_rejected(kind: str) -> None:
+    """Pillow gives EPS to Ghostscript, which runs it; the others have decoders that the web does not need."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(buffer, kind)
+    assert Image.open(io.BytesIO(buffer.getvalue())).format == kind
+    with pytest.raises(RejectedImage, match="not a readable image"):
+        decode_image(buffer.getvalue())
+
+
 def test_a_bomb_is_rejected_from_its_header() -> None:
     bomb = png_bomb()
     assert len(bomb) < 2**20

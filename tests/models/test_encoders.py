@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from influencespace.errors import InputError
-from influencespace.models.encoders import FAMILIES, DualEncoder, load_encoder
+from influencespace.models.encoders import FAMILIES, DualEncoder, load_encoder, load_preprocessing
 from influencespace.models.pixels import probe_images
 
 FAMILY_NAMES = ["clip", "siglip", "flava", "vision-text-dual-encoder"]
@@ -291,6 +292,44 @@ def test_a_wrong_image_size_is_reported(encoder_folders: dict[str, Path], tmp_pa
     transformers.CLIPImageProcessorPil().save_pretrained(folder)
     with pytest.raises(InputError, match="cannot embed a probe"):
         load_encoder(folder)
+
+
+KINDS = ("image_processor_type", "processor_class", "tokenizer_class", "model_type")
+"""What says in the files of an encoder which of transformers' own classes reads them."""
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("preprocessor_config.json", "AutoImageProcessor"),
+        ("tokenizer_config.json", "AutoTokenizer"),
+        ("config.json", "AutoConfig"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_encoder, load_preprocessing])
+def test_code_of_a_folder_is_not_run_whatever_the_user_answers(
+    encoder_folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    key: str,
+    load: Any,
+) -> None:
+    """transformers asks where it is not told, and "y" would run it."""
+    folder, ran = tmp_path / "encoder", tmp_path / "ran"
+    shutil.copytree(encoder_folders["clip"], folder)
+    tree = {
+        name: value for name, value in json.loads((folder / file).read_text()).items() if name not in KINDS
+    }
+    names = ["code.Own", None] if key == "AutoTokenizer" else "code.Own"
+    (folder / file).write_text(json.dumps(tree | {"auto_map": {key: names}}))
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    asked: list[Any] = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    with contextlib.suppress(InputError):
+        load(folder)
+    assert not asked
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./none", "~/none", "none", "a/b/c", "../x"])
