@@ -1,6 +1,6 @@
 """Settings of the decision, its weights, and the choice among candidates; `core/rule.py` decides."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass as options
 from scipy.special import stdtrit
 
-from influencespace.core.additive import fit_additive
+from influencespace.core.additive import Additive, fit_additive
 from influencespace.core.histogram import Moments
 from influencespace.core.strata import weighted_deviation
 from influencespace.errors import STRICT
@@ -124,6 +124,35 @@ def spread_by(values: FloatArray, own: Moments, other: Moments) -> FloatArray:
     return moved
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightsAlong:
+    """Weights of any pairs, min(cap, c e^u) by what their axes say of influence u: of mean 1 over those that it was fitted to."""
+
+    additive: Additive | None
+    """None where nothing is known: all weights are 1."""
+    clip_score_share: float
+    clip_score: Moments
+    predicted: Moments
+    temperature: float
+    """In units of influence."""
+    log_factor: float
+    cap: float
+
+    def __call__(self, axes: FloatArray, clip_score: FloatArray) -> FloatArray:
+        """Of pairs by their axes (m, A) and their CLIP scores (m,): (m,)."""
+        if self.additive is None:
+            return np.ones(len(axes))
+        weights: FloatArray = np.exp(
+            np.minimum(self.log_factor + self._utility(axes, clip_score), np.log(self.cap))
+        )
+        return weights
+
+    def _utility(self, axes: FloatArray, clip_score: FloatArray) -> FloatArray:
+        assert self.additive is not None
+        added = spread_by(clip_score, self.clip_score, self.predicted)
+        return (self.additive.predict(axes)[0] + self.clip_score_share * added) / self.temperature
+
+
 def weights_along(
     axes: FloatArray,
     rows: IntArray,
@@ -133,19 +162,31 @@ def weights_along(
     knots: int,
     config: SelectionConfig,
     clip_score: FloatArray,
-) -> FloatArray:
-    """Weights of mean 1 that follow what axes (n, A) say of the influence (m,) of the pairs `rows` (m,): (n,).
+) -> WeightsAlong:
+    """Fit weights to what axes (n, A) say of the influence (m,) of the pairs `rows` (m,).
 
     The temperature is in standard deviations of single influences over the pool, of which each scored pair `stands_for` so many
     (m,), so that their unit does not matter; the `clip_score` (n,) counts as the config says. With fewer than two scored pairs
     nothing is known, and weights are equal.
     """
-    if len(influence) < 2:
-        return np.ones(len(axes))
-    predicted, _ = fit_additive(axes[rows], influence, knots, stands_for).predict(axes)
-    followed = predicted + config.clip_score_share * spread_like(clip_score, predicted)
-    unit = weighted_deviation(influence, stands_for) or 1.0
-    return capped_weights(followed / (unit * config.temperature), config.max_weight)
+    known = len(influence) >= 2
+    additive = fit_additive(axes[rows], influence, knots, stands_for) if known else None
+    unit = (weighted_deviation(influence, stands_for) if known else 1.0) or 1.0
+    fitted = WeightsAlong(
+        additive=additive,
+        clip_score_share=config.clip_score_share,
+        clip_score=Moments.of(clip_score),
+        predicted=Moments.of(additive.predict(axes)[0]) if additive else Moments(),
+        temperature=unit * config.temperature,
+        log_factor=0.0,
+        cap=config.max_weight,
+    )
+    if additive is None:
+        return fitted
+    utility = fitted._utility(axes, clip_score)
+    # those below the cap have this factor, those at it would need less
+    factor = np.log(capped_weights(utility, config.max_weight)) - utility
+    return replace(fitted, log_factor=float(factor.max(initial=-np.inf)))
 
 
 def top_fraction(score: FloatArray, keep: int) -> BoolArray:

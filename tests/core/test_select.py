@@ -209,8 +209,12 @@ def test_weights_along_an_axis_follow_what_it_says_of_influence_in_any_unit(
     rows, stands_for = generator.permutation(300)[:200], generator.uniform(1, 3, 200)
     influence = slope * axes[rows, 0] + 0.1 * generator.normal(size=200)
     rule = SelectionConfig(temperature=temperature, max_weight=cap, clip_score_share=0.3)
-    weight = weights_along(
+    fitted = weights_along(
         axes, rows, influence, stands_for=stands_for, knots=5, config=rule, clip_score=other
+    )
+    weight = fitted(axes, other)
+    np.testing.assert_allclose(
+        np.concatenate([fitted(axes[:7], other[:7]), fitted(axes[7:], other[7:])]), weight
     )
     predicted, _ = fit_additive(axes[rows], influence, 5, stands_for).predict(axes)
     followed = predicted + 0.3 * spread_like(other, predicted)
@@ -221,7 +225,7 @@ def test_weights_along_an_axis_follow_what_it_says_of_influence_in_any_unit(
     assert weight[axes[:, 0] > 1].mean() > weight[axes[:, 0] < -1].mean()
     again = weights_along(
         axes, rows, 1e-6 * influence, stands_for=stands_for, knots=5, config=rule, clip_score=other
-    )
+    )(axes, other)
     np.testing.assert_allclose(again, weight, 1e-6)
 
 
@@ -232,7 +236,7 @@ def test_weights_are_equal_where_nothing_is_known(influence: list[float]) -> Non
     rule = SelectionConfig(clip_score_share=0.5)
     weight = weights_along(
         axes, rows, np.array(influence), stands_for=alike, knots=5, config=rule, clip_score=np.arange(40.0)
-    )
+    )(axes, np.arange(40.0))
     np.testing.assert_allclose(weight, 1.0, atol=1e-6)
 
 

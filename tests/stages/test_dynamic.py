@@ -81,7 +81,7 @@ def test_pairs_that_are_not_kept_are_never_drawn_and_others_by_other_weights(
     def watched(*arguments: Any, every: int, reweigh: Any) -> Any:
         def recorded() -> WeightedPool:
             pairs = reweigh()
-            anew.append(pairs.weights.values)
+            anew.append(pairs.weights.read(0, len(pairs)))
             return pairs
 
         return reweighted(*arguments, every=every, reweigh=recorded)
@@ -114,7 +114,7 @@ def trained_so_far(truth: Run, steps: int) -> tuple[Heads, Tensor]:
         pass
 
     class Watched(Reweighting):
-        def weights(self, kept: Any, heads: Heads, preconditioner: Tensor) -> np.ndarray:
+        def at(self, pool: Any, before: Any, heads: Heads, preconditioner: Tensor) -> Any:
             seen.append((heads, preconditioner))
             raise Stopped
 
@@ -132,7 +132,10 @@ def test_the_weights_are_those_of_their_definition(truth: Run, monkeypatch: pyte
     reweighting = replace(reweighting_of(truth), decided=CHOSEN)
     inputs = reweighting.inputs
     kept = np.flatnonzero(curated_weights(truth) > 0)
-    weights = reweighting.weights(kept, heads, D)
+    reweighted = reweighting.at(pool, Given(curated_weights(truth)), heads, D)
+    weights = reweighted.read(0, len(pool))[kept]
+    parts = [reweighted.read(start, start + 60) for start in range(0, len(pool), 60)]
+    np.testing.assert_allclose(np.concatenate(parts)[kept], weights, rtol=1e-5)
 
     terms, pairs = torch.zeros(()), 0
     for rows in inputs.target_batches:
@@ -176,23 +179,27 @@ def test_the_temperature_is_the_chosen_one(truth: Run, weighting: Any, temperatu
 
 
 def test_a_later_rounds_pool_is_part_of_what_is_trained_on(truth: Run, tmp_path: Path) -> None:
-    """The scored pairs lie elsewhere among all pairs: the same proxy, its rows named otherwise."""
+    """The scored pairs lie elsewhere among all pairs: the same weights, their rows named otherwise."""
     pool, weights, reweighting = truth.pool, curated_weights(truth), reweighting_of(truth)
     rows = np.sort(np.random.default_rng(0).permutation(len(pool))[: len(pool) - 40])
-    seen: list[np.ndarray] = []
-
-    class Watched(Reweighting):
-        def weights(self, kept: np.ndarray, heads: Heads, preconditioner: Tensor) -> np.ndarray:
-            seen.append(kept)
-            return np.arange(1.0, len(kept) + 1) * 2 / (len(kept) + 1)
-
     np.save(tmp_path / "rows.npy", rows)
     part = PairSet(pool.folder, tmp_path / "rows.npy")
-    inside = np.zeros(len(pool))
-    inside[rows] = weights[rows]
-    watched = Watched(**vars(replace(reweighting, inputs=replace(reweighting.inputs, pool=part))))
-    trained(truth, pool, inside, watched, 10)
-    np.testing.assert_array_equal(part.rows[seen[0]], pool.rows[inside > 0])
+    later = replace(reweighting, inputs=replace(reweighting.inputs, pool=part))
+    inside = rows[weights[rows] > 0]
+    np.testing.assert_array_equal(part.rows[later.scored(pool, inside)], inside)
+    np.testing.assert_array_equal(reweighting.scored(pool, inside), inside)
+
+
+def test_more_than_a_block_is_weighed_where_it_is_read(truth: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are fitted to the first block alone, and are of mean 1 there; other blocks follow the same rule."""
+    monkeypatch.setattr(dynamic, "BLOCK", 100)
+    heads, D = trained_so_far(truth, 7)
+    weights = curated_weights(truth)
+    reweighted = reweighting_of(truth).at(truth.pool, Given(weights), heads, D)
+    first, rest = reweighted.read(0, 100), reweighted.read(100, len(weights))
+    assert first[weights[:100] > 0].mean() == pytest.approx(1)
+    assert ((rest > 0) == (weights[100:] > 0)).all()
+    assert rest[weights[100:] > 0].mean() == pytest.approx(1, abs=0.3)
 
 
 def test_a_killed_one_continues_to_the_same(truth: Run, tmp_path: Path) -> None:

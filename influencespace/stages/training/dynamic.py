@@ -1,5 +1,6 @@
 """Dynamic curation: a proxy whose sampler is re-weighted, while it trains, by what pairs are worth to it by then."""
 
+import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 
 from influencespace.core.arrays import FloatArray, IntArray
-from influencespace.core.batches import reweighted_batches
-from influencespace.core.select import SelectionConfig, weights_along
+from influencespace.core.batches import BLOCK, reweighted_batches
+from influencespace.core.select import SelectionConfig, WeightsAlong, weights_along
 from influencespace.core.strata import pairs_stood_for
-from influencespace.data.buckets import buckets_of
+from influencespace.data.buckets import Columns, buckets_of, read_rows
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.filters import neg_clip_loss
 from influencespace.estimators.influence import NegativeBatch
@@ -28,7 +29,7 @@ from influencespace.models.training import (
     train_heads,
 )
 from influencespace.run import Run
-from influencespace.stages.proxies.train_many import BlockInputs, Given, WeightedPool, Weights, first_heads
+from influencespace.stages.proxies.train_many import BlockInputs, WeightedPool, Weights, first_heads
 from influencespace.stages.scoring.scoring import ScoringInputs
 from influencespace.stages.selection.evidence import KNOTS, VALUE_AXES, Evidence
 from influencespace.stages.selection.weighting import with_chosen
@@ -61,24 +62,47 @@ class Reweighting:
     def _bank(self) -> list[NegativeBatch]:
         return self.inputs.trained().reference_bank(self.inputs.pool)
 
-    def weights(self, kept: IntArray, heads: Heads, preconditioner: Tensor) -> FloatArray:
-        """Weights of the pool's `kept` pairs (m,), of mean 1, by heads and AdamW's preconditioner as they are now."""
+    def scored(self, pool: PairSet, rows: IntArray) -> IntArray:
+        """Rows of the scored pool that are these rows (m,), in order, of a pool that holds it."""
+        own = self.inputs.pool
+        if own.rows_file == pool.rows_file:
+            return rows
+        return np.searchsorted(own.rows, np.asarray(pool.rows[rows]))
+
+    def at(self, pool: PairSet, before: Weights, heads: Heads, preconditioner: Tensor) -> "Reweighted":
+        """Weights of the pairs of a pool that had some, by heads and AdamW's preconditioner as they are now.
+
+        They have mean 1 over the first block of the pool, whose pairs are a random sample: the sampler reads no more until it is
+        asked again.
+        """
+        stop = min(BLOCK, len(pool))
+        kept = self.scored(pool, np.flatnonzero(before.read(0, stop) > 0))
+        axes, strata = self.axes(kept, heads)
         sample, influence = self._influence(kept, heads, preconditioner)
-        axes = [self.evidence.strata[name][kept] for name in VALUE_AXES]
-        axes[VALUE_AXES.index("in_sample")] = self._in_sample(kept, heads)
         rows = np.searchsorted(kept, sample)
-        return weights_along(
-            np.stack(axes, 1),
+        along = weights_along(
+            axes,
             rows,
             influence,
-            stands_for=pairs_stood_for(self.evidence.strata["quantile"][kept], rows),
+            stands_for=pairs_stood_for(strata["quantile"], rows),
             knots=KNOTS,
             config=self.rule,
-            clip_score=self.evidence.strata["pretrained"][kept],
+            clip_score=strata["pretrained"],
         )
+        return Reweighted(by=self, pool=pool, before=before, heads=heads, along=along)
+
+    def axes(self, rows: IntArray, heads: Heads) -> tuple[FloatArray, Columns]:
+        """What weights follow of some scored pairs (m, A), the match in sample by these heads; and their strata."""
+        if not len(rows):
+            return np.zeros((0, len(VALUE_AXES))), {"quantile": rows, "pretrained": np.zeros(0)}
+        first, names = int(rows[0]), (*VALUE_AXES, "quantile")
+        read = read_rows(self.evidence.folder / "strata.parquet", slice(first, int(rows[-1]) + 1), *names)
+        strata = {name: values[rows - first] for name, values in read.items()}
+        strata["in_sample"] = self._in_sample(rows, heads)
+        return np.stack([strata[name] for name in VALUE_AXES], 1), strata
 
     def _influence(self, kept: IntArray, heads: Heads, preconditioner: Tensor) -> tuple[IntArray, FloatArray]:
-        """Some pairs of the pool that are kept, and the influence of each."""
+        """Some of the `kept` pairs of the scored pool (m,), and the influence of each."""
         scored = self.evidence.influence["pair"]
         # the first of the sample, which is in canonical order: a random one
         sample = scored[np.isin(scored, kept)][:MAX_SCORED]
@@ -86,22 +110,57 @@ class Reweighting:
         scorer = online_scorer(
             Space(heads), self._target, self._bank, train.objective, train.batch_size, preconditioner
         )
-        influences = scorer(self.inputs.pool.inputs(sample), self.inputs.pool.image[sample])
+        influences = scorer(self.inputs.pool.inputs(sample), self._images(sample))
         influence = mean_of_known(influences.by_batch[0])
         known = np.isfinite(influence)
         return sample[known], influence[known]
 
+    def _images(self, rows: IntArray) -> IntArray:
+        return self.inputs.pool.read(rows, "image")["image"]
+
     @torch.no_grad()
-    def _in_sample(self, kept: IntArray, heads: Heads) -> FloatArray:
-        """negCLIPLoss of the kept pairs by these heads."""
+    def _in_sample(self, rows: IntArray, heads: Heads) -> FloatArray:
+        """negCLIPLoss of scored pairs by these heads."""
         bank = [(*heads(*batch.inputs), batch.image) for batch in self._bank]
         scale = 1 / self.inputs.proxy.train.temperature
         scores = []
-        for start, stop in buckets_of(len(kept), self.inputs.proxy.bucket_size):
-            rows = kept[start:stop]
-            u, t = heads(*self.inputs.pool.inputs(rows))
-            scores.append(neg_clip_loss(u, t, self.inputs.pool.image[rows], bank, scale))
+        for start, stop in buckets_of(len(rows), self.inputs.proxy.bucket_size):
+            some = rows[start:stop]
+            u, t = heads(*self.inputs.pool.inputs(some))
+            scores.append(neg_clip_loss(u, t, self._images(some), bank, scale))
         return np.concatenate(scores)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reweighted:
+    """Weights by what pairs are worth to a proxy in the midst of its training, computed for the ranges that are read."""
+
+    by: Reweighting
+    pool: PairSet
+    before: Weights
+    heads: Heads
+    """A copy: training goes on."""
+    along: WeightsAlong
+
+    def read(self, start: int, stop: int) -> FloatArray:
+        weights = np.zeros(stop - start)
+        kept = np.flatnonzero(self.before.read(start, stop) > 0)
+        axes, strata = self.by.axes(self.by.scored(self.pool, start + kept), self.heads)
+        weights[kept] = self.along(axes, strata["pretrained"])
+        return weights
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The same weights on all workers, which read the same ranges: where last bits differ, batches would part."""
+
+    weights: Weights
+    exchange: Exchange
+
+    def read(self, start: int, stop: int) -> FloatArray:
+        own = torch.from_numpy(self.weights.read(start, stop))
+        first: FloatArray = self.exchange.gather(own[:, None])[0][:, 0].numpy()
+        return first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,17 +182,11 @@ class DynamicTrainer:
     ) -> Trained:
         heads = first_heads(pool, config, seed).to(device)
         optimizer = adamw_of(heads, config)
-        kept_of_pool = np.flatnonzero(weights.read(0, len(pool)) > 0)
-        # the rows of the pool that have weight, among the pairs that were scored
-        kept = np.searchsorted(self.reweighting.inputs.pool.rows, pool.rows[kept_of_pool])
 
         def reweigh() -> WeightedPool:
-            values = self.reweighting.weights(kept, heads, adam_preconditioner(optimizer))
-            # workers that differ in a last bit would part their batches, so all take the first one's
-            first = exchange.gather(torch.from_numpy(values)[:, None])[0]
-            anew = np.zeros(len(pool))
-            anew[kept_of_pool] = first[:, 0].numpy()
-            return WeightedPool(pool, Given(anew))
+            D = adam_preconditioner(optimizer).cpu()
+            now = self.reweighting.at(pool, weights, copy.deepcopy(heads).cpu(), D)
+            return WeightedPool(pool, Agreed(now, exchange))
 
         size, pairs = config.batch_size, WeightedPool(pool, weights)
         batches = reweighted_batches(pairs, size, config.steps, seed, every=self.refresh, reweigh=reweigh)
