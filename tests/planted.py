@@ -1,5 +1,6 @@
 """Embedding artifacts of a planted world: images and captions of common meanings, some captions of other images."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,21 @@ def replant(folder: Path, images: NDArray[Any], texts: NDArray[Any]) -> None:
     """Give the pairs of an artifact other embeddings (n, D)."""
     table = EmbeddingTable.open(folder)
     write_artifact(folder, table.pairs(), images, texts, table.manifest.details["buckets"][0])
+
+
+def write_pairs(folder: Path, columns: Mapping[str, Any], bucket_size: int = 50) -> None:
+    """An artifact of pairs that nobody embeds: some columns of PAIRS_SCHEMA (n,), null where one is left out."""
+    n = len(columns["uid"])
+    given = {
+        name: pa.array(columns.get(name, [None] * n), PAIRS_SCHEMA.field(name).type)
+        for name in PAIRS_SCHEMA.names
+    }
+    nothing = np.zeros((n, 1), np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    details = write_artifact(folder, pa.table(given, PAIRS_SCHEMA), nothing, nothing, bucket_size)
+    write_manifest(
+        folder, Manifest(stage="embed", fingerprint="f" * 32, rows_in=n, rows_out=n, details=details)
+    )
 
 
 def unit(rows: FloatArray) -> NDArray[np.float32]:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from influencespace.cli.arguments import options_of
+from influencespace.data.embeddings import EmbeddingTable
 from influencespace.data.images import read_image_bytes
 from influencespace.data.schema import ImageRef
 from influencespace.engine.local import LocalEngine
@@ -87,13 +88,13 @@ def test_refusals(run: Run, tmp_path: Path) -> None:
     for size in (0.001, 149):
         with pytest.raises(InputError, match="pairs, and the run kept"):
             coreset(run, size)
-    summary = json.loads((run.folder / "summary.json").read_text())
+    summary = (run.folder / "summary.json").read_bytes()
     (run.folder / "summary.json").unlink()
     try:
         with pytest.raises(InputError, match="holds no finished run"):
             coreset(run, 10)
     finally:
-        (run.folder / "summary.json").write_text(json.dumps(summary))
+        (run.folder / "summary.json").write_bytes(summary)
 
 
 def test_what_cannot_be_used_is_reported_before_anything_starts(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_a_truth_in_csv_keeps_its_uids_and_knows_true_from_false(tmp_path: Path)
 
 
 def pairs_of(run: Run, role: str) -> list[dict[str, Any]]:
-    result: list[dict[str, Any]] = pq.read_table(run.folder / "embed" / role / "pairs.parquet").to_pylist()
+    result: list[dict[str, Any]] = EmbeddingTable.open(run.folder / "embed" / role).pairs().to_pylist()
     return result
 
 

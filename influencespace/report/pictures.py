@@ -13,6 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from influencespace.data.artifacts import read_manifest
+from influencespace.data.buckets import buckets_of
+from influencespace.data.embeddings import EmbeddingTable
 from influencespace.data.images import RejectedImage, decode_image, read_image_bytes
 from influencespace.data.schema import ImageRef
 from influencespace.report.strata import records
@@ -48,7 +51,7 @@ def examples(run: Path, threshold: float = 0.0, margin: float = 0.0) -> dict[str
     """
     chosen = _choose(run / "curated.parquet", threshold, margin)
     uids = {decision.uid for decisions in chosen.values() for decision in decisions}
-    pairs = find_pairs(run / "embed" / "pool" / "pairs.parquet", uids)
+    pairs = find_pairs(run / "embed" / "pool", uids)
     return {name: list(_shown(decisions, pairs)) for name, decisions in chosen.items()}
 
 
@@ -80,21 +83,23 @@ def _shown(decisions: list[Any], pairs: Mapping[str, dict[str, Any]]) -> Iterato
         yield Example(caption=shortened(pair["caption"]), picture=picture(pair), decision=decision)
 
 
-def find_pairs(pairs: Path, uids: set[str]) -> Mapping[str, dict[str, Any]]:
-    """Caption and place of the picture of each uid, from a pairs.parquet."""
-    if not pairs.is_file():
+def find_pairs(artifact: Path, uids: set[str]) -> Mapping[str, dict[str, Any]]:
+    """Caption and place of the picture of each uid, from an embedding artifact; none where it is not there any more."""
+    if read_manifest(artifact) is None:
         return {}
+    table = EmbeddingTable.open(artifact)
     columns = ["uid", "image", "caption", *(f"image_{name}" for name in PLACE)]
-    wanted = pa.array(sorted(uids), pa.string())
+    wanted = pa.array(sorted(uids), pa.large_string())
     rows: dict[str, dict[str, Any]] = {}
-    for batch in pq.ParquetFile(pairs).iter_batches(BATCH_ROWS, columns=columns):
-        mine = batch.filter(pc.is_in(batch.column("uid").cast(pa.string()), value_set=wanted))
+    for span in buckets_of(len(table), BATCH_ROWS):
+        batch = table.rows(*span, *columns)
+        mine = batch.filter(pc.is_in(batch["uid"], value_set=wanted))
         rows |= {row["uid"]: row for row in mine.to_pylist()}
     return rows
 
 
 def picture(pair: Mapping[str, Any]) -> str | None:
-    """A row of pairs.parquet as a small picture in a data URI; None where it cannot be read any more."""
+    """A row of an artifact's pairs as a small picture in a data URI; None where it cannot be read any more."""
     if not pair["image_path"]:  # embeddings that were imported without pictures
         return None
     try:

@@ -26,9 +26,9 @@ class Section:
     sentences: Sequence[str] = ()
 
 
-def cards(pairs: Path, wanted: Sequence[tuple[str, str]]) -> list[Card]:
-    """Cards of (uid, a line of facts), in their order; `pairs` is a pairs.parquet, what it lacks is left out."""
-    rows = find_pairs(pairs, {uid for uid, _ in wanted})
+def cards(artifact: Path, wanted: Sequence[tuple[str, str]]) -> list[Card]:
+    """Cards of (uid, a line of facts), in their order; what the embedding artifact lacks is left out."""
+    rows = find_pairs(artifact, {uid for uid, _ in wanted})
     return [
         Card(caption=shortened(rows[uid]["caption"]), picture=picture(rows[uid]), facts=(facts, uid))
         for uid, facts in wanted

@@ -70,7 +70,7 @@ def detect_run(
     write_json(out / "detect.json", result)
     first = [(uids[i], f"{rank} · score {score[i]:.3g}") for rank, i in enumerate(order[:MAX_SHOWN], 1)]
     known = first[: int(np.isfinite(score).sum())]
-    shown = Section(cards=cards(run.pool.folder / "pairs.parquet", known))
+    shown = Section(cards=cards(run.pool.folder, known))
     write_sheet(out / "detect.html", "Pairs that look misaligned", sentences, [shown])
     return result | {"paths": {name: str(out / name) for name in FILES}}
 

@@ -69,7 +69,7 @@ def query_by_uid(run: Run, uid: str) -> Query:
     if uid in run.pool.column("uid"):
         reason = "is in the pool: it is a training pair, not a query"
     raise InputError(
-        f"uid {uid!r} {reason}; give a pair of the test or target set (their uids are in embed/*/pairs.parquet), or a picture "
+        f"uid {uid!r} {reason}; give a pair of the test or target set (their uids are in embed/*/*/pairs.parquet), or a picture "
         "and its caption by --query"
     )
 
@@ -230,7 +230,7 @@ def _written(run: Run, query: Query, answered: Answered, causes: Causes) -> dict
         SIGN,
     ]
     facts = [(uid, f"comes first as the {what}") for what, uid in instead.items()]
-    shown = [_own_card(asked, query), *cards(asked.folder / "pairs.parquet", facts)]
+    shown = [_own_card(asked, query), *cards(asked.folder, facts)]
     first = Section(cards=shown, heading="The query, and what is retrieved in its place")
     sections = [first, *(_section(run.pool, heading, result[name]) for name, heading in HEADINGS.items())]
     write_sheet(out / "trace.html", "Training pairs behind an error", sentences, sections)
@@ -255,7 +255,7 @@ def _section(pool: PairSet, heading: str, causes: Sequence[Mapping[str, Any]]) -
         )
         for cause in causes
     ]
-    shown = cards(pool.folder / "pairs.parquet", facts)
+    shown = cards(pool.folder, facts)
     return Section(cards=shown, heading=heading, sentences=() if shown else ["No pair of the pool."])
 
 
@@ -263,5 +263,5 @@ def _own_card(asked: PairSet, query: Query) -> Card:
     if query.row is None:
         facts = ("the query", query.name)
         return Card(caption=shortened(query.caption), picture=thumbnail(query.picture), facts=facts)
-    (card,) = cards(asked.folder / "pairs.parquet", [(query.name, "the query")])
+    (card,) = cards(asked.folder, [(query.name, "the query")])
     return card

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from shards import coco_captions, coco_image, read_all, sample_files, tar_bytes, write_coco, write_parquet
 
-from influencespace.data.artifacts import Manifest, write_manifest
 from influencespace.data.bucket_files import PAIRS_SCHEMA
 from influencespace.data.uids import digest, pair_uids
+from tests.planted import write_pairs
 
 Encode = Callable[..., bytes]
 
@@ -89,10 +89,7 @@ def write_run(run: Path, spec: str, dropped: Sequence[int] = (2, 5)) -> list[dic
     # More pairs than the pool has: a target was cut out of the same data.
     extra = {"uid": "cut out as target", "caption": "x", "image_path": "gone.tar"}
     listed = sorted([*rows, extra], key=lambda row: digest(row["uid"].encode()))
-    pq.write_table(
-        pa.Table.from_pylist(listed, schema=PAIRS_SCHEMA), pool / "pairs.parquet", row_group_size=4
-    )
-    write_manifest(pool, Manifest(stage="embed", fingerprint="f" * 32))
+    write_pairs(pool, {name: [row.get(name) for row in listed] for name in PAIRS_SCHEMA.names}, bucket_size=4)
     names = ("uid", "kept", "weight", "score")
     pq.write_table(pa.table({name: [row[name] for row in rows] for name in names}), run / "curated.parquet")
     return [row for row in rows if row["kept"]]

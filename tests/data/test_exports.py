@@ -18,12 +18,14 @@ from shards import read_all
 
 from influencespace.data import exports
 from influencespace.data.artifacts import read_manifest
+from influencespace.data.embeddings import EmbeddingTable
 from influencespace.data.exports import export, folder, parquet, pictures
 from influencespace.data.exports.npy import hash_of, to_numbers
 from influencespace.data.integrity import describe
 from influencespace.data.schema import ImageRef
 from influencespace.data.uids import digest, pair_uids
 from influencespace.errors import InputError
+from tests.planted import write_pairs
 
 Pairs = dict[str, tuple[str, bytes, str | None]]
 
@@ -286,10 +288,8 @@ def test_sources_that_are_gone_or_changed(broken: Callable[..., str], tmp_path: 
 
 
 def test_imported_embeddings_have_no_pictures(broken: Callable[..., str], run: Path, tmp_path: Path) -> None:
-    pairs = run / "embed" / "pool" / "pairs.parquet"
-    table = pq.read_table(pairs)
-    place = table.schema.get_field_index("image_path")
-    pq.write_table(table.set_column(place, "image_path", [[""] * len(table)]), pairs)
+    pairs = EmbeddingTable.open(run / "embed" / "pool").pairs().to_pydict()
+    write_pairs(run / "embed" / "pool", pairs | {"image_path": [""] * len(pairs["uid"])})
     assert "no pictures" in broken()
     export(run, "npy", tmp_path / "npy")
 

@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from influencespace.config import load_config
+from influencespace.data.embeddings import EmbeddingTable
 from influencespace.data.locations import alone_in
 from influencespace.data.pair_set import PairSet
 from influencespace.sweep import SETTINGS
@@ -159,7 +160,7 @@ def test_an_error_is_traced_back_on_a_finished_run(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    uid = pq.read_table(finished / "embed" / "test" / "pairs.parquet")["uid"][0].as_py()
+    uid = EmbeddingTable.open(finished / "embed" / "test").pairs("uid")["uid"][0].as_py()
     picture = tmp_path / "picture.png"
     Image.new("RGB", (32, 32), "red").save(picture)
     done = influencespace(

@@ -6,7 +6,6 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import run_here
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 
 from influencespace import pipeline
 from influencespace.config import load_config
+from influencespace.data.embeddings import EmbeddingTable
 from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.data.synthetic.config import Place
 from influencespace.data.synthetic.dirt import scene_at
@@ -110,7 +110,7 @@ def test_only_images_of_a_class_count(
 ) -> None:
     """With a single class, every image that has it is right, and no other is asked; without classes there is no figure."""
     world, _ = scenes
-    groups = pq.read_table(world / "run" / "embed" / "test" / "pairs.parquet")["group"].to_pylist()
+    groups = EmbeddingTable.open(world / "run" / "embed" / "test").pairs("group")["group"].to_pylist()
     assert set(groups) == set(CLASSES)
     one = run_here(world, world / "run", evaluate__classes=["navy"], train__seeds=[0, 1])
     assert {method["zero_shot_accuracy"] for method in one["methods"].values()} == {100.0}

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from influencespace.data.artifacts import Manifest, write_json, write_manifest
+from tests.planted import write_pairs
 
 HOSTILE = (
     '<script>alert(1)</script><img src=https://evil.example/x.png onerror=alert(2)> & "quoted" {{ 7 * 7 }}'
@@ -24,7 +25,7 @@ WARNING = "the proxy has not converged: its mean in-training influence is 0.14 s
 
 def write_run(run: Path, data: Path, images: int = 120, clusters: int = 6) -> dict[str, Any]:
     """Write the folder of a finished run; returns its summary."""
-    uids = write_pairs(run / "embed" / "pool", data / "pool.tar", images)
+    uids = write_pictures(run / "embed" / "pool", data / "pool.tar", images)
     write_decisions(run, uids, clusters)
     summary = invented_summary(run)
     write_json(run / "summary.json", summary)
@@ -32,7 +33,7 @@ def write_run(run: Path, data: Path, images: int = 120, clusters: int = 6) -> di
     return summary
 
 
-def write_pairs(folder: Path, shard: Path, images: int) -> list[str]:
+def write_pictures(folder: Path, shard: Path, images: int) -> list[str]:
     """Pairs of pictures in a tar, the first with hostile text, and two that were rejected; returns their uids."""
     folder.mkdir(parents=True)
     shard.parent.mkdir(parents=True, exist_ok=True)
@@ -48,14 +49,14 @@ def write_pairs(folder: Path, shard: Path, images: int) -> list[str]:
         members = tar.getmembers()
     pairs = {
         "uid": uids,
-        "image": range(images),
+        "image": list(range(images)),
         "caption": [HOSTILE, *(f"a picture, number {i}" for i in range(1, images))],
         "image_path": [str(shard)] * images,
         "image_offset": [member.offset_data for member in members],
         "image_length": [member.size for member in members],
         "image_row": [-1] * images,
     }
-    pq.write_table(pa.table(pairs), folder / "pairs.parquet")
+    write_pairs(folder, pairs)
     rejected = {
         "shard": [str(shard)] * 2,
         "uid": ["<i>text</i>", "empty"],

@@ -15,8 +15,10 @@ from fake_run import HOSTILE, HOSTILE_UID
 from PIL import Image
 
 from influencespace.data.artifacts import write_json
+from influencespace.data.embeddings import EmbeddingTable
 from influencespace.errors import InputError
 from influencespace.report import write_report
+from tests.planted import write_pairs
 
 VOID = {"meta", "img", "br"}
 EMPTY = VOID | {"path", "use", "g", "rect"}  # of a chart
@@ -249,11 +251,9 @@ def test_zero_shot_accuracy_has_a_column_where_it_was_measured(
 
 
 def test_pictures_that_moved_leave_a_mark(run: Path, tmp_path: Path) -> None:
-    pairs = run / "embed" / "pool" / "pairs.parquet"
-    table = pq.read_table(pairs)
-    place = table.schema.get_field_index("image_path")
-    moved = [path.replace("pool.tar", "gone.tar") for path in table["image_path"].to_pylist()]
-    pq.write_table(table.set_column(place, "image_path", [moved]), pairs)
+    pairs = EmbeddingTable.open(run / "embed" / "pool").pairs().to_pydict()
+    pairs["image_path"] = [path.replace("pool.tar", "gone.tar") for path in pairs["image_path"]]
+    write_pairs(run / "embed" / "pool", pairs)
     page = Page(write_report(run))
     assert not page.all("img")
     assert page.text.count("picture not available") == 36

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from influencespace.data.images import RejectedImage
 from influencespace.report import pictures
 from influencespace.report.pictures import examples, thumbnail
+from tests.planted import write_pairs
 
 SCORES = st.lists(st.one_of(st.none(), st.just(math.nan), st.integers(-9, 9).map(float)), max_size=60)
 
@@ -35,10 +36,8 @@ def write(run: Path, scores: list[float | None], images: int | None = None) -> N
         "uid": decisions["uid"],
         "image": pa.array(np.arange(count) % (images or max(count, 1))),
         "caption": pa.array([f"caption {i} " + "long " * i for i in range(count)], pa.string()),
-        "image_path": pa.array([None] * count, pa.string()),
-        **{f"image_{name}": pa.array([0] * count) for name in ("offset", "length", "row")},
     }
-    pq.write_table(pa.table(pairs), run / "embed" / "pool" / "pairs.parquet", row_group_size=5)
+    write_pairs(run / "embed" / "pool", pairs, bucket_size=5)
 
 
 def uids(run: Path, threshold: float = 0.0) -> dict[str, list[str]]:

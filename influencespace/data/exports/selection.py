@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 
 from influencespace.data.artifacts import file_digest, read_manifest
 from influencespace.data.bucket_files import PAIRS_SCHEMA
+from influencespace.data.buckets import buckets_of
+from influencespace.data.embeddings import EmbeddingTable
 from influencespace.data.schema import PLACE
 from influencespace.errors import InputError
 
@@ -31,7 +33,7 @@ SELECTED_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The two files of a run that an export reads."""
+    """What of a run an export reads."""
 
     curated: Path
     pool: Path
@@ -72,8 +74,9 @@ class FinishedRun:
         """
         kept = (row for batch in self._kept("uid", *DECISION, "kept") for row in batch.to_pylist())
         row = next(kept, None)
-        pairs = pq.ParquetFile(self.pool / "pairs.parquet")
-        for batch in pairs.iter_batches(BATCH_ROWS, columns=list(PAIR)):
+        pool = EmbeddingTable.open(self.pool)
+        for span in buckets_of(len(pool), BATCH_ROWS):
+            batch = pool.rows(*span, *PAIR).combine_chunks()
             places, rows = [], []
             for place, uid in enumerate(batch["uid"].to_pylist()):
                 if row is not None and row["uid"] == uid:
@@ -81,7 +84,7 @@ class FinishedRun:
                     rows.append(row)
                     row = next(kept, None)
             taken = batch.take(pa.array(places, pa.int64()))
-            columns = {name: taken[name] for name in PAIR}
+            columns = {name: taken[name].combine_chunks() for name in PAIR}
             columns |= {name: pa.array([r[name] for r in rows], pa.float32()) for name in DECISION}
             yield pa.record_batch([columns[f.name].cast(f.type) for f in SELECTED_SCHEMA], SELECTED_SCHEMA)
         if row is not None:
