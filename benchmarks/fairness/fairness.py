@@ -15,12 +15,12 @@ import numpy as np
 from benchmarks import wanted
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.data.faircv import read_profiles
+from benchmarks.fairness.floors import with_floors
 from benchmarks.fairness.gaps import demographic_parity, equalised_odds, worst_group
 from benchmarks.methods import faircv_model as model
 from benchmarks.methods.faircv_model import GAP, MEAN, TEST, WORST, Applicants, iterated
 from benchmarks.methods.fairlearn_baselines import equal_decisions, uncorrelated
 from influencespace.core.arrays import BoolArray, FloatArray, IntArray, Labels
-from influencespace.core.fairness import with_floors
 from influencespace.core.metrics import interval
 from influencespace.core.select import top_fraction
 
