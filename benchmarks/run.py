@@ -27,6 +27,7 @@ NAMES = (
     "speed/throughput",
     "speed/towers",
     "speed/scale",
+    "speed/kmeans",
 )
 
 

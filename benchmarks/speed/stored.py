@@ -43,8 +43,8 @@ class Noisy:
         wrong = rng.random(pairs) < WRONG
         described = np.where(wrong, rng.integers(len(self.texts), size=pairs), source)
         # by image, not by pair
-        images = np.repeat(self._noisy(self.images, source[::CAPTIONS], rng), CAPTIONS, 0)[:pairs]
-        texts = self._noisy(self.texts, described, rng)
+        images = np.repeat(self.noisy(self.images, source[::CAPTIONS], rng), CAPTIONS, 0)[:pairs]
+        texts = self.noisy(self.texts, described, rng)
         shared = rng.random(pairs) < BOILERPLATE
         few = rng.integers(min(FEW, len(self.texts)), size=int(shared.sum()))
         texts[shared] = self.texts[few].astype(np.float16)
@@ -70,7 +70,8 @@ class Noisy:
                     )
         return sum(path.stat().st_size for path in folder.iterdir())
 
-    def _noisy(self, vectors: RealArray, rows: IntArray, rng: np.random.Generator) -> NDArray[np.float16]:
+    def noisy(self, vectors: RealArray, rows: IntArray, rng: np.random.Generator) -> NDArray[np.float16]:
+        """Unit vectors near some of the given ones."""
         drawn = vectors[rows]
         drawn = drawn + NOISE / vectors.shape[1] ** 0.5 * rng.standard_normal(drawn.shape, np.float32)
         unit: NDArray[np.float16] = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float16)
