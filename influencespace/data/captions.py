@@ -1,10 +1,18 @@
 """From what lies in a file to a Sample: which texts are captions, which are usable, and which are chosen."""
 
+import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from influencespace.data.schema import CaptionChoice, ImageRef, Rejection, Sample
+from influencespace.data.schema import MAX_CAPTIONS, CaptionChoice, ImageRef, Rejection, Sample
 from influencespace.data.uids import digest, pair_uid
+
+# Characters of a caption that are kept, some 10,000 words; tokenizers cut it long before, and say so. Ten megabytes of text in
+# a tokenizer took 3 GB.
+MAX_CAPTION = 2**16
+
+# Characters of a uid or of the name of a group.
+MAX_LABEL = 2**12
 
 
 class RejectedCaption(ValueError):
@@ -28,17 +36,18 @@ class RawSample:
 
 
 def clean_caption(raw: object) -> str:
-    """`raw` (str, or UTF-8 bytes) without outer whitespace; raises RejectedCaption when that is no text."""
+    """`raw` (str, or UTF-8 bytes) without outer whitespace, its first MAX_CAPTION characters; raises RejectedCaption when
+    that is no text."""
     if raw is None:
         raise RejectedCaption("the caption is missing")
     if isinstance(raw, bytes):
         try:
-            raw = raw.decode("utf-8-sig")
+            raw = _decoded(raw)
         except UnicodeDecodeError as error:
             raise RejectedCaption(f"the caption is not UTF-8 (byte {error.start})") from None
     if not isinstance(raw, str):
         raise RejectedCaption(f"the caption is not text but {type(raw).__name__}")
-    caption = raw.strip()
+    caption = raw.strip()[:MAX_CAPTION]
     if not caption:
         raise RejectedCaption("the caption is empty")
     if not _is_unicode(caption):
@@ -60,17 +69,26 @@ def label(value: object, what: str) -> str | None:
     """A uid or group as text, None for a missing or empty one; raises ValueError for what is no name, called `what`."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
+    elif isinstance(value, int) and value.bit_length() > 4 * MAX_LABEL:  # Python refuses to print it
+        raise ValueError(f"the {what} is a number of {value.bit_length():,} bits")
     if value is None or value == "" or value != value:  # NaN is pandas' missing value
         return None
     if not isinstance(value, str | int | float):
         raise ValueError(f"the {what} is not text or a number but {type(value).__name__}")
-    if not _is_unicode(text := str(value)):
+    if len(text := value if isinstance(value, str) else str(value)) > MAX_LABEL:
+        raise ValueError(f"the {what} has {len(text):,} characters, more than {MAX_LABEL:,}")
+    if not _is_unicode(text):
         raise ValueError(f"the {what} is not valid Unicode")
     return text
 
 
-def assemble(raw: RawSample, choice: CaptionChoice = "all", seed: int = 0) -> Iterator[Sample | Rejection]:
-    """The Sample of the usable captions of `raw`, if any, then one Rejection for each unusable pair."""
+def assemble(
+    raw: RawSample, choice: CaptionChoice = "all", seed: int = 0, max_captions: int = MAX_CAPTIONS
+) -> Iterator[Sample | Rejection]:
+    """The Sample of the usable captions of `raw`, if any, then one Rejection for each unusable pair.
+
+    Captions beyond the first `max_captions` are one Rejection together.
+    """
 
     def reject(reason: str, uid: str) -> Rejection:
         return Rejection(shard=raw.shard, uid=uid, reason=reason)
@@ -83,15 +101,19 @@ def assemble(raw: RawSample, choice: CaptionChoice = "all", seed: int = 0) -> It
     except ValueError as error:
         yield reject(str(error), name)
         return
-    names = [pair_uid(name, i, only=len(raw.captions) == 1) for i in range(len(raw.captions))]
-    if not raw.image or not raw.captions:
+    captions, beyond = raw.captions[:max_captions], len(raw.captions) - max_captions
+    names = [pair_uid(name, i, only=len(raw.captions) == 1) for i in range(len(captions))]
+    rejections = []
+    if beyond > 0:
+        reason = f"{beyond:,} captions beyond the first {max_captions} of the image are left out"
+        rejections.append(reject(reason, pair_uid(name, max_captions, only=False)))
+    if not raw.image or not captions:
         reason = "the image has no caption" if raw.image else "the image is empty"
         reason = raw.missing if raw.image is None else reason
-        yield from (reject(reason, pair) for pair in names or [name])
+        yield from [reject(reason, pair) for pair in names or [name]] + rejections
         return
     usable: dict[int, str] = {}
-    rejections = []
-    for position, caption in enumerate(raw.captions):
+    for position, caption in enumerate(captions):
         try:
             usable[position] = clean_caption(caption)
         except RejectedCaption as error:
@@ -115,6 +137,13 @@ def _choose(positions: list[int], choice: CaptionChoice, drawn_by: str) -> tuple
         return tuple(positions)
     draw = int.from_bytes(digest(drawn_by.encode())) if choice == "choice" else 0
     return (positions[draw % len(positions)],)
+
+
+def _decoded(raw: bytes) -> str:
+    """The text of UTF-8 bytes as far as it can be kept; a character that the cut splits is left out."""
+    start = 3 * raw.startswith(codecs.BOM_UTF8)
+    longest = 4 * MAX_CAPTION
+    return codecs.utf_8_decode(raw[start : start + longest], "strict", len(raw) <= start + longest)[0]
 
 
 def _is_blank(caption: object) -> bool:

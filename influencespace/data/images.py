@@ -3,7 +3,9 @@
 import errno
 import io
 import math
+import os
 import re
+import stat
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
@@ -15,8 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from influencespace.data.row_groups import batches
 from influencespace.data.schema import ImageRef
 from influencespace.errors import InputError
 
@@ -47,9 +51,6 @@ _MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd7])")
 
 # An encoded image above this is a mistake or an attack; reading it would only fill the memory of a worker.
 MAX_ENCODED_BYTES = 256 * 2**20
-
-# Rows of a Parquet file whose images are in memory at once.
-BATCH_ROWS = 32
 
 # What is wrong with a name; other errors of reading are the machine's, and may pass.
 UNREADABLE = (errno.ENAMETOOLONG, errno.ELOOP)
@@ -145,7 +146,7 @@ def read_rows(path: str, rows: Sequence[int]) -> Iterator[bytes | None]:
         name = image_column(parquet.schema_arrow, path)
         for group, (first, end) in enumerate(pairwise(starts)):
             some = rows[bisect_left(rows, first) : bisect_left(rows, end)]
-            for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=[name]) if some else ():
+            for batch in batches(parquet, file, group, [name]) if some else ():
                 here, images = some[: bisect_left(some, first + len(batch))], encoded_bytes(batch[name])
                 yield from (images[row - first].as_py() for row in here)
                 some = some[len(here) :]
@@ -157,6 +158,8 @@ def read_rows(path: str, rows: Sequence[int]) -> Iterator[bytes | None]:
 def read_image_file(path: str) -> tuple[bytes | None, str]:
     """The bytes of an image that is a file of its own, or None and the reason to reject it."""
     filesystem, inside = fsspec.url_to_fs(path)
+    if isinstance(filesystem, LocalFileSystem) and _waits(inside):
+        return None, "the image file is a pipe or a device"
     try:
         data: bytes = filesystem.cat_file(inside, start=0, end=MAX_ENCODED_BYTES + 1)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
@@ -205,6 +208,11 @@ def first_rows(metadata: Any) -> list[int]:
     return list(accumulate(sizes, initial=0))
 
 
+def is_address(name: str) -> bool:
+    """Whether a file name that the data give would be read as a URL, or as a chain of them, wherever it is put."""
+    return "://" in name or "::" in name
+
+
 def escapes(name: str) -> bool:
     """Whether a file name leads out of the folder or archive that it belongs to."""
     path = PurePosixPath(name.replace("\\", "/"))
@@ -246,6 +254,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours, without Pillow's warning for each such image
     return image.convert("RGB")
+
+
+def _waits(path: str) -> bool:
+    """Whether a path leads to what may never end or never begin: a pipe, a device."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False  # reading it tells what is wrong
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _holds_bytes(kind: Any) -> bool:

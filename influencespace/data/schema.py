@@ -4,12 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from influencespace.errors import STRICT
 
 PLACE = ("image_path", "image_offset", "image_length", "image_row")
 """Columns of a pair with the fields of its ImageRef."""
+
+MAX_CAPTIONS = 100
+"""Captions of an image that are read, by default: data sets have up to some twenty, a list of millions is an attack."""
+
+MAX_REASON = 500
+"""Characters of a Rejection's reason and uid: it may quote what it found."""
 
 CaptionChoice = Literal["all", "first", "choice"]
 
@@ -48,6 +55,8 @@ class ReadOptions:
     """JSON field or Parquet column with the group of an image, used by the fairness measures."""
     caption_column: str | None = None
     """JSON field or Parquet column with the caption or captions; None means the usual names."""
+    max_captions: int = Field(default=MAX_CAPTIONS, ge=1)
+    """Captions of an image that are read; what it has beyond is one rejection."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +105,7 @@ class Rejection:
 
     def __post_init__(self) -> None:
         for name in ("uid", "reason"):
-            object.__setattr__(self, name, printable(getattr(self, name)))
+            object.__setattr__(self, name, printable(getattr(self, name)[:MAX_REASON]))
 
 
 def printable(text: str) -> str:

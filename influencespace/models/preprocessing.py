@@ -27,6 +27,14 @@ class Family:
     """FLAVA projects every token; its contrastive loss uses the first."""
 
 
+# Characters of a text that a tokenizer sees, for each token that it may give: words have 5, and 16 are in hardly any token. Not
+# fewer than MIN_CHARACTERS, for encoders of few tokens.
+CHARACTERS_PER_TOKEN = 16
+MIN_CHARACTERS = 4096
+# Fewer than the 65,536 that readers keep of a caption, so that what they cut is reported here.
+MAX_CHARACTERS = 2**16 - 1
+
+
 class Preprocessing:
     """Image processor and tokenizer of a dual encoder; both may be called from several threads at once.
 
@@ -39,6 +47,8 @@ class Preprocessing:
         self.family = family
         self.pipeline = pixel_pipeline(processor)
         self.max_length = _max_length(tokenizer, config)
+        characters = max(CHARACTERS_PER_TOKEN * self.max_length, MIN_CHARACTERS)
+        self.max_characters = min(characters, MAX_CHARACTERS)
         # This first call also fixes the tokenizer's padding and truncation, which no later call then changes:
         # a fast tokenizer whose settings change cannot be shared by threads.
         self.tokenize(["a probe"])
@@ -58,9 +68,14 @@ class Preprocessing:
         return pixels
 
     def tokenize(self, texts: Sequence[str]) -> tuple[dict[str, Tensor], list[bool]]:
-        """The text tower's inputs, each (B, L) on the CPU, and which texts were cut to its maximum length."""
+        """The text tower's inputs, each (B, L) on the CPU, and which texts were cut to its maximum length.
+
+        Very long texts are cut to `max_characters` before: a tokenizer takes 300 bytes for each character.
+        """
+        long = [len(text) > self.max_characters for text in texts]
+        texts = [text[: self.max_characters] for text in texts]
         batch = self.tokenizer(
-            list(texts),
+            texts,
             padding="max_length" if self.family.pads_to_full_length else "longest",
             truncation=True,
             max_length=self.max_length,
@@ -68,9 +83,9 @@ class Preprocessing:
         )
         tokens = {name: batch[name] for name in self.family.text_inputs if name in batch}
         if batch.encodings is not None:
-            return tokens, [bool(encoding.overflowing) for encoding in batch.encodings]
-        whole = self.tokenizer(list(texts), verbose=False)["input_ids"]
-        return tokens, [len(ids) > self.max_length for ids in whole]
+            return tokens, [cut or bool(one.overflowing) for cut, one in zip(long, batch.encodings)]
+        whole = self.tokenizer(texts, verbose=False)["input_ids"]
+        return tokens, [cut or len(ids) > self.max_length for cut, ids in zip(long, whole)]
 
 
 def _max_length(tokenizer: Any, config: Any) -> int:

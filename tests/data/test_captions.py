@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from influencespace.data.captions import (
+    MAX_CAPTION,
+    MAX_LABEL,
     RawSample,
     RejectedCaption,
     assemble,
@@ -153,3 +155,42 @@ def test_every_pair_is_used_or_rejected_once(
 def test_a_rejection_can_be_written_to_any_file() -> None:
     rejection = Rejection(shard="s", uid="a\udcffb", reason="\ud83d")
     assert (rejection.uid, rejection.reason) == ("a?b", "?")
+
+
+def test_a_long_caption_is_cut() -> None:
+    words = 2_000_000 * "words "
+    assert clean_caption(words) == words[:MAX_CAPTION]
+    assert clean_caption(words.encode()) == words[:MAX_CAPTION]
+    assert (
+        clean_caption(("a" + 2_000_000 * "😀").encode()) == "a" + (MAX_CAPTION - 1) * "😀"
+    )  # a cut within a character
+    with pytest.raises(RejectedCaption, match="not UTF-8"):
+        clean_caption(b"a\xff" + bytes(10**6))
+
+
+@pytest.mark.parametrize(
+    "value", [(MAX_LABEL + 1) * "x", 10**5000, (MAX_LABEL + 1) * b"x"], ids=["text", "number", "bytes"]
+)
+def test_a_name_that_is_no_name_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match=r"the uid (has|is a number of) [0-9,]+ (characters|bits)"):
+        label(value, "uid")
+    samples, (rejection,) = results(captions=["a"], uid=value)
+    assert not samples
+    assert rejection.uid == "k"
+
+
+def test_captions_beyond_the_limit_are_one_rejection() -> None:
+    (sample,), (rejection,) = results(captions=[f"c{i}" for i in range(250)], uid="7")
+    assert len(sample.captions) == 100
+    assert pair_uids(sample) == [f"7#{i}" for i in range(100)]
+    assert rejection == Rejection(
+        shard="s", uid="7#100", reason="150 captions beyond the first 100 of the image are left out"
+    )
+    raw = RawSample(shard="s", key="k", image=b"i", captions=["a", "b", "c"], ref=ImageRef(path="s"))
+    sample, rejection = assemble(raw, max_captions=2)  # type: ignore[assignment]
+    assert (sample.captions, sample.positions) == (("a", "b"), (0, 1))
+
+
+def test_a_rejection_quotes_little() -> None:
+    rejection = Rejection(shard="s", uid=10**6 * "u", reason=10**6 * "r")
+    assert len(rejection.uid) == len(rejection.reason) == 500

@@ -1,5 +1,6 @@
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from influencespace.data.imported import (
     EmbeddingBatch,
     ImportOptions,
+    files,
     list_chunks,
     read_chunk,
     read_imported_embeddings,
@@ -308,3 +310,102 @@ def test_a_cut_file_gives_what_is_whole(
         assert uids == whole[0][: len(uids)]
         assert np.array_equal(images, whole[1][: len(uids)])
         assert np.array_equal(texts, whole[2][: len(uids)])
+
+
+def packed(folder: Path, method: int, break_at: float | None = None) -> Path:
+    """The arrays in a zip of another method, damaged at a place."""
+    write_datacomp(folder, vectors(rows=ROWS), ["b32"])
+    with zipfile.ZipFile(folder / "ab12.npz") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / "ab12.npz", "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    if break_at is not None:
+        data = bytearray((folder / "ab12.npz").read_bytes())
+        with zipfile.ZipFile(folder / "ab12.npz") as archive:
+            info = archive.getinfo("b32_img.npy")
+        start = info.header_offset + 30 + len(info.filename)
+        place = start + int(break_at * info.compress_size)
+        data[place : place + 20] = b"\xff" * 20
+        (folder / "ab12.npz").write_bytes(bytes(data))
+    return folder
+
+
+def with_header(folder: Path, header: bytes, length: int | None = None) -> Path:
+    """Embeddings whose .npy header is this text."""
+    write_clip_retrieval(folder, vectors())
+    size = (len(header) if length is None else length).to_bytes(4, "little")
+    (folder / "img_emb" / "img_emb_0.npy").write_bytes(b"\x93NUMPY\x02\x00" + size + header)
+    return folder
+
+
+DAMAGED: dict[str, Callable[[Path], Path]] = {
+    "encrypted": lambda at: flagged(packed(at, zipfile.ZIP_STORED)),
+    "unknown method": lambda at: method_of(packed(at, zipfile.ZIP_STORED), 99),
+    "broken LZMA": lambda at: packed(at, zipfile.ZIP_LZMA, 0.2),
+    "broken bzip2": lambda at: packed(at, zipfile.ZIP_BZIP2, 0.2),
+    "broken deflate": lambda at: packed(at, zipfile.ZIP_DEFLATED, 0.2),
+    "deep header": lambda at: with_header(at, 5000 * b"(" + b"\n"),
+    "deeper header": lambda at: with_header(at, b"{'descr': " + 9000 * b"[" + b"\n"),
+    "endless header": lambda at: with_header(at, b"", 2**32 - 1),
+    "expression": lambda at: with_header(at, b"__import__('os').system('touch sprung')\n"),
+}
+
+
+def flagged(folder: Path) -> Path:
+    """As if its members were encrypted."""
+    path = folder / "ab12.npz"
+    data = bytearray(path.read_bytes())
+    for signature, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = data.find(signature)
+        while place >= 0:
+            data[place + at] |= 1
+            place = data.find(signature, place + 4)
+    path.write_bytes(bytes(data))
+    return folder
+
+
+def method_of(folder: Path, method: int) -> Path:
+    path = folder / "ab12.npz"
+    data = bytearray(path.read_bytes())
+    for signature, at in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        place = data.find(signature)
+        while place >= 0:
+            data[place + at] = method
+            place = data.find(signature, place + 4)
+    path.write_bytes(bytes(data))
+    return folder
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_is_one_rejection_and_the_next_is_read(kind: str, tmp_path: Path) -> None:
+    """Encrypted members, methods that zipfile does not know and deep headers ended the run with a traceback."""
+    folder = DAMAGED[kind](tmp_path)
+    if (folder / "ab12.npz").exists():
+        np.savez(folder / "cd34.npz", **{f"b32_{k}": a for k, a in zip(("img", "txt"), vectors(seed=3))})
+        write_table(folder / "cd34.parquet", metadata(start=100))
+    else:
+        write_clip_retrieval(folder, vectors(seed=3), "1", **metadata(100))
+    batches, rejections = read(folder)
+    assert len(rejections) == 1
+    assert "damaged, the rows from" in rejections[0].reason
+    assert joined(batches)[0][-ROWS:] == [f"u{i}" for i in range(100, 100 + ROWS)]
+
+
+def test_two_columns_of_one_name_and_dates_as_uids(tmp_path: Path) -> None:
+    folder = write_columns(tmp_path, vectors(), uid=pa.array(range(ROWS), pa.int32()).cast(pa.date32()))
+    table = pq.read_table(folder / "0.parquet")
+    batches, rejections = read(folder)
+    assert not batches
+    assert len(rejections) == ROWS
+    pq.write_table(table.append_column("uid", table["caption"]), folder / "0.parquet")
+    with pytest.raises(InputError, match="2 columns are called 'uid'"):
+        read(folder)
+
+
+def test_blocks_of_wide_rows_are_shorter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BLOCK_BYTES", 3 * 4 * DIMENSION)
+    for layout in ("clip-retrieval", "parquet"):
+        batches, _ = read(WRITERS[layout](tmp_path / layout, vectors()))
+        assert max(len(batch.uids) for batch in batches) <= 3
+        assert len(joined(batches)[0]) == ROWS

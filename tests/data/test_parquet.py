@@ -9,8 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from shards import read_all, write_parquet
 
+from influencespace.data import row_groups
+from influencespace.data.captions import MAX_CAPTION
 from influencespace.data.images import open_parquet, read_image_bytes
 from influencespace.data.readers import ReadOptions, parquet
+from influencespace.data.row_groups import BATCH_ROWS
 from influencespace.errors import InputError
 
 
@@ -92,7 +95,7 @@ def test_memory_is_bounded_by_batches(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(parquet, "_raw_samples", spy)
     assert len(read_all(path)[0]) == 1000
-    assert max(sizes) <= parquet.BATCH_ROWS
+    assert max(sizes) <= BATCH_ROWS
 
 
 class Counting(io.BytesIO):
@@ -136,3 +139,65 @@ def test_a_damaged_row_group_costs_no_other(tmp_path: Path) -> None:
     assert {s.ref.row for s in samples} == {*range(20), *range(40, 60)}
     assert len(rejections) == 1
     assert "rows 20 to 39" in rejections[0].reason
+
+
+def dictionary_file(path: Path, captions: int, size: int, distinct: bool) -> Path:
+    """Captions of `size` characters in the dictionary of a column chunk, which compresses a thousandfold."""
+    texts = [(f"{i:04d}" if distinct else "") + size * "x" for i in range(captions)]
+    columns = {"jpg": [b"0"] * captions, "txt": texts}
+    how = {"dictionary_pagesize_limit": 2**31 - 1, "use_dictionary": ["txt"], "compression": "zstd"}
+    return write_parquet(path, columns, **how)
+
+
+def test_rows_are_fewer_where_each_may_be_a_long_entry_of_a_dictionary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = dictionary_file(tmp_path / "0.parquet", captions=64, size=100_000, distinct=False)
+    monkeypatch.setattr(row_groups, "BATCH_BYTES", 1_000_000)
+    with path.open("rb") as file, open_parquet(file) as opened:
+        sizes = [len(batch) for batch in row_groups.batches(opened, file, 0, ["jpg", "txt"])]
+    assert sum(sizes) == 64
+    assert max(sizes) == 9
+    samples, rejections = read_all(path)
+    assert [len(sample.captions[0]) for sample in samples] == [MAX_CAPTION] * 64
+    assert not rejections
+
+
+def test_a_dictionary_that_would_fill_the_memory_is_a_rejection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = dictionary_file(tmp_path / "0.parquet", captions=40, size=50_000, distinct=True)
+    monkeypatch.setattr(row_groups, "MAX_DICTIONARY", 1_000_000)
+    samples, rejections = read_all(path)
+    assert not samples
+    assert [r.uid for r in rejections] == ["row 0"]
+    assert "the dictionary of 'txt' has 2,000,320 bytes, more than 1,000,000" in rejections[0].reason
+
+
+def test_two_columns_of_one_name_are_refused_only_where_they_are_read(tmp_path: Path) -> None:
+    for names, refused in ((["jpg", "txt", "txt"], True), (["jpg", "txt", "width", "width"], False)):
+        arrays = [pa.array([b"0"]), *(pa.array(["a"]) for _ in names[1:])]
+        pq.write_table(pa.Table.from_arrays(arrays, names), tmp_path / "0.parquet")
+        if refused:
+            with pytest.raises(InputError, match="2 columns are called 'txt'"):
+                read_all(tmp_path / "0.parquet")
+        else:
+            assert len(read_all(tmp_path / "0.parquet")[0]) == 1
+
+
+def test_a_column_name_that_is_not_utf8_is_explained(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "0.parquet", img2dataset_columns(1) | {"QQQQ": ["x"]}, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"QQQQ", b"\xff\xfe\xfd\xfc"))
+    with pytest.raises(InputError, match="the name of a column is not UTF-8"):
+        read_all(path)
+
+
+def test_a_date_that_python_does_not_know_costs_only_its_own_row(tmp_path: Path) -> None:
+    uids = pa.array([0, 10**9, None], pa.int32()).cast(pa.date32())
+    columns = {"jpg": [b"0", b"1", b"2"], "txt": ["a", "b", "c"], "uid": uids}
+    samples, rejections = read_all(write_parquet(tmp_path / "0.parquet", columns))
+    assert [sample.captions for sample in samples] == [("c",)]
+    assert [r.reason for r in rejections] == [
+        "the uid is not text or a number but date",
+        "the uid is not text or a number but an unreadable date32[day]",
+    ]

@@ -1,6 +1,7 @@
 """Readers: every format gives the same samples, in slices of any size, from any file system; and what is listed."""
 
 import json
+import os
 import pickle
 import random
 from collections.abc import Callable
@@ -171,10 +172,12 @@ def test_what_is_wrong_in_coco_is_rejected(tmp_path: Path) -> None:
         coco_image(4, file_name="../annotations/captions_val.json", data=None),
         {"id": 5},
         coco_image(6, file_name=300 * "x" + ".jpg", data=None),
+        coco_image(7, file_name="http://elsewhere/x.jpg", data=None),
+        coco_image(8, file_name="x::memory://secret.jpg", data=None),
     ]
     annotations = [
         *coco_captions(1, "a", " ", None),
-        *(caption for number in (2, 4, 5, 6, 99) for caption in coco_captions(number, "c")),
+        *(caption for number in (2, 4, 5, 6, 7, 8, 99) for caption in coco_captions(number, "c")),
     ]
     samples, rejections = read_all(write_coco(tmp_path, images, annotations))
     assert all_uids(samples) == ["1#0"]
@@ -187,6 +190,8 @@ def test_what_is_wrong_in_coco_is_rejected(tmp_path: Path) -> None:
         ("4", "not a path inside"),
         ("5", "not a path inside"),
         ("6", "the image file cannot be read (File name too long)"),
+        ("7", "not a path inside"),
+        ("8", "not a path inside"),
         ("99", "does not list"),
     ]
     assert [r.uid for r in rejections] == [uid for uid, _ in expected]
@@ -235,6 +240,16 @@ def test_a_picture_that_is_gone_or_empty_costs_no_other(tmp_path: Path) -> None:
     assert reasons == [("cat/0.jpg", "empty"), ("cat/1.jpg", "missing")]
 
 
+def test_a_pipe_or_an_address_among_pictures_costs_no_other(tmp_path: Path) -> None:
+    write_classes(tmp_path, cat={"1.jpg": b"1", "q::p.jpg": b"2"}, dog={"0.jpg": b"0"})
+    os.mkfifo(tmp_path / "cat" / "0.jpg")
+    samples, rejections = read_all(tmp_path)
+    assert [sample.uid for sample in samples] == ["cat/1.jpg", "dog/0.jpg"]
+    reasons = {r.uid: r.reason for r in rejections}
+    assert reasons["cat/0.jpg"] == "the image file is a pipe or a device"
+    assert "read as a URL" in reasons["cat/q::p.jpg"]
+
+
 @pytest.mark.parametrize("classes", [("images",), ("train", "val", "labels")])
 def test_folders_of_pictures_that_are_no_classes_are_refused(
     classes: tuple[str, ...], tmp_path: Path
@@ -273,6 +288,18 @@ def test_a_folder_lists_its_shards_in_order(tmp_path: Path, monkeypatch: pytest.
     assert pickle.loads(pickle.dumps(shards)) == shards
     monkeypatch.chdir(tmp_path)
     assert list_shards("00000.tar") == shards[:1], "paths are absolute for the workers"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/nowhere")])
+def test_a_pipe_or_a_link_to_nothing_called_like_a_shard_is_refused(make: Any, tmp_path: Path) -> None:
+    """Opened for reading, a pipe that nobody writes to waits for ever."""
+    make(tmp_path / "1.tar")
+    (tmp_path / "0.tar").write_bytes(tar_bytes([]))
+    for spec in (tmp_path, tmp_path / "*.tar"):
+        with pytest.raises(InputError, match="a pipe, a device, or a link to nothing"):
+            list_shards(str(spec))
+    with pytest.raises(InputError, match="no such file"):
+        list_shards(str(tmp_path / "1.tar"))
 
 
 @pytest.mark.parametrize(

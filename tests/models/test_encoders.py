@@ -134,6 +134,23 @@ def test_cut_captions_are_reported(encoder: DualEncoder) -> None:
     assert {values.shape[1] for values in tokens.values()} == {TEXT["max_position_embeddings"]}
 
 
+def test_very_long_captions_are_cut_before_the_tokenizer(
+    encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One word of a million characters is one unknown token: cut all the same, and reported."""
+    seen: list[int] = []
+    tokenizer = encoder.preprocessing.tokenizer
+
+    def spy(texts: list[str], **options: Any) -> Any:
+        seen.extend(map(len, texts))
+        return tokenizer(texts, **options)
+
+    monkeypatch.setattr(encoder.preprocessing, "tokenizer", spy)
+    _, truncated = encoder.tokenize([1_000_000 * "x", 300_000 * "a boat ", "a boat"])
+    assert truncated == [True, True, False]
+    assert max(seen) == encoder.preprocessing.max_characters == 4096
+
+
 def test_only_siglip_pads_to_full_length(family: str, encoder: DualEncoder) -> None:
     tokens, _ = encoder.tokenize(["a boat"])
     if family == "siglip":

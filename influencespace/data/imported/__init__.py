@@ -1,24 +1,21 @@
 """Embeddings that the user already has, as pairs: uids, unit vectors, and the captions and groups beside them."""
 
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from influencespace.data.captions import label
 from influencespace.data.imported.files import (
-    Damaged,
+    UID_COLUMNS,
     Floats,
     ImportedChunk,
     ImportOptions,
     list_chunks,
     read_blocks,
 )
-from influencespace.data.readers.parquet import as_bytes, raise_unless_damage
+from influencespace.data.readers.parquet import raise_unless_damage, values_of
 from influencespace.data.schema import ReadOptions, Rejection, printable
 from influencespace.data.uids import digest
 from influencespace.errors import InputError
@@ -80,15 +77,25 @@ def read_chunk(
     wrong type, or differ in length or dimension: then rows cannot be trusted to belong together.
     """
     options = options or ImportOptions()
-    row = 0
-    try:
-        for table, images, texts in read_blocks(chunk, options):
-            yield from _judge(chunk, options, row, table, images, texts)
-            row += len(images)
-    except (Damaged, EOFError, OSError, zipfile.BadZipFile, zlib.error, pa.ArrowException) as error:
-        raise_unless_damage(error)
-        reason = f"damaged, the rows from {row} on are lost: {error}"
-        yield Rejection(shard=chunk.metadata, uid=f"row {row}", reason=reason)
+    row, blocks = 0, read_blocks(chunk, options)
+    while True:
+        try:
+            block = next(blocks, None)
+        except InputError:
+            raise
+        except UnicodeDecodeError as error:
+            raise InputError(f"{chunk.metadata}: the name of a column is not UTF-8 ({error})") from None
+        except (
+            Exception
+        ) as error:  # of hostile bytes zipfile, its decompressors and numpy make almost anything
+            raise_unless_damage(error)
+            reason = f"damaged, the rows from {row} on are lost: {error or type(error).__name__}"
+            yield Rejection(shard=chunk.metadata, uid=f"row {row}", reason=reason)
+            return
+        if block is None:
+            return
+        yield from _judge(chunk, options, row, *block)
+        row += len(block[1])
 
 
 def _without_repeats(
@@ -148,7 +155,7 @@ def _judge(
 
 
 def _uid_column(names: list[str], chunk: ImportedChunk, options: ImportOptions) -> str:
-    wanted = [options.uid_column] if options.uid_column else ["uid", "key", "image_path"]
+    wanted = [options.uid_column] if options.uid_column else list(UID_COLUMNS)
     for name in wanted:
         if name in names:
             return name
@@ -161,8 +168,7 @@ def _uid_column(names: list[str], chunk: ImportedChunk, options: ImportOptions) 
 def _column(table: Any, name: str) -> list[object] | None:
     if name not in table.schema.names:
         return None
-    values: list[object] = as_bytes(table.column(name)).to_pylist()
-    return values
+    return values_of(table.column(name))
 
 
 def _text(value: object) -> str | None:

@@ -4,6 +4,7 @@ Arrays are read a block of rows at a time, straight from the .npy stream: a file
 memory, on any file system, and nothing is ever unpickled.
 """
 
+import io
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from influencespace.data.images import open_parquet
 from influencespace.data.readers import filesystem_of, list_files
+from influencespace.data.readers.parquet import check_names
 from influencespace.errors import STRICT, InputError
 
 Floats = npt.NDArray[np.float32]
@@ -26,6 +28,15 @@ Block = tuple[Any, Floats, Floats]
 
 # No encoder is this wide: a header with more is damaged, or an attack on memory.
 MAX_DIMENSION = 2**16
+
+# What identifies a pair, by default.
+UID_COLUMNS = ("uid", "key", "image_path")
+
+# numpy writes 128 bytes.
+MAX_HEADER = 10_000
+
+# Of embeddings of one kind that are in memory at once, about; a row of MAX_DIMENSION takes 256 kB.
+BLOCK_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +119,14 @@ def read_blocks(chunk: ImportedChunk, options: ImportOptions) -> Iterator[Block]
 
 def _column_blocks(parquet: Any, chunk: ImportedChunk, options: ImportOptions) -> Iterator[Block]:
     for name in ("image_embedding", "text_embedding"):
-        if name not in parquet.schema_arrow.names:
-            present = ", ".join(parquet.schema_arrow.names)
+        names = parquet.schema_arrow.names
+        if name not in names:
+            present = ", ".join(names)
             raise InputError(f"{chunk.metadata}: no column {name!r}. It has {present}.")
     dimension = 0
-    for batch in parquet.iter_batches(options.batch_rows):
+    groups = map(parquet.metadata.row_group, range(parquet.num_row_groups))
+    size = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+    for batch in _batches(parquet, size, chunk, options):
         images = _matrix(batch, "image_embedding", chunk, dimension)
         dimension = images.shape[1]
         texts = _matrix(batch, "text_embedding", chunk, 0)
@@ -132,12 +146,30 @@ def _array_blocks(
         )
     if images.dimension != texts.dimension:
         raise InputError(_unlike(chunk, images.dimension, texts.dimension))
-    for batch in parquet.iter_batches(options.batch_rows):
+    for batch in _batches(parquet, images.width, chunk, options):
         left, right = images.read(len(batch)), texts.read(len(batch))
         whole = min(len(left), len(right))
         yield batch.slice(0, whole), left[:whole], right[:whole]
         if whole < len(batch):
             raise Damaged("the embeddings end early")
+
+
+def _batches(parquet: Any, row_bytes: int, chunk: ImportedChunk, options: ImportOptions) -> Iterator[Any]:
+    """The rows of the metadata, of the columns that are used: `batch_rows` at a time, fewer where these are long."""
+    names = parquet.schema_arrow.names
+    used = (
+        "image_embedding",
+        "text_embedding",
+        "caption",
+        "text",
+        options.uid_column,
+        options.group_column,
+        *UID_COLUMNS,
+    )
+    columns = [name for name in dict.fromkeys(used) if name is not None and name in names]
+    check_names(names, columns, chunk.metadata)
+    rows = max(1, min(options.batch_rows, BLOCK_BYTES // max(1, row_bytes)))
+    return iter(parquet.iter_batches(rows, columns=columns))
 
 
 def _unlike(chunk: ImportedChunk, images: int, texts: int) -> str:
@@ -147,31 +179,40 @@ def _unlike(chunk: ImportedChunk, images: int, texts: int) -> str:
     )
 
 
+def _header(stream: IO[bytes]) -> Any:
+    """Shape, order and type of an .npy file; its header is read only where it is of a likely size: it may say 4 GB."""
+    version = np.lib.format.read_magic(stream)
+    width = 2 if version == (1, 0) else 4
+    size = int.from_bytes(length := stream.read(width), "little")
+    if size > MAX_HEADER:
+        raise ValueError(f"a header of {size:,} bytes")
+    header = io.BytesIO(length + stream.read(size))
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(header)
+    return np.lib.format.read_array_header_2_0(header)
+
+
 class _Rows:
     """An .npy stream of a matrix of floats, read a block of rows at a time."""
 
     def __init__(self, stream: IO[bytes], name: str) -> None:
         self.stream = stream
         try:
-            version = np.lib.format.read_magic(stream)
-            read_header = np.lib.format.read_array_header_1_0
-            if version != (1, 0):
-                read_header = np.lib.format.read_array_header_2_0
-            shape, by_column, self.dtype = read_header(stream)
-        except ValueError as error:
-            raise Damaged(f"{name} is no .npy file: {error}") from None
+            shape, by_column, self.dtype = _header(stream)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
+            raise Damaged(f"{name} is no .npy file: {error or type(error).__name__}") from None
         if self.dtype.kind != "f":
             raise InputError(f"{name} holds {self.dtype}, not floats. Pickled objects are never read.")
         if len(shape) != 2 or not 0 < shape[1] <= MAX_DIMENSION or by_column:
             order = ", column by column" if by_column else ""
             raise InputError(f"{name} has the shape {shape}{order}; expected (rows, dimension), row by row.")
         self.count, self.dimension = shape
+        self.width = self.dtype.itemsize * self.dimension
 
     def read(self, rows: int) -> Floats:  # (n, D), n <= rows
         """The next rows, fewer at the end."""
-        width = self.dtype.itemsize * self.dimension
-        data = self.stream.read(rows * width)
-        whole = len(data) // width
+        data = self.stream.read(rows * self.width)
+        whole = len(data) // self.width
         block = np.frombuffer(data, self.dtype, count=whole * self.dimension)
         return block.reshape(whole, self.dimension).astype(np.float32)
 
@@ -208,6 +249,10 @@ def _matrix(batch: Any, name: str, chunk: ImportedChunk, dimension: int) -> Floa
         raise InputError(f"{chunk.metadata}: {name} is {kind}; expected a list of floats in each row.")
     rows = [() if row is None else row for row in column.to_numpy(zero_copy_only=False)]
     lengths = np.array([len(row) for row in rows], np.int64)
+    if lengths.max(initial=0) > MAX_DIMENSION:
+        raise InputError(
+            f"{chunk.metadata}: {name} has {lengths.max():,} numbers in a row, more than {MAX_DIMENSION:,}"
+        )
     dimension = dimension or int(np.bincount(lengths, minlength=1).argmax())
     matrix = np.full((len(rows), dimension), np.nan, np.float32)
     if dimension and (lengths == dimension).any():

@@ -49,7 +49,7 @@ def read_shard(
         if isinstance(result, Rejection):
             yield result
         else:
-            yield from assemble(result, options.captions, seed)
+            yield from assemble(result, options.captions, seed, options.max_captions)
 
 
 def list_shards(spec: str | Sequence[str], images: str | None = None) -> list[Shard]:
@@ -105,7 +105,11 @@ def _find(name: str, preferred: tuple[str, ...], other: tuple[str, ...], class_f
         raise InputError(f"{name}: no such file or folder. Is it mistyped, or not mounted on this machine?")
 
     def is_file(path: str, kind: str) -> bool:
-        return kind == "file" or not filesystem.isdir(path)  # the kind of a link does not show where it leads
+        if kind == "file" or filesystem.isfile(path):  # the kind of a link does not show where it leads
+            return True
+        if filesystem.isdir(path):
+            return False
+        raise InputError(f"{path}: neither a file nor a folder, but a pipe, a device, or a link to nothing")
 
     for suffixes in (preferred, other):
         if matching := [

@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 
 from influencespace.data.captions import RawSample
-from influencespace.data.images import read_image_file
+from influencespace.data.images import is_address, read_image_file
 from influencespace.data.schema import ImageRef, ReadOptions, Shard
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -46,7 +46,9 @@ def read_class_folder(shard: Shard, options: ReadOptions) -> Iterator[RawSample]
     name = folder.replace("_", " ")
     for picture in pictures(*fsspec.url_to_fs(shard.path))[slice(*(shard.rows or (None,)))]:
         path = f"{shard.path}/{picture}"
-        data, missing = read_image_file(path)
+        data, missing = None, "the name of the image file would be read as a URL"
+        if not is_address(picture):
+            data, missing = read_image_file(path)
         yield RawSample(
             shard=shard.path,
             key=f"{folder}/{picture}",

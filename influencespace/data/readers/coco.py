@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 
 from influencespace.data.captions import RawSample
-from influencespace.data.images import escapes, read_image_file
+from influencespace.data.images import escapes, is_address, read_image_file
 from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Shard
 from influencespace.errors import InputError
 
@@ -73,7 +73,7 @@ def _raw_sample(
     name, key = image.get("file_name"), _image_id(image)
     path = f"{shard.images}/{name}"
     data, missing = None, f"file_name {name!r} is not a path inside the image folder"
-    if isinstance(name, str) and name and not escapes(name):
+    if isinstance(name, str) and name and not escapes(name) and not is_address(name):
         data, missing = read_image_file(path)
     return RawSample(
         shard=shard.path,

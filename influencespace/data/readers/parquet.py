@@ -1,6 +1,6 @@
 """Parquet files with image bytes and captions, as img2dataset and Hugging Face datasets write them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 
 from influencespace.data.captions import RawSample, original_captions
 from influencespace.data.images import (
-    BATCH_ROWS,
     MAX_ENCODED_BYTES,
     encoded_bytes,
     first_rows,
     image_column,
     open_parquet,
 )
+from influencespace.data.row_groups import batches
 from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Shard
 from influencespace.errors import InputError
 
@@ -38,6 +38,8 @@ def split_row_groups(path: str) -> list[tuple[int, ...] | None]:
         except (pa.ArrowException, OSError) as error:
             raise_unless_damage(error)
             return [None]
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: the name of a column is not UTF-8; rename it") from None
     runs: list[list[int]] = [[]]
     filled = 0
     for index in range(metadata.num_row_groups):
@@ -64,13 +66,12 @@ def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[RawSample | Rej
             reason = f"not a readable Parquet file: {error}"
             yield Rejection(shard=shard.path, uid=name, reason=reason)
             return
-        columns = _find_columns(parquet.schema_arrow, shard.path, options)
+        columns = _find_columns(parquet, shard.path, options)
         starts = first_rows(parquet.metadata)
         for group in shard.row_groups or range(len(starts) - 1):
             row = starts[group]
-            batches = parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
             try:
-                for batch in batches:
+                for batch in batches(parquet, file, group, columns):
                     yield from _raw_samples(batch, columns[0], shard.path, row, options)
                     row += len(batch)
             except (pa.ArrowException, OSError) as error:
@@ -92,6 +93,24 @@ def as_bytes(column: Any) -> Any:
     return column.cast(_bytes_type(column.type))
 
 
+def values_of(column: Any) -> list[object]:
+    """The values of a column, texts as bytes; one that Python cannot hold, like a date in the year 500,000, is an object without
+    a meaning, whose type says so."""
+    column = as_bytes(column)
+    try:
+        values: list[object] = column.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        return [_value(scalar) for scalar in column]
+    return values
+
+
+def _value(scalar: Any) -> object:
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError, pa.ArrowException):
+        return type(f"an unreadable {scalar.type}", (), {})()
+
+
 def _bytes_type(kind: Any) -> Any:
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return pa.large_binary() if pa.types.is_large_string(kind) else pa.binary()
@@ -105,9 +124,16 @@ def _caption_columns(options: ReadOptions) -> tuple[str, ...]:
     return (options.caption_column,) if options.caption_column else CAPTION_COLUMNS
 
 
-def _find_columns(schema: Any, path: str, options: ReadOptions) -> list[str]:
+def check_names(names: Sequence[str], wanted: Iterable[str], path: str) -> None:
+    """Raises InputError where two columns have one of the names that are wanted."""
+    for name in wanted:
+        if names.count(name) > 1:
+            raise InputError(f"{path}: {names.count(name)} columns are called {name!r}; rename all but one")
+
+
+def _find_columns(parquet: Any, path: str, options: ReadOptions) -> list[str]:
     """The columns that are read of those that the file has, the image first."""
-    wanted = _caption_columns(options)
+    schema, wanted = parquet.schema_arrow, _caption_columns(options)
     present = ", ".join(schema.names)
     if not any(name in schema.names for name in wanted):
         raise InputError(
@@ -117,14 +143,16 @@ def _find_columns(schema: Any, path: str, options: ReadOptions) -> list[str]:
     if options.uid_column not in schema.names and options.uid_column != ReadOptions.uid_column:
         raise InputError(f"{path}: no column {options.uid_column!r} (uid_column). It has {present}.")
     names = (image_column(schema, path), *wanted, options.uid_column, options.group_column, "key")
-    return [name for name in dict.fromkeys(names) if name in schema.names]
+    found = [name for name in dict.fromkeys(names) if name in schema.names]
+    check_names(schema.names, found, path)
+    return found
 
 
 def _raw_samples(
     batch: Any, image: str, path: str, first_row: int, options: ReadOptions
 ) -> Iterator[RawSample]:
     """The rows of a batch that begins at `first_row` of the file."""
-    texts = {name: as_bytes(batch[name]).to_pylist() for name in batch.schema.names if name != image}
+    texts = {name: values_of(batch[name]) for name in batch.schema.names if name != image}
     for i, encoded in enumerate(encoded_bytes(batch[image])):
         values = {name: column[i] for name, column in texts.items()}
         data, missing = _image(encoded)

@@ -25,6 +25,7 @@ KINDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt"
 
 # The texts of one image are kilobytes, long names and pax headers are bytes: more is damage or an attack.
 MAX_TEXT_BYTES = 16 * 2**20
+MAX_JSON_BYTES = 2 * 2**20
 MAX_HEADER_BYTES = 2**16
 
 
@@ -90,8 +91,8 @@ class _Headers:
         return self._file.read(size)
 
     def seek(self, place: int) -> int:
-        if place < self._file.tell():
-            raise tarfile.ReadError("a negative size")
+        if not self._file.tell() <= place < 2**63:
+            raise tarfile.ReadError(f"a size that leads to byte {place:,}")
         return self._file.seek(place)
 
 
@@ -151,7 +152,7 @@ def _read_fields(file: BinaryIO, member: tarfile.TarInfo | None) -> dict[str, An
     if member is None:
         return {}
     try:
-        fields = json.loads(_read(file, member, MAX_TEXT_BYTES) or b"")
+        fields = json.loads(_read(file, member, MAX_JSON_BYTES) or b"")
     except (ValueError, RecursionError) as error:
         raise _BadSample(f"malformed JSON: {error}") from None
     if not isinstance(fields, dict):
