@@ -1,6 +1,6 @@
 """Some pairs of an embedding artifact, in canonical order: the pool, the target or the test set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from influencespace.data.artifacts import MANIFEST
 from influencespace.data.buckets import Columns
 from influencespace.data.embeddings import EmbeddingTable
 
+UIDS = 131_072  # read at once
 MAX_LENDERS = 65_536  # pairs whose captions are lent to others
 
 
@@ -139,6 +140,17 @@ class PairSet:
                 break
             other[same] = generator.integers(0, lenders, int(same.sum()))
         return other
+
+
+def rows_of(pairs: PairSet, uids: Collection[str]) -> dict[str, int]:
+    """The row of each uid in a set, read range by range; nothing of those that it does not hold."""
+    wanted = pa.array(uids, pa.large_string())
+    rows: dict[str, int] = {}
+    for start in range(0, len(pairs), UIDS):
+        held = pairs._read(slice(start, start + UIDS), ("uid",))["uid"].cast(pa.large_string())
+        found = np.flatnonzero(pc.is_in(held, value_set=wanted).to_numpy(zero_copy_only=False))
+        rows |= zip(held.take(found).to_pylist(), (start + found).tolist())
+    return rows
 
 
 def _open(folder: Path, rows_file: Path | None) -> PairSet:

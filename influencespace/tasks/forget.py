@@ -20,6 +20,7 @@ from influencespace.core.arrays import IntArray
 from influencespace.core.batches import covering_batches
 from influencespace.core.contrastive import info_nce_only
 from influencespace.data.artifacts import atomic_path, fingerprint, write_json
+from influencespace.data.pair_set import rows_of
 from influencespace.engine.local import LocalEngine
 from influencespace.errors import InputError
 from influencespace.estimators.deletion import deletion_displacement, steps_for, without
@@ -117,11 +118,11 @@ class Forgetting:
     @torch.no_grad()
     def removed_loss(self, theta: Tensor) -> float:
         """Mean loss of the removed pairs, in batches filled up by kept pairs of other images."""
-        image = self.run.pool.image
-        others = self.bank[0][~np.isin(image[self.bank[0]], image[self.removed])]
-        rows = np.concatenate([self.removed, others])
+        bank, removed = (self.run.pool.read(rows, "image")["image"] for rows in (self.bank[0], self.removed))
+        others = ~np.isin(bank, removed)
+        rows, image = np.concatenate([self.removed, self.bank[0][others]]), np.append(removed, bank[others])
         space, terms = space_at(self.space, theta), []
-        for batch in covering_batches(image[rows], self.path.config.batch_size, self.run.seed):
+        for batch in covering_batches(image, self.path.config.batch_size, self.run.seed):
             u, t = space.embed(self.run.pool.inputs(rows[batch]))
             terms.append(self.path.objective.terms(u, t)[batch < len(self.removed)])
         return float(torch.cat(terms).mean())
@@ -239,16 +240,18 @@ def forget_run(
     Raises InputError where no pair would be deleted, or too few would be kept, and where the run is not finished.
     """
     run.summary()  # without one the stages may be of two configs
-    place = {str(uid): row for row, uid in enumerate(run.pool.column("uid"))}
+    place = rows_of(run.pool, set(uids))
     unknown = tuple(sorted(set(uids).difference(place)))
-    removed = tuple(sorted(place[uid] for uid in set(uids).intersection(place)))
+    removed = tuple(sorted(place.values()))
     if not removed:
         raise InputError(
             f"none of the {len(uids)} uid(s) is of this run's pool (first: {next(iter(uids), 'none given')}): give those of "
             "the column uid of curated.parquet"
         )
-    if len(removed) == len(place):
-        raise InputError(f"all {len(place)} pairs of the pool are to be deleted: nothing is left to train on")
+    if len(removed) == len(run.pool):
+        raise InputError(
+            f"all {len(removed)} pairs of the pool are to be deleted: nothing is left to train on"
+        )
     stage = Forget(removed=removed, unknown=unknown, steps=steps, check=check)
     carry_out(stage, run, LocalEngine())
     folder = run.at(stage.name)

@@ -14,7 +14,7 @@ from torch import Tensor
 from influencespace.core.arrays import IntArray
 from influencespace.data.artifacts import fingerprint, write_json
 from influencespace.data.images import RejectedImage, decode_image
-from influencespace.data.pair_set import PairSet
+from influencespace.data.pair_set import PairSet, rows_of
 from influencespace.engine.local import Engine
 from influencespace.errors import InputError
 from influencespace.models.space import Inputs
@@ -61,12 +61,11 @@ def query_by_uid(run: Run, uid: str) -> Query:
     """The pair of the test or target set with this uid; raises InputError where there is none."""
     for role in ROLES:
         pairs = run.sets[role]
-        uids = list(map(str, pairs.column("uid")))
-        if uid in uids:
-            row = uids.index(uid)
-            return Query(name=uid, caption=str(pairs.column("caption")[row]), role=role, row=row)
+        for row in rows_of(pairs, [uid]).values():
+            caption = str(pairs.read(np.array([row]), "caption")["caption"][0])
+            return Query(name=uid, caption=caption, role=role, row=row)
     reason = "is in neither the test nor the target set of the run"
-    if uid in run.pool.column("uid"):
+    if rows_of(run.pool, [uid]):
         reason = "is in the pool: it is a training pair, not a query"
     raise InputError(
         f"uid {uid!r} {reason}; give a pair of the test or target set (their uids are in embed/*/*/pairs.parquet), or a picture "
@@ -201,7 +200,7 @@ def retrieved(similarity: NDArray[Any], right: NDArray[np.bool_], own: float, ro
 
 
 def _uids(pairs: PairSet, rows: Sequence[int]) -> list[str]:
-    uids: list[str] = pairs.table.pairs("uid")["uid"].take(pairs.rows[list(rows)]).to_pylist()
+    uids: list[str] = pairs.read(np.array(rows, np.int64), "uid")["uid"].tolist()
     return uids
 
 

@@ -1,7 +1,5 @@
 """The comparison of k-means: what is measured of each method, on a few rows."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -132,7 +131,7 @@ class Selection:
 def select(run: FinishedRun, scratch: Path) -> Iterator[Selection]:
     """The kept pairs of `run` by the order of their pictures; `scratch` is a file that exists meanwhile.
 
-    Sources are then read front to back, and each once. Row numbers and places of all kept pairs are in memory.
+    Sources are then read front to back, and each once. Row numbers and places of all kept pairs are in memory, 40 bytes each.
     """
     try:
         starts, order = _write(run, scratch)
@@ -144,14 +143,18 @@ def select(run: FinishedRun, scratch: Path) -> Iterator[Selection]:
 
 def _write(run: FinishedRun, scratch: Path) -> tuple[Rows, Rows]:
     """First row of each record batch written to `scratch`, and the rows in the order of their pictures."""
-    places, starts = [], [0]
+    places, starts, paths = [], [0], dict[str, int]()
     with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, SELECTED_SCHEMA) as file:
         for batch in run.kept_pairs():
             if len(batch):
                 file.write_batch(batch)
-                places.append(batch.select(list(PLACE)).to_pandas())
+                numbers = [paths.setdefault(path, len(paths)) for path in batch["image_path"].to_pylist()]
+                places.append(np.array([numbers, *(batch[name].to_pylist() for name in PLACE[1:])], np.int64))
                 starts.append(starts[-1] + len(batch))
     if not places:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    order = pd.concat(places, ignore_index=True).sort_values(list(PLACE)).index.to_numpy()
-    return np.array(starts[:-1], np.int64), order
+    path, *more = np.concatenate(places, axis=1)
+    rank = np.argsort(
+        sorted(range(len(paths)), key=list(paths).__getitem__)
+    )  # numbers in the order of the paths
+    return np.array(starts[:-1], np.int64), np.lexsort([*more[::-1], rank[path]])
