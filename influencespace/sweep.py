@@ -41,7 +41,7 @@ from influencespace.errors import STRICT, InputError
 from influencespace.models.heads import Heads
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.proxies.target import TargetHalves, choosing_loss
-from influencespace.stages.proxies.train_many import Given, train
+from influencespace.stages.proxies.train_many import Weights, train
 from influencespace.stages.selection.pair_evidence import PairEvidence
 from influencespace.stages.selection.weighting import with_chosen
 
@@ -97,12 +97,12 @@ class Retraining:
 
     def __call__(self, settings: Settings) -> dict[str, float]:
         try:
-            subset = self._evidence.decide(replace(self.selection, **settings))
+            decision = self._evidence.decision(replace(self.selection, **settings))
         except InputError:  # nothing is kept
             return {LOSS: math.inf, MEAN_RECALL: 0.0, "kept_fraction": 0.0}
-        measured = [self._measure(subset.weight, seed) for seed in self.seeds]
+        measured = [self._measure(decision, seed) for seed in self.seeds]
         means = {name: float(np.mean([one[name] for one in measured])) for name in (LOSS, MEAN_RECALL)}
-        return means | {"kept_fraction": float(subset.kept.mean())}
+        return means | {"kept_fraction": decision.kept_fraction}
 
     @cached_property
     def _evidence(self) -> PairEvidence:
@@ -112,10 +112,10 @@ class Retraining:
     def _halves(self) -> TargetHalves:
         return TargetHalves(self.run.target, self.run.seed)
 
-    def _measure(self, weights: NDArray[np.float64], seed: int) -> dict[str, float]:
+    def _measure(self, weights: Weights, seed: int) -> dict[str, float]:
         steps = self.run.manifest("proxies").details["steps"]
         config = replace(self.run.config.proxy.train, steps=steps)
-        heads = train(self.run.pool, Given(weights), config, seed).heads
+        heads = train(self.run.pool, weights, config, seed).heads
         recall = mean_recall(heads, self.run.target, self._halves.choosing)
         return {LOSS: choosing_loss(heads, self._halves, config), MEAN_RECALL: recall}
 

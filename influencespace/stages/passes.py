@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from influencespace.core.histogram import Passes, Statistic, carried_out
@@ -47,6 +48,15 @@ class RangePasses:
     def result(self, passes: Passes, read: Read, rows: int) -> Any:
         """What passes return that go over some rows."""
         return carried_out(passes, lambda statistic: self.fold(statistic, read, rows))
+
+
+def looped(read: Read, rows: int) -> Callable[[Statistic], Any]:
+    """Makes a pass over some rows in this process."""
+
+    def run(statistic: Statistic) -> Any:
+        return reduce(statistic.merge, (statistic.observe(read(*span)) for span in buckets_of(rows, RANGE)))
+
+    return run
 
 
 @contextmanager

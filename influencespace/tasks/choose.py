@@ -2,19 +2,25 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from influencespace.core.coreset import d2, diversity, herding, k_center
+from influencespace.core.histogram import Column, Cut, Goal, carried_out, search
 from influencespace.core.select import KEPT
 from influencespace.data.artifacts import atomic_path
+from influencespace.data.buckets import read_rows, table_rows
+from influencespace.data.results import check_result
 from influencespace.errors import InputError
 from influencespace.models.fusion import concatenation
 from influencespace.run import Run
+from influencespace.stages.passes import RANGE, looped
 
 Method = Literal["d2", "k_center", "herding", "diversity"]
 LOWEST = "lowest score"
@@ -37,21 +43,48 @@ def clean(run: Run, fraction: float | None) -> Choice:
     """
     if fraction is not None and not 0 <= fraction < 1:
         raise InputError(f"fraction is {fraction}: give the share of pairs to remove, 0 to below 1, or auto")
-    table = run.curated()
-    reason = table["reason"].to_pylist()
-    if fraction is None:
-        kept = table["kept"].to_numpy()
-    else:
-        score = table["score"].to_numpy().astype(np.float64)
-        kept = np.ones(len(score), bool)
+    run.summary()
+    curated = check_result(run.folder, "curated.parquet")
+    rows, cut = table_rows(curated), None
+    if fraction is not None:
+        read = partial(_scores, curated)
         # nan, which nothing could judge, sorts last: it is kept longest
-        kept[np.argsort(score, kind="stable")[: round(fraction * len(score))]] = False
-        reason = np.where(kept, KEPT, LOWEST).tolist()
-    for name, values in (("kept", kept), ("weight", kept.astype(np.float64)), ("reason", reason)):
-        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+        lowest = search(_itself, [Goal(rank=round(fraction * rows))], rows)
+        (cut,) = carried_out(lowest, looped(read, rows))
     name = "auto" if fraction is None else f"{fraction:g}"
-    path = _written(table, run.at("clean") / name / "cleaned.parquet")
-    return Choice(path=path, chosen=int(kept.sum()), of=len(table))
+    path = run.at("clean") / name / "cleaned.parquet"
+    chosen, start, writer = 0, 0, None
+    with atomic_path(path) as aside, pq.ParquetFile(curated) as file:
+        for batch in file.iter_batches(RANGE):
+            table = _cleaned(pa.Table.from_batches([batch]), start, cut)
+            writer = writer or pq.ParquetWriter(aside, table.schema)
+            writer.write_table(table)
+            chosen, start = chosen + pc.sum(table["kept"]).as_py(), start + len(table)
+        assert writer is not None, f"{curated} is empty"
+        writer.close()
+    return Choice(path=path, chosen=chosen, of=rows)
+
+
+def _scores(curated: Path, start: int, stop: int) -> Column:
+    score = read_rows(curated, slice(start, stop), "score")["score"]
+    return Column(score.astype(np.float64), np.arange(start, stop))
+
+
+def _itself(column: Column) -> Column:
+    return column
+
+
+def _cleaned(table: Any, start: int, cut: Cut | None) -> Any:
+    """The decisions on a range of pairs without those that lie before the cut, or as they are."""
+    kept, reason = table["kept"].to_numpy(), table["reason"]
+    if cut is not None:
+        score = table["score"].to_numpy().astype(np.float64)
+        kept = ~cut.below(score, np.arange(start, start + len(score)))
+        reason = pa.array(np.where(kept, KEPT, LOWEST).tolist())
+    for name, values in (("kept", kept), ("weight", kept.astype(np.float64)), ("reason", reason)):
+        values = values if name == "reason" else pa.array(values)
+        table = table.set_column(table.column_names.index(name), name, values)
+    return table
 
 
 def coreset(run: Run, size: float, method: Method = "d2") -> Choice:

@@ -1,16 +1,15 @@
 """The evidence table: what a decision is made of, for every pair, written and read by range."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial, reduce
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from influencespace.core.arrays import FloatArray
-from influencespace.core.histogram import Moments, Passes, Statistic, carried_out
+from influencespace.core.histogram import Moments, Passes, carried_out
 from influencespace.core.redundancy import joint_mean
 from influencespace.core.rule import Pairs, Rule, find_rule
 from influencespace.core.select import SelectionConfig, Subset, spread_by
@@ -18,7 +17,7 @@ from influencespace.core.strata import rank_within
 from influencespace.data.artifacts import write_json
 from influencespace.data.buckets import Columns, buckets_of, read_rows, table_rows
 from influencespace.run import Run, Workers
-from influencespace.stages.passes import RANGE, Read, range_passes
+from influencespace.stages.passes import RANGE, Read, looped, range_passes
 from influencespace.stages.selection.evidence import CarriedOver, Evidence
 
 EVIDENCE = ("score", "score_se", "predicted", "pretrained", "for_groups", "copy", "further", "image", "group")
@@ -84,17 +83,15 @@ class PairEvidence:
         """Give the rule of a configuration."""
         return find_rule(config, self.unit, self.rows)
 
+    def decision(self, config: SelectionConfig) -> "Decision":
+        """What a configuration makes of it, by passes in one process: for trials."""
+        run = looped(self.reader(config), self.rows)
+        return Decision(evidence=self, rule=carried_out(self.passes(config), run))
+
     def decide(self, config: SelectionConfig) -> Subset:
-        """The subset that a configuration makes of it, in one process: for trials of small pools."""
-
-        def pairs() -> Iterator[Pairs]:
-            return (self.read(*span, config) for span in buckets_of(self.rows, RANGE))
-
-        def run(statistic: Statistic) -> Any:
-            return reduce(statistic.merge, map(statistic.observe, pairs()))
-
-        rule: Rule = carried_out(self.passes(config), run)
-        parts = [rule.decide(one) for one in pairs()]
+        """The subset that a configuration makes of a small pool."""
+        decision = self.decision(config)
+        parts = [decision.rule.decide(decision.pairs(*span)) for span in buckets_of(self.rows, RANGE)]
         return Subset(
             kept=np.concatenate([one.kept for one in parts]),
             weight=np.concatenate([one.weight for one in parts]),
@@ -118,6 +115,12 @@ class Decision:
         if stop == start:
             return np.empty(0)
         return self.rule.decide(self.pairs(start, stop)).weight
+
+    @property
+    def kept_fraction(self) -> float:
+        """Of all pairs."""
+        spans = buckets_of(self.evidence.rows, RANGE)
+        return sum(int(self.rule.kept(self.pairs(*span)).sum()) for span in spans) / self.evidence.rows
 
 
 @dataclass(frozen=True)
