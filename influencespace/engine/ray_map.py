@@ -106,7 +106,7 @@ def _any_begun(running: dict[Any, _Begun]) -> bool:
 
 def on_actors(factory: WorkerFactory, tasks: Sequence[Any], place: Place) -> Results:
     """The results of tasks by actors that each build their callable once; more of them as machines come."""
-    crew = _Crew(factory, place)
+    crew = Crew(factory, place)
     work, running = _Map(tasks, place), dict[Any, tuple[int, str]]()
     try:
         while work.waiting or running:
@@ -138,10 +138,11 @@ def on_actors(factory: WorkerFactory, tasks: Sequence[Any], place: Place) -> Res
         crew.dismiss()
 
 
-class _Crew:
+class Crew:
     """Actors by name: those that start, those that wait for work; one that dies is dropped, and another is started."""
 
     def __init__(self, factory: WorkerFactory, place: Place) -> None:
+        """Of workers that `factory` makes, where the place has room."""
         self._factory, self._place = factory, place
         self.actors: dict[str, Any] = {}
         self.nodes: dict[str, str] = {}

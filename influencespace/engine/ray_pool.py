@@ -7,36 +7,37 @@ from typing import Any
 
 import ray
 
-from influencespace.engine.attempts import TASK_RETRIES, TaskResult, WorkerFactory, lost_worker
-from influencespace.engine.cluster import ray_options
+from influencespace.engine.attempts import MACHINE_LOSSES, Losses, TaskError, WorkerFactory, lost_worker
+from influencespace.engine.cluster import is_alive
 from influencespace.engine.local import AHEAD, Done, Merge, MergeTree, nothing
 from influencespace.engine.place import TICK_SECONDS, Place
-from influencespace.engine.ray_map import Actor
+from influencespace.engine.ray_map import Crew
 
 
 @dataclass(frozen=True)
-class _Running:
-    """A task of a fold, or two states that are merged: its place in the tree, where its state will be, and who works on it."""
+class _Job:
+    """A task of a fold, or two states that are merged: its place in the tree, and the two states."""
 
     height: int
     index: int
-    state: Any
-    actor: Any
+    pair: tuple[Any, Any] | None = None
+
+    @property
+    def task(self) -> int:
+        """The first of its tasks."""
+        return self.index << self.height
 
 
 class _Again(Exception):
-    """The fold has to begin anew: states were lost with a machine."""
+    """The fold has to begin anew: states were lost with a machine, or no machine has what the actors need."""
 
 
 class RayPool:
     """Actors are given work as they start: on a busy cluster some may never find a place. More start as machines come."""
 
     def __init__(self, factory: WorkerFactory, place: Place) -> None:
-        self._factory, self._place = factory, place
-        self._actors: list[Any] = []
-        self._starting: dict[Any, Any] = {}
-        self._idle: deque[Any] = deque()
-        self._grow()
+        self._place, self._crew = place, Crew(factory, place)
+        self._crew.fill(place.room)
 
     def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None, *, done: Done = nothing) -> Any:
         """States stay where they were made or merged: only the last one comes here."""
@@ -47,107 +48,99 @@ class RayPool:
                 ended.add(index)
                 done(tasks[index])
 
-        shared, merge = ray.put(shared), ray.put(merge)
-        for _ in range(TASK_RETRIES):
+        shared, merge, losses = ray.put(shared), ray.put(merge), Losses()
+        for _ in range(MACHINE_LOSSES):
             try:
-                return self._fold(tasks, merge, shared, once)
+                return self._fold(tasks, (merge, shared), losses, once)
             except _Again:
-                self._renew()
-        return self._fold(tasks, merge, shared, once)
+                self._crew.renew(set())
+        raise TaskError(f"a fold lost states with their machines {MACHINE_LOSSES} times")
 
-    def _fold(self, tasks: Sequence[Any], merge: Any, shared: Any, once: Callable[[int], None]) -> Any:
-        tree = MergeTree(len(tasks))
-        waiting = deque(range(len(tasks)))
-        merges: deque[tuple[int, int, Any, Any]] = deque()
-        running: dict[Any, _Running] = {}
+    def _fold(
+        self, tasks: Sequence[Any], given: tuple[Any, Any], losses: Losses, once: Callable[[int], None]
+    ) -> Any:
+        tree, (merge, shared) = MergeTree(len(tasks)), given
+        waiting = deque(_Job(0, index) for index in range(len(tasks)))
+        merges: deque[_Job] = deque()
+        running: dict[Any, tuple[_Job, str, Any]] = {}
         try:
             while waiting or merges or running:
-                most = min((job.index for job in running.values() if not job.height), default=len(tasks))
-                most += AHEAD * (len(self._idle) + len(running))
-                while self._idle and (merges or (waiting and waiting[0] < most)):
-                    actor = self._idle.popleft()
-                    if merges:
-                        height, index, left, right = merges.popleft()
-                        reference, state = actor.merge.options(num_returns=2).remote(merge, left, right)
+                most = min((job.index for job, *_ in running.values() if not job.height), default=len(tasks))
+                most += AHEAD * (len(self._crew.idle) + len(running))
+                while self._crew.idle and (merges or (waiting and waiting[0].index < most)):
+                    name, job = self._crew.idle.popleft(), (merges or waiting).popleft()
+                    actor = self._crew.actors[name]
+                    if job.pair:
+                        reference, state = actor.merge.options(num_returns=2).remote(merge, *job.pair)
                     else:
-                        height, index = 0, waiting.popleft()
-                        reference, state = actor.fold.options(num_returns=2).remote(tasks[index], shared)
-                    running[reference] = _Running(height, index, state, actor)
-                reference = self._next(running)
-                if reference is None:
-                    continue
-                job = running.pop(reference)
-                self._idle.append(job.actor)
-                result_of(reference, tasks[job.index << job.height]).result()
-                if not job.height:
-                    once(job.index)
-                if pair := tree.add(job.height, job.index, job.state):
-                    merges.append(pair)
+                        reference, state = actor.fold.options(num_returns=2).remote(tasks[job.index], shared)
+                    running[reference] = job, name, state
+                for reference in self._next(running):
+                    job, name, state = running.pop(reference)
+                    if not self._ended(reference, name, losses, job.task, tasks):
+                        (merges if job.pair else waiting).appendleft(job)
+                        continue
+                    if not job.height:
+                        once(job.index)
+                    if merged := tree.add(job.height, job.index, state):
+                        merges.append(_Job(merged[0], merged[1], merged[2:]))
         finally:
-            self._idle.extend(job.actor for job in running.values())
+            self._crew.idle.extend(name for _, name, _ in running.values())
         try:
             return ray.get(tree.root)
-        except ray.exceptions.ObjectLostError:
+        except ray.exceptions.RayError:
             raise _Again from None
 
-    def _next(self, running: dict[Any, _Running]) -> Any:
-        """A job that has ended, or None; meanwhile actors start."""
-        ready, _ = ray.wait([*running, *self._starting], num_returns=1, timeout=TICK_SECONDS)
-        if self._place.due:
-            if self._place.look(lambda: any(is_there(job.actor) for job in running.values())):
-                raise _Again
-            self._grow()
+    def _ended(self, reference: Any, name: str, losses: Losses, index: int, tasks: Sequence[Any]) -> bool:
+        """Whether a job has ended well, so that its actor is idle; else, with its actor lost, it is to be done again.
+
+        Raises what the job raised, TaskError where it has lost too many workers, and _Again where its states are gone.
+        """
+        try:
+            result = ray.get(reference)
+        except ray.exceptions.ObjectLostError:
+            raise _Again from None
+        except ray.exceptions.RayError as error:
+            node = self._crew.nodes[name]
+            self._crew.drop(name)
+            if losses.count(index, machine_gone=not is_alive(node)):
+                lost_worker(tasks[index], f" Ray says: {error}").result()
+            return False
+        self._crew.idle.append(name)
+        result.result()
+        return True
+
+    def _next(self, running: dict[Any, Any]) -> list[Any]:
+        """A job that has ended, where one has; meanwhile actors start."""
+        ready, _ = ray.wait([*running, *self._crew.starting], num_returns=1, timeout=TICK_SECONDS)
+        if self._place.due and self._place.look(lambda: bool(running)):
+            raise _Again
+        self._crew.fill(self._place.room)
         for one in ready:
+            if one in self._crew.starting:
+                self._crew.started(one)
+                continue
             self._place.at_work()
-            if one not in self._starting:
-                return one
-            self._idle.append(self._starting.pop(one))
-        return None
+            return [one]
+        return []
 
     def run(self, job: Callable[[], Any]) -> Any:
         """One job on one of the actors."""
+        losses = Losses()
         while True:
             try:
-                while not self._idle:
+                while not self._crew.idle:
                     self._next({})
-                return result_of(self._idle[0].run.remote(job), job).result()
+                name = self._crew.idle.popleft()
+                reference = self._crew.actors[name].run.remote(job)
+                while not ray.wait([reference], timeout=TICK_SECONDS)[0]:
+                    if self._place.due and self._place.look(lambda: True):
+                        raise _Again
+                if self._ended(reference, name, losses, 0, [job]):
+                    return ray.get(reference).value
             except _Again:
-                self._renew()
-
-    def _grow(self) -> None:
-        kind = ray.remote(Actor).options(
-            **ray_options(self._place.need), max_restarts=-1, max_task_retries=TASK_RETRIES
-        )
-        while len(self._actors) < self._place.room:
-            self._actors.append(kind.remote(self._factory))
-            self._starting[self._actors[-1].start.remote()] = self._actors[-1]
-
-    def _renew(self) -> None:
-        """Other actors, by what the place now gives."""
-        self.end()
-        self._starting, self._idle = {}, deque()
-        self._grow()
+                self._crew.renew(set())
 
     def end(self) -> None:
         """The end of all actors."""
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
-
-
-def is_there(actor: Any) -> bool:
-    """Whether an actor has a process just now."""
-    from ray._private.state import actors
-
-    return bool(actors(actor._actor_id.hex()).get("State") == "ALIVE")
-
-
-def result_of(reference: Any, task: Any) -> TaskResult:
-    """The worker's result; a failure where no worker survived the task."""
-    try:
-        result: TaskResult = ray.get(reference)
-    except ray.exceptions.ObjectLostError:
-        raise _Again from None
-    except ray.exceptions.RayError as error:
-        return lost_worker(task, f" Ray says: {error}")
-    return result
+        self._crew.dismiss()
