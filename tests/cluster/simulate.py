@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from influencespace.engine import waiting
+from influencespace.engine import place, waiting
 from influencespace.engine.placement import Resources, share
 from influencespace.engine.ray_engine import RayEngine
 from influencespace.engine.session import start_ray
@@ -114,27 +114,32 @@ def every_gpu(shape: str, folder: Path) -> dict[str, Any]:
 def late(folder: Path) -> dict[str, Any]:
     """Machines with a GPU come when they are waited for, and one more when the work is under way."""
     waiting.FIRST_SECONDS, waiting.AGAIN_SECONDS = 1.0, 1.0
-    added = []
+    added: list[str] = []
     with cluster_of([(4, 0)]) as (cluster, _), start_ray(address=cluster.address) as engine:
+        said = waiting.say
 
-        def add() -> None:
-            added.append(cluster.add_node(num_cpus=2, num_gpus=1, object_store_memory=OBJECT_STORE).node_id)
+        def say(text: str) -> None:
+            """A machine comes when the first wait is spoken of."""
+            said(text)
+            if not added:
+                added.append(
+                    cluster.add_node(num_cpus=2, num_gpus=1, object_store_memory=OBJECT_STORE).node_id
+                )
 
-        first = threading.Timer(4.0, add)
-        first.start()
-        work = engine.map(Together(folder, 2), range(6), workers=0, resources=GPU)
-        second = threading.Thread(target=when_there, args=(folder, add))
-        second.start()
-        results = list(work)
-        first.join()
-        second.join()
+        place.say = say
+        looked = place.Place.look
+
+        def look(self: place.Place, at_work: Callable[[], bool]) -> bool:
+            """Another one comes when a worker waits on the first."""
+            if list(folder.glob("*.there")) and len(added) == 1:
+                added.append(
+                    cluster.add_node(num_cpus=2, num_gpus=1, object_store_memory=OBJECT_STORE).node_id
+                )
+            return looked(self, at_work)
+
+        place.Place.look = look  # type: ignore[method-assign]
+        results = list(engine.map(Together(folder, 2), range(6), workers=0, resources=GPU))
         return {"actors": len({one for one, _ in results}), "results": len(results), "added": added}
-
-
-def when_there(folder: Path, add: Callable[[], None]) -> None:
-    while not list(folder.glob("*.there")):
-        time.sleep(0.1)
-    add()
 
 
 def largest_lost(folder: Path) -> dict[str, Any]:
