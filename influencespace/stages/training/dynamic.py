@@ -67,7 +67,7 @@ class Reweighting:
         own = self.inputs.pool
         if own.rows_file == pool.rows_file:
             return rows
-        return np.searchsorted(own.rows, np.asarray(pool.rows[rows]))
+        return np.searchsorted(own.rows, np.asarray(pool.place(rows)))
 
     def at(self, pool: PairSet, before: Weights, heads: Heads, preconditioner: Tensor) -> "Reweighted":
         """Weights of the pairs of a pool that had some, by heads and AdamW's preconditioner as they are now.
