@@ -24,6 +24,7 @@ NAMES = (
     *(f"curation/{name}" for name in ("quality", "scenarios", "transfer", "redundancy", "ablations")),
     *(f"attribution/{name}" for name in ("attribution", "peers", "calibration", "cleaning")),
     "fairness/fairness",
+    "speed/survival",
     "speed/throughput",
     "speed/towers",
     "speed/scale",
