@@ -116,9 +116,9 @@ class TrainedProxy:
     def case(self, removed: IntArray, steps: int) -> dict[str, Any]:
         """One removal, edited and retrained on the same batches and on fresh ones."""
         study, path, image = self.study, self.path, self.study.pool.image
-        displacement, seconds = timed(lambda: deletion_displacement(path, removed, image, steps))
+        displacement, seconds = timed(lambda: deletion_displacement(path, removed, image.__getitem__, steps))
         edited = path.final + displacement
-        half = path.final + deletion_displacement(path, removed, image, steps // 2)
+        half = path.final + deletion_displacement(path, removed, image.__getitem__, steps // 2)
         same = without(path, removed)
         retrained, seconds_of_retraining = timed(lambda: self.trained(same.batches))
         weights = np.where(np.isin(np.arange(study.size), removed), 0.0, 1.0)

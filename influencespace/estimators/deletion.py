@@ -26,6 +26,8 @@ from influencespace.errors import InputError
 from influencespace.models.space import Inputs
 from influencespace.models.trajectory import BETA1, BETA2, State, Trajectory, preconditioner, step
 
+ImagesOf = Callable[[IntArray], IntArray]
+"""The image of each of some rows of the pool: (m,) -> (m,)."""
 SHARE = 1 / 25
 """Of the training's steps, taken twice: a tenth of its time, as a long step takes somewhat longer."""
 MAX_STEP = 0.05
@@ -38,8 +40,7 @@ def without(path: Trajectory, removed: IntArray) -> Trajectory:
 
     Raises InputError where a batch is left with fewer than two pairs, and so without a loss.
     """
-    leaves = np.isin(np.arange(1 + max(int(rows.max()) for rows in path.batches)), removed)
-    batches = [rows[~leaves[rows]] for rows in path.batches]
+    batches = [rows[~np.isin(rows, removed)] for rows in path.batches]
     smallest = min(range(len(batches)), key=lambda index: len(batches[index]))
     if len(batches[smallest]) < 2:
         raise InputError(
@@ -95,16 +96,17 @@ def batch_with(path: Trajectory, kept: Trajectory, segment: range) -> WeightedBa
     )
 
 
-def weighted_gradient(path: Trajectory, theta: Tensor, batch: WeightedBatch, images: IntArray) -> Tensor:
+def weighted_gradient(path: Trajectory, theta: Tensor, batch: WeightedBatch, images: ImagesOf) -> Tensor:
     """Gradient of the InfoNCE loss in which a pair's weight multiplies it as an anchor and as a negative: (p,) -> (p,).
 
-    images (N,): a pair is no negative of another pair of its image, which no batch of the training holds. In closed form
-    in the logits.
+    `images` gives those of rows: a pair is no negative of another pair of its image, which no batch of the training holds. In
+    closed form in the logits.
     """
     scale = info_nce_only(path.objective, "forget").scale
     inputs: Inputs = path.inputs(batch.rows)
     w = torch.from_numpy(batch.weights).to(theta)
-    same_image = torch.from_numpy(images[batch.rows][:, None] == images[batch.rows]).to(theta.device)
+    image = images(batch.rows)
+    same_image = torch.from_numpy(image[:, None] == image).to(theta.device)
     log_weight = torch.where(same_image, -torch.inf, w.log())  # (n, n) of column j as a negative of row i
     log_weight.fill_diagonal_(0.0)
     outputs = vjp(lambda q: path.space.embed_at(q, inputs), path.space.unflatten(theta))
@@ -153,11 +155,11 @@ def short_training(
 
 
 def deletion_displacement(
-    path: Trajectory, removed: IntArray, images: IntArray, steps: int | None = None
+    path: Trajectory, removed: IntArray, images: ImagesOf, steps: int | None = None
 ) -> Tensor:
     """What to add to a proxy's parameters (p,) in place of training it again without some rows of the pool.
 
-    images (N,) image of each pair; `steps` long steps in each of two short trainings, by default those of `steps_for`.
+    `images` gives those of rows (m,) -> (m,); `steps` long steps in each of two short trainings, by default those of `steps_for`.
     Reads where the training began and its batches, not its path. Its truth is the proxy retrained from the same beginning
     on the same batches less the pairs; one with fresh batches differs from that by chance, at few pairs by more than by the
     pairs. Trust it as far as an edit with half as many steps agrees with it (`tasks/forget.py` reports that): best with

@@ -12,11 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from influencespace.core.arrays import IntArray
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.batches import covering_batches
 from influencespace.core.contrastive import info_nce_only
 from influencespace.data.artifacts import atomic_path, fingerprint, write_json
@@ -31,7 +30,7 @@ from influencespace.models.training import train_heads
 from influencespace.models.trajectory import Trajectory, space_at
 from influencespace.run import Details, Run, Stage, Workers, carry_out
 from influencespace.stages.proxies.proxy import Proxy
-from influencespace.stages.proxies.train_many import Given, beginning, train
+from influencespace.stages.proxies.train_many import beginning, train
 from influencespace.stages.scoring.scoring import ScoringInputs
 
 FILES = ("proxy.safetensors", "forget.json")
@@ -65,6 +64,18 @@ def read_uids(path: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Without:
+    """1 for each pair, but 0 for some rows."""
+
+    removed: IntArray
+
+    def read(self, start: int, stop: int) -> FloatArray:
+        weights = np.ones(stop - start)
+        weights[self.removed[(self.removed >= start) & (self.removed < stop)] - start] = 0
+        return weights
+
+
+@dataclass(frozen=True)
 class Forgetting:
     """The proxy of all pairs of a run, the pairs that it is to forget, and what the edit is measured on."""
 
@@ -92,21 +103,23 @@ class Forgetting:
     def path(self) -> Trajectory:
         return self.inputs.trajectory(self.space)
 
-    @cached_property
-    def kept(self) -> NDArray[np.float64]:
-        """Weight of each pair of the pool without the removed ones (N,)."""
-        weights = np.ones(len(self.run.pool))
-        weights[self.removed] = 0
-        return weights
+    @property
+    def kept(self) -> "Without":
+        """Weights of the pool's pairs without the removed ones."""
+        return Without(self.removed)
 
     @cached_property
     def bank(self) -> list[IntArray]:
         """The proxy's negative batches less the removed pairs."""
-        return [rows[self.kept[rows] > 0] for rows in self.trained.bank]
+        return [rows[~np.isin(rows, self.removed)] for rows in self.trained.bank]
 
     def edited(self, steps: int) -> Tensor:
         """Parameters of the edited proxy (p,)."""
-        return self.theta + deletion_displacement(self.path, self.removed, self.run.pool.image, steps)
+        return self.theta + deletion_displacement(self.path, self.removed, self.images, steps)
+
+    def images(self, rows: IntArray) -> IntArray:
+        """Image of some pairs of the pool (m,)."""
+        return self.run.pool.read(rows, "image")["image"]
 
     def gradient_norm(self, theta: Tensor) -> float:
         """Norm of the gradient of the kept pairs' loss, over the negative batches."""
@@ -118,7 +131,7 @@ class Forgetting:
     @torch.no_grad()
     def removed_loss(self, theta: Tensor) -> float:
         """Mean loss of the removed pairs, in batches filled up by kept pairs of other images."""
-        bank, removed = (self.run.pool.read(rows, "image")["image"] for rows in (self.bank[0], self.removed))
+        bank, removed = self.images(self.bank[0]), self.images(self.removed)
         others = ~np.isin(bank, removed)
         rows, image = np.concatenate([self.removed, self.bank[0][others]]), np.append(removed, bank[others])
         space, terms = space_at(self.space, theta), []
@@ -161,12 +174,12 @@ class Forgetting:
         began = time.monotonic()
         config, pool = self.path.config, self.run.pool
         seed = self.run.seed + 1
-        heads, _ = beginning(pool, Given(self.kept), config, seed)
+        heads, _ = beginning(pool, self.kept, config, seed)
         batches = without(self.path, self.removed).batches
         retrained = _flat(train_heads(pool.inputs, batches, heads, config).heads)
         seconds = time.monotonic() - began
         seeds = range(seed, seed + CHECKING_SEEDS)
-        fresh = [_flat(train(pool, Given(self.kept), config, one).heads) for one in seeds]
+        fresh = [_flat(train(pool, self.kept, config, one).heads) for one in seeds]
         all_ = (self.theta, edited, retrained, fresh[0])
         before, after, same, other = (self.logits(theta) for theta in all_)
         return {

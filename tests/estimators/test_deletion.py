@@ -75,7 +75,7 @@ def logits(path: Trajectory, theta: Tensor, inputs: Inputs = TEST) -> Tensor:
 def test_with_the_steps_of_the_training_it_is_retraining(rule: Rule, removed: set[int]) -> None:
     path = path_of(rule)
     rows = np.array(sorted(removed))
-    edited = path.final + deletion_displacement(path, rows, IMAGES, len(path.batches))
+    edited = path.final + deletion_displacement(path, rows, IMAGES.__getitem__, len(path.batches))
     torch.testing.assert_close(edited, without(path, rows).final, rtol=0, atol=1e-9)
 
 
@@ -88,7 +88,7 @@ def test_it_comes_near_retraining_in_few_steps_and_nearer_in_more(rule: Rule, sh
     retrained = logits(path, without(path, removed).final)
 
     def distance(steps: int) -> float:
-        edited = path.final + deletion_displacement(path, removed, images, steps)
+        edited = path.final + deletion_displacement(path, removed, images.__getitem__, steps)
         return float(
             (logits(path, edited) - retrained).norm() / (logits(path, path.final) - retrained).norm()
         )
@@ -100,12 +100,14 @@ def test_it_comes_near_retraining_in_few_steps_and_nearer_in_more(rule: Rule, sh
 
 
 def test_deleting_nothing_changes_nothing() -> None:
-    assert not deletion_displacement(path_of(), np.array([], np.int64), IMAGES).any()
+    assert not deletion_displacement(path_of(), np.array([], np.int64), IMAGES.__getitem__).any()
 
 
 def test_the_order_of_the_pairs_is_irrelevant() -> None:
     removed = np.array([5, 17, 3, 40])
-    forward, backward = (deletion_displacement(path_of(), rows, IMAGES) for rows in (removed, removed[::-1]))
+    forward, backward = (
+        deletion_displacement(path_of(), rows, IMAGES.__getitem__) for rows in (removed, removed[::-1])
+    )
     assert torch.equal(forward, backward)
 
 
@@ -114,7 +116,7 @@ def test_a_deleted_pair_becomes_as_strange_as_to_the_retrained_proxy() -> None:
     ends = {
         "unedited": path.final,
         "retrained": without(path, removed).final,
-        "edited": path.final + deletion_displacement(path, removed, IMAGES, 16),
+        "edited": path.final + deletion_displacement(path, removed, IMAGES.__getitem__, 16),
     }
     own = {
         name: float(logits(path, end, rows_of_pool(removed)).diagonal().mean()) for name, end in ends.items()
@@ -188,7 +190,7 @@ def test_the_gradient_is_that_of_the_weighted_loss(weights: list[float]) -> None
         value: Tensor = (w * (normalisers / 2 - own.log())).sum() / w.sum()
         return value
 
-    found = weighted_gradient(path, path.initial, WeightedBatch(rows, np.array(weights)), IMAGES)
+    found = weighted_gradient(path, path.initial, WeightedBatch(rows, np.array(weights)), IMAGES.__getitem__)
     torch.testing.assert_close(found, grad(loss)(path.initial), rtol=1e-9, atol=1e-12)
 
 
@@ -197,12 +199,14 @@ def test_weights_of_one_are_the_loss_and_pairs_of_an_image_are_no_negatives() ->
     rows = np.arange(0, 12, 2)  # of distinct images
     ones = WeightedBatch(rows, np.ones(6))
     expected = loss_gradient(path.space, path.initial, path.inputs(rows), path.objective)
-    torch.testing.assert_close(weighted_gradient(path, path.initial, ones, IMAGES), expected)
+    torch.testing.assert_close(weighted_gradient(path, path.initial, ones, IMAGES.__getitem__), expected)
     # another caption of an image enters with no weight to speak of: only as a negative it could be felt
     with_sibling = WeightedBatch(np.append(rows, 1), np.append(np.ones(6), 1e-12))
-    torch.testing.assert_close(weighted_gradient(path, path.initial, with_sibling, IMAGES), expected)
+    torch.testing.assert_close(
+        weighted_gradient(path, path.initial, with_sibling, IMAGES.__getitem__), expected
+    )
     alone = WeightedBatch(np.array([0, 1]), np.ones(2))
-    assert float(weighted_gradient(path, path.initial, alone, IMAGES).norm()) < 1e-12
+    assert float(weighted_gradient(path, path.initial, alone, IMAGES.__getitem__).norm()) < 1e-12
 
 
 def test_a_high_learning_rate_is_given_more_steps() -> None:
@@ -214,6 +218,6 @@ def test_a_high_learning_rate_is_given_more_steps() -> None:
 def test_refusals() -> None:
     path = path_of()
     with pytest.raises(InputError, match="train a proxy on the kept pairs instead"):
-        deletion_displacement(path, np.arange(PAIRS - 1), IMAGES)
+        deletion_displacement(path, np.arange(PAIRS - 1), IMAGES.__getitem__)
     with pytest.raises(ValueError, match="one or more"):
-        deletion_displacement(path, np.array([1]), IMAGES, steps=0)
+        deletion_displacement(path, np.array([1]), IMAGES.__getitem__, steps=0)

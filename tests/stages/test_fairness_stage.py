@@ -23,7 +23,7 @@ from influencespace.run import Run, Workers
 from influencespace.stages.proxies.proxy import ALL, Proxy
 from influencespace.stages.proxies.target import TargetHalves
 from influencespace.stages.scoring.curvature import directional
-from influencespace.stages.scoring.fairness import Disadvantaged, features
+from influencespace.stages.scoring.fairness import Disadvantaged, SolveDisadvantaged, features
 from influencespace.stages.scoring.scoring import ScoringInputs
 from influencespace.stages.selection.pair_evidence import PairEvidence
 from influencespace.stages.selection.weighting import (
@@ -128,6 +128,18 @@ def test_scores_are_those_of_the_runs_own_estimator(truth: Run, tmp_path: Path) 
     carry(run, "curvature", "influence", "fairness")
     both, own = (columns(one, "fairness/scored")["influence"] for one in (truth, run))
     assert np.corrcoef(both, own)[0, 1] < 1 - 1e-6
+
+
+def test_any_device_gives_the_direction(truth: Run, tmp_path: Path) -> None:
+    """A second device of CPUs goes the way of a GPU."""
+    groups = replace(groups_of(truth), inputs=ScoringInputs.of(truth, "cpu:0"))
+    SolveDisadvantaged(groups=groups, folder=tmp_path)()
+    found, expected = (
+        load_file(folder / "direction.safetensors")["direction"]
+        for folder in (tmp_path, truth.at("fairness"))
+    )
+    torch.testing.assert_close(found, expected)
+    assert expected.norm() > 0
 
 
 def test_weights_follow_what_serves_the_groups(truth: Run) -> None:

@@ -16,7 +16,7 @@ from influencespace.core.quality import quality_axis
 from influencespace.core.select import HARMFUL, KEPT, REDUNDANT
 from influencespace.data.artifacts import Manifest, write_manifest
 from influencespace.data.bucket_files import write_artifact
-from influencespace.run import Run
+from influencespace.run import Run, Workers
 from influencespace.stages.selection import captions, redundancy
 from influencespace.stages.selection.evidence import KNOTS, PRUNING_AXES, Evidence
 from influencespace.stages.selection.pair_evidence import PairEvidence
@@ -176,6 +176,16 @@ def test_few_copies_are_lost_where_few_pairs_are_compared(copied: Run, tmp_path:
     rows = np.arange(len(whole))
     assert ((cut != rows) <= (whole != rows)).all()
     assert (cut != rows).sum() >= 0.95 * (whole != rows).sum()
+
+
+def test_a_second_device_finds_the_same(copied: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of CPUs, the way of a GPU."""
+    monkeypatch.setattr(Workers, "device", "cpu:0")
+    run = beside(copied, tmp_path, "redundancy", settings={"redundancy.max_compared": 40})
+    carry(run, "redundancy")
+    monkeypatch.undo()
+    whole = carry_beside(copied, tmp_path / "cpu", "redundancy", max_compared=40)
+    assert_equal_results(run.at("redundancy"), whole.at("redundancy"))
 
 
 def test_what_captions_say_is_what_loops_find(copied: Run) -> None:

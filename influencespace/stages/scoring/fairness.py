@@ -30,6 +30,7 @@ from influencespace.stages.scoring.scoring import ScoringInputs, scoring_pass
 
 MAX_FITTED = 20_000  # scored pairs whose embeddings are in memory at once
 GROUPS = "groups.parquet"
+RANGE = 16_384  # pairs whose embeddings are in memory at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Disadvantaged:
         for rows in inputs.target_batches:
             with torch.no_grad():
                 terms = inputs.proxy.train.objective.terms(*proxy.embed(inputs.target.inputs(rows)))
-            losses.append(terms.double().numpy())
+            losses.append(terms.double().cpu().numpy())
         rows, loss = np.concatenate(inputs.target_batches), np.concatenate(losses)
         named = inputs.halves.group[rows] >= 0
         keys = np.stack([inputs.halves.group[rows[named]], inputs.target.image[rows[named]]])
@@ -102,7 +103,7 @@ class SolveDisadvantaged:
             solution = estimator.solution(problem, self.groups.gradient(problem), sketch)
             solve = {"iterations": solution.iterations, "residual": solution.residual}
             with atomic_path(self.folder / "direction.safetensors") as aside:
-                save_file({"direction": solution.x.contiguous()}, aside)
+                save_file({"direction": solution.x.contiguous().cpu()}, aside)
         names, codes = inputs.target.column("group"), inputs.halves.group
         means = group_means(loss, group) if len(group) else share
         groups = [
@@ -130,11 +131,14 @@ class ScoreForGroups:
 @lru_cache(maxsize=1)
 def _scorer(score: ScoreForGroups, inputs: ScoringInputs) -> Any:
     """Made once by each worker, with all that it computes of the bank."""
-    direction = load_file(score.folder / "direction.safetensors")["direction"]
-    return score.estimator.scorer(inputs.problem(path=False), direction)
+    direction, problem = (
+        load_file(score.folder / "direction.safetensors")["direction"],
+        inputs.problem(path=False),
+    )
+    return score.estimator.scorer(problem, direction.to(problem.space.like.device))
 
 
-def features(pool: PairSet, rows: IntArray) -> FloatArray:
+def features(pool: PairSet, rows: IntArray | slice) -> FloatArray:
     """Both given embeddings of pairs, side by side: (n, 2 D)."""
     return torch.cat(pool.inputs(rows), 1).double().numpy()
 
@@ -175,7 +179,7 @@ class PredictForGroups:
             offset=float(values["offset"]),
             freedom=0,
         )
-        return {"influence": fitted.predict(features(self.pool, np.arange(start, stop)))}
+        return {"influence": fitted.predict(features(self.pool, slice(start, stop)))}
 
 
 class Fairness(Stage):
@@ -199,16 +203,18 @@ class Fairness(Stage):
         details: dict[str, Any] = {"groups": []}
         if wanted and estimator is not None:
             rank = run.manifest("curvature").details["proxies"][ALL].get("rank", 0)
-            groups = Disadvantaged(inputs=ScoringInputs.of(run), estimator=estimator, rank=rank)
-            details = workers.once(SolveDisadvantaged(groups=groups, folder=out))
+            inputs, heavy = ScoringInputs.of(run, workers.device), workers.heavy()
+            groups = Disadvantaged(inputs=inputs, estimator=estimator, rank=rank)
+            solve = SolveDisadvantaged(groups=groups, folder=out)
+            (details,) = workers.map([solve], unit="directions", label="solve", resources=heavy)
             if any(group["share"] for group in details["groups"]):
                 sample = run.at("influence") / "influence.parquet"
                 score = ScoreForGroups(estimator=estimator, sample=sample, folder=out)
                 rows = range(scored.details["sample"] - scored.details["without_score"])
-                with scoring_pass(workers, groups.inputs, size, len(rows)) as scoring:
+                with scoring_pass(workers, inputs, size, len(rows), resources=heavy) as scoring:
                     starts = scoring.write("scored", score, rows)
                 details["freedom"] = workers.once(FitForGroups(pool=run.pool, folder=out, starts=starts))
                 workers.join("scored", starts)
                 predict = PredictForGroups(pool=run.pool, folder=out)
-                workers.table("groups", predict, pairs, size, label="all pairs")
+                workers.table("groups", predict, pairs, RANGE, label="all pairs")
         return Details(rows_in=pairs, rows_out=pairs, details=details)

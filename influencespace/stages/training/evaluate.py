@@ -1,5 +1,6 @@
 """The evaluate stage: every retrained proxy on the test set, and curated against each baseline, paired."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from influencespace.core.metrics import (
     recall_at,
     retrieval_ranks,
 )
-from influencespace.data.buckets import read_columns, write_columns
+from influencespace.data.buckets import buckets_of, read_rows, table_rows, write_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import STRICT
 from influencespace.models.heads import Heads
@@ -32,6 +33,8 @@ from influencespace.stages.ingest.encode import EmbedConfig, EncoderLoader, load
 from influencespace.stages.proxies.proxy import Proxy
 from influencespace.stages.proxies.target import TargetHalves, choosing_loss
 from influencespace.stages.selection.selection import weights_of
+
+RANGE = 131_072  # rows of weights that are read at once
 
 
 @options(frozen=True, kw_only=True, config=STRICT)
@@ -205,12 +208,16 @@ def recall_by_group(shares: FloatArray, groups: list[str | None]) -> dict[str, A
 
 @dataclass(frozen=True)
 class KeptFractions:
-    """Task: the share of the pool that each method trains on."""
+    """Task: the share of the pool that each method trains on, by one range of its weights after another."""
 
     weights: Path
 
     def __call__(self) -> dict[str, float]:
-        return {name: float((weight > 0).mean()) for name, weight in read_columns(self.weights).items()}
+        rows, kept = table_rows(self.weights), Counter[str]()
+        for start, stop in buckets_of(rows, RANGE):
+            columns = read_rows(self.weights, slice(start, stop))
+            kept.update({name: int((weight > 0).sum()) for name, weight in columns.items()})
+        return {name: count / rows for name, count in kept.items()}
 
 
 class Evaluate(Stage):
