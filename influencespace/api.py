@@ -25,6 +25,7 @@ from influencespace.estimators.proxy_problem import batch_of, proxy_problem
 from influencespace.models.training import HeadsConfig
 from influencespace.planning import LIMIT, Plan
 from influencespace.planning import plan as planned
+from influencespace.planning.cluster import parse_cluster, parse_pairs
 from influencespace.run import Run
 from influencespace.stages.scoring.scoring import make_estimator
 
@@ -107,22 +108,27 @@ def plan(
     embeddings: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     limit: int = LIMIT,
+    cluster: str | None = None,
+    pairs: int | str | None = None,
     engine: Literal["ray", "local"] = "ray",
     address: str | None = None,
 ) -> Plan:
     """What `curate` with the same arguments will need, before it runs: pairs, bytes, memory and seconds of each stage.
 
     About `limit` pairs, and half as many, go through all stages beside the folder `out`, and are removed again; what they took is
-    scaled. With a limit of 0 the data are only counted, without Ray. Raises InputError for what `curate` would refuse, and for
-    files or workers that certainly do not fit.
+    scaled. With a limit of 0 the data are only counted, without Ray. `pairs` plans for so many like those that are there, such as
+    "12.8M"; `cluster` for other machines, such as "4x(16 cores, 64 GB, 1xA10G)", whose GPUs are assumed and not measured. Raises
+    InputError for what `curate` would refuse, and for files or workers that certainly do not fit.
 
         needs = plan(data="pairs", target="target", test="test", encoder="my-clip", limit=0)
         seconds = [cost.seconds for cost in needs.costs]
     """
     flags = {"data": data, "target": target, "test": test, "encoder": encoder, "embeddings": embeddings}
     resolved = resolve(config, settings or {}, flags)
+    machines = None if cluster is None else parse_cluster(cluster)
+    count = None if pairs is None else parse_pairs(str(pairs))
     with start(engine if limit or address or "RAY_ADDRESS" in os.environ else "local", address) as started:
-        return planned(resolved, limit, started, local_folder(out, "--out"))
+        return planned(resolved, limit, started, local_folder(out, "--out"), cluster=machines, pairs=count)
 
 
 def start(engine: Literal["ray", "local"], address: str | None) -> AbstractContextManager[Engine]:

@@ -27,7 +27,7 @@ from influencespace.pipeline import STAGES, curate, data_stages
 from influencespace.planning import Plan, plan, print_plan
 from influencespace.planning.cost_model import Timing, scaled
 from influencespace.planning.dataset_stats import shard_stats
-from influencespace.planning.memory import measured
+from influencespace.planning.memory import Work, measured
 from influencespace.planning.table import size
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.ingest.fit_encoder import FitEncoder
@@ -325,14 +325,23 @@ class TestTable:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
 def test_the_peak_of_a_task_is_measured_and_its_result_is_kept() -> None:
-    peaks: list[int] = []
-    engine = measured(LocalEngine(), peaks.append)
+    works: list[Work] = []
+    engine = measured(LocalEngine(), works.append)
     assert isinstance(engine, LocalEngine)
     results = list(engine.map(lambda: lambda count: np.ones(count).sum(), [10, 25_000_000, 10]))
     assert results == [10, 25_000_000, 10]
+    peaks = [work.peak for work in works]
     assert 180e6 < peaks[1] - peaks[0] < 260e6
     assert peaks[2] < peaks[1]
+    assert all(work.working > 0 == work.reading for work in works)
     with engine.pool(lambda: lambda task, shared: task + shared) as pool:
         assert pool.fold([1, 2, 3], lambda one, other: one + other, shared=10) == 36
         assert pool.run(lambda: 7) == 7
-    assert len(peaks) == 5
+    assert len(works) == 5
+
+    def read() -> Any:
+        return lambda task: iter(range(task))
+
+    assert list(engine.stream(read, [2, 3], lambda: lambda item: -item)) == [0, -1, 0, -1, -2]
+    assert len(works) == 10
+    assert all(work.working > work.reading > 0 for work in works[5:])

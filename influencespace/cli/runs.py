@@ -94,6 +94,13 @@ def plan(
             min=0, help="Pairs of the slice that is measured (default 400); 0 only counts the data."
         ),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", help="Machines to plan for, e.g. '4x(16 cores, 64 GB, 1xA10G)'."),
+    ] = None,
+    pairs: Annotated[
+        str | None, typer.Option("--pairs", help="Plan for so many pairs like these, e.g. 12.8M.")
+    ] = None,
     data: Data = None,
     target: Target = None,
     test: Test = None,
@@ -109,7 +116,15 @@ def plan(
     from influencespace import api
     from influencespace.planning import LIMIT, print_plan
 
-    print_plan(api.plan(whole, out=out, limit=LIMIT if limit is None else limit, address=address))
+    made = api.plan(
+        whole,
+        out=out,
+        limit=LIMIT if limit is None else limit,
+        cluster=cluster,
+        pairs=pairs,
+        address=address,
+    )
+    print_plan(made)
 
 
 def sweep(

@@ -4,8 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from influencespace.engine.local import Engine
-from influencespace.engine.placement import Resources, check_place
+from influencespace.engine.placement import Machine, Resources, check_place
 from influencespace.errors import InputError
 from influencespace.run import Run, Stage
 
@@ -28,9 +27,8 @@ def check_disk(needed: int, folder: Path) -> None:
         )
 
 
-def check_workers(stages: Sequence[Stage], run: Run, engine: Engine) -> dict[str, Resources]:
+def check_workers(stages: Sequence[Stage], run: Run, machines: Sequence[Machine]) -> dict[str, Resources]:
     """What a worker of each stage declares that it needs; raises InputError where no machine has it."""
-    machines = engine.machines
     workers = {str(stage.name): stage.resources(run) for stage in stages}
     for stage, worker in workers.items():
         try:

@@ -19,6 +19,10 @@ class Timing:
     memory: int
     """Peak bytes of one worker; 0 where nothing was measured."""
     seconds: float
+    working: float = 0.0
+    """Seconds of all workers together."""
+    reading: float = 0.0
+    """Of them, those of readers that feed others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,10 @@ class Cost:
     written: int | None = None
     memory: int | None = None
     seconds: float | None = None
+    gpu_seconds: float | None = None
+    """Of all GPUs together, busy; of a cluster."""
+    bound: str = ""
+    """What bounds the time on a cluster."""
 
 
 def through(small: tuple[float, float], large: tuple[float, float], pairs: float) -> float:
@@ -47,15 +55,22 @@ def through(small: tuple[float, float], large: tuple[float, float], pairs: float
 
 
 def scaled(
-    small: Timing, large: Timing, pairs: tuple[int, int, int], *, worker: Resources, rounds: int = 1
+    small: Timing,
+    large: Timing,
+    pairs: tuple[int, int, int],
+    *,
+    worker: Resources,
+    rounds: int = 1,
+    units: tuple[float, float, float] | None = None,
 ) -> Cost:
     """The cost of a stage that is carried out `rounds` times; memory is that of the larger slice.
 
-    `pairs` are those of the small slice, of the large one and of the whole data, of the role that the stage works on.
+    `pairs` are those of the small slice, of the large one and of the whole data, of the role that the stage works on; `units` are
+    the amounts of its work, where that is not in proportion to the pairs.
     """
 
-    def amount(before: float, after: float) -> float:
-        return through((pairs[0], before), (pairs[1], after), pairs[2])
+    def amount(before: float, after: float, of: tuple[float, float, float] = pairs) -> float:
+        return through((of[0], before), (of[1], after), of[2])
 
     return Cost(
         stage=large.stage,
@@ -64,5 +79,5 @@ def scaled(
         read=round(rounds * amount(small.read, large.read)),
         written=round(rounds * amount(small.written, large.written)),
         memory=max(large.memory, worker.memory) or None,
-        seconds=rounds * amount(small.seconds, large.seconds),
+        seconds=rounds * amount(small.seconds, large.seconds, units or pairs),
     )

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import fsspec
 import pyarrow.parquet as pq
@@ -36,6 +36,10 @@ class SetSize:
     @property
     def exact(self) -> bool:
         return self.shards_read == self.shards
+
+    def scaled(self, pairs: int) -> "SetSize":
+        """Like data of so many pairs."""
+        return replace(self, pairs=pairs, bytes=round(self.bytes * pairs / self.pairs))
 
     @property
     def embedding_bytes(self) -> int:

@@ -1,7 +1,8 @@
-"""The memory of workers, measured in their own processes, whatever machine they are on."""
+"""The memory and the time of workers, measured in their own processes, whatever machine they are on."""
 
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -13,11 +14,27 @@ from typing import Any
 from influencespace.engine.attempts import Failed
 from influencespace.engine.local import Done, Engine, Merge, Pool, WorkerFactory, nothing, run_task
 
-Record = Callable[[int], None]
+
+@dataclass(frozen=True)
+class Work:
+    """What some work took."""
+
+    peak: int = 0
+    """Most memory of one worker, in bytes."""
+    working: float = 0.0
+    """Seconds of all workers together."""
+    reading: float = 0.0
+    """Of them, those of readers that feed others."""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(max(self.peak, other.peak), self.working + other.working, self.reading + other.reading)
+
+
+Record = Callable[[Work], None]
 
 
 def measured(engine: Engine, record: Record) -> Engine:
-    """A copy of `engine`; `record` is called with the peak memory of a worker during a task or a fold, in bytes."""
+    """A copy of `engine`; `record` is called with what a task or a fold took."""
     copied = copy(engine)
     verbs: dict[str, Any] = {"map": _map, "stream": _stream, "pool": _pool}
     vars(copied).update({name: partial(verb, engine, record) for name, verb in verbs.items()})
@@ -42,8 +59,31 @@ def _stream(
     consume: WorkerFactory,
     **options: Any,
 ) -> Iterator[Any]:
-    """The peak of those who consume: readers hold less."""
-    yield from _recorded(record, engine.stream(produce, tasks, partial(_worker, consume), **options))
+    """The peak is that of those who consume: readers hold less."""
+    streamed = engine.stream(partial(_reader, produce), tasks, partial(_consumer, consume), **options)
+    yield from _recorded(record, streamed)
+
+
+def _reader(factory: WorkerFactory) -> Callable[[Any], Iterator[Any]]:
+    produce = factory()
+
+    def timed(task: Any) -> Iterator[tuple[Any, float]]:
+        items, began = iter(produce(task)), time.perf_counter()
+        for item in items:
+            yield item, time.perf_counter() - began
+            began = time.perf_counter()
+
+    return timed
+
+
+def _consumer(factory: WorkerFactory) -> Callable[[Any], Any]:
+    consume = factory()
+
+    def timed(item: tuple[Any, float]) -> tuple[Any, Work]:
+        result, work = _measure(consume, item[0])
+        return result, work + Work(working=item[1], reading=item[1])
+
+    return timed
 
 
 def _recorded(record: Record, results: Iterator[Any]) -> Iterator[Any]:
@@ -51,8 +91,8 @@ def _recorded(record: Record, results: Iterator[Any]) -> Iterator[Any]:
         if isinstance(one, Failed):  # set aside
             yield one
             continue
-        result, peak = one
-        record(peak)
+        result, work = one
+        record(work)
         yield result
 
 
@@ -69,15 +109,15 @@ class _MeasuredPool:
 
     def fold(self, tasks: Sequence[Any], merge: Merge, shared: Any = None, *, done: Done = nothing) -> Any:
         def merged(one: Any, other: Any) -> Any:
-            return merge(one[0], other[0]), max(one[1], other[1])
+            return merge(one[0], other[0]), one[1] + other[1]
 
-        result, peak = self.pool.fold(tasks, merged, shared, done=done)
-        self.record(peak)
+        result, work = self.pool.fold(tasks, merged, shared, done=done)
+        self.record(work)
         return result
 
     def run(self, job: Callable[[], Any]) -> Any:
-        result, peak = self.pool.run(partial(_measure, job))
-        self.record(peak)
+        result, work = self.pool.run(partial(_measure, job))
+        self.record(work)
         return result
 
 
@@ -85,14 +125,16 @@ def _worker(factory: WorkerFactory) -> Callable[..., Any]:
     return partial(_measure, factory())
 
 
-def _measure(call: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
-    """The result, and the peak memory of this process meanwhile (since it began, where no other is recorded)."""
+def _measure(call: Callable[..., Any], *arguments: Any) -> tuple[Any, Work]:
+    """The result, the time, and the peak memory of this process meanwhile (since it began, where no other is recorded)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the earlier peak is forgotten
+    began = time.perf_counter()
     result = call(*arguments)
+    seconds = time.perf_counter() - began
     try:
         status = Path("/proc/self/status").read_text()
-        return result, 1024 * int(status.partition("VmHWM:")[2].split()[0])
+        return result, Work(1024 * int(status.partition("VmHWM:")[2].split()[0]), seconds)
     except (OSError, IndexError):
         unit = 1 if sys.platform == "darwin" else 1024
-        return result, unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return result, Work(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, seconds)

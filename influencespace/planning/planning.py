@@ -10,8 +10,11 @@ from influencespace.engine.placement import Resources
 from influencespace.errors import InputError
 from influencespace.pipeline import STAGES, check, data_stages
 from influencespace.planning.bounds import check_disk, check_workers, existing
+from influencespace.planning.cluster import Cluster
 from influencespace.planning.cost_model import Cost, scaled
 from influencespace.planning.dataset_stats import SetSize, dataset_stats
+from influencespace.planning.forecast import UnitCosts, on_cluster
+from influencespace.planning.growth import growth_of
 from influencespace.planning.slices import Slicer, Timings, measure_slices
 from influencespace.run import Run, Stage
 
@@ -32,6 +35,8 @@ class Plan:
     """Pairs of the pool that were measured; 0 where none were."""
     rounds: int
     """That the stages after the split are repeated at most."""
+    cluster: Cluster | None = None
+    """Where the run is to be; None: here."""
 
     def cost(self, stage: str) -> Cost:
         return next(cost for cost in self.costs if cost.stage == stage)
@@ -48,35 +53,48 @@ def plan(
     engine: Engine,
     folder: Path | str = ".",
     stages: Sequence[Stage] = STAGES,
+    *,
+    cluster: Cluster | None = None,
+    pairs: int | None = None,
 ) -> Plan:
     """Pairs, bytes, memory and time of each stage of a run of `config` in `folder`, before it runs.
 
     About `limit` pairs, and half as many, go through all stages on `engine`, in a folder beside the run's that is removed
-    again; what they took is scaled to all pairs. With a limit of 0 the data are counted, and nothing is measured. Raises
-    InputError for data, an encoder or settings that cannot be used, and for files or workers that certainly do not fit.
+    again; what they took is scaled to all pairs. With a limit of 0 the data are counted, and nothing is measured. With `pairs`
+    the pool is taken to have so many, like those that are there, and with a `cluster` the run is on its machines: then lack of
+    disk here is no reason to refuse. Raises InputError for data, an encoder or settings that cannot be used, and for files or
+    workers that certainly do not fit.
     """
     if limit and limit < MIN_LIMIT:
         raise InputError(
             f"--limit {limit}: give 0 to count only, or {MIN_LIMIT} pairs or more, such as {LIMIT}"
         )
     check(config)
-    folder, sizes = Path(folder).expanduser().absolute(), dataset_stats(config)
+    if cluster and not limit:
+        raise InputError("--cluster needs a measured slice: leave out --limit 0")
+    folder, there = Path(folder).expanduser().absolute(), dataset_stats(config)
     before = data_stages(config)
-    workers = check_workers([*before, *stages], Run(folder=folder, config=config), engine)
-    check_disk(sum(size.embedding_bytes for size in sizes.values()), folder)
+    machines = cluster.machines if cluster else engine.machines
+    workers = check_workers([*before, *stages], Run(folder=folder, config=config), machines)
+    sizes = there if pairs is None else {**there, "pool": there["pool"].scaled(pairs)}
+    here = cluster is None and pairs is None
+    if here:
+        check_disk(sum(size.embedding_bytes for size in sizes.values()), folder)
     costs, measured = counted(sizes, workers), 0
     if limit:
-        slicer = Slicer(config=config, sizes=sizes, workers=engine.cores)
-        limit = min(limit, sizes["pool"].pairs)
+        slicer = Slicer(config=config, sizes=there, workers=engine.cores)
+        limit = min(limit, there["pool"].pairs)
         small, large = measure_slices(slicer, limit, existing(folder), engine, stages)
+        slices = Slices(small, large, config, engine.cores)
         once = [stage.name for stage in before]
         costs = [
-            extrapolated(cost, small, large, sizes, rounds=1 if cost.stage in once else config.iterate)
+            slices.cost(cost, sizes, cluster, rounds=1 if cost.stage in once else config.iterate)
             for cost in costs
         ]
         measured = large["embed/pool"].pairs
-    made = Plan(sizes=sizes, costs=tuple(costs), measured=measured, rounds=config.iterate)
-    check_disk(made.written, folder)
+    made = Plan(sizes=sizes, costs=tuple(costs), measured=measured, rounds=config.iterate, cluster=cluster)
+    if here:
+        check_disk(made.written, folder)
     return made
 
 
@@ -92,12 +110,29 @@ def counted(sizes: Mapping[str, SetSize], workers: Mapping[str, Resources]) -> l
     return list(costs.values())
 
 
-def extrapolated(
-    counted: Cost, small: Timings, large: Timings, sizes: Mapping[str, SetSize], *, rounds: int
-) -> Cost:
-    """The cost of a stage by two slices: embedding grows with its own role's pairs, all else with the pool's."""
-    role = counted.stage.removeprefix("embed/") if counted.stage.startswith("embed/") else "pool"
-    name = f"embed/{role}"
-    pairs = small[name].pairs, large[name].pairs, sizes[role].pairs
-    cost = scaled(small[counted.stage], large[counted.stage], pairs, worker=counted.worker, rounds=rounds)
-    return replace(cost, read=counted.read or cost.read)
+@dataclass(frozen=True)
+class Slices:
+    """What two slices took, on an engine of so many cores."""
+
+    small: Timings
+    large: Timings
+    config: RunConfig
+    cores: int
+
+    def cost(
+        self, counted: Cost, sizes: Mapping[str, SetSize], cluster: Cluster | None, *, rounds: int
+    ) -> Cost:
+        """The cost of a stage: embedding grows with its own role's pairs, all else with the pool's."""
+        stage = counted.stage
+        role = stage.removeprefix("embed/") if stage.startswith("embed/") else "pool"
+        name = f"embed/{role}"
+        pairs = self.small[name].pairs, self.large[name].pairs, sizes[role].pairs
+        growth = growth_of(stage).units
+        few, many, all_units = (growth(self.config, count) for count in pairs)
+        small, large = self.small[stage], self.large[stage]
+        cost = scaled(small, large, pairs, worker=counted.worker, rounds=rounds, units=(few, many, all_units))
+        cost = replace(cost, read=counted.read or cost.read)
+        if cluster is None:
+            return cost
+        unit_costs = UnitCosts.of(small, large, (few, many), self.cores)
+        return on_cluster(cost, unit_costs, cluster, self.config, pairs[2], rounds)

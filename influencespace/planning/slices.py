@@ -21,7 +21,7 @@ from influencespace.errors import InputError
 from influencespace.pipeline import data_stages
 from influencespace.planning.cost_model import Timing
 from influencespace.planning.dataset_stats import SetSize
-from influencespace.planning.memory import measured
+from influencespace.planning.memory import Work, measured
 from influencespace.run import Run, Stage, carry_out
 from influencespace.stages.ingest.shards import shards_of
 from influencespace.stages.ingest.split import Split, pair_sets
@@ -126,21 +126,24 @@ def measure_slices(
 
 
 def _measure(config: RunConfig, folder: Path, engine: Engine, stages: Sequence[Stage]) -> Timings:
-    peaks: list[int] = []
-    watched = measured(engine, peaks.append)
+    works: list[Work] = []
+    watched = measured(engine, works.append)
     timings: dict[str, Timing] = {}
 
     def carried_out(stage: Stage, run: Run, sources: Sequence[str] = ()) -> None:
-        peaks.clear()
+        works.clear()
         manifest = carry_out(stage, run, watched)
+        work = sum(works, Work())
         inputs = {*manifest.inputs, *sources} & set(timings)
         timings[manifest.stage] = Timing(
             stage=manifest.stage,
             pairs=manifest.rows_in,
             read=sum(timings[name].written for name in inputs),
             written=sum(p.stat().st_size for p in run.at(manifest.stage).rglob("*") if p.is_file()),
-            memory=max(peaks, default=0),
+            memory=work.peak,
             seconds=manifest.seconds,
+            working=work.working,
+            reading=work.reading,
         )
 
     run = Run(folder=folder, config=config)

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from influencespace.engine.placement import Resources
 from influencespace.engine.progress import duration
+from influencespace.planning.cluster import CORE_TFLOPS, SHARE_OF_PEAK, Cluster
 from influencespace.planning.cost_model import Cost
 from influencespace.planning.planning import LIMIT, Plan
 
@@ -28,11 +29,20 @@ def plan_table(plan: Plan) -> Table:
     seconds = [cost.seconds for cost in plan.costs]
     total = sum(filter(None, seconds)) if None not in seconds else None
     footers = {"Pairs": "", "Reads": "", "Writes": size(plan.written), "Worker": "", "Memory": ""}
+    if plan.cluster:
+        busy = sum(cost.gpu_seconds or 0.0 for cost in plan.costs)
+        footers = {
+            **{name: footers[name] for name in ("Reads", "Writes")},
+            "Memory": "",
+            "GPU time": time(busy),
+            "Time": time(total),
+            "Bound by": "",
+        }
     table.add_column("Stage", "Together", style="bold", no_wrap=True)
     for heading, footer in (footers | {"Time": time(total)}).items():
         table.add_column(heading, footer, justify="right")
     for cost in plan.costs:
-        table.add_row(*_cells(cost))
+        table.add_row(*(_cells_on_cluster(cost) if plan.cluster else _cells(cost)))
     return table
 
 
@@ -45,6 +55,18 @@ def _cells(cost: Cost) -> list[str]:
         worker(cost.worker),
         NOT_COUNTED if cost.memory is None else size(cost.memory),
         time(cost.seconds),
+    ]
+
+
+def _cells_on_cluster(cost: Cost) -> list[str]:
+    return [
+        cost.stage.replace("/", " "),
+        size(cost.read),
+        size(cost.written),
+        NOT_COUNTED if cost.memory is None else size(cost.memory),
+        time(cost.gpu_seconds) if cost.gpu_seconds else NOT_COUNTED,
+        time(cost.seconds),
+        cost.bound,
     ]
 
 
@@ -66,9 +88,27 @@ def sentences(plan: Plan) -> list[str]:
         f"are scaled to the whole pool, which is {times:,.1f} times as large. Memory is that of one worker, as measured or "
         "declared. A larger --limit gives better figures."
     )
+    if plan.cluster:
+        lines += _assumptions(plan, plan.cluster)
     if plan.rounds > 1:
         lines.append(
             f"The figures are for all {plan.rounds} rounds; a run ends earlier when the target loss stops falling."
+        )
+    return lines
+
+
+def _assumptions(plan: Plan, cluster: Cluster) -> list[str]:
+    """What of a plan for a cluster nobody has seen."""
+    lines = [
+        f"The cluster: {len(cluster.machines):,} machines, {cluster.cores:,} cores, {cluster.gpus:,} GPUs. Assumed: its cores "
+        "are as quick as those here, all of them find work, and disks and network keep up. While embeddings are merged, the disk "
+        f"holds them twice: {size(2 * plan.sizes['pool'].embedding_bytes)} for the pool."
+    ]
+    if cluster.gpus:
+        seconds = sum(cost.seconds or 0.0 for cost in plan.costs)
+        lines.append(
+            f"No GPU was measured: one is taken to do the work of {cluster.cores_per_gpu:,.0f} cores, {SHARE_OF_PEAK:.0%} of its "
+            f"peak over {1000 * CORE_TFLOPS:g} GFLOP/s of a core. The run holds {seconds / 3600 * cluster.gpus:,.1f} GPU-hours."
         )
     return lines
 

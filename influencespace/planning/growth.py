@@ -1,0 +1,69 @@
+"""How the work of each stage grows with the pool, and how far it can be divided: what two small slices cannot show.
+
+A stage that is not listed grows with the pairs, is divided over all cores, and uses no GPU.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from influencespace.config import RunConfig
+
+Count = Callable[[RunConfig, int], float]
+
+
+def all_pairs(config: RunConfig, pairs: int) -> float:
+    """Work in proportion to the pairs."""
+    return pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """Of one stage."""
+
+    units: Count = all_pairs
+    """The amount of work for a pool of so many pairs, in any unit."""
+    width: Count | None = None
+    """Workers that can share it at most; None: as many as there are."""
+    gpu: bool = False
+    """Whether its tasks compute on GPUs where there are any."""
+
+
+def _draws(config: RunConfig, pairs: int) -> float:
+    return float(config.proxy.first_steps(pairs) * config.proxy.train.batch_size)
+
+
+def _proxies(config: RunConfig, pairs: int) -> float:
+    return config.proxy.fold_count(pairs) + 1
+
+
+def _trainings(config: RunConfig, pairs: int) -> float:
+    return len(config.train.methods) * len(config.train.seeds_of(pairs))
+
+
+def _sample(config: RunConfig, pairs: int) -> float:
+    return min(pairs, config.influence.max_samples)
+
+
+def _bank(config: RunConfig, pairs: int) -> float:
+    return min(pairs, config.proxy.negative_batches * config.proxy.train.batch_size)
+
+
+GROWTH: dict[str, Growth] = {
+    "proxies": Growth(
+        units=lambda config, pairs: _draws(config, pairs) * _proxies(config, pairs), width=_proxies, gpu=True
+    ),
+    "cluster": Growth(gpu=True),
+    "curvature": Growth(units=_bank, gpu=True),
+    "influence": Growth(units=_sample, gpu=True),
+    "train": Growth(
+        units=lambda config, pairs: _draws(config, pairs) * _trainings(config, pairs),
+        width=_trainings,
+        gpu=True,
+    ),
+    "evaluate": Growth(units=_trainings, width=_trainings, gpu=True),
+}
+
+
+def growth_of(stage: str) -> Growth:
+    """Of a stage by its name; encoders are on GPUs."""
+    return Growth(gpu=True) if stage.startswith("embed/") else GROWTH.get(stage, Growth())

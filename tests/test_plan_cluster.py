@@ -1,0 +1,137 @@
+"""The plan for a cluster: machines in words, and what divides over them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from influencespace.config import load_config
+from influencespace.engine.local import LocalEngine
+from influencespace.engine.placement import Machine, Resources
+from influencespace.errors import InputError
+from influencespace.pipeline import STAGES
+from influencespace.planning import plan
+from influencespace.planning.cluster import gpu_in_cores, parse_cluster, parse_pairs
+from influencespace.planning.cost_model import Cost, Timing
+from influencespace.planning.forecast import ALONE, CORES, FEW, GPUS, UnitCosts, on_cluster
+from influencespace.planning.growth import GROWTH, growth_of
+from tests.test_plan import Toy, config_of, printed, world  # noqa: F401
+
+ORDINARY = Timing(stage="toy", pairs=1, read=0, written=0, memory=1, seconds=0.0)
+TWO_GROUPS = "head 1x(4 cores, 16 GB), 4x(16 cores, 64 GB, 1xA10G)"
+
+
+def costs_of(stage: str, *, fixed: float, a_pair: float, reading: float = 0.0, cores: int = 2) -> UnitCosts:
+    """Two slices of 100 and 200 pairs on so many cores: seconds alone, and seconds of workers for each pair."""
+    timings = [
+        replace(
+            ORDINARY,
+            stage=stage,
+            working=count * a_pair,
+            reading=count * reading,
+            seconds=fixed + count * a_pair / cores,
+        )
+        for count in (100, 200)
+    ]
+    return UnitCosts.of(timings[0], timings[1], (100, 200), cores)
+
+
+def test_groups_of_machines_are_read() -> None:
+    cluster = parse_cluster(TWO_GROUPS)
+    head, workers = cluster.groups
+    assert (head.count, head.machine, head.gpu) == (1, Machine(cpus=4, memory=16 * 10**9), "")
+    assert workers.machine == Machine(cpus=16, gpus=1, memory=64 * 10**9)
+    assert (workers.count, workers.gpu) == (4, "A10G")
+    assert (len(cluster.machines), cluster.cores, cluster.gpus) == (5, 68, 4)
+    assert cluster.cores_per_gpu == gpu_in_cores("A10G")
+    assert parse_cluster("2 x ( 8 CPUs , 1.5 TB )").groups[0].machine.memory == 1.5e12
+    mixed = parse_cluster("1x(8 cores, 8 GB, 3xT4), 1x(8 cores, 8 GB, 1xH100)").cores_per_gpu
+    assert mixed == pytest.approx((3 * gpu_in_cores("T4") + gpu_in_cores("H100")) / 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "it names no machine"),
+        ("4 machines", "'4 machines' is not understood"),
+        ("4x(16 cores, 64 GB) 2x(8 cores, 8 GB)", "a comma is missing before '2x"),
+        ("4x(16 cores, 64 GB, 1xRTX)", "no GPU RTX is known; there are T4"),
+        ("4x(16 cores, 64 GB, fast)", "'fast' is neither cores"),
+        ("4x(16 cores)", "needs a number of machines, cores and GB"),
+        ("0x(16 cores, 64 GB)", "needs a number of machines"),
+    ],
+)
+def test_what_is_no_cluster_is_refused_with_an_example(text: str, reason: str) -> None:
+    with pytest.raises(InputError, match="Write it as in") as error:
+        parse_cluster(text)
+    assert reason in str(error.value)
+
+
+def test_numbers_of_pairs() -> None:
+    texts = ("500000", "10k", "12.8M", "1.28B", "1,000")
+    assert [parse_pairs(text) for text in texts] == [500_000, 10_000, 12_800_000, 1_280_000_000, 1000]
+    for text in ("", "many", "-3", "0", "1e6x"):
+        with pytest.raises(InputError, match="give a number of pairs"):
+            parse_pairs(text)
+
+
+def test_what_is_divided_shrinks_with_the_cores_and_what_is_not_stays() -> None:
+    costs, config = costs_of("toy", fixed=7.0, a_pair=0.01), load_config(None, {})
+    for machines, cores in ((1, 8), (10, 80)):
+        cluster = parse_cluster(f"{machines}x(8 cores, 8 GB)")
+        cost = on_cluster(Cost(stage="toy", worker=Resources()), costs, cluster, config, 10**6)
+        assert cost.seconds == pytest.approx(7 + 10**4 / cores)
+        assert (cost.gpu_seconds, cost.bound) == (0, CORES)
+    small = on_cluster(Cost(stage="toy", worker=Resources()), costs, cluster, config, 1000)
+    assert small.bound == ALONE
+
+
+def test_gpus_encode_and_cores_read() -> None:
+    costs = costs_of("embed/pool", fixed=0.0, a_pair=0.05, reading=0.002)
+    config, cost = load_config(None, {}), Cost(stage="embed/pool", worker=Resources())
+    few_cores = parse_cluster("4x(2 cores, 64 GB, 1xA100)")
+    many_cores = parse_cluster("4x(640 cores, 64 GB, 1xA100)")
+    slow, quick = (on_cluster(cost, costs, one, config, 10**6) for one in (few_cores, many_cores))
+    assert slow.gpu_seconds == quick.gpu_seconds == pytest.approx(48_000 / gpu_in_cores("A100"))
+    assert slow.seconds == pytest.approx(2000 / 8)
+    assert quick.seconds == pytest.approx(48_000 / gpu_in_cores("A100") / 4)
+    assert (slow.bound, quick.bound) == (CORES, GPUS)
+
+
+def test_proxies_are_no_quicker_with_more_machines_than_proxies() -> None:
+    costs, config = costs_of("proxies", fixed=0.0, a_pair=0.01), load_config(None, {})
+    cost = Cost(stage="proxies", worker=Resources())
+    few, many = (
+        on_cluster(cost, costs, parse_cluster(f"{count}x(1 cores, 8 GB)"), config, 10**6)
+        for count in (3, 300)
+    )
+    assert few.seconds == many.seconds
+    assert many.bound == FEW
+
+
+def test_a_sample_does_not_grow_with_the_pool() -> None:
+    config = load_config(None, {})
+    assert growth_of("influence").units(config, 10**9) == config.influence.max_samples
+    assert growth_of("nothing that is known").units(config, 10**9) == 10**9
+    assert {stage.name for stage in STAGES} >= GROWTH.keys()
+
+
+def test_a_plan_for_a_cluster(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    cluster = parse_cluster(TWO_GROUPS)
+    engine, out = LocalEngine(), tmp_path / "run"
+    made = plan(config_of(world), 128, engine, out, cluster=cluster, pairs=12_800_000)
+    assert made.sizes["pool"].pairs == 12_800_000
+    pool, target = made.cost("embed/pool"), made.cost("embed/target")
+    assert pool.gpu_seconds
+    assert target.gpu_seconds
+    assert 2 < made.cost("cluster").written / 12_800_000 < 20  # bytes a pair: a cluster and a cosine
+    text = printed(made)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    together = " ".join(text.split())
+    assert "5 machines, 68 cores, 4 GPUs" in together
+    assert "No GPU was measured" in together
+    with pytest.raises(InputError, match="needs a measured slice"):
+        plan(config_of(world), 0, engine, out, cluster=cluster)
+    with pytest.raises(InputError, match="stage toy: a worker needs"):
+        plan(config_of(world), 64, engine, out, (Toy(),), cluster=parse_cluster("1x(4 cores, 8 GB)"))
