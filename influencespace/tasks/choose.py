@@ -91,7 +91,7 @@ def coreset(run: Run, size: float, method: Method = "d2") -> Choice:
     """Choose pairs that stand for all kept ones: `size` is a share of the pool (at most 1) or a number of pairs.
 
     `d2` weighs influence against likeness; the others look at likeness alone, of image and text embeddings side by side.
-    Harmful pairs are never chosen.
+    Harmful pairs are never chosen. The embeddings of all kept pairs are in memory, 16 D bytes each or so.
     Writes coreset/<method>-<size>/coreset.parquet (rank, uid, score), the most wanted first: a smaller one is a prefix.
     Raises InputError for a size that the kept pairs cannot fill.
     """

@@ -12,6 +12,7 @@ from pyarrow import csv
 from influencespace.core.arrays import FloatArray
 from influencespace.core.metrics import auroc, average_precision, precision_recall_at
 from influencespace.data.artifacts import atomic_path, write_json
+from influencespace.data.results import CURATED, check_result
 from influencespace.engine.local import Engine
 from influencespace.errors import InputError
 from influencespace.report.sheet import Section, cards, write_sheet
@@ -44,17 +45,19 @@ def detect_run(
     By the scores of a `ranking_stage`. Writes ranking.parquet
     (rank, uid, score), detect.html with the first pairs, and detect.json; with the truth (whether each uid is wrong) also
     AUROC, average precision with the base rate, precision and recall. Returns detect.json and the paths of the files.
+    A ranking is of all pairs at once: uids, scores and their order are in memory, some 100 bytes a pair.
     """
     name = POOLED if stage is None else stage.name.removeprefix("scores/")
-    table = run.curated() if stage is None else pq.read_table(score_run(run, stage, engine)[0])
-    uids, score = table["uid"].to_pylist(), table["score"].to_numpy().astype(np.float64)
+    if stage is None:
+        run.summary()
+        scores = check_result(run.folder, CURATED)
+    else:
+        scores = score_run(run, stage, engine)[0]
+    table = pq.read_table(scores, columns=["uid", "score"])
+    uids, score = table["uid"].cast(pa.large_string()), table["score"].to_numpy().astype(np.float64)
     order = np.argsort(score, kind="stable")  # nan, which no batch could judge, comes last
     out = run.at("detect") / name
-    ranking = {
-        "rank": np.arange(1, len(order) + 1),
-        "uid": [uids[i] for i in order],
-        "score": score[order],
-    }
+    ranking = {"rank": np.arange(1, len(order) + 1), "uid": uids.take(order), "score": score[order]}
     with atomic_path(out / "ranking.parquet") as aside:
         pq.write_table(pa.table(ranking), aside)
     result: dict[str, Any] = {"estimator": name, "pairs": len(uids)}
@@ -62,13 +65,16 @@ def detect_run(
         f"Pairs of lowest score by the estimator {name}: they lower the target loss least, or raise it."
     ]
     if truth is not None:
-        result |= judged(uids, score, truth)
+        result |= judged(uids.to_pylist(), score, truth)
         sentences.append(
             f"AUROC {result['auroc']:.3f}, average precision {result['average_precision']:.3f} "
             f"(base rate {result['base_rate']:.3f}) for {result['wrong']:,} wrong pairs among {result['known']:,}."
         )
     write_json(out / "detect.json", result)
-    first = [(uids[i], f"{rank} · score {score[i]:.3g}") for rank, i in enumerate(order[:MAX_SHOWN], 1)]
+    first = [
+        (uids[int(i)].as_py(), f"{rank} · score {score[i]:.3g}")
+        for rank, i in enumerate(order[:MAX_SHOWN], 1)
+    ]
     known = first[: int(np.isfinite(score).sum())]
     shown = Section(cards=cards(run.pool.folder, known))
     write_sheet(out / "detect.html", "Pairs that look misaligned", sentences, [shown])
