@@ -15,17 +15,23 @@ from influencespace import InputError, curate
 from influencespace.cli import refuse
 from influencespace.cli.arguments import named_values
 from influencespace.data.locations import local_folder
+from influencespace.engine.endings import end_on_sigterm, reason_of
 from influencespace.report.table import print_summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Curate as the options say; returns the exit code 0; ends with code 2 for what the user has to change."""
     options = parser().parse_args(arguments)
+    end_on_sigterm()
     try:
         out, settings = absolute(options.out), named_values(options.set, "--set")
         print_summary(curate(options.config, out=out, settings=settings).summary())
     except InputError as error:
         refuse(str(error))
+    except Exception as error:
+        if not (reason := reason_of(error)):
+            raise
+        refuse(reason, code=1)
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import typer
 
 from influencespace.cli import runs, tasks
+from influencespace.engine.endings import end_on_sigterm, reason_of
 from influencespace.errors import InputError
 
 # Click's, whether typer takes the installed one or brings its own.
@@ -33,6 +34,7 @@ def main() -> None:
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # silences a warning of Ray on machines without GPU
+    end_on_sigterm()
     try:
         sys.exit(app(standalone_mode=False))
     except InputError as error:
@@ -46,9 +48,13 @@ def main() -> None:
         if end.code == INTERRUPTED:  # typer's answer to Ctrl-C, without a word
             print("interrupted; the same command continues", file=sys.stderr)
         raise
+    except Exception as error:
+        if not (reason := reason_of(error)):
+            raise
+        refuse(reason, code=1)
 
 
-def refuse(reason: str) -> NoReturn:
-    """End with one line for the user and exit code 2."""
+def refuse(reason: str, code: int = 2) -> NoReturn:
+    """End with one line for the user: code 2 for what the user has to change, 1 for what died."""
     print(f"error: {' '.join(reason.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

@@ -6,12 +6,13 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 
 from influencespace.engine.attempts import TASK_RETRIES
+from influencespace.engine.endings import end_on_sigterm, watched
 from influencespace.engine.local import machine_cores
 from influencespace.engine.ray_engine import RayEngine
 from influencespace.errors import InputError
@@ -46,10 +47,46 @@ def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterat
         raise InputError(
             f"there is no Ray to join at {address} ({error}): start one with `ray start --head`, or leave the address out"
         ) from None
+    end_on_sigterm()  # anew: Ray has set its own
     try:
-        yield RayEngine(min(cores, num_cpus or cores) if address == "local" else None)
+        with watched(_dead, _end_processes):
+            yield RayEngine(min(cores, num_cpus or cores) if address == "local" else None)
     finally:
         ray.shutdown()
+
+
+def _dead() -> str:
+    """What has died of a Ray that was started here, or that is no more answered elsewhere; empty where all is well."""
+    from ray._private import worker
+
+    node = worker._global_node
+    if node is None or not node.head:
+        return _silent()
+    names = {kind for kind, _ in node.dead_processes()} & {"gcs_server", "raylet"}
+    return f"Ray's {min(names)}" if names else ""
+
+
+def _silent() -> str:
+    """The server of a cluster that has not answered for a while; empty where it answers."""
+    from ray._private import worker
+
+    client = getattr(worker.global_worker, "gcs_client", None)
+    if client is None:  # of ray://: the client itself says so
+        return ""
+    for _ in range(3):
+        with suppress(Exception):
+            client.check_alive([], timeout=10)
+            return ""
+    return f"the Ray cluster's server (GCS) at {client.address}"
+
+
+def _end_processes() -> None:
+    """The end of what is left of a Ray that was started here."""
+    from ray._private import worker
+
+    with suppress(Exception):
+        if worker._global_node is not None and worker._global_node.head:
+            worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def _knock(address: str) -> None:
