@@ -1,29 +1,30 @@
 """The randomised Nystrom sketch of a positive semi-definite matrix G that is known only through products.
 
-Symbols: G (p, p), Omega (p, l) orthonormal probes, Y = G Omega, U (p, l) and lam (l,) the sketch's eigenvectors and eigenvalues
+Symbols: G (p, p), Omega (p, l) random probes, Y = G Omega, U (p, l) and lam (l,) the sketch's eigenvectors and eigenvalues
 in falling order, mu the damping.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 NOT_FINITE = "a product with the curvature is not finite; likely a diverged proxy or an infinite embedding"
 
 
-def probes(size: int, rank: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Orthonormal random probes Omega (size, rank), the same for the same seed on every machine's CPU.
+def probes(size: int, which: range, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Some of the random probes Omega (size, n): probe j is Gaussian, of the same numbers whichever others are drawn.
 
-    Raises ValueError when rank exceeds size.
+    Raises ValueError for more probes than parameters.
     """
-    if rank > size:
-        raise ValueError(f"rank {rank} exceeds the number of parameters {size}; choose a smaller rank")
-    generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(size, rank, generator=generator, dtype=torch.float64)
-    orthonormal: Tensor = torch.linalg.qr(gaussian)[0]
-    return orthonormal.to(dtype)
+    if len(which) and max(which) >= size:
+        raise ValueError(
+            f"rank {max(which) + 1} exceeds the number of parameters {size}; choose a smaller rank"
+        )
+    columns = [np.random.default_rng([seed, j]).standard_normal(size) / math.sqrt(size) for j in which]
+    return torch.from_numpy(np.stack(columns, 1) if columns else np.empty((size, 0))).to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +54,21 @@ def sketch_bytes(size: int, rank: int) -> int:
 
 
 def nystrom(Omega: Tensor, Y: Tensor) -> Sketch:
-    """Randomised Nystrom approximation from probes and products: Omega (p, l), Y = G Omega (p, l).
+    """Randomised Nystrom approximation from any probes of full rank and their products: Omega (p, l), Y = G Omega (p, l).
 
     Source: Frangella, Tropp, Udell, Randomized Nystrom Preconditioning, algorithm 2.1, with the *lower* Cholesky factor
-    that torch returns (the paper's C is the upper one). Raises ValueError for a Y that is not finite or not from a
+    that torch returns (the paper's C is the upper one). The probes are made orthonormal here, once, and the products with them:
+    Omega = Q R, G Q = Y R^-1. Raises ValueError for a Y that is not finite or not from a
     positive semi-definite matrix.
     """
     if not bool(torch.isfinite(Y).all()):
         raise ValueError(NOT_FINITE)
-    p = Y.shape[0]
-    nu = math.sqrt(p) * torch.finfo(Y.dtype).eps * float(Y.norm())
-    Omega64, Y64 = Omega.double(), Y.double()
+    Q, R = torch.linalg.qr(Omega.double())
+    Y64 = torch.linalg.solve_triangular(R, Y.double(), upper=True, left=False)
+    nu = math.sqrt(len(Y)) * torch.finfo(Y.dtype).eps * float(Y64.norm())
     for _ in range(5):
-        shifted = Y64 + nu * Omega64
-        M = Omega64.T @ shifted
+        shifted = Y64 + nu * Q
+        M = Q.T @ shifted
         L, failed = torch.linalg.cholesky_ex((M + M.T) / 2)
         if int(failed) == 0:
             B = torch.linalg.solve_triangular(L, shifted.T, upper=False).T

@@ -113,7 +113,7 @@ def floored(D: Tensor) -> Tensor:
 def sketch_curvature(curvature: Curvature, rank: int, seed: int) -> Sketch:
     """Nystrom sketch of G~ from `rank` seeded probes, sixteen in each pass over the batches."""
     D = curvature.preconditioner
-    Omega = probes(len(D), min(rank, len(D)), seed, D.dtype).to(D.device)
+    Omega = probes(len(D), range(min(rank, len(D))), seed, D.dtype).to(D.device)
     return nystrom(Omega, torch.cat([curvature(rows) for rows in torch.split(Omega.T, 16)]).T)
 
 

@@ -3,15 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from chain import World, assert_equal_results, beside, carry, carry_beside, run_on
 from safetensors.torch import load_file
 
+from influencespace.data.buckets import Columns
 from influencespace.run import Run
 from influencespace.stages.proxies.proxy import proxy_name
 from influencespace.stages.scoring import curvature
-from influencespace.stages.scoring.curvature import directions_of
+from influencespace.stages.scoring.curvature import ProbeProducts, directions_of
 from influencespace.stages.scoring.scoring import ScoringInputs
 
 FOLDS = (None, 0, 1, 2)
@@ -104,10 +106,41 @@ def test_an_estimator_without_directions_asks_for_none(truth: Run, tmp_path: Pat
     assert carry(run, "curvature").details == {"proxies": {}}
 
 
-def test_tasks_of_any_size_give_the_same_sketch(
+def test_tasks_of_any_size_give_the_same_directions(
     truth: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(curvature, "PROBES", 5)
+    monkeypatch.setattr(curvature, "DIRECTIONS", 2)
     run = beside(truth, tmp_path, "curvature")
     carry(run, "curvature")
     assert_equal_results(truth.at("curvature"), run.at("curvature"), spreads=1e-3)
+
+
+def test_a_larger_sketch_goes_on_from_the_probes_of_the_smaller_one(
+    truth: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No probe is multiplied twice, and the directions are solved once."""
+    monkeypatch.setattr(curvature, "PROBES", 3)
+    multiplied: list[tuple[int | None, int, int]] = []
+
+    def products(self: ProbeProducts, start: int, stop: int) -> Columns:
+        multiplied.append((self.fold, start, stop))
+        return real(self, start, stop)
+
+    real = ProbeProducts.__call__
+    monkeypatch.setattr(ProbeProducts, "__call__", products)
+    free = solved(truth, tmp_path / "a", rank=4, max_rank=16, damping_factor=1e-3, max_iterations=1)
+    spans = [(0, 3), (3, 4), (4, 7), (7, 8), (8, 11), (11, 14), (14, 16)]
+    assert sorted(multiplied, key=str) == sorted(((fold, *span) for fold in FOLDS for span in spans), key=str)
+    at_once = solved(truth, tmp_path / "b", rank=16, max_rank=16, damping_factor=1e-3, max_iterations=1)
+    for name in NAMES:
+        assert free[name]["effective_dimension"] == pytest.approx(
+            at_once[name]["effective_dimension"], rel=1e-3
+        )
+
+
+def test_a_second_device_gives_the_same(truth: Run) -> None:
+    here, there = (ScoringInputs.of(truth, device) for device in ("cpu", "cpu:0"))
+    products = [ProbeProducts(inputs, 0)(2, 6)["products"] for inputs in (here, there)]
+    np.testing.assert_array_equal(*products)
+    assert products[0].shape == (4, here.problem(0, path=False).space.size)
