@@ -111,9 +111,11 @@ def test_proxies_are_no_quicker_with_more_machines_than_proxies() -> None:
 
 def test_a_sample_does_not_grow_with_the_pool() -> None:
     config = load_config(None, {})
-    assert growth_of("influence").units(config, 10**9) == config.influence.max_samples
-    assert growth_of("nothing that is known").units(config, 10**9) == 10**9
+    assert growth_of("influence", config).units(config, 10**9) == config.influence.max_samples
+    assert growth_of("nothing that is known", config).units(config, 10**9) == 10**9
     assert {stage.name for stage in STAGES} >= GROWTH.keys()
+    assert growth_of("embed/pool", config).gpu
+    assert not growth_of("embed/pool", load_config(None, {"data.embeddings": "stored"})).gpu
 
 
 def test_a_plan_for_a_cluster(world: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -49,7 +49,7 @@ def on_cluster(
     cost: Cost, costs: UnitCosts, cluster: Cluster, config: RunConfig, pairs: int, rounds: int = 1
 ) -> Cost:
     """The stage's cost with the seconds, the busy seconds of GPUs, and the bound of a cluster, for so many pairs of its role."""
-    growth = growth_of(cost.stage)
+    growth = growth_of(cost.stage, config)
     units = growth.units(config, pairs)
     working, reading, alone = (
         costs.at(values, units) for values in (costs.working, costs.reading, costs.alone)

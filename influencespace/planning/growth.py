@@ -64,6 +64,8 @@ GROWTH: dict[str, Growth] = {
 }
 
 
-def growth_of(stage: str) -> Growth:
-    """Of a stage by its name; encoders are on GPUs."""
-    return Growth(gpu=True) if stage.startswith("embed/") else GROWTH.get(stage, Growth())
+def growth_of(stage: str, config: RunConfig) -> Growth:
+    """Of a stage by its name; encoders are on GPUs, an import of embeddings is not."""
+    if stage.startswith("embed/"):
+        return Growth(gpu=stage != "embed/pool" or config.data.embeddings is None)
+    return GROWTH.get(stage, Growth())

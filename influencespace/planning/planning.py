@@ -127,7 +127,7 @@ class Slices:
         role = stage.removeprefix("embed/") if stage.startswith("embed/") else "pool"
         name = f"embed/{role}"
         pairs = self.small[name].pairs, self.large[name].pairs, sizes[role].pairs
-        growth = growth_of(stage).units
+        growth = growth_of(stage, self.config).units
         few, many, all_units = (growth(self.config, count) for count in pairs)
         small, large = self.small[stage], self.large[stage]
         cost = scaled(small, large, pairs, worker=counted.worker, rounds=rounds, units=(few, many, all_units))
