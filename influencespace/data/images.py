@@ -55,6 +55,9 @@ MAX_ENCODED_BYTES = 256 * 2**20
 # What is wrong with a name; other errors of reading are the machine's, and may pass.
 UNREADABLE = (errno.ENAMETOOLONG, errno.ELOOP)
 
+# What a name that leads out of its folder has somewhere.
+_UNSURE = re.compile(r"\.\.|[\\:]")
+
 _IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image")
 
 
@@ -215,6 +218,8 @@ def is_address(name: str) -> bool:
 
 def escapes(name: str) -> bool:
     """Whether a file name leads out of the folder or archive that it belongs to."""
+    if name and name[0] != "/" and not _UNSURE.search(name):
+        return False
     path = PurePosixPath(name.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or any(part.endswith(":") for part in path.parts[:1])
 

@@ -1,15 +1,21 @@
 """WebDataset tars: any order, any format of tar, and whatever is damaged or hostile costs no other sample."""
 
-import tarfile
-from pathlib import Path
+from __future__ import annotations
 
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
 import pytest
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 from shards import Files, content, read_all, read_tar, sample_files, tar_bytes
 
-from influencespace.data.readers import ReadOptions, list_shards, read_shard
-from influencespace.data.schema import Sample
+from influencespace.data.readers import ReadOptions, list_shards, read_shard, webdataset
+from influencespace.data.schema import Sample, Shard
 
 # Readers never decode, so any bytes will do where an image is not looked at.
 IMAGE = b"\xff\xd8 not looked at by readers"
@@ -213,3 +219,80 @@ def test_a_tar_is_read_one_sample_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(tar_bytes(THREE))
     results = read_shard(list_shards(str(tmp_path / "x.tar"))[0])
     assert isinstance(next(results), Sample)
+
+
+def many(count: int, *kinds: str) -> Files:
+    """The files of samples in disorder: all of the first kind, then all of the second."""
+    data = {"jpg": IMAGE, "txt": b"a text", "json": b'{"group": "g"}'}
+    return [(f"{i:03d}.{kind}", data[kind]) for kind in kinds for i in range(count)]
+
+
+@pytest.mark.parametrize("kinds", [("jpg", "txt", "json"), ("json", "txt", "jpg"), ("txt", "jpg", "json")])
+def test_files_of_a_sample_may_lie_anywhere_in_a_window(
+    kinds: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read_tar(tar_bytes(many(40, *kinds)), tmp_path)
+    assert len(whole[0]) == 40
+    assert {sample.group for sample in whole[0]} == {"g"}
+    monkeypatch.setattr(webdataset, "WINDOW_BYTES", 41 * 1024 * 3)
+    assert read_tar(tar_bytes(many(40, *kinds)), tmp_path) == whole
+
+
+def test_what_lacks_a_kind_of_file_waits_for_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the window a sample is whole only if it has all that others have."""
+    monkeypatch.setattr(webdataset, "WINDOW_BYTES", 5000)
+    first = sample_files("first", b"1", text="x", uid="u")
+    samples, rejections = read_tar(tar_bytes([*first, *many(40, "jpg", "txt", "json")]), tmp_path)
+    assert len(samples) == 41
+    assert not rejections
+    assert [sample.group for sample in samples] == [None, *40 * ["g"]]
+
+
+def test_what_waits_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webdataset, "WINDOW_BYTES", 5000)
+    monkeypatch.setattr(webdataset, "MAX_WAITING", 10)
+    files = [*sample_files("first", b"1", text="x"), *many(40, "jpg")]
+    samples, rejections = read_tar(tar_bytes(files), tmp_path)
+    assert len(samples) == 1
+    assert sorted(rejection.uid for rejection in rejections) == [f"{i:03d}" for i in range(40)]
+
+
+class Remote(AbstractFileSystem):
+    """An object store that counts what is asked of it."""
+
+    protocol = "counted"
+    data: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[tuple[int, int]]] = []
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        return {"name": path, "size": len(self.data[path]), "type": "file"}
+
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **how: Any) -> RemoteFile:
+        return RemoteFile(self, path, mode, block_size or "default", **how)
+
+
+class RemoteFile(AbstractBufferedFile):
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        Remote.asked.append((start, end))
+        return Remote.data[self.path][start:end]
+
+
+def test_a_tar_of_an_object_store_is_read_once_by_ranges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was copied whole to a temporary file first."""
+    fsspec.register_implementation("counted", Remote, clobber=True)
+    monkeypatch.setattr(webdataset, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(webdataset, "WINDOW_BYTES", 50_000)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *_: pytest.fail("a temporary file"))
+    files = [f for i in range(200) for f in sample_files(f"{i}", bytes(3000), text=f"t{i}", uid=f"u{i}")]
+    Remote.data["x.tar"], Remote.asked[:] = tar_bytes(files), []
+    shard = Shard(path="counted://x.tar", format="webdataset", index=0)
+    results = read_shard(shard)
+    first = next(results)
+    assert isinstance(first, Sample)
+    assert sum(end - start for start, end in Remote.asked) < 100_000
+    assert [result.uid for result in results] == [f"u{i}" for i in range(1, 200)]
+    blocks = [start for start, end in Remote.asked if end > start]
+    assert len(blocks) == len(set(blocks)), "each block once"
+    assert max(end - start for start, end in Remote.asked) == 10_000

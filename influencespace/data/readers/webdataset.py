@@ -1,16 +1,14 @@
 """WebDataset tars: files with one name up to the last dot are a sample, e.g. `7.jpg`, `7.txt`, `7.json`.
 
-First all headers of a tar are read, then its samples one at a time. So members may come in any order, one sample
-is in memory, and every image has a known byte range. Nothing is ever extracted to disk.
+A tar is read once, front to back, by ranges. Files of a sample may come in any order; they are collected as headers, until none
+has come for WINDOW_BYTES. So one sample is in memory, and of a tar of any size the headers of a window. Nothing is ever extracted
+to disk, and nothing copied to it.
 """
 
 import json
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import PurePosixPath
 from typing import IO, Any, BinaryIO, cast
 
@@ -28,72 +26,148 @@ MAX_TEXT_BYTES = 16 * 2**20
 MAX_JSON_BYTES = 2 * 2**20
 MAX_HEADER_BYTES = 2**16
 
+# How far apart the files of one sample may lie, in bytes, to be together for certain; of empty files 30,000 headers.
+WINDOW_BYTES = 16 * 2**20
+MAX_WAITING = 20_000
+
+# Object stores are read in blocks of this size, the next one ahead; those of two windows are kept: 48 MB.
+BLOCK_BYTES = 4 * 2**20
+
 
 class _BadSample(ValueError):
     """A sample cannot be read; the message is the reason."""
 
 
 def read_webdataset(shard: Shard, options: ReadOptions) -> Iterator[RawSample | Rejection]:
-    """The samples of a tar in order of first appearance; of a broken tar those that are certainly whole.
+    """The samples of a tar, about in order of first appearance; of a broken tar those that are certainly whole.
 
     The rest of a broken tar is one Rejection. Raises OSError when the file cannot be read at all.
     """
     with _open_seekable(shard.path) as file:
-        entries, problem = index_tar(file)
-        members = [member for member in entries if _kind(member)]
-        doubtful = _doubtful_keys(members) if problem else set()
-        groups: dict[str, list[tarfile.TarInfo]] = {}
-        for member in members:
-            groups.setdefault(_key(member), []).append(member)
-        for key, group in groups.items():
-            if key in doubtful:
-                continue
+        headers = Headers(file)
+        for key, group in _Collected(headers).samples():
             try:
                 yield _read_sample(file, shard, key, group, options)
             except _BadSample as error:
                 yield Rejection(shard=shard.path, uid=key, reason=str(error))
-    if problem:
-        uid = _key(members[-1]) if members else PurePosixPath(shard.path).name
-        yield Rejection(shard=shard.path, uid=uid, reason=f"broken tar, the rest is lost: {problem}")
+    if headers.problem:
+        uid = headers.last or PurePosixPath(shard.path).name
+        yield Rejection(shard=shard.path, uid=uid, reason=f"broken tar, the rest is lost: {headers.problem}")
 
 
-def index_tar(file: BinaryIO) -> tuple[list[tarfile.TarInfo], str]:
-    """The members of a tar up to its end or to where it breaks, and what broke ("" when the tar is whole)."""
-    members: list[tarfile.TarInfo] = []
-    try:
-        headers = cast(IO[bytes], _Headers(file))
-        with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-            for member in tar:
-                members.append(member)
-                if member.size < 0:
-                    raise tarfile.ReadError(f"{member.name!r} has a negative size")
-            # tarfile takes a header that it cannot read for the end of the tar.
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
-    except OSError:
-        raise
-    except Exception as error:  # for hostile bytes tarfile raises ValueError, RecursionError, almost anything
-        return members, f"cut or damaged, {error}"
-    return members, ""
+class Headers:
+    """The members of a tar that belong to samples, one after another, up to its end or to where it breaks.
 
-
-class _Headers:
-    """The file for tarfile, with limits: by itself tarfile reads extended headers of any size, and loops on negative sizes."""
+    `place` is how far they are read, `last` the key of the last one; `problem` is what broke, "" when the tar is whole.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.tell = file.tell
+        self.place = 0
+        self.last = ""
+        self.problem = ""
+
+    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+        try:
+            yield from self._members()
+        except OSError:
+            raise
+        except (
+            Exception
+        ) as error:  # for hostile bytes tarfile raises ValueError, RecursionError, almost anything
+            self.problem = f"cut or damaged, {error}"
+
+    def _members(self) -> Iterator[tarfile.TarInfo]:
+        headers = cast(IO[bytes], _Limited(self._file))
+        with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it keeps them all: a kilobyte for each
+                self.place = tar.offset
+                if member.size < 0:
+                    raise tarfile.ReadError(f"{member.name!r} has a negative size")
+                if _kind(member):
+                    self.last = _key(member)
+                    yield member
+            # tarfile takes a header that it cannot read for the end of the tar.
+            self._file.seek(tar.offset)
+            if self._file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
+
+
+class _Collected:
+    """Members of a tar by sample: each when it is complete for all that is known.
+
+    That is when nothing of it came for WINDOW_BYTES and it has a file of every kind that the tar has had so far. One that lacks a
+    kind waits for the end of the tar, where its files are read again from where they lie; of these there are MAX_WAITING.
+    """
+
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
+        self.recent: dict[str, list[tarfile.TarInfo]] = {}
+        self.waiting: dict[str, list[tarfile.TarInfo]] = {}
+        self.kinds: set[str | None] = set()
+        self.side_by_side = True
+
+    def samples(self) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+        before = None
+        for member in self.headers:
+            key = _key(member)
+            group = self.waiting.get(key) or self.recent.setdefault(key, [])
+            self.side_by_side &= not group or key == before
+            group.append(member)
+            self.kinds.add(_kind(member))
+            before = key
+            yield from self._ready()
+        yield from self._rest()
+
+    def _ready(self) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+        while self.recent:
+            key, group = next(iter(self.recent.items()))
+            if self.headers.place - group[-1].offset <= WINDOW_BYTES:
+                break
+            del self.recent[key]
+            if {_kind(member) for member in group} >= self.kinds:
+                yield key, group
+            else:
+                self.waiting[key] = group
+        while len(self.waiting) > MAX_WAITING:
+            key = next(iter(self.waiting))
+            yield key, self.waiting.pop(key)
+
+    def _rest(self) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+        """What is left at the end; of a broken tar without samples of which a file may be lost: one without its JSON would lose
+        its uid. That is the last one when the files of each sample lie side by side, as the format has it, else any."""
+        left = self.waiting | self.recent
+        if self.headers.problem:
+            doubtful = {self.headers.last} if self.side_by_side else set(left)
+            left = {key: group for key, group in left.items() if key not in doubtful}
+        yield from left.items()
+
+
+class _Limited:
+    """The file for tarfile, with a place of its own and limits: by itself it reads extended headers of any size, and loops
+    on negative sizes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._place = 0
+
+    def tell(self) -> int:
+        return self._place
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"an extended header of {size:,} bytes")
-        return self._file.read(size)
+        self._file.seek(self._place)
+        data = self._file.read(size)
+        self._place += len(data)
+        return data
 
     def seek(self, place: int) -> int:
-        if not self._file.tell() <= place < 2**63:
+        if not self._place <= place < 2**63:
             raise tarfile.ReadError(f"a size that leads to byte {place:,}")
-        return self._file.seek(place)
+        self._place = place
+        return place
 
 
 def _key(member: tarfile.TarInfo) -> str:
@@ -103,18 +177,8 @@ def _key(member: tarfile.TarInfo) -> str:
 
 def _kind(member: tarfile.TarInfo) -> str | None:
     """image, text or json; None for folders and what is no part of a pair, such as macOS's `._7.jpg`."""
-    hidden = PurePosixPath(member.name).name.startswith(".")
-    return None if hidden or member.isdir() else KINDS.get(member.name.rpartition(".")[2].lower())
-
-
-def _doubtful_keys(members: list[tarfile.TarInfo]) -> set[str]:
-    """The samples of a broken tar of which a file may be lost: a sample without its JSON would lose its uid.
-
-    That is the last one when the files of each sample lie side by side, as the format has it, else any.
-    """
-    runs = [key for key, _ in groupby(map(_key, members))]
-    side_by_side = len(set(runs)) == len(runs)
-    return set(runs[-1:]) if side_by_side else set(runs)
+    name = member.name.rpartition("/")[2]
+    return None if name.startswith(".") or member.isdir() else KINDS.get(name.rpartition(".")[2].lower())
 
 
 def _read_sample(
@@ -171,14 +235,15 @@ def _read(file: BinaryIO, member: tarfile.TarInfo | None, limit: int) -> bytes |
 
 @contextmanager
 def _open_seekable(path: str) -> Iterator[BinaryIO]:
-    """A local file itself, else a temporary copy: one long read is the quickest from an object store."""
+    """A local file itself, else one that is read by blocks, in the background and each once."""
     filesystem, name = fsspec.url_to_fs(path)
     if isinstance(filesystem, LocalFileSystem):
         with open(name, "rb") as file:
             yield file
         return
-    with tempfile.TemporaryFile() as copy:
-        with filesystem.open(name, "rb") as remote:
-            shutil.copyfileobj(remote, copy, 8 * 2**20)
-        copy.seek(0)
-        yield cast(BinaryIO, copy)
+    # Headers are read a window ahead of what is used; the cache forgets what was touched least recently.
+    blocks = {"maxblocks": 2 * (WINDOW_BYTES // BLOCK_BYTES) + 4}
+    with filesystem.open(
+        name, "rb", block_size=BLOCK_BYTES, cache_type="background", cache_options=blocks
+    ) as remote:
+        yield cast(BinaryIO, remote)
