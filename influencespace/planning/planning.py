@@ -78,8 +78,11 @@ def plan(
     workers = check_workers([*before, *stages], Run(folder=folder, config=config), machines)
     sizes = there if pairs is None else {**there, "pool": there["pool"].scaled(pairs)}
     here = cluster is None and pairs is None
+    largest = max(
+        size.embedding_bytes for size in sizes.values()
+    )  # beside its buckets lie its chunks until it is merged
     if here:
-        check_disk(sum(size.embedding_bytes for size in sizes.values()), folder)
+        check_disk(largest + sum(size.embedding_bytes for size in sizes.values()), folder)
     costs, measured = counted(sizes, workers), 0
     if limit:
         slicer = Slicer(config=config, sizes=there, workers=engine.cores)
