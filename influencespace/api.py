@@ -94,7 +94,10 @@ def curate(
         alone_in(folder),
         start(engine, address) as started,
     ):  # what is refused is refused before Ray starts
-        return pipeline.curate(resolved, folder, started)
+        try:
+            return pipeline.curate(resolved, folder, started)
+        finally:
+            started.keep_logs(folder / "logs")
 
 
 def plan(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from influencespace.engine.attempts import TaskError, Worker, WorkerFactory, attempt, run_task
@@ -102,6 +103,9 @@ class Engine(Protocol):
     ) -> AbstractContextManager[Pool]:
         """Workers that live until the block ends; with `workers` = 0 as many as there is room for, now and later."""
 
+    def keep_logs(self, folder: Path) -> None:
+        """Copy what the workers of this run wrote (their output and their errors) into a folder, where they wrote anything."""
+
 
 def run_once(engine: Engine, job: Callable[[], Any]) -> Any:
     """Run one job on one worker, away from the driver."""
@@ -165,6 +169,9 @@ class LocalEngine:
         self, factory: WorkerFactory, *, workers: int = 1, resources: Resources = ONE_CORE
     ) -> Iterator[Pool]:
         yield _LocalPool(Worker(factory))
+
+    def keep_logs(self, folder: Path) -> None:
+        return
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ import ray
 from influencespace.engine.attempts import WorkerFactory, run_task
 from influencespace.engine.cluster import alive_machines
 from influencespace.engine.local import ONE_CORE, AtOnce, Pool
+from influencespace.engine.logs import keep_logs
 from influencespace.engine.place import Place
 from influencespace.engine.placement import Machine, Resources
 from influencespace.engine.ray_map import call_all, on_actors
@@ -91,6 +93,9 @@ class RayEngine:
             yield pool
         finally:
             pool.end()
+
+    def keep_logs(self, folder: Path) -> None:
+        keep_logs(folder)
 
     def _place(self, need: Resources, asked: int = 0) -> Place:
         return Place(lambda: self.machines, need, asked)

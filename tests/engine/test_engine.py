@@ -328,3 +328,17 @@ def test_a_cluster_that_does_not_answer_is_reported_at_once() -> None:
     for address in ("nowhere", "nowhere:port", ":6379"):
         with pytest.raises(InputError, match=f"there is no address {address}: give host:port"):
             _knock(address)
+
+
+def speak() -> None:
+    print("a word of a worker", flush=True)
+
+
+@pytest.mark.ray
+def test_what_workers_wrote_is_kept(ray_engine: Engine, tmp_path: Path) -> None:
+    run_once(ray_engine, speak)
+    ray_engine.keep_logs(tmp_path / "logs")
+    kept = list((tmp_path / "logs").glob("*-worker-*.out"))
+    assert any("a word of a worker" in path.read_text() for path in kept)
+    LocalEngine().keep_logs(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
