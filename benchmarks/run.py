@@ -29,6 +29,7 @@ NAMES = (
     "speed/towers",
     "speed/scale",
     "speed/kmeans",
+    "speed/reader",
 )
 
 

@@ -119,7 +119,11 @@ def sharpness(image: Image.Image) -> float:
     laplacian = 4 * grey[1:-1, 1:-1]
     for neighbours in (grey[:-2, 1:-1], grey[2:, 1:-1], grey[1:-1, :-2], grey[1:-1, 2:]):
         laplacian -= neighbours
-    return float(np.log(laplacian.var(dtype=np.float64) + 1e-3))
+    values = laplacian.astype(
+        np.int32
+    )  # sums of whole numbers are exact, and quicker than a variance of floats
+    mean, square = int(values.sum()) / values.size, int((values * values).sum(dtype=np.int64)) / values.size
+    return float(np.log(square - mean**2 + 1e-3))
 
 
 def read_image_bytes(ref: ImageRef) -> bytes:

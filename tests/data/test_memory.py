@@ -15,12 +15,14 @@ from PIL import Image
 
 from influencespace.data.images import decoding_bytes
 
-READ = """
-import resource, sys
+READ = r"""
+import re, sys
 from influencespace.data.images import RejectedImage, decode_image, sharpness
 from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import Sample
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # not ru_maxrss, which begins with what the parent had when it forked
+    return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
+before = peak()
 samples = rejected = 0
 held = []
 for shard in list_shards(sys.argv[1]):
@@ -32,7 +34,7 @@ for shard in list_shards(sys.argv[1]):
                 sharpness(held[-1])
         else:
             rejected += 1
-print(samples, rejected, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(samples, rejected, (peak() - before) / 1024)
 """
 MB = 2**20
 

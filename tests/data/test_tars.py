@@ -296,3 +296,23 @@ def test_a_tar_of_an_object_store_is_read_once_by_ranges(
     blocks = [start for start, end in Remote.asked if end > start]
     assert len(blocks) == len(set(blocks)), "each block once"
     assert max(end - start for start, end in Remote.asked) == 10_000
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@given(
+    names=st.lists(st.text(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1)),
+    size=st.integers(0, 1500),
+)
+def test_plain_headers_are_read_as_tarfile_reads_them(
+    form: int, names: list[str], size: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "plain.tar"
+    files = [(f"{'folder/' * (i % 30)}{name[:20]}.jpg", bytes(size + i)) for i, name in enumerate(names)]
+    path.write_bytes(tar_bytes(files, form))
+    with path.open("rb") as file:
+        headers = webdataset.Headers(file)
+        found = [(member.name, member.size, member.offset_data) for member in headers]
+    with tarfile.open(path, encoding="utf-8") as tar:
+        expected = [(member.name, member.size, member.offset_data) for member in tar]
+    assert not headers.problem
+    assert found == [entry for entry in expected if not entry[0].rpartition("/")[2].startswith(".")]

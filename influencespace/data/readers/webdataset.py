@@ -80,7 +80,7 @@ class Headers:
     def _members(self) -> Iterator[tarfile.TarInfo]:
         headers = cast(IO[bytes], _Limited(self._file))
         with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-            while (member := tar.next()) is not None:
+            while (member := self._plain(tar) or tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it keeps them all: a kilobyte for each
                 self.place = tar.offset
                 if member.size < 0:
@@ -92,6 +92,30 @@ class Headers:
             self._file.seek(tar.offset)
             if self._file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
+
+    def _plain(self, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+        """The next member if it is a plain file with a plain header, which tarfile reads slowly; else None."""
+        if tar.firstmember is not None or tar.pax_headers:  # type: ignore[attr-defined]
+            return None
+        self._file.seek(tar.offset)
+        block = self._file.read(tarfile.BLOCKSIZE)
+        plain = block[156:157] == b"0" and block[257:265] == b"ustar\x0000"
+        size, checksum = block[124:135], block[148:154]
+        if not (plain and size.isdigit() and checksum.isdigit() and block[135] in b"\0 "):
+            return None
+        try:
+            length, expected = int(size, 8), int(checksum, 8)
+        except ValueError:
+            return None
+        if sum(block) - sum(block[148:156]) + 256 != expected:
+            return None
+        name, prefix = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0]
+        name = prefix + b"/" + name if prefix else name
+        member = tarfile.TarInfo(name.decode("utf-8", "surrogateescape"))
+        member.size, member.offset = length, tar.offset
+        member.offset_data = tar.offset + tarfile.BLOCKSIZE
+        tar.offset = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        return member
 
 
 class _Collected:
