@@ -63,7 +63,7 @@ class Watched:
 
 
 def watch(command: Sequence[str], environment: Mapping[str, str], log: Path, every: float = 0.5) -> Watched:
-    """Run a command, its output into `log`, and look at its processes so often; raises CalledProcessError where it fails."""
+    """Run a command, its output into `log`, and look at its processes so often; raises RuntimeError where it fails."""
     watched, ended = Watched(), threading.Event()
     began = time.monotonic()
     with log.open("w") as output:
@@ -83,9 +83,8 @@ def watch(command: Sequence[str], environment: Mapping[str, str], log: Path, eve
             looker.join()
     watched.seconds = time.monotonic() - began
     if code:
-        raise subprocess.CalledProcessError(
-            code, list(command), output=log.read_text(errors="replace")[-4000:]
-        )
+        tail = log.read_text(errors="replace")[-4000:]
+        raise RuntimeError(f"{' '.join(command[:4])} ended with {code}; its last words:\n{tail}")
     return watched
 
 
