@@ -198,7 +198,7 @@ class Curvature(Stage):
         if estimator is None:
             return Details(details={"proxies": {}})
         inputs = ScoringInputs.of(run, workers.device)
-        folds: list[int | None] = [None, *range(run.config.proxy.folds)]
+        folds: list[int | None] = [None, *range(run.config.proxy.fold_count(len(run.pool)))]
         sketches = self._sketches(inputs, folds, estimator.sketched, run.config.curvature, workers)
         return Details(details={"proxies": self._solved(inputs, estimator, sketches, workers)})
 
