@@ -142,6 +142,40 @@ def late(folder: Path) -> dict[str, Any]:
         return {"actors": len({one for one, _ in results}), "results": len(results), "added": added}
 
 
+def stream_grows(folder: Path) -> dict[str, Any]:
+    """A machine with a GPU comes in the middle of a stream; a stream that is left early gives back what it held."""
+
+    def produce() -> Callable[[int], Iterator[tuple[int, int]]]:
+        return lambda task: ((task, number) for number in range(20))
+
+    def consume() -> Callable[[tuple[int, int]], tuple[tuple[int, int], str]]:
+        def work(item: tuple[int, int]) -> tuple[tuple[int, int], str]:
+            time.sleep(0.4)
+            return item, ray.get_runtime_context().get_node_id()
+
+        return work
+
+    with cluster_of([(8, 0), (2, 1)]) as (cluster, _), start_ray(address=cluster.address) as engine:
+        results, added = [], ""
+        for result in engine.stream(produce, range(6), consume, workers=(1, 4), resources=GPU):
+            results.append(result)
+            if len(results) == 5:
+                node = cluster.add_node(num_cpus=2, num_gpus=1, object_store_memory=OBJECT_STORE)
+                added = node.node_id
+        left = engine.stream(produce, range(2), consume, workers=2, resources=GPU)
+        next(left)
+        left.close()
+        until = time.monotonic() + 60
+        while ray.available_resources().get("GPU", 0) < 2 and time.monotonic() < until:
+            time.sleep(0.5)
+        return {
+            "items": sorted(item for item, _ in results),
+            "added": added,
+            "nodes": sorted({node for _, node in results}),
+            "free": ray.available_resources().get("GPU", 0),
+        }
+
+
 def largest_lost(folder: Path) -> dict[str, Any]:
     """The largest machine dies in the middle of tasks of its size: by each verb."""
     cores = {}
@@ -178,7 +212,7 @@ def main(what: str, folder: Path) -> None:
     os.environ.pop("RAY_ADDRESS", None)
     # Machines are added by threads, which may set no signal handlers.
     ray._private.utils.set_sigterm_handler = lambda handler: None
-    others = {"late": late, "largest-lost": largest_lost}
+    others = {"late": late, "largest-lost": largest_lost, "stream-grows": stream_grows}
     outcome = others[what](folder) if what in others else every_gpu(what, folder)
     (folder / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
 

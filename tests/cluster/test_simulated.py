@@ -71,3 +71,13 @@ def test_machines_that_come_later_are_waited_for_and_used(
     assert (
         "no worker has started; one needs 1 CPU(s) and 1 GPU(s). No machine of the cluster has that" in said
     )
+
+
+@pytest.mark.slow
+def test_a_stream_uses_a_gpu_that_comes_later_and_gives_back_what_it_held(
+    ray_environment: dict[str, str], tmp_path: Path
+) -> None:
+    outcome, _ = simulated("stream-grows", ray_environment, tmp_path)
+    assert outcome["items"] == [[task, number] for task in range(6) for number in range(20)]
+    assert outcome["added"] in outcome["nodes"]
+    assert len(outcome["nodes"]) == outcome["free"] == 2
