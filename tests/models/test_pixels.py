@@ -1,6 +1,7 @@
 """The fast pipeline of pixels against the image processors of transformers."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from tiny_encoders import CROP, SQUARE
 
 from influencespace.data.images import decode_image
+from influencespace.models.encoders import load_encoder
 from influencespace.models.pixels import pixel_pipeline
 
 PROCESSORS = {
@@ -70,3 +72,23 @@ def test_a_reduced_picture_gives_the_pixels_of_the_full_one(name: str, size: tup
     assert (expected - pixels).abs().mean() < 2
     shifted = pipeline([full.crop((full.width // pipeline.input_size, 0, *full.size))]).float()
     assert (expected - pixels).abs().mean() < (expected - shifted).abs().mean()
+
+
+@pytest.mark.real_data
+def test_decoding_near_the_encoders_size_changes_no_more_than_noise(real_data: Path) -> None:
+    """Photographs, enlarged and with grain: their embeddings in full and reduced, as the comment of DRAFT has it."""
+    folder = real_data.parent / "models" / "mobilenetv2-minilm"
+    files = sorted((real_data / "coco2017-mini").glob("*2017/*.jpg"))[:8]
+    if not folder.is_dir() or not files:
+        pytest.skip("no encoder or no photographs")
+    encoder, drawn = load_encoder(folder), np.random.default_rng(0)
+    for file in files:
+        photograph = Image.open(file).convert("RGB")
+        large = photograph.resize((7 * photograph.width, 7 * photograph.height), Image.Resampling.BICUBIC)
+        grain = np.asarray(large) + drawn.normal(0, 4, (large.height, large.width, 1))
+        buffer = io.BytesIO()
+        Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        full, near = (decode_image(buffer.getvalue(), near=size) for size in (None, encoder.input_size))
+        assert near.width < full.width
+        one, other = (encoder.encode_image(encoder.preprocess_images([image])) for image in (full, near))
+        assert float((one * other).sum()) > 0.999

@@ -6,6 +6,7 @@ to disk, and nothing copied to it.
 """
 
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ class Headers:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
+        self._end = file.seek(0, os.SEEK_END)
         self.place = 0
         self.last = ""
         self.problem = ""
@@ -95,7 +97,7 @@ class Headers:
 
     def _plain(self, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
         """The next member if it is a plain file with a plain header, which tarfile reads slowly; else None."""
-        if tar.firstmember is not None or tar.pax_headers:  # type: ignore[attr-defined]
+        if tar.firstmember is not None or tar.pax_headers or tar.offset > self._end:  # type: ignore[attr-defined]
             return None
         self._file.seek(tar.offset)
         block = self._file.read(tarfile.BLOCKSIZE)
@@ -175,6 +177,7 @@ class _Limited:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._place = 0
+        self._end = file.seek(0, os.SEEK_END)
 
     def tell(self) -> int:
         return self._place
@@ -188,7 +191,9 @@ class _Limited:
         return data
 
     def seek(self, place: int) -> int:
-        if not self._place <= place < 2**63:
+        if (
+            not self._place <= place <= self._end
+        ):  # the system refuses a far place in ways that look like its own errors
             raise tarfile.ReadError(f"a size that leads to byte {place:,}")
         self._place = place
         return place
