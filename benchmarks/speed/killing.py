@@ -99,8 +99,8 @@ class Command:
     began: float = field(default=0.0)
 
     def start(self) -> None:
-        """Begin it, unless it runs."""
-        if self.process is not None and self.process.poll() is None:
+        """Begin it, unless it runs or has ended well."""
+        if self.process is not None and self.process.poll() in (None, 0):
             return
         self.began = time.time()
         command = [sys.executable, "-m", "influencespace.cli", *self.arguments, "--out", str(self.out)]
@@ -109,7 +109,19 @@ class Command:
             self.process = subprocess.Popen(command, stdout=file, stderr=file)
 
     def work_for(self, seconds: float) -> bool:
-        """Wait until it has worked in its folder for some seconds; False where it ended before."""
+        """Wait until it has worked in its folder for some seconds, begun again where it fails; False where it ends well before.
+
+        Raises RuntimeError where it fails three times.
+        """
+        for _ in range(3):
+            self.start()
+            if self._worked_for(seconds):
+                return True
+            if self._ended_well():
+                return False
+        raise RuntimeError(f"the run failed three times: {self._log_end()}")
+
+    def _worked_for(self, seconds: float) -> bool:
         while not self._at_work():
             if self._ended():
                 return False
@@ -136,11 +148,16 @@ class Command:
                 if time.time() - self.began > 60 * MINUTES:
                     self.process.kill()
                 time.sleep(0.05)
-            if self.process.wait() == 0:
-                self.process = None
+            if self._ended_well():
                 return time.monotonic() - worked if worked else 0.0
-        log = self.out.with_name(f"{self.out.name}.log")
-        raise RuntimeError(f"the run failed three times: {log.read_text(errors='replace')[-3000:]}")
+        raise RuntimeError(f"the run failed three times: {self._log_end()}")
+
+    def _ended_well(self) -> bool:
+        assert self.process is not None
+        return self.process.wait() == 0
+
+    def _log_end(self) -> str:
+        return self.out.with_name(f"{self.out.name}.log").read_text(errors="replace")[-3000:]
 
     def strike(self, kind: str) -> Lost:
         """Kill somebody, the driver where there is nobody of the kind."""
@@ -174,7 +191,7 @@ class Command:
 def kind_of(title: str) -> str:
     """What a process of Ray is at, by its title: an actor is called by its class, a task by its function."""
     name = title.removeprefix("ray::")
-    if name in (title, "IDLE"):
+    if name in (title, "IDLE") or name.endswith("Agent"):  # those are Ray's own, and end the node
         return ""
     return "actor" if name.lstrip("_")[:1].isupper() else "worker"
 

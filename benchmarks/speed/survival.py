@@ -118,7 +118,6 @@ def end_of(command: Command, planned: Sequence[Strike]) -> list[Lost]:
     """Strike a command as planned, begin it again where that ended it, and let it finish; who was lost."""
     lost = []
     for strike in planned:
-        command.start()
         if not command.work_for(strike.after):
             break  # finished before its time
         lost.append(command.strike(strike.kind))

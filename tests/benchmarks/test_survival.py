@@ -70,6 +70,8 @@ def test_moments_are_seeded_and_within_the_work() -> None:
     [
         ("ray::attempt", "worker"),
         ("ray::IDLE", ""),
+        ("ray::DashboardAgent", ""),
+        ("ray::RuntimeEnvAgent", ""),
         ("ray::_Worker.attempt", "actor"),
         ("ray::MapWorker(ReadUnits)", "actor"),
         ("python -m influencespace.cli", ""),
@@ -120,6 +122,34 @@ class Scripted(Command):
     def finish(self) -> float:
         self.events.append("finish")
         return 0.0
+
+
+def test_a_command_that_fails_is_begun_again_and_one_that_ends_well_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a program in place of the command line: it fails at first, then writes and stays, or ends well."""
+    program = tmp_path / "program.py"
+    lines = (
+        "import pathlib, sys, time",
+        "out = pathlib.Path(sys.argv[-1])",
+        "out.mkdir(exist_ok=True)",
+        "begun = out / 'begun'",
+        "if not begun.exists(): begun.touch(); sys.exit(1)",
+        "(out / 'work').write_text(str(time.time()))",
+        "time.sleep(600 if sys.argv[3] == 'stay' else 0)",
+    )
+    program.write_text("\n".join(lines))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.orig_argv[0]} {program} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    stays = Command(("stay",), tmp_path / "stays")
+    assert stays.work_for(0.1)
+    assert stays.strike("worker") == Lost("driver", "driver for worker")
+    ends = Command(("end",), tmp_path / "ends")
+    assert not ends.work_for(600)
+    process = ends.process
+    assert ends.finish() >= 0
+    assert ends.process is process
 
 
 @pytest.mark.parametrize(("ends_after", "met"), [(0, 0), (1, 1), (9, 3)])
