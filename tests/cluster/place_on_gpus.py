@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import ray
+from embedding import FakeEncoder, load_fake, load_fake_preprocessing, write_world
 from ray.cluster_utils import Cluster
-from test_embed import DIMENSION, FakeEncoder, write_world
 
 from influencespace.config import load_config
 from influencespace.engine.placement import Resources
@@ -32,14 +32,18 @@ def main(folder: Path) -> None:
     def load(config: EmbedConfig, device: str) -> FakeEncoder:
         started = {"node": ray.get_runtime_context().get_node_id(), "device": device}
         (folder / f"worker-{ray.get_runtime_context().get_actor_id()}.json").write_text(json.dumps(started))
-        return FakeEncoder(folder / "log", dimension=DIMENSION)
+        return load_fake(folder / "log", config, device)
 
     data = write_world(folder / "data", SHARDS)
     config = load_config(None, {"embed.encoder": "fake", "data.pool": data})
     try:
         with start_ray(address=cluster.address) as engine:
             share = embed_share(config.embed, engine, SHARDS)
-            manifest = carry_out(Embed("pool", load), Run(folder=folder / "run", config=config), engine)
+            manifest = carry_out(
+                Embed("pool", load, load_fake_preprocessing),
+                Run(folder=folder / "run", config=config),
+                engine,
+            )
             try:
                 list(engine.map(int, [0], resources=Resources(cpus=8, gpus=1)))
                 refusal = "none"
