@@ -43,13 +43,13 @@ def machine(cpus: int, gpus: int = 0, memory: int = PLENTY) -> Machine:
         ([machine(16, memory=GIGABYTE)], {}, (1, 16, 0)),
         ([machine(16)], {"num_actors": 4}, (4, 4, 0)),
         ([machine(16)], {"cpus_per_actor": 4}, (4, 4, 0)),
-        ([machine(16, 2)], {}, (2, 8, 1)),
-        ([machine(16, 2)], {"gpus_per_actor": 0.5}, (4, 4, 0.5)),
+        ([machine(16, 2)], {}, (2, 1, 1)),
+        ([machine(16, 2)], {"gpus_per_actor": 0.5}, (4, 1, 0.5)),
         ([machine(16, 2)], {"gpus_per_actor": 0}, (16, 1, 0)),
         # a head without GPUs that is larger than those with them
-        ([machine(64), *[machine(8, 1)] * 2], {}, (2, 8, 1)),
-        ([machine(16), *[machine(48, 4)] * 4], {}, (16, 12, 1)),
-        ([*[machine(96, 8)] * 8, *[machine(96)] * 8], {}, (64, 12, 1)),
+        ([machine(64), *[machine(8, 1)] * 2], {}, (2, 1, 1)),
+        ([machine(16), *[machine(48, 4)] * 4], {}, (16, 1, 1)),
+        ([*[machine(96, 8)] * 8, *[machine(96)] * 8], {}, (64, 1, 1)),
         ([machine(4, 2)], {"gpus_per_actor": 0.4}, (4, 1, 0.4)),
     ],
 )

@@ -54,8 +54,8 @@ def encoder_identity(encoder: str) -> str:
 
 # A worker with torch, transformers and Ray takes about 0.8 GB before its encoder; the rest is for its batches.
 LIBRARY_BYTES = 3 * 2**29
-# A reader with torch and transformers takes 0.6 GB; the rest is for the picture that it decodes and its unit.
-READER_BYTES = 2**30
+# A reader with torch and transformers takes 0.6 GB, a picture of 64 megapixels that no decoder reduces 1.1, a unit 0.1.
+READER_BYTES = 2 * 2**30
 # Of a unit of web pictures, about: how many encoders have work at all.
 UNIT_MB = 10
 # An encoder from the hub, seen only by the workers: a ViT-L/14 in float32.
@@ -75,7 +75,9 @@ def embed_share(config: EmbedConfig, engine: Engine, tasks: int) -> Share:
     # what a worker may need is an estimate, and no reason to refuse a machine that has less
     memory = min(worker_bytes(config), max(machine.memory for machine in machines))
     need = Resources(cpus=config.cpus_per_actor, gpus=gpus, memory=0 if gpus else memory)
-    return share(machines, tasks, need=need, workers=config.num_actors, max_cpus=engine.cores_per_task)
+    # beside a GPU one core is enough: readers need the others
+    most = 1 if gpus else engine.cores_per_task
+    return share(machines, tasks, need=need, workers=config.num_actors, max_cpus=most)
 
 
 def worker_bytes(config: EmbedConfig) -> int:
@@ -165,7 +167,7 @@ class Embed(Stage):
                 EncodeUnits(load=self.load_encoder, config=config, device=placed.device),
                 workers=placed.workers,
                 resources=placed.resources,
-                readers=Resources(memory=min(READER_BYTES, largest)),
+                readers=Resources(memory=min(READER_BYTES, largest // 4)),
             )
             for result in stream:
                 results.append(result)

@@ -9,13 +9,13 @@ from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from influencespace.data.chunks import Floats, set_column, write_chunk
 from influencespace.data.schema import ReadOptions
 from influencespace.errors import STRICT
+from influencespace.models.encode import EncodePass
 from influencespace.stages.ingest.units import Committed, Preprocessing, Unit, unpacked
 
 NOT_FINITE = "the embedding is not finite"
@@ -29,8 +29,10 @@ class EmbedConfig:
     """Folder or hub id of a dual encoder."""
     batch_size: int = Field(default=64, ge=1)
     """Images, or captions, in one pass of a tower."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the towers; embeddings are stored as float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the towers; `auto` is bfloat16 on GPUs where that embeds a probe alike, else float32."""
+    tf32: bool = False
+    """Let GPUs multiply float32 matrices in TF32: quicker, and less exact."""
     num_actors: int = Field(default=0, ge=0)
     """Workers, each with its own encoder; 0 means one for each GPU, or for each CPU core where memory allows."""
     cpus_per_actor: int = Field(default=0, ge=0)
@@ -54,6 +56,7 @@ class EmbedConfig:
         """What the embeddings depend on: not on who computes them, or how many at once."""
         return {
             "dtype": self.dtype,
+            "tf32": self.tf32,
             "max_pixels": self.max_pixels,
             "read": self.read,
             "statistics": ("sharpness",),
@@ -150,15 +153,19 @@ class _Worker:
             fingerprint=encoder.fingerprint,
         )
 
+    @cached_property
+    def towers(self) -> EncodePass:
+        return EncodePass(self.encoder, self.device, tf32=self.config.tf32)
+
     def _images(self, unit: Unit) -> Floats:
-        parts = [self.encoder.encode_image(unpacked(pixels)).float().cpu().numpy() for pixels in unit.pixels]
+        parts = self.towers.images(map(unpacked, unit.pixels))
         return np.concatenate([np.zeros((0, self.encoder.dimension), np.float32), *parts])
 
     def _texts(self, unit: Unit) -> Floats:
         values = np.zeros((sum(len(rows) for rows, _ in unit.tokens), self.encoder.dimension), np.float32)
-        for rows, tokens in unit.tokens:
-            inputs = {name: torch.from_numpy(ids) for name, ids in tokens.items()}
-            values[rows] = self.encoder.encode_text(inputs).float().cpu().numpy()
+        embedded = self.towers.texts(tokens for _, tokens in unit.tokens)
+        for (rows, _), part in zip(unit.tokens, embedded, strict=True):
+            values[rows] = part
         return values
 
     def _commit(self, unit: Unit, images: Floats, texts: Floats) -> None:

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from influencespace.data.chunks import ChunkFolder, is_whole, pair_rows, table_of
 from influencespace.data.images import RejectedImage, decode_image, sharpness
@@ -77,10 +76,9 @@ def packed(pixels: Any) -> np.ndarray[Any, Any]:
     return array
 
 
-def unpacked(pixels: np.ndarray[Any, Any]) -> Any:
+def unpacked(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The batch that was packed, without a copy."""
-    tensor = torch.from_numpy(pixels)
-    return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
+    return pixels.transpose(0, 3, 1, 2) if pixels.ndim == 4 else pixels
 
 
 @dataclass(frozen=True, kw_only=True)
