@@ -60,7 +60,11 @@ class PairSet:
     @property
     def rows(self) -> IntArray:
         """Rows of the artifact that are the set (n,)."""
-        return np.arange(len(self)) if self.rows_file is None else np.asarray(self._chosen)
+        return self.rows_of_range(0, len(self))
+
+    def rows_of_range(self, start: int, stop: int) -> IntArray:
+        """Rows of the artifact that are a range of the set (m,)."""
+        return np.arange(start, stop) if self.rows_file is None else np.asarray(self._chosen[start:stop])
 
     @cached_property
     def image(self) -> IntArray:

@@ -170,7 +170,7 @@ class KeptRows:
         parts = []
         for start, stop in buckets_of(table_rows(self.curated), RANGE):
             kept = read_rows(self.curated, slice(start, stop), "kept")["kept"].astype(bool)
-            parts.append(self.pool.rows[start:stop][kept])
+            parts.append(self.pool.rows_of_range(start, stop)[kept])
         rows = np.concatenate(parts)
         with atomic_path(self.out) as aside, aside.open("wb") as file:
             np.save(file, rows)
