@@ -49,7 +49,7 @@ def test_a_changed_file_of_the_closure_and_no_other_changes_the_key(root: Path, 
 
 def test_the_closure_of_curation_has_what_a_list_by_hand_had_forgotten() -> None:
     closure = import_closure("benchmarks.curation.quality")
-    assert {"influencespace.core.sequential", "influencespace.models.fusion"} <= set(closure)
+    assert {"influencespace.core.histogram", "influencespace.models.fusion"} <= set(closure)
     assert "benchmarks.data.shuffle" in closure
 
 

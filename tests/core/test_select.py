@@ -54,11 +54,11 @@ def select(
 def below_threshold(
     excess: np.ndarray, se: np.ndarray, config: SelectionConfig, counted: np.ndarray | None = None
 ) -> np.ndarray:
-    """Which pairs are harmful; one more, which is not, keeps the subset from being empty."""
+    """Which pairs are harmful; two more, which are not, keep the subset from being empty."""
     counted = np.ones(len(excess), bool) if counted is None else counted
-    more = [np.append(values, last) for values, last in ((excess, 1.0), (se, 0.0))]
-    pairs = pairs_of(*more, more[0], redundant=np.append(~counted, False))
-    return rule_for(pairs, 1.0, config, 7).harmful(pairs)[:-1]
+    more = [np.append(values, [last] * 2) for values, last in ((excess, 1.0), (se, 0.0))]
+    pairs = pairs_of(*more, more[0], redundant=np.append(~counted, [False] * 2))
+    return rule_for(pairs, 1.0, config, 7).harmful(pairs)[:-2]
 
 
 @st.composite
@@ -90,9 +90,12 @@ def test_where_many_are_significantly_harmful_some_less_sure_ones_go_along(
     assert (harmful >= sure).all()
     assert not (harmful & (score >= 0)).any()
     with np.errstate(over="ignore"):
-        above = np.array([norm.cdf(s / e) if e else 0.0 for s, e in zip(score, se, strict=True) if s < 0])
-    surest = [above <= value for value in np.unique(above) if above[above <= value].mean() <= rate]
-    along = surest[-1] if surest and rate else np.zeros(len(above), bool)
+        below = [s / e if e else -np.inf for s, e in zip(score, se, strict=True) if s < 0]
+    order = np.argsort(below, kind="stable")  # the surest first, equal ones by their rows
+    expected = np.cumsum(norm.cdf(np.array(below)[order])) / np.arange(1, len(order) + 1)
+    along = np.zeros(len(order), bool)
+    if rate and (expected <= rate).any():
+        along[order[: np.flatnonzero(expected <= rate)[-1] + 1]] = True
     np.testing.assert_array_equal(harmful[score < 0], sure[score < 0] | along)
 
 

@@ -74,6 +74,7 @@ def test_embeddings_are_joined_to_the_pairs_of_the_shards(
     assert spearmanr(*scores).statistic >= 0.9
 
 
+@pytest.mark.slow  # two slices through all stages on Ray: minutes
 def test_a_plan_is_measured_on_a_slice_and_leaves_nothing(
     influencespace: Command, finished: Path, tmp_path: Path
 ) -> None:

@@ -248,17 +248,6 @@ def test_the_smallest_pool_runs_through(tmp_path: Path) -> None:
     assert all(np.isfinite(values).all() for values in numbers)
 
 
-def test_modalities_may_differ_in_dimension(tmp_path: Path) -> None:
-    world: World = {}
-    for seed, role in enumerate(("pool", "target", "test"), start=1):
-        world[role] = plant(tmp_path / role, 60, seed=seed)
-        texts = np.load(world[role].folder / "texts.npy")[:, :11]
-        np.save(world[role].folder / "texts.npy", texts / np.linalg.norm(texts, axis=1, keepdims=True))
-    run = run_on(tmp_path / "run", world)
-    carry(run)
-    assert results(run.at("proxies"))["all.safetensors/text"].shape == (11, 8)
-
-
 def test_results_are_compared_by_their_numbers(truth: Run) -> None:
     """The comparison itself: it reads every array and finds a difference."""
     assert len(results(truth.at("influence"))) > 10
