@@ -39,7 +39,9 @@ def test_a_run_leaves_subset_summary_and_page(finished: Path) -> None:
     page = (finished / "report.html").read_text()
     assert "curated" in page
     folders = {path.parent.relative_to(finished).as_posix() for path in finished.rglob("manifest.json")}
-    assert folders - {"sweep", "."} == set(STAGES)  # "." is of the results; tests share the run, and one of them sweeps over it
+    assert folders - {"sweep", "."} == set(
+        STAGES
+    )  # "." is of the results; tests share the run, and one of them sweeps over it
 
 
 def test_the_same_command_again_does_nothing(influencespace: Command, world: Path, finished: Path) -> None:

@@ -16,7 +16,6 @@ from chain import (
     Idle,
     Killed,
     Losing,
-    World,
     assert_equal_results,
     beside,
     carry,
