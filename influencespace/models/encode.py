@@ -37,8 +37,9 @@ class EncodePass:
         self.device = torch.device(device)
         self.tf32 = tf32
         self.limit: int | None = None
-        cuda = self.device.type == "cuda"
-        self._copies = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
+        # simulated machines have GPUs of which torch knows nothing
+        self._cuda = self.device.type == "cuda" and torch.cuda.is_available()
+        self._copies = torch.cuda.Stream(self.device) if self._cuda else None  # type: ignore[no-untyped-call]
 
     def images(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Floats]:
         """Embeddings (n, D) of each batch of pixels (n, 3, H, W)."""
@@ -79,7 +80,7 @@ class EncodePass:
                     raise
             # outside of the handler, whose traceback holds on to what the failed pass has allocated
             self.limit = size // 2
-            if self.device.type == "cuda":
+            if self._cuda:
                 torch.cuda.empty_cache()
         return done[0] if len(done) == 1 else torch.cat(done)
 
