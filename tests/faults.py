@@ -1,37 +1,16 @@
 """What storage does to finished files."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.speed.damage import become_folder, empty, flip, truncate
+
 Fault = Callable[[Path], object]
-
-
-def flip(path: Path) -> None:
-    """Another bit in the middle, at the same size and time."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
-    path.write_bytes(content)
-    os.utime(path, ns=times)
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
 
 
 def remove(path: Path) -> None:
     path.unlink()
-
-
-def become_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
 
 
 def dangle(path: Path) -> None:

@@ -83,8 +83,8 @@ class Rule:
 
     def harmful(self, pairs: Pairs) -> BoolArray:
         """Those below the threshold by the margin, and, unless the rule is `conservative`, as many of the others below it as can
-        leave, the most certain first, while at most `max_false_discovery` of them are expected to be above it (n,) (Newton,
-        Noueiry, Sarkar and Ahlquist 2004).
+        leave, the most certain first, equally certain ones together, while at most `max_false_discovery` of them are expected to
+        be above it (n,) (Newton, Noueiry, Sarkar and Ahlquist 2004).
         """
         excess = self.excess(pairs)
         alone: BoolArray = excess + self.config.standard_errors * pairs.se < 0

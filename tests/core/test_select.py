@@ -90,12 +90,13 @@ def test_where_many_are_significantly_harmful_some_less_sure_ones_go_along(
     assert (harmful >= sure).all()
     assert not (harmful & (score >= 0)).any()
     with np.errstate(over="ignore"):
-        below = [s / e if e else -np.inf for s, e in zip(score, se, strict=True) if s < 0]
-    order = np.argsort(below, kind="stable")  # the surest first, equal ones by their rows
-    expected = np.cumsum(norm.cdf(np.array(below)[order])) / np.arange(1, len(order) + 1)
-    along = np.zeros(len(order), bool)
-    if rate and (expected <= rate).any():
-        along[order[: np.flatnonzero(expected <= rate)[-1] + 1]] = True
+        ratio = [s / e if e else -np.inf for s, e in zip(score, se, strict=True) if s < 0]
+    certainty = np.array(ratio)  # those that are equally certain go together
+    above = norm.cdf(certainty)
+    surest = [
+        certainty <= value for value in np.unique(certainty) if above[certainty <= value].mean() <= rate
+    ]
+    along = surest[-1] if surest and rate else np.zeros(len(above), bool)
     np.testing.assert_array_equal(harmful[score < 0], sure[score < 0] | along)
 
 

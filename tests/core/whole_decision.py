@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
-from influencespace.core.arrays import BoolArray, FloatArray, IntArray, Labels
+from benchmarks.fairness.floors import with_floors
+from influencespace.core.arrays import BoolArray, FloatArray, IntArray
 from influencespace.core.histogram import Passes, Statistic, carried_out
 from influencespace.core.rule import SAME_IMAGE, Pairs, Rule, find_rule
 from influencespace.core.select import (
@@ -131,27 +132,12 @@ def below_threshold(
     below = excess < 0
     with np.errstate(divide="ignore", over="ignore"):
         sureness = excess[below] / se[below]
-    above = np.sort(ndtr(sureness if counted is None else sureness[counted[below]]))
-    expected = np.cumsum(above) / np.arange(1, len(above) + 1)
-    whole = np.append(above[1:] > above[:-1], True)[: len(above)]  # pairs that are equally sure go together
-    leave[below] |= ndtr(sureness) <= above[whole & (expected <= config.max_false_discovery)].max(
-        initial=-1.0
-    )
+    surest = np.sort(sureness if counted is None else sureness[counted[below]])
+    expected = np.cumsum(ndtr(surest)) / np.arange(1, len(surest) + 1)
+    whole = np.append(surest[1:] > surest[:-1], True)[
+        : len(surest)
+    ]  # pairs that are equally sure go together
+    allowed = surest[whole & (expected <= config.max_false_discovery)]
+    if len(allowed):
+        leave[below] |= sureness <= allowed[-1]
     return leave
-
-
-def with_floors(kept: BoolArray, score: FloatArray, group: Labels, floor: float) -> BoolArray:
-    """The kept pairs (n,) with as many brought back as each group (n,) needs to keep the share `floor`, at least, of its pairs.
-
-    Those of highest score (n,) are brought back first, as the least harmful; ties by order. No kept pair is removed. Raises
-    InputError where the floor is no share.
-    """
-    _, number = np.unique(group, return_inverse=True)
-    groups = int(number.max(initial=-1)) + 1
-    needed = np.ceil(floor * np.bincount(number, minlength=groups) - 1e-9)
-    lacking = needed - np.bincount(number[kept], minlength=groups)
-    pruned = np.flatnonzero(~kept)
-    back = pruned[rank_within(number[pruned], score[pruned]) < lacking[number[pruned]]]
-    result = kept.copy()
-    result[back] = True
-    return result

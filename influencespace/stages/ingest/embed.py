@@ -14,6 +14,7 @@ from typing import Any
 from influencespace.data.artifacts import fingerprint, folder_digest
 from influencespace.data.bucket_files import BUCKET_PAIRS, buckets_for
 from influencespace.data.chunks import ChunkFolder, dimension_of
+from influencespace.data.images import decoding_bytes
 from influencespace.data.imported import import_options, list_chunks
 from influencespace.data.merge import (
     MAX_READS,
@@ -54,8 +55,10 @@ def encoder_identity(encoder: str) -> str:
 
 # A worker with torch, transformers and Ray takes about 0.8 GB before its encoder; the rest is for its batches.
 LIBRARY_BYTES = 3 * 2**29
-# A reader with torch and transformers takes 0.6 GB, a picture of 64 megapixels that no decoder reduces 1.1, a unit 0.1.
-READER_BYTES = 2 * 2**30
+# A reader with torch and transformers takes 0.6 GB; the rest is for its unit.
+READER_LIBRARY_BYTES = 7 * 2**27
+# Edge of an encoder's input, where only its workers know it.
+USUAL_INPUT = 224
 # Of a unit of web pictures, about: how many encoders have work at all.
 UNIT_MB = 10
 # An encoder from the hub, seen only by the workers: a ViT-L/14 in float32.
@@ -84,6 +87,12 @@ def worker_bytes(config: EmbedConfig) -> int:
     """Memory that a worker on CPUs may need: its libraries and batches, and its weights twice while they load."""
     weights = sum(file.stat().st_size for file in Path(config.encoder).expanduser().glob("*.safetensors"))
     return LIBRARY_BYTES + 2 * (weights or UNKNOWN_ENCODER_BYTES)
+
+
+def reader_bytes(config: EmbedConfig) -> int:
+    """Memory that a reader may need: its libraries, a picture that no decoder reduces, and a batch of decoded ones."""
+    decoding, held = decoding_bytes(config.max_pixels, USUAL_INPUT)
+    return READER_LIBRARY_BYTES + decoding + config.batch_size * held
 
 
 @dataclass
@@ -167,7 +176,7 @@ class Embed(Stage):
                 EncodeUnits(load=self.load_encoder, config=config, device=placed.device),
                 workers=placed.workers,
                 resources=placed.resources,
-                readers=Resources(memory=min(READER_BYTES, largest // 4)),
+                readers=Resources(memory=min(reader_bytes(config), largest // 4)),
             )
             for result in stream:
                 results.append(result)
