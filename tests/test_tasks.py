@@ -6,19 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from influencespace.cli.arguments import options_of
+from influencespace.core.coreset import d2, herding, k_center
 from influencespace.data.embeddings import EmbeddingTable
 from influencespace.data.images import read_image_bytes
+from influencespace.data.pair_set import PairSet
 from influencespace.data.schema import ImageRef
 from influencespace.engine.local import LocalEngine
 from influencespace.errors import InputError
+from influencespace.models.fusion import concatenation
 from influencespace.pipeline import load_run
 from influencespace.run import Run
 from influencespace.stages.scoring.trace import TraceConfig
+from influencespace.tasks import choose, detect
 from influencespace.tasks.choose import Method, clean, coreset
 from influencespace.tasks.detect import POOLED, ranking_stage, read_truth
 from influencespace.tasks.trace import query_by_picture, query_by_uid, retrieved, trace_run
@@ -71,6 +76,71 @@ def test_a_coreset_is_of_kept_pairs_and_a_smaller_one_is_its_prefix(run: Run, me
     assert columns(small.path)["uid"] == result["uid"][:15]
     of_uid = dict(zip(curated["uid"], curated["score"]))
     assert result["score"] == [of_uid[uid] for uid in result["uid"]]
+
+
+def kept_pairs(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and scores of all kept pairs."""
+    curated = columns(run.folder / "curated.parquet")
+    rows = np.flatnonzero(curated["kept"])
+    return rows, np.array(curated["score"], np.float32).astype(float)[rows]
+
+
+@pytest.mark.parametrize(("method", "most"), [("d2", 10**6), ("d2", 47), ("k_center", 32), ("herding", 47)])
+def test_a_coreset_is_chosen_part_by_part(
+    run: Run, method: Method, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slow truth holds all: parts take turns to name the next pair, and one part is the whole choice."""
+    rows, score = kept_pairs(run)
+    parts = np.array_split(np.arange(len(rows)), -(-len(rows) // most))
+    assert len(parts) > 1 or most == 10**6
+    orders = []
+    for part in parts:
+        X = concatenation(*run.pool.inputs(rows[part]))
+        worth = score[part] - score.min()
+        whole = {
+            "d2": lambda X=X, worth=worth: d2(X, worth, len(worth), forward=None),
+            "k_center": lambda X=X: k_center(X, len(X)),
+            "herding": lambda X=X: herding(X, len(X)),
+        }[method]()
+        orders.append(rows[part][whole])
+    turns = [order[turn] for turn in range(len(parts[0])) for order in orders if turn < len(order)]
+    read: list[int] = []
+    inputs = PairSet.inputs
+
+    def spied(pairs: PairSet, rows: Any, device: str = "cpu") -> Any:
+        read.append(len(rows))
+        return inputs(pairs, rows, device)
+
+    monkeypatch.setattr(PairSet, "inputs", spied)
+    monkeypatch.setattr(choose, "MAX_AT_ONCE", most)
+    monkeypatch.setattr(choose, "RANGE", 16)
+    result = columns(coreset(run, 40, method).path)
+    assert result["uid"] == run.pool.read(np.array(turns[:40]), "uid")["uid"].tolist()
+    assert result["rank"] == list(range(1, 41))
+    assert max(read) == len(parts[0])
+
+
+@pytest.mark.parametrize("size", [16, 10**6])
+def test_a_ranking_is_the_order_of_all_scores(
+    run: Run, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = np.random.default_rng(0).integers(0, 30, 150).astype(float)
+    score[::11] = np.nan
+    uids = [f"pair {i}" for i in range(150)]
+    pq.write_table(pa.table({"uid": uids, "score": score}), tmp_path / "scores.parquet", row_group_size=40)
+    monkeypatch.setattr(detect, "RANGE", size)
+    assert detect.write_ranking(tmp_path / "scores.parquet", tmp_path / "ranking.parquet") == 150
+    order = np.argsort(score, kind="stable")
+    ranking = columns(tmp_path / "ranking.parquet")
+    assert ranking["uid"] == [uids[i] for i in order]
+    assert ranking["rank"] == list(range(1, 151))
+    np.testing.assert_array_equal(ranking["score"], score[order])
+    assert all(len(table) <= size for table in detect.scored_pairs(tmp_path / "scores.parquet"))
+    truth = {uid: i % 3 == 0 for i, uid in enumerate(uids) if i % 2} | {"nobody": True}
+    known, wrong = detect.known_scores(tmp_path / "scores.parquet", truth)
+    judged = [i for i in range(150) if uids[i] in truth and np.isfinite(score[i])]
+    assert known.tolist() == [score[i] for i in judged]
+    assert wrong.tolist() == [truth[uids[i]] for i in judged]
 
 
 def test_d2_prefers_pairs_that_help_more_than_coverage_alone_does(run: Run) -> None:
