@@ -29,7 +29,7 @@ from influencespace.data.exchange import Exchange, ReduceGroups
 from influencespace.data.integrity import cheap_faults, damage, describe_tasks, is_done
 from influencespace.data.locations import alone_in
 from influencespace.data.pair_set import PairSet
-from influencespace.data.results import CURATED, REPORT, check_result, read_summary
+from influencespace.data.results import CURATED, REPORT, check_result, curated_batches, read_summary
 from influencespace.engine.local import Engine, Pool, WorkerFactory, run_once, run_task
 from influencespace.engine.placement import Resources
 from influencespace.engine.progress import Bar, progress
@@ -88,9 +88,7 @@ class Run:
         if isinstance(manifest, Manifest):
             return manifest
         if manifest != MISSING:
-            raise InputError(
-                f"{self.at(stage)}/manifest.json {manifest}: `influencespace repair {self.first.folder}` makes it again"
-            )
+            raise InputError(f"{self.at(stage)}/manifest.json {manifest}: {self._advice}")
         raise InputError(
             f"{self.folder} has no finished {stage} stage{purpose and f' {purpose}'}: run `influencespace run` with "
             "this folder first, or check the path"
@@ -117,6 +115,11 @@ class Run:
         """
         self.summary()
         return pq.read_table(check_result(self.folder, CURATED))
+
+    def curated_batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
+        """`curated`, or some columns of it, in batches of at most 65,536 pairs: of any pool, one batch is in memory."""
+        self.summary()
+        return curated_batches(self.folder, columns)
 
     def report(self) -> Path:
         """The self-contained page of a finished run; raises InputError where it is not finished."""

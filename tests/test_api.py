@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -203,7 +204,7 @@ def test_the_example_of_the_sampler_runs(run: Run, exported: list[str]) -> None:
 
 
 def test_a_plain_reader_of_tars_draws_the_same(run: Run, exported: list[str]) -> None:
-    sampler = WeightedSampler.of(run.curated())
+    sampler = WeightedSampler.of(run.curated_batches("uid", "weight"))
     sampler.set_epoch(7)
 
     def samples() -> Iterator[dict[str, Any]]:
@@ -214,7 +215,21 @@ def test_a_plain_reader_of_tars_draws_the_same(run: Run, exported: list[str]) ->
                         yield json.load(tar.extractfile(member))  # type: ignore[arg-type]
 
     drawn = Counter(sample["uid"] for sample in sampler.stream(samples(), key="uid"))
-    assert drawn == Counter(sampler.uids[i] for i in sampler)
+    uids = run.curated()["uid"].to_pylist()
+    assert drawn == Counter(uids[i] for i in sampler)
+
+
+def test_what_is_curated_comes_in_batches(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from influencespace.data import results
+
+    monkeypatch.setattr(results, "BATCH_ROWS", 32)
+    batches = list(run.curated_batches())
+    assert max(len(batch) for batch in batches) == 32
+    assert pa.Table.from_batches(batches).equals(run.curated())
+    (first, *_) = run.curated_batches("uid", "weight")
+    assert first.schema.names == ["uid", "weight"]
+    with pytest.raises(InputError, match=r"curated.parquet has no column 'wieght'; it has uid, kept, weight"):
+        run.curated_batches("wieght")
 
 
 def test_the_examples_of_scores_and_curation_run(

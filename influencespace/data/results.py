@@ -1,9 +1,12 @@
 """The results in a run's folder: what they are called, their manifest, and how they are read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from influencespace.data.artifacts import MANIFEST, Manifest, fingerprint, read_manifest, write_manifest
 from influencespace.data.integrity import CHEAP, Fault, describe, file_fault
@@ -12,6 +15,7 @@ from influencespace.errors import InputError
 CURATED, SUMMARY, REPORT = "curated.parquet", "summary.json", "report.html"
 RESULTS = (CURATED, SUMMARY, REPORT)
 CONFIG = "config.yaml"
+BATCH_ROWS = 65_536  # of curated.parquet that are read at once
 
 
 def forget_results(run: Path) -> None:
@@ -56,6 +60,20 @@ def check_result(run: Path, name: str) -> Path:
     if file and (what := file_fault(path, file, content=file.size <= CHEAP)):
         raise InputError(f"{path} {what}: `influencespace repair {run}` makes it again")
     return path
+
+
+def curated_batches(run: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """curated.parquet of a run's folder, some columns or, if none is named, all; raises InputError for an unknown one."""
+    path = check_result(run, CURATED)
+    if unknown := set(columns).difference(pq.read_schema(path).names):
+        names = ", ".join(pq.read_schema(path).names)
+        raise InputError(f"{path} has no column {min(unknown)!r}; it has {names}")
+    return _batches(path, columns)
+
+
+def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(BATCH_ROWS, columns=list(columns) or None)
 
 
 def read_summary(run: Path | str) -> dict[str, Any]:
