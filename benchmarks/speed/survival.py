@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import wanted
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.speed.damage import FAULTS, targets_of
-from benchmarks.speed.killing import KINDS, Command, Lost, Strike, environment, two_nodes
+from benchmarks.speed.killing import KINDS, Command, Lost, Nodes, Strike, environment, two_nodes
 from influencespace.data.artifacts import MANIFEST, read_manifest
 from influencespace.data.integrity import describe
 from influencespace.data.results import CURATED
@@ -125,46 +125,60 @@ def end_of(command: Command, planned: Sequence[Strike]) -> list[Lost]:
     return lost
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How many runs are disturbed, how often each, and by what."""
+
+    lost: str
+    """What is counted."""
+    runs: int
+    strikes: int
+    kinds: Sequence[str]
+    enough: float
+    """Share of the strikes that have to hit a run at work."""
+
+    def carry_out(self, bench: Bench, *more: str, cluster: Nodes | None = None) -> None:
+        """Disturb each run, let it finish and compare it; `more` arguments are of all runs."""
+        identical = struck = 0
+        with undisturbed(bench, *more) as (truth, folder):
+            for run in range(self.runs):
+                chance = random.Random(f"{bench.seeds[0]} {self.lost} {run}")
+                command = Command(("run", *truth.arguments), folder / f"run-{run}", cluster)
+                lost = end_of(command, strikes(chance, truth.seconds, self.strikes, self.kinds))
+                struck += len(lost)
+                identical += same_digests(bench, truth, command.out, run, lost)
+                shutil.rmtree(command.out)
+        expected = wanted.at_least(self.enough * self.runs * self.strikes)
+        bench.target(f"{self.lost} in {self.runs} runs", expected, struck)
+        same = f"runs of {self.runs} that end in the digests of an undisturbed run"
+        bench.target(same, wanted.at_least(self.runs), identical)
+
+
 @BENCHMARK.part
 def kills(bench: Bench) -> None:
     """The driver, a worker or an actor is killed."""
-    runs, count = bench.pick(10, 1), bench.pick(10, 2)
-    identical = struck = 0
-    with undisturbed(bench) as (truth, folder):
-        for run in range(runs):
-            chance = random.Random(f"{bench.seeds[0]} {run}")
-            command = Command(("run", *truth.arguments), folder / f"run-{run}")
-            lost = end_of(command, strikes(chance, truth.seconds, count, KINDS))
-            struck += len(lost)
-            identical += same_digests(bench, truth, command.out, run, lost)
-            shutil.rmtree(command.out)
-    bench.target(f"kills in {runs} runs", wanted.at_least(bench.pick(0.8, 0.5) * runs * count), struck)
-    bench.target(
-        f"runs of {runs} that end in the digests of an undisturbed run", wanted.at_least(runs), identical
+    plan = Plan(
+        lost="kills",
+        runs=bench.pick(10, 1),
+        strikes=bench.pick(10, 2),
+        kinds=KINDS,
+        enough=bench.pick(0.8, 0.5),
     )
+    plan.carry_out(bench)
 
 
 @BENCHMARK.part
 def nodes(bench: Bench) -> None:
     """A node of a cluster of two is lost, and another comes."""
-    runs, count = bench.pick(10, 1), bench.pick(2, 1)
-    identical = struck = 0
-    with (
-        environment(),
-        two_nodes() as cluster,
-        undisturbed(bench, "--address", cluster.address) as (truth, folder),
-    ):
-        for run in range(runs):
-            chance = random.Random(f"{bench.seeds[0]} nodes {run}")
-            command = Command(("run", *truth.arguments), folder / f"run-{run}", cluster)
-            lost = end_of(command, strikes(chance, truth.seconds, count, ["node"]))
-            struck += len(lost)
-            identical += same_digests(bench, truth, command.out, run, lost)
-            shutil.rmtree(command.out)
-    bench.target(f"nodes lost in {runs} runs", wanted.at_least(bench.pick(0.8, 1) * runs * count), struck)
-    bench.target(
-        f"runs of {runs} that end in the digests of an undisturbed run", wanted.at_least(runs), identical
+    plan = Plan(
+        lost="nodes lost",
+        runs=bench.pick(10, 1),
+        strikes=bench.pick(2, 1),
+        kinds=["node"],
+        enough=bench.pick(0.8, 1),
     )
+    with environment(), two_nodes() as cluster:
+        plan.carry_out(bench, "--address", cluster.address, cluster=cluster)
 
 
 @BENCHMARK.part

@@ -77,11 +77,6 @@ def standardised(values: FloatArray, moments: Moments) -> FloatArray:
     return (values - moments.mean) / (moments.deviation or 1.0)
 
 
-def quality_axis(in_sample: FloatArray, out_of_fold: FloatArray) -> FloatArray:
-    """`QualityAxis` of pairs that are all at hand: (n,), (n,) -> (n,)."""
-    return QualityAxis(Moments.of(in_sample), Moments.of(out_of_fold))(in_sample, out_of_fold)
-
-
 def caption_images(image: IntArray, text: IntArray) -> FloatArray:
     """Logarithm of how many images of the pool have a pair's caption: (n,), (n,) -> (n,), 0 for a caption of its own.
 

@@ -73,7 +73,7 @@ def test_moments_are_seeded_and_within_the_work() -> None:
         ("ray::DashboardAgent", ""),
         ("ray::RuntimeEnvAgent", ""),
         ("ray::_Worker.attempt", "actor"),
-        ("ray::MapWorker(ReadUnits)", "actor"),
+        ("ray::MapWorker(ReadChunks)", "actor"),
         ("python -m influencespace.cli", ""),
     ],
 )

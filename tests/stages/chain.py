@@ -265,6 +265,14 @@ def assert_equal_results(left: Path, right: Path, spreads: float = 0.0) -> None:
             np.testing.assert_array_equal(second[name], values, err_msg=name)
 
 
+def quality_of(run: Run) -> np.ndarray:
+    """Quality of every pair of the pool: both scores in units of their spread, and their mean."""
+    scores = columns(run, "proxies/quality")
+    both = np.stack([scores["neg_clip_in"], scores["neg_clip_out"]])
+    quality: np.ndarray = ((both - both.mean(1, keepdims=True)) / both.std(1, keepdims=True)).mean(0)
+    return quality
+
+
 def columns(run: Run, file: str, *names: str) -> Columns:
     """Columns of a file of the run, such as `influence/strata`."""
     return read_columns(run.folder / f"{file}.parquet", *names)

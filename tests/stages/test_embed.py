@@ -41,7 +41,7 @@ from influencespace.data.uids import digest
 from influencespace.engine.local import Engine, LocalEngine
 from influencespace.errors import InputError
 from influencespace.run import Run, carry_out
-from influencespace.stages.ingest import embed, units
+from influencespace.stages.ingest import decode, embed
 from influencespace.stages.ingest.embed import Embed
 from influencespace.stages.ingest.shards import shard_identities
 
@@ -105,10 +105,10 @@ def test_equal_images_and_captions_of_a_shard_are_embedded_once(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_the_size_of_buckets_and_units_changes_nothing(
+def test_the_size_of_buckets_and_chunks_changes_nothing(
     world: tuple[str, Path], tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(units, "UNIT_IMAGES", size)
+    monkeypatch.setattr(decode, "CHUNK_IMAGES", size)
     monkeypatch.setattr(embed, "MAX_READS", 1 if size == 3 else 1000)  # of runs, or of chunks
     monkeypatch.setattr(embed, "RUN_CHUNKS", 2)
     manifest = run(world[0], tmp_path / POOL, buckets=size)
@@ -170,7 +170,7 @@ def test_a_finished_stage_is_not_run_again(world: tuple[str, Path]) -> None:
 def test_a_stopped_run_goes_on_at_its_last_unit(
     world: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(units, "UNIT_IMAGES", 2)
+    monkeypatch.setattr(decode, "CHUNK_IMAGES", 2)
     data, out = write_world(tmp_path / "data", 2), tmp_path / POOL
     with pytest.raises(RuntimeError, match="the power is gone"):
         run(data, out, fail_after=9)

@@ -12,13 +12,13 @@ from chain import (
     carry,
     carry_beside,
     columns,
+    quality_of,
     results,
     set_range,
 )
 
 from influencespace.core import histogram
 from influencespace.core.metrics import auroc
-from influencespace.core.quality import quality_axis
 from influencespace.core.strata import balance, quantile_of
 from influencespace.data.buckets import read_columns
 from influencespace.data.pair_set import PairSet
@@ -87,8 +87,7 @@ def test_a_pair_is_not_judged_by_batches_with_its_image(truth: Run) -> None:
 
 
 def test_strata_are_clusters_at_quantiles_of_quality(truth: Run) -> None:
-    strata, quality = columns(truth, "influence/strata"), columns(truth, "proxies/quality")
-    axis = quality_axis(quality["neg_clip_in"], quality["neg_clip_out"])
+    strata, axis = columns(truth, "influence/strata"), quality_of(truth)
     np.testing.assert_allclose(strata["quality"], axis)
     np.testing.assert_array_equal(strata["cluster"], columns(truth, "cluster/clusters")["cluster"])
     assert set(np.bincount(strata["quantile"])) == {len(axis) // 6}

@@ -1,7 +1,7 @@
 """The embed stage: from shards to unit embeddings of every pair, in canonical order, in buckets.
 
 Two steps. *Ingest* reads every shard once: readers decode, resize and tokenise, encoders run the towers and commit chunks.
-*Merge* sorts the chunks' pairs into buckets, one task each. The driver sees shards, units and counts, but never pairs.
+*Merge* sorts the chunks' pairs into buckets, one task each. The driver sees shards, chunks and counts, but never pairs.
 """
 
 import shutil
@@ -27,11 +27,12 @@ from influencespace.data.merge import (
 from influencespace.engine.local import Engine
 from influencespace.engine.placement import Resources, Share, share
 from influencespace.run import Details, Run, Stage, Workers
+from influencespace.stages.ingest.decode import CHUNK_IMAGES, PreprocessingLoader, ReadChunks, ShardTask
 from influencespace.stages.ingest.encode import (
+    ChunkResult,
     EmbedConfig,
+    EncodeChunks,
     EncoderLoader,
-    EncodeUnits,
-    UnitResult,
     load,
     load_preprocessing,
 )
@@ -44,7 +45,6 @@ from influencespace.stages.ingest.imports import (
     same_dimension,
 )
 from influencespace.stages.ingest.shards import amounts, file_version, role_shards, shard_identities
-from influencespace.stages.ingest.units import UNIT_IMAGES, PreprocessingLoader, ReadUnits, ShardTask
 
 
 def encoder_identity(encoder: str) -> str:
@@ -55,12 +55,12 @@ def encoder_identity(encoder: str) -> str:
 
 # A worker with torch, transformers and Ray takes about 0.8 GB before its encoder; the rest is for its batches.
 LIBRARY_BYTES = 3 * 2**29
-# A reader with torch and transformers takes 0.6 GB; the rest is for its unit.
+# A reader with torch and transformers takes 0.6 GB; the rest is for its chunk.
 READER_LIBRARY_BYTES = 7 * 2**27
 # Edge of an encoder's input, where only its workers know it.
 USUAL_INPUT = 224
-# Of a unit of web pictures, about: how many encoders have work at all.
-UNIT_MB = 10
+# Of a chunk of web pictures, about: how many encoders have work at all.
+CHUNK_MB = 10
 # An encoder from the hub, seen only by the workers: a ViT-L/14 in float32.
 UNKNOWN_ENCODER_BYTES = 7 * 2**28
 
@@ -160,20 +160,20 @@ class Embed(Stage):
     def _chunks(self, run: Run, made_from: Any) -> ChunkFolder:
         return ChunkFolder(self.chunks(run) / fingerprint(made_from)[:20])
 
-    def _ingest(self, run: Run, tasks: Sequence[ShardTask], workers: Workers) -> list[UnitResult]:
+    def _ingest(self, run: Run, tasks: Sequence[ShardTask], workers: Workers) -> list[ChunkResult]:
         if not tasks:
             return []
         config: EmbedConfig = run.config.embed
         sizes, unit = amounts([task.shard for task in tasks])
-        units = sum(sizes) // (UNIT_MB if unit == "MB" else UNIT_IMAGES) + 1
-        placed = embed_share(config, workers.engine, units)
+        chunks = sum(sizes) // (CHUNK_MB if unit == "MB" else CHUNK_IMAGES) + 1
+        placed = embed_share(config, workers.engine, chunks)
         largest = max(machine.memory for machine in workers.engine.machines)
         results, shown = [], 0.0
         with workers.progress(sum(sizes), unit) as bar:
             stream = workers.engine.stream(
-                ReadUnits(load=self.load_preprocessing, config=config),
+                ReadChunks(load=self.load_preprocessing, config=config),
                 tasks,
-                EncodeUnits(load=self.load_encoder, config=config, device=placed.device),
+                EncodeChunks(load=self.load_encoder, config=config, device=placed.device),
                 workers=placed.workers,
                 resources=placed.resources,
                 readers=Resources(memory=min(reader_bytes(config), largest // 4)),
@@ -248,8 +248,8 @@ def details_of(report: BucketReport, **details: Any) -> Details:
     return Details(rows_in=report.rows_in, rows_out=kept, rejected=report.rejected, details=counted | details)
 
 
-def _rates(results: Sequence[UnitResult]) -> dict[str, Any]:
-    """Start-up apart from the steady state; only units that were embedded now count."""
+def _rates(results: Sequence[ChunkResult]) -> dict[str, Any]:
+    """Start-up apart from the steady state; only chunks that were embedded now count."""
     results = [result for result in results if result.began]
     seconds = max((r.ended for r in results), default=0.0) - min((r.began for r in results), default=0.0)
     rows, images = (sum(getattr(result, name) for result in results) for name in ("rows", "images"))

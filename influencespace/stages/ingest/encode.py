@@ -1,4 +1,4 @@
-"""Encoders of the embed stage: each runs both towers of its own encoder over one unit after another, and commits its chunk."""
+"""Encoders of the embed stage: each runs both towers of its own encoder over one chunk after another, and commits it."""
 
 import os
 import time
@@ -16,7 +16,7 @@ from influencespace.data.chunks import Floats, set_column, write_chunk
 from influencespace.data.schema import ReadOptions
 from influencespace.errors import STRICT
 from influencespace.models.encode import EncodePass
-from influencespace.stages.ingest.units import Committed, Preprocessing, Unit, unpacked
+from influencespace.stages.ingest.decode import Committed, DecodedChunk, Preprocessing, unpacked
 
 NOT_FINITE = "the embedding is not finite"
 
@@ -94,31 +94,31 @@ def load_preprocessing(config: EmbedConfig) -> Preprocessing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitResult:
-    """What an encoder says of a unit: counts and times."""
+class ChunkResult:
+    """What an encoder says of a chunk: counts and times."""
 
     rows: int
     bytes_read: int
     items: int
     images: int = 0
     began: float = 0.0
-    """Clock time when the encoder was ready and the unit was begun; 0 for one whose chunk was there already."""
+    """Clock time when the encoder was ready and the chunk was begun; 0 for one that was there already."""
     ended: float = 0.0
     startup: float = 0.0
-    """Seconds to build the encoder, where this unit did it."""
+    """Seconds to build the encoder, where this chunk did it."""
     worker: str = ""
     fingerprint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeUnits:
-    """The factory of encoders: a unit's embeddings, committed as its chunk."""
+class EncodeChunks:
+    """The factory of encoders: the embeddings of a chunk, committed with its pairs."""
 
     load: EncoderLoader
     config: EmbedConfig
     device: str
 
-    def __call__(self) -> Callable[[Unit | Committed], UnitResult]:
+    def __call__(self) -> Callable[[DecodedChunk | Committed], ChunkResult]:
         return _Worker(self.load, self.config, self.device).encode
 
 
@@ -132,20 +132,20 @@ class _Worker:
     def encoder(self) -> Encoder:
         return self.load(self.config, self.device)
 
-    def encode(self, unit: Unit | Committed) -> UnitResult:
-        if isinstance(unit, Committed):
-            return UnitResult(rows=unit.rows, bytes_read=unit.bytes_read, items=unit.items)
+    def encode(self, chunk: DecodedChunk | Committed) -> ChunkResult:
+        if isinstance(chunk, Committed):
+            return ChunkResult(rows=chunk.rows, bytes_read=chunk.bytes_read, items=chunk.items)
         start = time.monotonic()
         encoder = self.encoder
         startup, began = time.monotonic() - start, time.time()
-        images = self._images(unit)
-        texts = self._texts(unit)
-        self._commit(unit, images, texts)
-        return UnitResult(
-            rows=unit.rows,
+        images = self._images(chunk)
+        texts = self._texts(chunk)
+        self._commit(chunk, images, texts)
+        return ChunkResult(
+            rows=chunk.rows,
             images=len(images),
-            bytes_read=unit.bytes_read,
-            items=unit.items,
+            bytes_read=chunk.bytes_read,
+            items=chunk.items,
             began=began,
             ended=time.time(),
             startup=startup if startup > 1e-3 else 0.0,
@@ -157,31 +157,31 @@ class _Worker:
     def towers(self) -> EncodePass:
         return EncodePass(self.encoder, self.device, tf32=self.config.tf32)
 
-    def _images(self, unit: Unit) -> Floats:
-        parts = self.towers.images(map(unpacked, unit.pixels))
+    def _images(self, chunk: DecodedChunk) -> Floats:
+        parts = self.towers.images(map(unpacked, chunk.pixels))
         return np.concatenate([np.zeros((0, self.encoder.dimension), np.float32), *parts])
 
-    def _texts(self, unit: Unit) -> Floats:
-        values = np.zeros((sum(len(rows) for rows, _ in unit.tokens), self.encoder.dimension), np.float32)
-        embedded = self.towers.texts(tokens for _, tokens in unit.tokens)
-        for (rows, _), part in zip(unit.tokens, embedded, strict=True):
+    def _texts(self, chunk: DecodedChunk) -> Floats:
+        values = np.zeros((sum(len(rows) for rows, _ in chunk.tokens), self.encoder.dimension), np.float32)
+        embedded = self.towers.texts(tokens for _, tokens in chunk.tokens)
+        for (rows, _), part in zip(chunk.tokens, embedded, strict=True):
             values[rows] = part
         return values
 
-    def _commit(self, unit: Unit, images: Floats, texts: Floats) -> None:
+    def _commit(self, chunk: DecodedChunk, images: Floats, texts: Floats) -> None:
         """A pair's row takes the embeddings of its image and caption; one that is not finite makes it a rejection."""
         left, right = (
             values[where] if len(values) else np.zeros((len(where), self.encoder.dimension), np.float32)
-            for values, where in ((images, unit.image), (texts, unit.text))
+            for values, where in ((images, chunk.image), (texts, chunk.text))
         )
-        left[unit.image < 0] = 0
-        right[unit.text < 0] = 0
+        left[chunk.image < 0] = 0
+        right[chunk.text < 0] = 0
         bad = np.logical_not(np.isfinite(np.concatenate([left, right], 1)).all(1))
         left[bad], right[bad] = 0, 0
         reasons = [
             reason or (None if finite else NOT_FINITE)
             for reason, finite in zip(
-                unit.pairs["reason"].to_pylist(), np.logical_not(bad).tolist(), strict=True
+                chunk.pairs["reason"].to_pylist(), np.logical_not(bad).tolist(), strict=True
             )
         ]
-        write_chunk(unit.chunk, set_column(unit.pairs, "reason", reasons), left, right)
+        write_chunk(chunk.path, set_column(chunk.pairs, "reason", reasons), left, right)

@@ -23,8 +23,8 @@ from influencespace.data.readers import read_shard
 from influencespace.data.schema import ImageRef, ReadOptions, Rejection
 from influencespace.data.uids import digest
 from influencespace.errors import InputError
+from influencespace.stages.ingest.decode import ShardTask
 from influencespace.stages.ingest.shards import file_version
-from influencespace.stages.ingest.units import ShardTask
 
 # Pairs in one chunk: with embeddings of 512 numbers, 64 MB in each of the two towers.
 CHUNK_PAIRS = 32_768

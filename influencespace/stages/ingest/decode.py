@@ -1,4 +1,4 @@
-"""Readers of the embed stage: one pass over a shard's bytes, decoded, resized and tokenised in units for the encoders."""
+"""Readers of the embed stage: one pass over a shard's bytes, decoded, resized and tokenised chunk by chunk for the encoders."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ from influencespace.data.images import RejectedImage, decode_image, sharpness
 from influencespace.data.readers import read_shard
 from influencespace.data.schema import ReadOptions, Rejection, Sample, Shard
 
-# Images of one unit: at 224 x 224 pixels 38 MB, and what a killed run encodes again at most, for each reader and encoder.
-UNIT_IMAGES = 256
+# Images of one chunk: at 224 x 224 pixels 38 MB, and what a killed run encodes again at most, for each reader and encoder.
+CHUNK_IMAGES = 256
 
 
 class Preprocessing(Protocol):
@@ -45,12 +45,12 @@ class ShardTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class DecodedChunk:
     """Some pairs of a shard, ready for an encoder: of equal images, and of equal captions, there is one."""
 
     name: str
-    chunk: Path
-    """Where its chunk will lie."""
+    path: Path
+    """Where it will lie once it is encoded."""
     pairs: pa.Table
     """Of PAIR_SCHEMA, with the reasons why some are none."""
     image: np.ndarray[Any, Any]
@@ -83,7 +83,7 @@ def unpacked(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Committed:
-    """A unit whose chunk is there: a reader that is begun again, its worker lost, must yield as many items as before."""
+    """A chunk that is there: a reader that is begun again, its worker lost, must yield as many items as before."""
 
     rows: int
     bytes_read: int
@@ -91,14 +91,14 @@ class Committed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadUnits:
-    """The factory of readers: a shard's units, one after another."""
+class ReadChunks:
+    """The factory of readers: a shard's chunks, one after another."""
 
     load: PreprocessingLoader
     config: Any
 
-    def __call__(self) -> Callable[[ShardTask], Iterator[Unit | Committed]]:
-        return _Reader(self.load, self.config).units
+    def __call__(self) -> Callable[[ShardTask], Iterator[DecodedChunk | Committed]]:
+        return _Reader(self.load, self.config).chunks
 
 
 @dataclass
@@ -110,23 +110,23 @@ class _Reader:
     def preprocessing(self) -> Preprocessing:
         return self.load(self.config)
 
-    def units(self, task: ShardTask) -> Iterator[Unit | Committed]:
+    def chunks(self, task: ShardTask) -> Iterator[DecodedChunk | Committed]:
         read: ReadOptions = self.config.read
         items = read_shard(task.shard, read, seed=task.seed)
         rows = 0
         for number in count():
-            some = islice(items, UNIT_IMAGES)
+            some = islice(items, CHUNK_IMAGES)
             first = next(some, None)
             if first is None:
                 task.chunks.close(number, rows)
                 return
             whole = chain([first], some)
             if is_whole(task.chunks.chunk(number)):
-                unit: Unit | Committed = _committed(whole)
+                chunk: DecodedChunk | Committed = _committed(whole)
             else:
-                unit = _Builder(self.preprocessing, self.config).unit(task, number, whole)
-            rows += unit.rows
-            yield unit
+                chunk = _Builder(self.preprocessing, self.config).chunk(task, number, whole)
+            rows += chunk.rows
+            yield chunk
 
 
 def _committed(items: Iterable[Sample | Rejection]) -> Committed:
@@ -140,7 +140,7 @@ def _committed(items: Iterable[Sample | Rejection]) -> Committed:
 
 @dataclass
 class _Builder:
-    """Collects one unit; pictures are small as soon as they are decoded."""
+    """Collects one chunk; pictures are small as soon as they are decoded."""
 
     preprocessing: Preprocessing
     config: Any
@@ -156,7 +156,7 @@ class _Builder:
     pixels: list[Any] = field(default_factory=list)
     bytes_read: int = 0
 
-    def unit(self, task: ShardTask, number: int, items: Iterable[Sample | Rejection]) -> Unit:
+    def chunk(self, task: ShardTask, number: int, items: Iterable[Sample | Rejection]) -> DecodedChunk:
         read = 0
         for item in items:
             read += 1
@@ -167,9 +167,9 @@ class _Builder:
             self.image += [self.images.get(row["image"], -1) for row in rows]
         self._flush(0)
         tokens, truncated = self._tokens()
-        return Unit(
-            name=f"{task.name}, unit {number}",
-            chunk=task.chunks.chunk(number),
+        return DecodedChunk(
+            name=f"{task.name}, chunk {number}",
+            path=task.chunks.chunk(number),
             pairs=table_of(self._described(truncated)),
             image=np.array(self.image, np.int64),
             text=np.array([self.captions.get(row.get("caption", ""), -1) for row in self.rows], np.int64),
