@@ -99,7 +99,7 @@ def test_without_the_most_helpful_pairs_the_loss_rises(scored: Scored, share: fl
 
 
 def test_removing_whole_strata_moves_the_loss_as_their_influence_says(scored: Scored) -> None:
-    quantile = scored.evidence.strata["quantile"]
+    quantile = read_columns(scored.run.at("influence") / "strata.parquet")["quantile"]
     strata = [np.flatnonzero(quantile == q) for q in range(QUANTILES)]
     predicted = np.array([scored.influence[rows].mean() for rows in strata])
     found = np.array([scored.rise_without(rows) for rows in strata])

@@ -45,13 +45,13 @@ class Varied(Curation):
     def compared(self) -> dict[str, Any]:
         """AUROC of single influences, of their means by stratum, of the smooth curve along quality, and of all axes."""
         evidence, pooled = self.evidence, self.evidence.pooled
-        cluster, quantile = evidence.strata["cluster"], evidence.strata["quantile"]
+        cluster, quantile = self.strata["cluster"], self.strata["quantile"]
         pruned = ~self.decide().kept
         return {
             "single_pairs": self.auroc(-self.single),
             "strata": self.auroc(-pooled.mean[cluster, quantile]),
             "quality_alone": self.auroc(-pooled.parent.mean[quantile]),
-            "all_axes": self.auroc(-evidence.carried_over(evidence.strata)["score"]),
+            "all_axes": self.auroc(-evidence.carried_over(self.strata)["score"]),
             "pruned": float(pruned.mean()),
             "precision": float(self.wrong[pruned].mean()) if pruned.any() else None,
         }
@@ -59,7 +59,7 @@ class Varied(Curation):
     def opinions(self) -> dict[str, Any]:
         """AUROC of each opinion on whether a pair matches."""
         axes = ("pretrained", "in_sample", "out_of_fold", "quality")
-        return {name: self.auroc(-self.evidence.strata[name]) for name in axes}
+        return {name: self.auroc(-self.strata[name]) for name in axes}
 
 
 def default(bench: Bench) -> Varied:

@@ -113,6 +113,11 @@ class Curation:
         """Of every pair by the proxies."""
         return read_columns(self.run.at("proxies") / "quality.parquet")
 
+    @cached_property
+    def strata(self) -> Columns:
+        """Of every pair."""
+        return read_columns(self.run.at("influence") / "strata.parquet")
+
     @property
     def selection(self) -> SelectionConfig:
         """What decides, with the weighting that retraining chose where the config leaves it to that."""
@@ -137,7 +142,7 @@ class Curation:
     def judge(self) -> dict[str, Any]:
         """The decision against the planted truth."""
         evidence, reason = self.evidence, self.decide().reason
-        score = evidence.carried_over(evidence.strata)["score"]
+        score = evidence.carried_over(self.strata)["score"]
         # of copies that are alike one stays, whichever the planted one is: they are no question of precision
         pruned = reason == HARMFUL
         return {
@@ -148,7 +153,7 @@ class Curation:
             "precision": float(self.wrong[pruned].mean()) if pruned.any() else None,
             "auroc": self.auroc(-score),
             "average_precision": average_precision(-score, self.wrong) if self.wrong.any() else None,
-            "auroc_quality": self.auroc(-evidence.strata["quality"]),
+            "auroc_quality": self.auroc(-self.strata["quality"]),
             "auroc_single_pair": self.auroc(-self.single),
             "caption_control_share": evidence.caption_control.estimated_wrong_share,
             "convergence": evidence.convergence,

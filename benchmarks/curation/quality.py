@@ -65,7 +65,7 @@ def other_steps(bench: Bench) -> None:
 def removals(curation: Curation, seeds: tuple[int, ...]) -> dict[str, Any]:
     """Predicted influence and real change of the target loss for each quality decile of the pool, removed for real."""
     evidence = curation.evidence
-    decile = evidence.strata["quantile"] * DECILES // evidence.quantiles
+    decile = curation.strata["quantile"] * DECILES // evidence.quantiles
 
     def loss(weight: FloatArray) -> float:
         by_seed = [curation.retrained(weight, seed)["choosing_loss"] for seed in seeds]

@@ -130,7 +130,7 @@ def size(share: float, bench: Bench) -> None:
     """What to drop where nothing is wrong and a share of the pool is asked for."""
     curation = curation_of(bench, "clean")
     pool, keep = curation.pool, round(share * len(curation.pool))
-    filters, strata = curation.filters(keep), curation.evidence.strata
+    filters, strata = curation.filters(keep), curation.strata
     quality, cluster = strata["quality"], strata["cluster"]
     worth = (quality - quality.min()) / (quality.max() - quality.min())
     X = unit_rows(torch.cat(pool.inputs(slice(None)), 1))

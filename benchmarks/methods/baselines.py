@@ -25,7 +25,7 @@ EARLY = 50
 def baselines(curation: Curation, keep: int) -> dict[str, FloatArray]:
     """Weights (n,) of `keep` pairs by each method that knows how many to keep and nothing else of the truth."""
     pool, target = curation.pool, curation.target
-    influence, cluster = curation.evidence.influence, curation.evidence.strata["cluster"]
+    influence, cluster = curation.evidence.influence, curation.strata["cluster"]
     single = np.full(len(pool), -np.inf)  # a pair that no negative batch can judge is removed first
     single[influence["pair"]] = influence["influence_in"]
     X = fuse(*pool.inputs(slice(None)), FusionConfig(), query=None)

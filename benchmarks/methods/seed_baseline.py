@@ -45,7 +45,7 @@ class SeedCuration(ScenarioCuration):
 
         The lowest first, until `keep` pairs are left; of the last cluster a random part stays.
         """
-        cluster, influence = self.evidence.strata["cluster"], self.evidence.influence
+        cluster, influence = self.strata["cluster"], self.evidence.influence
         rng = np.random.default_rng(draw)
         means = {}
         for label in np.unique(cluster):

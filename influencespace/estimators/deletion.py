@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import overload
 
 import numpy as np
 import torch
@@ -35,16 +36,37 @@ MAX_STEP = 0.05
 a long step that moves it farther overshoots. Chosen on the proxy of high learning rate in docs/benchmarks.md, deletion."""
 
 
+@dataclass(frozen=True)
+class Remaining(Sequence[IntArray]):
+    """Batches less some rows, cut where they are asked for."""
+
+    batches: Sequence[IntArray]
+    removed: IntArray
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @overload
+    def __getitem__(self, index: int) -> IntArray: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Remaining": ...
+    def __getitem__(self, index: int | slice) -> "IntArray | Remaining":
+        if isinstance(index, slice):
+            return Remaining(self.batches[index], self.removed)
+        rows = self.batches[index]
+        return rows[~np.isin(rows, self.removed)]
+
+
 def without(path: Trajectory, removed: IntArray) -> Trajectory:
     """The training with the same batches less some rows: the truth that an edit approximates.
 
     Raises InputError where a batch is left with fewer than two pairs, and so without a loss.
     """
-    batches = [rows[~np.isin(rows, removed)] for rows in path.batches]
-    smallest = min(range(len(batches)), key=lambda index: len(batches[index]))
-    if len(batches[smallest]) < 2:
+    batches = Remaining(path.batches, removed)
+    left, smallest = min((len(rows), index) for index, rows in enumerate(batches))
+    if left < 2:
         raise InputError(
-            f"without these pairs batch {smallest} of the training has {len(batches[smallest])} of its "
+            f"without these pairs batch {smallest} of the training has {left} of its "
             f"{len(path.batches[smallest])} pairs left, and no loss: train a proxy on the kept pairs instead"
         )
     return replace(path, batches=batches)

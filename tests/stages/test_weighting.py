@@ -107,7 +107,7 @@ def test_the_clip_score_counts_as_much_as_is_asked(truth: Run) -> None:
     evidence = Evidence.of(truth)
     subset = decide(truth, weighting="influence", temperature=1.0, clip_score_share=0.5)
     given = columns(truth, "influence/strata", "pretrained")["pretrained"]
-    predicted = evidence.carried_over(evidence.strata)["predicted"]
+    predicted = evidence.carried_over(columns(truth, "influence/strata"))["predicted"]
     wanted = predicted + 0.5 * predicted.std() * (given - given.mean()) / given.std()
     kept = subset.kept & (subset.weight < AUTO.max_weight)
     slope, _ = np.polyfit(wanted[kept], np.log(subset.weight[kept]), 1)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.batches import folds_by_image
+from influencespace.data.batch_file import BatchFile
 from influencespace.data.buckets import Columns, WriteBucket, buckets_of
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.local import Pool
@@ -184,7 +185,7 @@ class ScoringInputs:
             space=space,
             initial=initial.flatten(initial.parameters),
             config=train,
-            batches=list(batches),
+            batches=BatchFile(batches),
             inputs=BlockInputs(self.pool, self.device),
             objective=train.objective,
         )

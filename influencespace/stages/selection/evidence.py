@@ -73,11 +73,6 @@ class Evidence:
         return self.facts["quantiles"]
 
     @cached_property
-    def strata(self) -> Columns:
-        """The whole table: for small pools."""
-        return read_columns(self.folder / "strata.parquet")
-
-    @cached_property
     def influence(self) -> Columns:
         """Of the scored pairs (m,)."""
         return read_columns(self.folder / "influence.parquet")
