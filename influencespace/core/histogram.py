@@ -166,9 +166,10 @@ class Bin:
                 inside &= column.row >> shift == self.row
         return inside
 
-    def digit(self, column: "_Keyed") -> IntArray:
+    def digit(self, column: "_Keyed", inside: BoolArray) -> IntArray:
+        """The next digit of its members."""
         of_row, shift, bits = DIGITS[self.depth]
-        value = column.row if of_row else column.key
+        value = column.row[inside] if of_row else column.key[inside]
         return ((value.astype(np.uint64) >> np.uint64(shift)) & np.uint64(2**bits - 1)).astype(np.int64)
 
     def child(self, digit: int) -> "Bin":
@@ -218,7 +219,7 @@ class Count:
         state = np.zeros((len(self.bins), 2, 4096), np.int64)
         for place, one in enumerate(self.bins):
             inside = one.member(column)
-            digit, weight = one.digit(column)[inside], column.weight[inside]
+            digit, weight = one.digit(column, inside), column.weight[inside]
             state[place, 0] = np.bincount(digit, minlength=4096)
             # exact: below 2^53 in any range of 2^23 rows
             state[place, 1] = np.bincount(digit, weight, minlength=4096).astype(np.int64)

@@ -132,10 +132,17 @@ class Rule:
         harmful, kept = self.harmful(pairs), self.kept(pairs)
         reason = np.where(harmful, HARMFUL, np.where(pairs.copy, REDUNDANT, OVER_SIZE)).astype("U20")
         reason[kept] = KEPT
+        return Subset(kept=kept, weight=self._weights(pairs, kept), reason=reason)
+
+    def weights(self, pairs: Pairs) -> FloatArray:
+        """Of a range of the pool (n,), as `decide` gives them: all that a training asks for."""
+        return self._weights(pairs, self.kept(pairs))
+
+    def _weights(self, pairs: Pairs, kept: BoolArray) -> FloatArray:
         weight = kept.astype(np.float64)
         if self.config.weighting == "influence":
             weight *= leveled(self.utility(pairs), self.level, self.config.max_weight)
-        return Subset(kept=kept, weight=weight, reason=reason)
+        return weight
 
 
 def find_rule(config: SelectionConfig, unit: float, rows: int) -> Passes:

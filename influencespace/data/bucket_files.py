@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from influencespace.data.buckets import ROW_GROUP
 from influencespace.data.chunks import VECTORS, Floats, Halves, arrow_file, vector_column
 from influencespace.errors import InputError
 
@@ -35,8 +36,6 @@ REJECTED_SCHEMA = pa.schema(
 
 # Pairs of a bucket, about: with embeddings of 512 numbers, 200 MB.
 BUCKET_PAIRS = 100_000
-# Pairs in one row group of pairs.parquet: what a reader of few rows reads at least.
-ROW_GROUP = 16_384
 # Names of groups from which on a column is no group but an identifier.
 MAX_GROUPS = 10_000
 

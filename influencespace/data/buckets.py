@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from influencespace.data.artifacts import atomic_path, remove
 
 Columns = dict[str, NDArray[Any]]
+ROW_GROUP = 16_384
+"""Rows of a row group of a table: what a reader of few rows reads at least, whatever the buckets were."""
 BUCKETS = "buckets"
 """Folder of the buckets of a stage at work."""
 ComputeColumns = Callable[[int, int], Columns]
@@ -93,14 +95,25 @@ def join_buckets(folder: Path, name: str, starts: Sequence[int]) -> int:
     rows = 0
     with atomic_path(folder / f"{name}.parquet") as aside:
         writer = None
-        for start in starts:
-            table = open_bucket(folder, name, start)
+        for table in _row_groups(open_bucket(folder, name, start) for start in starts):
             writer = writer or pq.ParquetWriter(aside, table.schema)
             writer.write_table(table)
             rows += len(table)
         assert writer is not None, f"{name} has no buckets"
         writer.close()
     return rows
+
+
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The rows of some tables anew, ROW_GROUP of them in each but the last."""
+    waiting = None
+    for table in tables:
+        waiting = table if waiting is None else pa.concat_tables([waiting, table])
+        while len(waiting) > ROW_GROUP:
+            yield waiting.slice(0, ROW_GROUP).combine_chunks()
+            waiting = waiting.slice(ROW_GROUP)
+    if waiting is not None:
+        yield waiting.combine_chunks()
 
 
 def remove_work(folder: Path) -> None:

@@ -90,17 +90,27 @@ class EmbeddingTable:
 
     def embeddings(self, rows: slice | Rows) -> tuple[Floats, Floats]:
         """Embeddings of images and of texts of some pairs: two (m, D), of unit length but for float16's rounding."""
+        images, texts = (_singles(one) for one in self._embeddings(rows, (0, 1)))
+        return images, texts
+
+    def texts(self, rows: slice | Rows) -> Floats:
+        """Those of texts alone: (m, D)."""
+        (texts,) = self._embeddings(rows, (1,))
+        return _singles(texts)
+
+    def _embeddings(self, rows: slice | Rows, kinds: tuple[int, ...]) -> list[Halves]:
+        """Of images (0) or texts (1)."""
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(len(self))
             spans = [(bucket, slice(a, b)) for bucket, a, b in self._by_bucket(start, stop)]
-            parts = [[self._vectors(bucket)[kind][local] for bucket, local in spans] for kind in (0, 1)]
             empty = np.zeros((0, self.dimension), np.float16)
-            return _singles(np.concatenate([empty, *parts[0]])), _singles(np.concatenate([empty, *parts[1]]))
-        values = np.empty((2, len(rows), self.dimension), np.float16)
+            parts = [[self._vectors(bucket)[kind][local] for bucket, local in spans] for kind in kinds]
+            return [np.concatenate([empty, *some]) for some in parts]
+        values = [np.empty((len(rows), self.dimension), np.float16) for _ in kinds]
         for bucket, at, local in self._owned(rows):
-            for kind in (0, 1):
-                values[kind, at] = self._vectors(bucket)[kind][local]
-        return _singles(values[0]), _singles(values[1])
+            for kind, one in zip(kinds, values, strict=True):
+                one[at] = self._vectors(bucket)[kind][local]
+        return values
 
     def _by_bucket(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The buckets that hold the rows [start, stop), and the range in each."""
@@ -115,9 +125,11 @@ class EmbeddingTable:
     def _owned(self, rows: Rows) -> Iterator[tuple[int, Rows, Rows]]:
         """For each bucket that holds some of `rows`: their places in `rows`, and their rows in the bucket."""
         owner = np.searchsorted(self._starts, rows, side="right") - 1
-        for bucket in np.unique(owner):
-            at = np.flatnonzero(owner == bucket)
-            yield int(bucket), at, rows[at] - self._starts[bucket]
+        order = np.argsort(owner, kind="stable")
+        for at in np.split(order, np.flatnonzero(np.diff(owner[order])) + 1):
+            if len(at):
+                bucket = int(owner[at[0]])
+                yield bucket, at, rows[at] - self._starts[bucket]
 
     def _read(self, bucket: int, start: int, stop: int, columns: tuple[str, ...]) -> Any:
         file = self._file(bucket)

@@ -155,7 +155,10 @@ def whole_groups(key: IntArray, most: int) -> Iterator[tuple[int, int]]:
 def _slice(exchange: Exchange, table: str, at: int, by: str, start: int, stop: int) -> Columns:
     """The rows of a file that is sorted by a column where that is in [start, stop); nothing where there are none."""
     file = open_bucket(exchange.folder, table, at)
-    a, b = np.searchsorted(file[by].to_numpy(), (start, stop))
+    if not len(file):
+        return {}
+    (keys,) = file[by].chunks  # by memory map: a search reads a few pages of it
+    a, b = np.searchsorted(keys.to_numpy(), (start, stop))
     return read_range(file, int(a), int(b)) if b > a else {}
 
 

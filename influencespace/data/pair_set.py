@@ -15,6 +15,7 @@ from torch import Tensor
 from influencespace.core.arrays import IntArray
 from influencespace.data.artifacts import MANIFEST
 from influencespace.data.buckets import Columns
+from influencespace.data.chunks import Floats
 from influencespace.data.embeddings import EmbeddingTable
 
 UIDS = 131_072  # read at once
@@ -126,11 +127,12 @@ class PairSet:
 
     def inputs(self, pairs: IntArray | slice, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """Unit embeddings of images and captions of some pairs of the set: two (m, D)."""
-        read = map(torch.from_numpy, self.table.embeddings(self.place(pairs)))
-        images, texts = (one.to(device) for one in read)
-        for one in (images, texts):  # float16 rounds their length by up to one part in a thousand
-            one.div_(torch.linalg.vector_norm(one, dim=1, keepdim=True).clamp_(min=1e-12))
-        return images, texts
+        images, texts = self.table.embeddings(self.place(pairs))
+        return _unit(images, device), _unit(texts, device)
+
+    def texts(self, pairs: IntArray | slice, device: str = "cpu") -> Tensor:
+        """Unit embeddings of the captions of some pairs of the set alone: (m, D)."""
+        return _unit(self.table.texts(self.place(pairs)), device)
 
     def captions_of_others(self, pairs: IntArray, seed: int) -> IntArray:
         """For each pair another pair of the set with another image and another caption, if there is one to be found (m,)."""
@@ -144,6 +146,12 @@ class PairSet:
                 break
             other[same] = generator.integers(0, lenders, int(same.sum()))
         return other
+
+
+def _unit(rows: Floats, device: str) -> Tensor:
+    """Scaled in place to unit length: float16 rounds it by up to one part in a thousand."""
+    read = torch.from_numpy(rows).to(device)
+    return read.div_(torch.linalg.vector_norm(read, dim=1, keepdim=True).clamp_(min=1e-12))
 
 
 def rows_of(pairs: PairSet, uids: Collection[str]) -> dict[str, int]:

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
+from influencespace.data import buckets
 from influencespace.data.buckets import (
     Columns,
     WriteBucket,
@@ -41,6 +43,25 @@ def test_buckets_are_joined_in_the_order_that_is_asked_for(tmp_path: Path) -> No
         write_bucket(tmp_path, "score", start, {"x": np.arange(start, start + 2)})
     assert join_buckets(tmp_path, "score", [0, 2, 4]) == 6
     assert read_columns(tmp_path / "score.parquet")["x"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_row_groups_are_the_same_whatever_the_buckets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buckets, "ROW_GROUP", 4)
+    files = []
+    for size in (1, 3, 4, 11, 100):
+        spans = list(buckets_of(11, size))
+        for start, stop in spans:
+            write_bucket(
+                tmp_path, "score", start, {"x": np.arange(start, stop), "y": np.ones((stop - start, 2))}
+            )
+        assert join_buckets(tmp_path, "score", [start for start, _ in spans]) == 11
+        metadata = pq.read_metadata(tmp_path / "score.parquet")
+        assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [4, 4, 3]
+        files.append((tmp_path / "score.parquet").read_bytes())
+        remove_work(tmp_path)
+    assert len(set(files)) == 1
 
 
 def test_joined_buckets_stay_for_a_task_that_is_begun_again(tmp_path: Path) -> None:

@@ -8,14 +8,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chain import World, assert_equal_results, beside, carry, carry_beside, columns, with_sets, with_settings
+from chain import (
+    World,
+    assert_equal_results,
+    beside,
+    carry,
+    carry_beside,
+    columns,
+    quality_of,
+    with_sets,
+    with_settings,
+)
 from planted import unit
 
 from influencespace.core.additive import fit_additive
-from influencespace.core.quality import quality_axis
 from influencespace.core.select import HARMFUL, KEPT, REDUNDANT
 from influencespace.data.artifacts import Manifest, write_manifest
 from influencespace.data.bucket_files import write_artifact
+from influencespace.data.buckets import buckets_of
+from influencespace.data.pair_set import PairSet
 from influencespace.run import Run, Workers
 from influencespace.stages.selection import captions, redundancy
 from influencespace.stages.selection.evidence import KNOTS, PRUNING_AXES, Evidence
@@ -102,8 +113,7 @@ def test_planted_copies_are_found_and_nothing_else(copied: Run) -> None:
 
 
 def test_the_leader_is_the_best_of_its_group(copied: Run) -> None:
-    scores = columns(copied, "proxies/quality")
-    quality = quality_axis(scores["neg_clip_in"], scores["neg_clip_out"])
+    quality = quality_of(copied)
     leader = leaders(copied)
     assert (quality[leader] >= quality - 1e-9).all()
 
@@ -130,10 +140,11 @@ def test_copies_are_one_piece_of_evidence(decided: Run) -> None:
     assert len(np.unique(leader[scored["pair"]])) < len(scored["pair"]) == len(leader)  # every pair is scored
     alone = np.unique(leader)
     influence = np.array([scored["influence"][leader[scored["pair"]] == pair].mean() for pair in alone])
-    axes = np.stack([scores.strata[name] for name in PRUNING_AXES], 1)
+    strata = columns(decided, "influence/strata")
+    axes = np.stack([strata[name] for name in PRUNING_AXES], 1)
     first = np.array([np.flatnonzero(leader == pair)[0] for pair in alone])
     expected = fit_additive(axes[first], influence, KNOTS)
-    found = scores.carried_over(scores.strata)["score"]
+    found = scores.carried_over(strata)["score"]
     np.testing.assert_allclose(found, expected.predict(axes)[0], rtol=1e-6)
     together = np.array([found[leader == one].mean() for one in leader])
     np.testing.assert_allclose(columns(decided, "selection/evidence")["score"], together, rtol=1e-9)
@@ -151,7 +162,7 @@ def test_five_hundred_copies_of_a_pair_move_no_others_score(decided: Run) -> Non
     many.__dict__["influence"] = again | {"pair": np.arange(len(rows))}
     many.__dict__["_copies"] = {"leader": leader[rows], "copies": np.bincount(leader[rows])[leader[rows]]}
     many.__dict__["common_variance"] = once.common_variance
-    before, after = (one.carried_over(once.strata) for one in (once, many))
+    before, after = (one.carried_over(columns(decided, "influence/strata")) for one in (once, many))
     assert np.corrcoef(before["score"], after["score"])[0, 1] > 0.93
     assert np.median(after["score_se"]) == pytest.approx(np.median(before["score_se"]), rel=0.3)
 
@@ -223,6 +234,32 @@ def test_ranges_and_partitions_change_nothing(
     assert {path.name for path in run.at("redundancy").iterdir()} == {
         *("captions.parquet", "copies.parquet", "manifest.json")
     }
+
+
+def test_columns_are_read_once_for_what_they_are_needed_for(
+    copied: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Image and caption numbers by captions twice (by either) and by exact copies; of captions no picture is read."""
+    for module in (captions, redundancy):
+        monkeypatch.setattr(module, "RANGE", 50)
+    ranges: list[tuple[int, int]] = []
+    pictures: list[int] = []
+    read, inputs = PairSet.read, PairSet.inputs
+
+    def watched(self: PairSet, rows: Any, *names: str) -> Any:
+        ranges.append((rows.start, rows.stop))
+        return read(self, rows, *names)
+
+    def seen(self: PairSet, pairs: Any, device: str = "cpu") -> Any:
+        pictures.append(len(pairs) if isinstance(pairs, np.ndarray) else pairs.stop - pairs.start)
+        return inputs(self, pairs, device)
+
+    monkeypatch.setattr(PairSet, "read", watched)
+    monkeypatch.setattr(PairSet, "inputs", seen)
+    carry_beside(copied, tmp_path, "redundancy")
+    assert sorted(ranges) == sorted(list(buckets_of(len(copied.pool), 50)) * 3)
+    # the sample of which the mean is taken, and each pair but the exact copies once, to be compared
+    assert sum(pictures) == redundancy.MEAN_SAMPLE + len(copied.pool) - EXACT
 
 
 def test_pictures_of_a_class_with_one_caption_are_no_copies(truth: Run, world: World, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,16 +14,19 @@ import pytest
 from chain import World, assert_equal_results, beside, carry, carry_beside, columns, set_range
 
 from influencespace.core import histogram
+from influencespace.core.hashing import uniform
+from influencespace.core.histogram import carried_out
 from influencespace.core.select import HARMFUL, KEPT, OVER_SIZE, SelectionConfig
 from influencespace.core.strata import rank_within
 from influencespace.data.artifacts import File, file_digest, write_manifest
-from influencespace.data.buckets import read_columns, write_columns
+from influencespace.data.buckets import buckets_of, read_columns, write_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.ray_engine import RayEngine
 from influencespace.errors import InputError
-from influencespace.estimators.filters import random_score
 from influencespace.pipeline import STAGES
 from influencespace.run import Run
+from influencespace.stages.passes import looped
+from influencespace.stages.selection import selection
 from influencespace.stages.selection.evidence import Evidence
 from influencespace.stages.selection.pair_evidence import PairEvidence
 from influencespace.stages.selection.selection import METHODS, KeptRows
@@ -131,7 +135,7 @@ def test_the_manifest_reports_the_rule_and_the_caption_control(truth: Run) -> No
     json.dumps(details)
 
 
-def test_baselines_keep_as_many_pairs_as_curated(truth: Run, world: World) -> None:
+def test_baselines_keep_as_many_pairs_as_curated(truth: Run) -> None:
     weights = columns(truth, "selection/weights")
     assert tuple(weights) == METHODS
     kept = int(kept_pairs(truth).sum())
@@ -141,11 +145,45 @@ def test_baselines_keep_as_many_pairs_as_curated(truth: Run, world: World) -> No
     scores = {
         "neg_clip_loss": quality["neg_clip_in"],
         "clip_score": truth.pool.clip_score,
-        "random": random_score(world["pool"].uids, 0),
+        "random": -uniform(np.arange(len(quality["neg_clip_in"])), truth.seed),
     }
     for name, score in scores.items():
         chosen = weights[name] > 0
         assert score[chosen].min() >= score[~chosen].max(), name
+
+
+def test_baselines_are_cut_by_the_same_passes_and_look_at_no_uid(
+    truth: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One collects all of a small pool; then each range is scored once more, for its weights."""
+    set_range(monkeypatch, 50)
+    scored: list[tuple[int, int]] = []
+    with_uids: list[Any] = []
+    score, read = selection.BaselineScores.__call__, PairSet.read
+
+    def counted(self: selection.BaselineScores, start: int, stop: int) -> Any:
+        scored.append((start, stop))
+        return score(self, start, stop)
+
+    def watched(self: PairSet, rows: Any, *names: str) -> Any:
+        if "uid" in names:
+            with_uids.append((rows.start, rows.stop))
+        return read(self, rows, *names)
+
+    monkeypatch.setattr(selection.BaselineScores, "__call__", counted)
+    monkeypatch.setattr(PairSet, "read", watched)
+    run = carry_beside(truth, tmp_path, "selection", weighting="uniform")
+    ranges = list(buckets_of(len(truth.pool), 50))
+    assert sorted(scored) == sorted(ranges * 2)
+    assert sorted(with_uids) == ranges  # for curated.parquet alone
+    scores = selection.BaselineScores(run)
+    kept, rows = int(kept_pairs(run).sum()), len(truth.pool)
+    for collected in (0, 10**6):
+        monkeypatch.setattr(histogram, "COLLECTED", collected)
+        cuts = carried_out(scores.cuts(kept, rows), looped(scores.column, rows))
+        for name, values in scores(0, rows).items():
+            alone = np.argsort(np.argsort(values, kind="stable"), kind="stable") < kept
+            np.testing.assert_array_equal(cuts[name].below(values, np.arange(rows)), alone)
 
 
 def test_baselines_are_as_large_where_some_weights_vanish(truth: Run, tmp_path: Path) -> None:
@@ -254,11 +292,17 @@ def test_a_proxy_that_has_not_converged_is_warned_of(truth: Run, tmp_path: Path)
         assert any("has not converged" in warning for warning in warnings) == warned
 
 
-def test_kept_rows_are_the_pool_of_a_next_round(truth: Run, tmp_path: Path) -> None:
-    job = KeptRows(truth.pool, truth.at("selection") / "curated.parquet", tmp_path / "kept.npy")
+def test_kept_rows_are_the_pool_of_a_next_round(
+    truth: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Range by range; the file is the one of an array that is held whole."""
     kept = np.flatnonzero(kept_pairs(truth))
-    assert job() == len(kept)
-    np.testing.assert_array_equal(np.load(tmp_path / "kept.npy"), kept)
+    np.save(tmp_path / "whole.npy", kept)
+    for size in (10**6, 7):
+        monkeypatch.setattr(selection, "RANGE", size)
+        job = KeptRows(truth.pool, truth.at("selection") / "curated.parquet", tmp_path / "kept.npy")
+        assert job() == len(kept)
+        assert (tmp_path / "kept.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
 DECISIONS = {

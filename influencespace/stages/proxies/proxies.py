@@ -138,7 +138,7 @@ class Proxies(Stage):
     """Trains the proxies; writes one file each, and quality.parquet."""
 
     name = "proxies"
-    version = 2
+    version = 3
 
     def settings(self, config: Any) -> tuple[ProxyConfig, int]:
         return config.proxy, config.seed

@@ -284,7 +284,7 @@ class Cluster(Stage):
     """Clusters the pool; writes centroids.npy, tree.npz and clusters.parquet (cluster, cosine, leaf)."""
 
     name = "cluster"
-    version = 2
+    version = 3
 
     def settings(self, config: Any) -> tuple[ClusterConfig, int]:
         return config.cluster, config.seed

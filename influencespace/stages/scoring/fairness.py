@@ -190,6 +190,7 @@ class Fairness(Stage):
     """
 
     name = "fairness"
+    version = 2
     needs = ("proxies", "curvature", "influence")
 
     def settings(self, config: Any) -> Any:

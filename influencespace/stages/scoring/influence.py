@@ -158,7 +158,7 @@ class Influence(Stage):
     """Scores a sample by quality quantiles; writes influence, target, caption_control and strata.parquet, and the samples."""
 
     name = "influence"
-    version = 2
+    version = 3
     needs = ("proxies", "cluster", "redundancy", "curvature")
 
     def settings(self, config: Any) -> tuple[InfluenceConfig, int]:

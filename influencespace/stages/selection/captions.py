@@ -62,7 +62,7 @@ class AgreeWithinImages:
         return np.concatenate([cosine_with_others(self._texts(block), total, len(row)) for block in blocks])
 
     def _texts(self, rows: IntArray) -> FloatArray:
-        return self.pool.inputs(rows)[1].double().numpy()
+        return self.pool.texts(rows).double().numpy()
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Decision:
         """Weights of a range (n,)."""
         if stop == start:
             return np.empty(0)
-        return self.rule.decide(self.pairs(start, stop)).weight
+        return self.rule.weights(self.pairs(start, stop))
 
     @property
     def kept_fraction(self) -> float:

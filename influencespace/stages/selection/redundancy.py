@@ -66,9 +66,12 @@ class WithQuality:
     def __call__(self, start: int, stop: int) -> Columns:
         columns = self.run.pool.read(slice(start, stop), "image", "text")
         pair = hashed(columns["image"], 1) ^ hashed(columns["text"], 2)
+        return columns | {"quality": self.quality(start, stop), "pair": pair.view(np.int64)}
+
+    def quality(self, start: int, stop: int) -> FloatArray:
+        """Of a range of pairs (n,)."""
         scores = scores_of(self.run)(start, stop)
-        quality = self.axis(scores.in_sample, scores.out_of_fold)
-        return columns | {"quality": quality, "pair": pair.view(np.int64)}
+        return self.axis(scores.in_sample, scores.out_of_fold)
 
 
 def lead_equal(columns: Columns) -> Columns:
@@ -81,17 +84,17 @@ def lead_equal(columns: Columns) -> Columns:
 class WithCluster:
     """Columns: cluster, quality and number of equal pairs of a range of pairs; exact copies are groups of their own."""
 
-    quality: WithQuality
+    pairs: WithQuality
     folder: Path
 
     def __call__(self, start: int, stop: int) -> Columns:
         rows = slice(start, stop)
         exact = read_rows(self.folder / f"{EXACT}.parquet", rows)
-        cluster = read_rows(self.quality.run.at("cluster") / "clusters.parquet", rows, "cluster")["cluster"]
+        cluster = read_rows(self.pairs.run.at("cluster") / "clusters.parquet", rows, "cluster")["cluster"]
         row = np.arange(start, stop)
         return {
             "cluster": np.where(exact["exact"] == row, cluster.astype(np.int64), -1 - row),
-            "quality": self.quality(start, stop)["quality"],
+            "quality": self.pairs.quality(start, stop),
             "exact": exact["exact"],
             "held": exact["held"],
         }
@@ -191,7 +194,7 @@ class Redundancy(Stage):
     """
 
     name = "redundancy"
-    version = 2
+    version = 3
     needs = ("proxies", "cluster")
 
     def settings(self, config: Any) -> RedundancyConfig:
@@ -212,8 +215,8 @@ class Redundancy(Stage):
         """Write copies.parquet; how many exact copies there are, and how many copies in all."""
         rows, folder = len(run.pool), workers.folder
         with range_passes(workers, rows) as passes:
-            quality = WithQuality(run, passes.fold(FitAxis(), scores_of(run), rows))
-        workers.group_by(EXACT, quality, "pair", lead_equal, rows, RANGE)
+            pairs = WithQuality(run, passes.fold(FitAxis(), scores_of(run), rows))
+        workers.group_by(EXACT, pairs, "pair", lead_equal, rows, RANGE)
         compare = CompareClusters(
             pool=run.pool,
             config=run.config.redundancy,
@@ -222,7 +225,7 @@ class Redundancy(Stage):
             device=workers.device,
         )
         workers.group_by(
-            *(NEAR, WithCluster(quality, folder), "cluster", compare, rows, RANGE),
+            *(NEAR, WithCluster(pairs, folder), "cluster", compare, rows, RANGE),
             resources=workers.heavy(memory=MEMORY),
             partition_rows=min(PARTITION_ROWS, max(MIN_PARTITION, rows // MAX_PARTITIONS)),
         )

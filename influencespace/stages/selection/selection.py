@@ -1,21 +1,20 @@
 """The selection stage: pooled evidence, the weighting, the decision on every pair, and the baselines at the same size."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from influencespace.core.arrays import BoolArray, FloatArray
-from influencespace.core.histogram import Column, Cut, Goal, search
+from influencespace.core.hashing import uniform
+from influencespace.core.histogram import Column, Cut, Goal, Passes, search
 from influencespace.core.select import KEPT, SelectionConfig
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, buckets_of, read_rows, table_rows
 from influencespace.data.pair_set import PairSet
-from influencespace.estimators.filters import random_score
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.passes import RANGE, range_passes
 from influencespace.stages.selection.pair_evidence import Decision, ReadTable, write_evidence
@@ -24,6 +23,7 @@ from influencespace.stages.selection.weighting import choose_weighting, chosen
 
 # clip_score is the given encoder's, as most people filter; the last two are by the proxy of all pairs
 BASELINES = ("everything", "random", "clip_score", "proxy_clip_score", "neg_clip_loss")
+RANKED = BASELINES[1:]
 METHODS = ("curated", *BASELINES)
 DYNAMIC = "dynamic"  # begins as curated does, and re-weights the kept pairs while it trains
 CURATED = ("uid", "kept", "weight", "score", "score_se", "stratum", "reason")
@@ -105,17 +105,30 @@ class BaselineScores:
 
     def __call__(self, start: int, stop: int) -> dict[str, FloatArray]:
         rows = slice(start, stop)
-        pairs = self.run.everything.read(rows, "uid", "clip_score")
+        given = self.run.everything.read(rows, "clip_score")["clip_score"]
         quality = read_rows(self.run.first.at("proxies") / "quality.parquet", rows, "clip_in", "neg_clip_in")
         return {
-            "random": -random_score(pairs["uid"].tolist(), self.run.seed),
-            "clip_score": -pairs["clip_score"].astype(np.float64),
+            "random": uniform(np.arange(start, stop), self.run.seed),
+            "clip_score": -given.astype(np.float64),
             "proxy_clip_score": -quality["clip_in"],
             "neg_clip_loss": -quality["neg_clip_in"],
         }
 
-    def columns(self, start: int, stop: int) -> dict[str, Column]:
-        return {name: Column(values, np.arange(start, stop)) for name, values in self(start, stop).items()}
+    def column(self, start: int, stop: int) -> Column:
+        """All in one column of several parts, so that they are searched by the same passes."""
+        scores, rows = self(start, stop), np.arange(start, stop)
+        parts = np.repeat(np.arange(len(RANKED)), len(rows))
+        return Column(np.concatenate([scores[name] for name in RANKED]), np.tile(rows, len(RANKED)), parts)
+
+    def cuts(self, kept: int, rows: int) -> Passes:
+        """Give where each one's order is cut to keep so many of the rows."""
+        goals = [Goal(rank=kept, part=part) for part in range(len(RANKED))]
+        found = yield from search(_itself, goals, len(RANKED) * rows)
+        return dict(zip(RANKED, found, strict=True))
+
+
+def _itself(column: Column) -> Column:
+    return column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,21 +180,34 @@ class KeptRows:
     out: Path
 
     def __call__(self) -> int:
-        parts = []
-        for start, stop in buckets_of(table_rows(self.curated), RANGE):
-            kept = read_rows(self.curated, slice(start, stop), "kept")["kept"].astype(bool)
-            parts.append(self.pool.rows_of_range(start, stop)[kept])
-        rows = np.concatenate(parts)
+        count = sum(int(self._kept(*span).sum()) for span in self._spans)
+        header = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(np.int64)),
+            "fortran_order": False,
+            "shape": (count,),
+        }
         with atomic_path(self.out) as aside, aside.open("wb") as file:
-            np.save(file, rows)
-        return len(rows)
+            np.lib.format.write_array_header_1_0(file, header)
+            for start, stop in self._spans:
+                rows = self.pool.rows_of_range(start, stop)[self._kept(start, stop)]
+                file.write(rows.astype(np.int64).tobytes())
+        return count
+
+    @property
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        return buckets_of(table_rows(self.curated), RANGE)
+
+    def _kept(self, start: int, stop: int) -> BoolArray:
+        """Which pairs of a range are kept (n,)."""
+        kept: BoolArray = read_rows(self.curated, slice(start, stop), "kept")["kept"].astype(bool)
+        return kept
 
 
 class Selection(Stage):
     """Turns scores into curated.parquet, strata.parquet, weights.parquet and evidence.parquet."""
 
     name = "selection"
-    version = 2
+    version = 3
     needs = ("proxies", "redundancy", "influence", "fairness")
 
     def settings(self, config: Any) -> tuple[SelectionConfig, int]:
@@ -200,14 +226,8 @@ class Selection(Stage):
             if run.previous is not None:
                 by_range = passes.fold(CountKept(), ReadTable(this.before, ("kept",)), everything)
                 this = Round(run=run, starts=tuple(np.cumsum([0, *by_range]).tolist()))
-            cuts = {
-                name: passes.result(
-                    search(itemgetter(name), [Goal(rank=kept)], everything),
-                    BaselineScores(run).columns,
-                    everything,
-                )[0]
-                for name in BASELINES[1:]
-            }
+            scores = BaselineScores(run)
+            cuts = passes.result(scores.cuts(kept, everything), scores.column, everything)
             summary = Summarise(run=run, decision=decision, counts=counts, nearest=nearest, folder=folder)
             details = passes.pool.run(summary)
         workers.table("curated", CuratedRange(round=this, decision=decision), everything, RANGE)
