@@ -25,9 +25,10 @@ NAMES = (
     *(f"attribution/{name}" for name in ("attribution", "peers", "calibration", "cleaning")),
     "fairness/fairness",
     "speed/survival",
-    "speed/throughput",
+    "speed/ingest",
     "speed/towers",
     "speed/scale",
+    "speed/cores",
     "speed/kmeans",
     "speed/reader",
 )

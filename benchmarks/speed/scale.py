@@ -30,6 +30,7 @@ from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.data.tars import add_sample, new_tar
 from influencespace.engine.session import start_ray
 from influencespace.pipeline import STAGES, data_stages
+from influencespace.planning.planning import LIMIT, plan
 
 BENCHMARK = Benchmark(seeds=(0,))
 SIZES, QUICK_SIZES = (10_000, 100_000, 1_000_000), (2_000, 8_000)
@@ -221,6 +222,45 @@ def cost(bench: Bench) -> None:
         )
         what = f"all after embedding, as a share of embedding with a ViT-B/32 ({result['pairs']:,} pairs)"
         bench.target(what, wanted.at_most(COST_SHARE), ours / theirs)
+
+
+@BENCHMARK.part
+def planned(bench: Bench) -> None:
+    """What `plan` says of these runs from a slice of the second one's data, beside what they took."""
+    done = results(bench, bench.pick(SIZES, QUICK_SIZES))[1:]
+    if not done:
+        return
+    said = bench.cached(["planned", bench.quick], partial(plans, bench, [one["pairs"] for one in done]))
+    for result in done:
+        stages = said[str(result["pairs"])]
+        took = {name: cells["seconds"] for name, cells in result["stages"].items()}
+        for stage in took:
+            bench.row(stage=stage, pairs=result["pairs"], planned_seconds=stages[stage], seconds=took[stage])
+        ratio = sum(stages.values()) / sum(took.values())
+        bench.row(run="whole", pairs=result["pairs"], planned_seconds=sum(stages.values()), ratio=ratio)
+        off = max(ratio, 1 / ratio) - 1
+        bench.target(f"plan's error for a run of {result['pairs']:,} pairs", wanted.at_most(0.3), off)
+
+
+def plans(bench: Bench, sizes: list[int]) -> dict[str, dict[str, float]]:
+    """Seconds of each stage by `plan`, for pools of so many pairs, from the data of the smallest."""
+    with tempfile.TemporaryDirectory(prefix="plan-", dir=bench.cache) as name, start_ray() as engine:
+        folder = Path(name)
+        of = origin(bench, folder)
+        assert of is not None, "there were runs, so there are data"
+        of.noisy.write(folder / "embeddings", sizes[0])
+        config = load_config(
+            None,
+            {
+                "data.embeddings": str(folder / "embeddings"),
+                "data.target": of.target,
+                "data.test": of.test,
+                "embed.encoder": of.encoder,
+                **bench.pick({}, {"train.seeds": "[0]"}),
+            },
+        )
+        made = {pairs: plan(config, LIMIT, engine, folder, pairs=pairs) for pairs in sizes}
+        return {str(n): {cost.stage: cost.seconds or 0.0 for cost in one.costs} for n, one in made.items()}
 
 
 def embedding_seconds(bench: Bench) -> float:

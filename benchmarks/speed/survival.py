@@ -64,8 +64,8 @@ def digests(run: Path) -> dict[str, str]:
 
 
 def write_data(bench: Bench, folder: Path) -> tuple[str, ...]:
-    """A world of the demo's size, an encoder fitted on it, and the arguments of a run on them."""
-    pairs = bench.pick(6000, 150)
+    """A world a third of the demo's, an encoder fitted on it, and the arguments of a run on them."""
+    pairs = bench.pick(2000, 150)
     sizes = {"pool": pairs} | {role: max(80, pairs // 6) for role in ("pretrain", "target", "test")}
     write_world(folder, WorldConfig(seed=bench.seeds[0], wrong_captions=0.25, shard_size=100, **sizes))
     encoder = folder / "encoder"

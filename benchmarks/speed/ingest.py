@@ -1,12 +1,15 @@
-"""Embedding through the stage against a bare torch loop over the same decoded batches, and the driver's memory.
+"""Embedding through the stage against a bare loop of threads and torch over the same shards, and the driver's memory.
 
 Both run in this one call, in turn, on the same cores; start-up is reported apart. The ratio is the figure.
 """
 
+import itertools
 import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -25,50 +28,44 @@ from influencespace.models.encoders import load_encoder
 from influencespace.stages.ingest.encode import EmbedConfig
 
 BENCHMARK = Benchmark(seeds=(0,))
+NEAR = 224
 REPORTED = ("workers", "startup_seconds", "steady_seconds", "pairs_per_second")
 
 
-def bare_rates(pool: Path, encoder: str, batch_size: int) -> dict[str, float]:
-    """Pairs a second with all cores: of a loop over batches that are decoded already, and of decoding them first."""
+def bare_rate(pool: Path, encoder: str, batch_size: int) -> float:
+    """Pairs a second of a loop without Ray over the same shards, with all cores: a batch is read, decoded by as many threads, and
+    encoded."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     model = load_encoder(encoder)
-    shards = [read_shard(shard) for shard in list_shards(str(pool))]
-    samples = [sample for shard in shards for sample in shard if isinstance(sample, Sample)]
-    texts = sorted((caption for sample in samples for caption in sample.captions), key=len)
-    began = time.monotonic()
-    images = [
-        model.preprocess_images([decode_image(sample.image) for sample in samples[i : i + batch_size]])
-        for i in range(0, len(samples), batch_size)
-    ]
-    tokens = [model.tokenize(texts[i : i + batch_size])[0] for i in range(0, len(texts), batch_size)]
-    decoding = time.monotonic() - began
-    model.encode_image(images[0])
-    began = time.monotonic()
-    for pixels in images:
-        model.encode_image(pixels).cpu().numpy()
-    for batch in tokens:
-        model.encode_text(batch).cpu().numpy()
-    return {
-        "bare_pairs_a_second": len(texts) / (time.monotonic() - began),
-        "decoding_pairs_a_second": len(texts) / (decoding / cores),
-    }
+    samples = (item for shard in list_shards(str(pool)) for item in read_shard(shard))
+    batches = iter(lambda: list(itertools.islice(samples, batch_size)), [])
+    pairs, began = 0, time.monotonic()
+    with ThreadPoolExecutor(cores) as threads:
+        for batch in batches:
+            images = [sample for sample in batch if isinstance(sample, Sample)]
+            captions = sorted((caption for sample in images for caption in sample.captions), key=len)
+            decode = partial(decode_image, near=NEAR)
+            pictures = list(threads.map(decode, (sample.image for sample in images)))
+            model.encode_image(model.preprocess_images(pictures)).cpu().numpy()
+            for start in range(0, len(captions), batch_size):
+                model.encode_text(model.tokenize(captions[start : start + batch_size])[0]).cpu().numpy()
+            pairs += len(captions)
+    return pairs / (time.monotonic() - began)
 
 
 def embed_part(bench: Bench, name: str, pool: Path, encoder: str, rounds: int) -> None:
-    """The stage and the bare loop in turn, on the same pairs."""
-    ratios, bounds = [], []
+    """The stage and the bare loop in turn, on the same shards."""
+    ratios = []
     with tempfile.TemporaryDirectory() as folder, start_ray() as engine:
         for turn in range(rounds):
-            bare = bare_rates(pool, encoder, EmbedConfig(encoder=encoder).batch_size)
+            bare = bare_rate(pool, encoder, EmbedConfig(encoder=encoder).batch_size)
             details = embed_by(engine, Path(folder) / str(turn), str(pool), encoder).details
-            ratios.append(details["pairs_per_second"] / bare["bare_pairs_a_second"])
-            bounds.append(1 / (1 + bare["bare_pairs_a_second"] / bare["decoding_pairs_a_second"]))
+            ratios.append(details["pairs_per_second"] / bare)
             reported = {key: details[key] for key in REPORTED}
-            bench.row(turn=turn, share_of_bare_loop=ratios[-1], **bare, **reported)
-    what = f"throughput of the embed stage, as a share of a bare loop over decoded batches ({name}, median)"
-    bench.target(what, wanted.at_least(0.85), median(ratios), (min(ratios), max(ratios)))
-    bench.row(turn="most that decoding leaves", share_of_bare_loop=median(bounds))
+            bench.row(turn=turn, share_of_bare_loop=ratios[-1], bare_pairs_a_second=bare, **reported)
+    what = f"steady state of the embed stage, as a share of a bare loop that reads, decodes and encodes ({name}, median)"
+    bench.target(what, wanted.at_least(0.95), median(ratios), (min(ratios), max(ratios)))
 
 
 @BENCHMARK.part
@@ -100,9 +97,7 @@ def driver(bench: Bench) -> None:
             world = folder / f"world-{pairs}"
             write_world(world, WorldConfig(pretrain=0, pool=pairs, target=0, test=0, shard_size=2000))
             out = str(folder / f"embed-{pairs}")
-            peaks.append(
-                float(last_line_of("benchmarks.speed.throughput", str(world / "pool"), encoder, out))
-            )
+            peaks.append(float(last_line_of("benchmarks.speed.ingest", str(world / "pool"), encoder, out)))
     bench.row(pairs=list(sizes), peak_mb=peaks)
     what = f"peak memory of the driver, {sizes[1]:,} pairs against {sizes[0]:,} (ratio)"
     bench.target(what, wanted.at_most(1.1), peaks[1] / peaks[0])
