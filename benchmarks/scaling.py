@@ -54,14 +54,15 @@ class Measured:
     def cost(self, stage: str, cluster: Cluster, pairs: int) -> Cost:
         """Of a stage on a cluster, for a pool of so many pairs with the same target and test set."""
         config = load_config(None, {"data.embeddings": "stored"})
-        growth = growth_of(stage, config).units
+        growth = growth_of(stage, config)
         if stage in ("embed/target", "embed/test"):
             pairs = self.pairs[1]  # they are as large as they were
-        few, many, whole = (growth(config, count) for count in (*self.pairs, pairs))
+        few, many, whole = (growth.units(config, count) for count in (*self.pairs, pairs))
         small, large = self.stages[stage]
         worker = Resources()
         cost = scaled(small, large, (*self.pairs, pairs), worker=worker, units=(few, many, whole))
-        costs = UnitCosts.of(small, large, (few, many), self.cores)
+        widths = growth.most(config, self.pairs[0]), growth.most(config, self.pairs[1])
+        costs = UnitCosts.of(small, large, (few, many), self.cores, widths)
         return on_cluster(cost, costs, cluster, config, pairs)
 
 

@@ -13,7 +13,7 @@ from influencespace.pipeline import STAGES
 from influencespace.planning import plan
 from influencespace.planning.cluster import gpu_in_cores, parse_cluster, parse_pairs
 from influencespace.planning.cost_model import Cost, Timing
-from influencespace.planning.forecast import ALONE, CORES, FEW, GPUS, UnitCosts, on_cluster
+from influencespace.planning.forecast import ALONE, CORES, FEW, GPUS, UnitCosts, divided, on_cluster
 from influencespace.planning.growth import GROWTH, growth_of
 from tests.test_plan import Toy, config_of, printed, world  # noqa: F401
 
@@ -107,6 +107,20 @@ def test_proxies_are_no_quicker_with_more_machines_than_proxies() -> None:
     )
     assert few.seconds == many.seconds
     assert many.bound == FEW
+
+
+@pytest.mark.parametrize(
+    ("tasks", "places", "seconds"), [(3, 2, 8), (4, 2, 6), (3, 3, 4), (3, 64, 4), (float("inf"), 8, 1.5)]
+)
+def test_three_tasks_on_two_places_take_as_long_as_four(tasks: float, places: int, seconds: float) -> None:
+    assert divided(12.0, places, tasks) == pytest.approx(seconds)
+
+
+def test_time_of_the_last_round_is_not_taken_for_work_of_the_driver() -> None:
+    # three proxies of 10 s each on two cores
+    timing = replace(ORDINARY, stage="proxies", working=30.0, seconds=20.0)
+    assert UnitCosts.of(timing, timing, (1, 1), 2, (3, 3)).alone == (0, 0)
+    assert UnitCosts.of(timing, timing, (1, 1), 2).alone == (5, 5)
 
 
 def test_a_sample_does_not_grow_with_the_pool() -> None:

@@ -1,5 +1,6 @@
 """What a stage takes on a cluster, from what its workers did on two slices."""
 
+import math
 from dataclasses import dataclass, replace
 
 from influencespace.config import RunConfig
@@ -26,23 +27,35 @@ class UnitCosts:
     """Seconds in which nothing was divided."""
 
     @classmethod
-    def of(cls, small: Timing, large: Timing, units: tuple[float, float], cores: int) -> "UnitCosts":
-        """From two slices on an engine of so many cores."""
+    def of(
+        cls,
+        small: Timing,
+        large: Timing,
+        units: tuple[float, float],
+        cores: int,
+        widths: tuple[float, float] = (math.inf, math.inf),
+    ) -> "UnitCosts":
+        """From two slices on an engine of so many cores, of so many tasks each that can go on at once."""
 
-        def alone(timing: Timing) -> float:
-            return max(0.0, timing.seconds - timing.working / cores)
+        def alone(timing: Timing, width: float) -> float:
+            return max(0.0, timing.seconds - divided(timing.working, cores, width))
 
         return cls(
             stage=large.stage,
             units=units,
             working=(small.working - small.reading, large.working - large.reading),
             reading=(small.reading, large.reading),
-            alone=(alone(small), alone(large)),
+            alone=(alone(small, widths[0]), alone(large, widths[1])),
         )
 
     def at(self, values: tuple[float, float], units: float) -> float:
         """One of the lines, at so many units."""
         return through((self.units[0], values[0]), (self.units[1], values[1]), units)
+
+
+def divided(seconds: float, places: float, tasks: float) -> float:
+    """Seconds of work in tasks of one size, some of which go on at once: three on two places take as long as four."""
+    return seconds / places if math.isinf(tasks) else seconds * math.ceil(tasks / places) / tasks
 
 
 def on_cluster(
@@ -54,19 +67,19 @@ def on_cluster(
     working, reading, alone = (
         costs.at(values, units) for values in (costs.working, costs.reading, costs.alone)
     )
-    most = growth.width(config, pairs) if growth.width else float("inf")
-    on_gpus = growth.gpu and cluster.gpus > 0
-    if on_gpus:
+    most = growth.most(config, pairs)
+    if growth.gpu and cluster.gpus > 0:
         busy = working / cluster.cores_per_gpu
-        places = min(cluster.gpus, most)
-        by_gpus, by_cores = busy / places, reading / cluster.cores
-        divided, bound = max((by_gpus, GPUS if places < most else FEW), (by_cores, CORES))
+        by_gpus = divided(busy, cluster.gpus, most)
+        by_cores = reading / cluster.cores
+        shared, bound = max((by_gpus, GPUS if cluster.gpus < most else FEW), (by_cores, CORES))
     else:
-        busy, places = 0.0, min(cluster.cores, most)
-        divided, bound = (working + reading) / places, CORES if places < most else FEW
+        busy = 0.0
+        shared = divided(working + reading, cluster.cores, most)
+        bound = CORES if cluster.cores < most else FEW
     return replace(
         cost,
-        seconds=rounds * (divided + alone),
+        seconds=rounds * (shared + alone),
         gpu_seconds=rounds * busy,
-        bound=bound if divided > alone else ALONE,
+        bound=bound if shared > alone else ALONE,
     )

@@ -3,6 +3,7 @@
 A stage that is not listed grows with the pairs, is divided over all cores, and uses no GPU.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +27,10 @@ class Growth:
     """Workers that can share it at most; None: as many as there are."""
     gpu: bool = False
     """Whether its tasks compute on GPUs where there are any."""
+
+    def most(self, config: RunConfig, pairs: int) -> float:
+        """Tasks that can go on at once for a pool of so many pairs; infinity where any number can."""
+        return self.width(config, pairs) if self.width else math.inf
 
 
 def _draws(config: RunConfig, pairs: int) -> float:

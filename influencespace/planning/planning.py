@@ -130,12 +130,13 @@ class Slices:
         role = stage.removeprefix("embed/") if stage.startswith("embed/") else "pool"
         name = f"embed/{role}"
         pairs = self.small[name].pairs, self.large[name].pairs, sizes[role].pairs
-        growth = growth_of(stage, self.config).units
-        few, many, all_units = (growth(self.config, count) for count in pairs)
+        growth = growth_of(stage, self.config)
+        few, many, all_units = (growth.units(self.config, count) for count in pairs)
         small, large = self.small[stage], self.large[stage]
         cost = scaled(small, large, pairs, worker=counted.worker, rounds=rounds, units=(few, many, all_units))
         cost = replace(cost, read=counted.read or cost.read)
         if cluster is None:
             return cost
-        unit_costs = UnitCosts.of(small, large, (few, many), self.cores)
+        widths = growth.most(self.config, pairs[0]), growth.most(self.config, pairs[1])
+        unit_costs = UnitCosts.of(small, large, (few, many), self.cores, widths)
         return on_cluster(cost, unit_costs, cluster, self.config, pairs[2], rounds)
