@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,8 @@ from influencespace import pipeline
 from influencespace.config import RunConfig, as_tree, load_config
 from influencespace.core.arrays import FloatArray
 from influencespace.data.buckets import buckets_of
-from influencespace.data.locations import alone_in, local_folder
+from influencespace.data.locations import alone_in, folder_of
+from influencespace.data.mirror import is_stored, mirror_root, put_folder
 from influencespace.engine.local import Engine, LocalEngine
 from influencespace.errors import InputError
 from influencespace.estimators import problem as contract
@@ -88,7 +89,7 @@ def curate(
     """
     flags = {"data": data, "target": target, "test": test, "encoder": encoder, "embeddings": embeddings}
     resolved = resolve(config, settings or {}, flags)
-    folder = local_folder(out, "--out").expanduser().absolute()
+    folder = folder_of(out, "--out").expanduser().absolute()
     pipeline.check(resolved)
     with (
         alone_in(folder),
@@ -98,6 +99,8 @@ def curate(
             return pipeline.curate(resolved, folder, started)
         finally:
             started.keep_logs(folder / "logs")
+            with suppress(OSError, InputError):
+                put_folder(folder / "logs")
 
 
 def plan(
@@ -130,8 +133,11 @@ def plan(
     resolved = resolve(config, settings or {}, flags)
     machines = None if cluster is None else parse_cluster(cluster)
     count = None if pairs is None else parse_pairs(str(pairs))
+    # what a run in a store keeps here lies in the mirror
+    disk = folder_of(out, "--out")
+    disk = mirror_root().parent if is_stored(disk) else disk
     with start(engine if limit or address or "RAY_ADDRESS" in os.environ else "local", address) as started:
-        return planned(resolved, limit, started, local_folder(out, "--out"), cluster=machines, pairs=count)
+        return planned(resolved, limit, started, disk, cluster=machines, pairs=count)
 
 
 def start(engine: Literal["ray", "local"], address: str | None) -> AbstractContextManager[Engine]:

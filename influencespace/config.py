@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass as options
 
 from influencespace.core.select import SelectionConfig
 from influencespace.data.artifacts import atomic_path
+from influencespace.data.mirror import here
 from influencespace.data.yaml_text import read_yaml
 from influencespace.errors import STRICT, InputError
 from influencespace.estimators.influence import CurvatureConfig
@@ -169,7 +170,7 @@ def as_tree(config: RunConfig) -> dict[str, Any]:
 
 def _read(path: Path | str) -> dict[str, Any]:
     try:
-        tree = read_yaml(Path(path).read_text(encoding="utf-8"))
+        tree = read_yaml(here(Path(path)).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"config file {path} cannot be read: {error.strerror}") from None
     except ValueError as error:

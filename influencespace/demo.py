@@ -13,6 +13,7 @@ from influencespace.run import Run
 from influencespace.stages.ingest.fit_encoder import FitEncoder
 from influencespace.stages.ingest.shards import ROLES
 
+LOCAL_ONLY = "the demo is small and stays on this machine"
 # a proxy for 6,000 pairs on two cores, in at most 400 steps; everything else is the default
 SMALL_PROXY = {
     "proxy.train.batch_size": 256,
@@ -23,7 +24,7 @@ SMALL_PROXY = {
 
 def run_demo(out: Path, engine: Engine, *, seed: int = 0, pairs: int = 6000, steps: int = 300) -> Run:
     """Write the world and its encoder below `out`, and curate it there; the finished Run."""
-    out = local_folder(out, "--out").expanduser().absolute()
+    out = local_folder(out, "--out", LOCAL_ONLY).expanduser().absolute()
     with alone_in(out):
         return _demo(out, engine, seed, pairs, steps)
 

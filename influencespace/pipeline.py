@@ -11,7 +11,8 @@ from influencespace.config import RunConfig, as_tree, load_config, save_config
 from influencespace.data.artifacts import Manifest, copy_file, installed_versions, write_json
 from influencespace.data.embeddings import rejected_reasons
 from influencespace.data.integrity import is_done
-from influencespace.data.locations import alone_in, local_folder
+from influencespace.data.locations import alone_in, folder_of
+from influencespace.data.mirror import here, is_file, shown
 from influencespace.data.pair_set import PairSet
 from influencespace.data.results import (
     CURATED,
@@ -67,7 +68,7 @@ def curate(config: RunConfig, out: Path | str, engine: Engine, stages: tuple[Sta
     The same call continues a run that was killed. Raises InputError for data or settings that cannot be used, and where
     another run works in the folder.
     """
-    folder = local_folder(out, "--out").expanduser().absolute()
+    folder = folder_of(out, "--out").expanduser().absolute()
     check(config)
     with alone_in(folder):
         open_folder(config, folder)
@@ -100,7 +101,7 @@ def _curate(config: RunConfig, out: Path, engine: Engine, stages: tuple[Stage, .
 
 def load_run(folder: Path | str) -> Run:
     """The Run of a folder whose data are embedded and split; raises InputError where it is not so far, or damaged."""
-    folder = Path(folder).expanduser().absolute()
+    folder = folder_of(folder, "RUN").expanduser().absolute()
     run = Run(folder=folder, config=None)
     split = run.manifest(Split.name)
     for name in (*split.inputs, Split.name):
@@ -112,7 +113,7 @@ def load_run(folder: Path | str) -> Run:
 def open_folder(config: RunConfig, out: Path) -> None:
     """Write the config into the run folder; results of another config are removed, lest they pass for this one's."""
     path = out / "config.yaml"
-    before = path.read_bytes() if path.exists() else None
+    before = here(path).read_bytes() if is_file(path) else None
     save_config(config, path)
     if before != path.read_bytes():
         forget_results(out)
@@ -213,7 +214,7 @@ def summarise(
         "rejected_reasons": most_frequent,
         "truncated_captions": sum(int(m.details.get("truncated_captions", 0)) for m in roles.values()),
         "caption_control": selected["caption_control"],
-        "rounds": [{"folder": str(one.run.folder), "target_loss": one.target_loss} for one in rounds],
+        "rounds": [{"folder": shown(one.run.folder), "target_loss": one.target_loss} for one in rounds],
         "stages": {
             name: {"seconds": m.seconds, "rows_in": m.rows_in, "rows_out": m.rows_out, "rejected": m.rejected}
             for name, m in stages.items()
@@ -221,5 +222,5 @@ def summarise(
         "versions": installed_versions(),
         "seeds": sorted({run["seed"] for run in best.stages["train"].details["runs"]}),
         "notes": [*split.details["notes"], *proxies["warnings"], *selected["warnings"]],
-        "paths": {name: str(data.folder / name) for name in RESULTS},
+        "paths": {name: shown(data.folder / name) for name in RESULTS},
     }

@@ -22,12 +22,15 @@ from influencespace.data.artifacts import (
     manifest_or_fault,
     read_manifest,
     remove,
+    remove_here,
+    rename,
     write_manifest,
 )
 from influencespace.data.buckets import ComputeColumns, buckets_of, join_buckets, remove_work, write_tasks
 from influencespace.data.exchange import Exchange, ReduceGroups
 from influencespace.data.integrity import cheap_faults, damage, describe_tasks, is_done
 from influencespace.data.locations import alone_in
+from influencespace.data.mirror import exists, here, is_file, is_folder, listing
 from influencespace.data.pair_set import PairSet
 from influencespace.data.results import CURATED, REPORT, check_result, curated_batches, read_summary
 from influencespace.engine.local import Engine, Pool, WorkerFactory, run_once, run_task
@@ -114,7 +117,7 @@ class Run:
         Raises InputError where the run is not finished.
         """
         self.summary()
-        return pq.read_table(check_result(self.folder, CURATED))
+        return pq.read_table(here(check_result(self.folder, CURATED)))
 
     def curated_batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
         """`curated`, or some columns of it, in batches of at most 65,536 pairs: of any pool, one batch is in memory."""
@@ -125,9 +128,9 @@ class Run:
         """The self-contained page of a finished run; raises InputError where it is not finished."""
         self.summary()
         path = check_result(self.folder, REPORT)
-        if not path.is_file():
+        if not is_file(path):
             raise InputError(f"{path} is missing: run the same command again")
-        return path
+        return here(path)
 
     def export(self, to: str, out: Path | str, *, shard_size: int = 10_000) -> Manifest:
         """Write the kept pairs into a folder as `npy` (DataComp), `webdataset` or `parquet`, `shard_size` of them a file.
@@ -308,8 +311,10 @@ def carry_out(stage: Stage, run: Run, engine: Engine) -> Manifest:
             _work(stage, run, engine, working, (mark, inputs))
         remove_work(working)
         remove(folder)
-        working.rename(folder)
-    for left in folder.parent.glob(f".{folder.name}-{'[0-9a-f]' * 16}"):  # not of a stage with a longer name
+        rename(working, folder)
+    for left in listing(
+        folder.parent, f".{folder.name}-{'[0-9a-f]' * 16}"
+    ):  # not of a stage with a longer name
         remove(left)
     stage.tidy(run)
     manifest = read_manifest(folder)
@@ -323,13 +328,11 @@ def _work(
     began = time.monotonic()
     for name in stage.needs:
         run.check(name)
-    if (
-        working / MANIFEST
-    ).exists() or not working.is_dir():  # whole, and damaged since: no file of it counts as done
-        remove(working)
+    if exists(working / MANIFEST) or not is_folder(working):
+        remove(working)  # whole, and damaged since: no file of it counts as done
     working.mkdir(parents=True, exist_ok=True)
     for path in working.rglob(".*.tmp"):  # half written when a run was killed
-        remove(path)
+        remove_here(path)
     workers = Workers(engine=engine, folder=working, stage=str(stage.name), resources=stage.resources(run))
     reported = stage.work(run, workers)
     described = engine.map(run_task, describe_tasks(working), workers=engine.cores)

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -33,7 +32,8 @@ from ray.tune.search.optuna import OptunaSearch
 from influencespace.config import save_config
 from influencespace.core.metrics import mean_recall_by_image, retrieval_ranks
 from influencespace.core.select import SelectionConfig
-from influencespace.data.artifacts import atomic_path, write_json
+from influencespace.data.artifacts import atomic_path, remove, write_json
+from influencespace.data.mirror import arrow_storage, here, listing
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.local import TaskError
 from influencespace.engine.session import start_ray
@@ -209,7 +209,7 @@ def search(
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         with start_ray():
             results = _tuner(objective, own, config, folder, seed).fit()
-        shutil.rmtree(folder / TUNE, ignore_errors=True)
+        remove(folder / TUNE)
         for result in results:
             _raise_failure(result)
         done = read_trials(folder)
@@ -220,7 +220,7 @@ def search(
 
 def read_trials(folder: Path) -> list[Trial]:
     """The finished trials in the order of their ends."""
-    paths = folder.glob(f"{TRIAL}*.json")
+    paths = map(here, listing(folder, f"{TRIAL}*.json"))
     return sorted(
         (json.loads(path.read_text(encoding="utf-8")) for path in paths), key=lambda one: one["ended"]
     )
@@ -244,6 +244,7 @@ def _tuner(
     )
     for one in done:
         searcher.add_evaluated_point({name: one[name] for name in SETTINGS}, one[config.measure])
+    storage, filesystem = arrow_storage(folder)
     trial = tune.with_parameters(_trial, objective=objective, folder=folder)
     return tune.Tuner(
         tune.with_resources(trial, {"cpu": 1}),
@@ -254,7 +255,8 @@ def _tuner(
         ),
         run_config=tune.RunConfig(
             name=TUNE,
-            storage_path=str(folder),
+            storage_path=storage,
+            storage_filesystem=filesystem,
             failure_config=tune.FailureConfig(max_failures=MAX_LOST_WORKERS),
             callbacks=[Announce(folder, config)],
             stop=FirstFailure(),

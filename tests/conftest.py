@@ -72,3 +72,25 @@ def ray_engine() -> Iterator[Any]:
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Any]:
+    """An S3 server on loopback: see `tests/object_store.py`."""
+    from tests.object_store import s3_server
+
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty bucket of it; this machine's mirror is a folder of the test."""
+    import uuid
+
+    from influencespace.data.stores import filesystem
+
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    filesystem("s3").mkdir(name)
+    monkeypatch.setenv("INFLUENCESPACE_MIRROR", str(tmp_path / "machine"))
+    return f"s3://{name}"

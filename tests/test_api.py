@@ -109,8 +109,8 @@ def test_a_plan_counts_what_a_run_will_see(run: Run, tmp_path: Path) -> None:
 
 
 def test_what_curate_cannot_use_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="URLs cannot be written to"):
-        curate(data="x", encoder="y", out="s3://bucket/run", engine="local")
+    with pytest.raises(InputError, match="--out https://host/run: cannot be written to"):
+        curate(data="x", encoder="y", out="https://host/run", engine="local")
     with pytest.raises(InputError, match="did you mean cluster"):
         curate(data="x", out=tmp_path / "run", settings={"cluster.kk": 1})
     with pytest.raises(InputError, match="no data was given"):

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import typer
 
 from influencespace.cli import runs, tasks
+from influencespace.data.mirror import shown
 from influencespace.engine.endings import end_on_sigterm, reason_of
 from influencespace.errors import InputError
 
@@ -56,5 +57,5 @@ def main() -> None:
 
 def refuse(reason: str, code: int = 2) -> NoReturn:
     """End with one line for the user: code 2 for what the user has to change, 1 for what died."""
-    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    print(f"error: {shown(' '.join(reason.split()))}", file=sys.stderr)
     sys.exit(code)

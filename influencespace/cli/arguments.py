@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from influencespace.data.locations import alone_in, local_folder
+from influencespace.data.locations import alone_in, folder_of
+from influencespace.data.mirror import is_folder, shown
 from influencespace.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ Stored = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 def existing_folder(folder: str) -> Path:
     """The folder of a run; raises InputError where there is none."""
-    path = local_folder(folder, "RUN").expanduser().absolute()
-    if not path.is_dir():
+    path = folder_of(folder, "RUN").expanduser().absolute()
+    if not is_folder(path):
         raise InputError(f"{path}: no such run folder. Is it mistyped?")
     return path
 
@@ -35,11 +36,11 @@ def existing_folder(folder: str) -> Path:
 @contextmanager
 def finished_run(folder: str) -> Iterator["Run"]:
     """The run in a folder, where no other command works until the block ends; raises InputError where it is not finished."""
-    path = local_folder(folder, "RUN").expanduser().absolute()
+    path = folder_of(folder, "RUN").expanduser().absolute()
     from influencespace.data.results import read_summary
     from influencespace.pipeline import load_run
 
-    if not path.is_dir():
+    if not is_folder(path):
         read_summary(path)  # says what is missing, and makes no folder
     with alone_in(path):
         read_summary(path)
@@ -83,4 +84,4 @@ def number(text: str, flag: str, wanted: str) -> float:
 
 def print_paths(paths: dict[str, Path | str]) -> None:
     for name, path in paths.items():
-        print(f"{name}: {path}")
+        print(f"{name}: {shown(path)}")

@@ -13,7 +13,8 @@ from influencespace.cli.arguments import (
     finished_run,
     named_values,
 )
-from influencespace.data.locations import alone_in, local_folder
+from influencespace.data.locations import alone_in, folder_of, local_folder
+from influencespace.data.mirror import shown
 
 if TYPE_CHECKING:
     from influencespace.config import RunConfig
@@ -57,7 +58,7 @@ def run(
     address: Address = None,
 ) -> None:
     """Curate: from shards to a subset, with a model retrained on it and compared."""
-    folder = local_folder(out, "--out")
+    folder = folder_of(out, "--out")
     whole = resolved(
         config, settings, data=data, target=target, test=test, encoder=encoder, embeddings=embeddings
     )
@@ -73,11 +74,11 @@ def demo(
     address: Address = None,
 ) -> None:
     """The whole job on a synthetic world with 25 % wrong captions: nothing is downloaded."""
-    folder = local_folder(out, "--out")
-    from influencespace.demo import run_demo
+    from influencespace.demo import LOCAL_ONLY, run_demo
     from influencespace.engine.session import start_ray
     from influencespace.report.table import print_summary
 
+    folder = local_folder(out, "--out", LOCAL_ONLY)
     with start_ray(address) as engine:
         print_summary(run_demo(folder, engine, seed=seed).summary())
 
@@ -141,7 +142,7 @@ def sweep(
     address: Address = None,
 ) -> None:
     """Search thresholds and size by Ray Tune, on the scores of the run in --out (which is finished first)."""
-    folder = local_folder(out, "--out").expanduser().absolute()
+    folder = folder_of(out, "--out").expanduser().absolute()
     whole = resolved(
         config, settings, data=data, target=target, test=test, encoder=encoder, embeddings=embeddings
     )
@@ -155,12 +156,12 @@ def sweep(
         done = pipeline.curate(whole, folder, engine)
         best = carry_out(Sweep(SweepConfig(trials=trials)), done, engine).details
     print("best of {trials} trials: {settings}, {value:.4f} (the run's own: {own:.4f})".format(**best))
-    print(f"use it: influencespace run {done.at('sweep') / 'best.yaml'} --out {folder}")
+    print(shown(f"use it: influencespace run {done.at('sweep') / 'best.yaml'} --out {folder}"))
 
 
 def show(folder: Finished) -> None:
     """The table and the paths of a finished run, again."""
-    path = local_folder(folder, "RUN").expanduser()
+    path = folder_of(folder, "RUN").expanduser()
     from influencespace.data.results import read_summary
     from influencespace.report.table import print_summary
 
@@ -197,12 +198,12 @@ def print_problems(run: Path, problems: "list[Problem]") -> None:
     from influencespace.tasks.verify import advice, is_finished
 
     for problem in problems:
-        print(f"{problem.fault}: {advice(run, problem)}")
+        print(shown(f"{problem.fault}: {advice(run, problem)}"))
     if not problems:
-        print(f"{run}: every file is as it was written")
+        print(f"{shown(run)}: every file is as it was written")
     if not is_finished(run):
         print(
-            f"{run} is not finished: `influencespace repair {run}`, or the command that began it, continues it"
+            f"{shown(run)} is not finished: `influencespace repair {shown(run)}`, or the command that began it, continues it"
         )
 
 
@@ -213,7 +214,7 @@ def export(
     shard_size: Annotated[int, typer.Option(min=1, help="Pairs in a shard.")] = 10_000,
 ) -> None:
     """Write the kept pairs as others read them."""
-    into = local_folder(out, "--out").expanduser()
+    into = folder_of(out, "--out").expanduser()
     with finished_run(folder) as run:
         manifest = run.export(to, into, shard_size=shard_size)
-    print(f"{manifest.rows_out:,} pairs written to {into}")
+    print(f"{manifest.rows_out:,} pairs written to {shown(into)}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from influencespace.cli.arguments import Address, Finished, finished_run, number, options_of, print_paths
+from influencespace.data.mirror import shown
 from influencespace.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def score(
     stage = scoring_stage(estimator, options, space)
     with finished_run(folder) as run, start_ray(address) as engine:
         path, manifest = score_run(run, stage, engine)
-    print(f"{manifest.rows_out:,} pairs, {manifest.details['without_score']:,} without a score: {path}")
+    print(
+        f"{manifest.rows_out:,} pairs, {manifest.details['without_score']:,} without a score: {shown(path)}"
+    )
 
 
 def detect(
@@ -183,4 +186,4 @@ def forget(
 
 
 def print_choice(choice: "Choice") -> None:
-    print(f"{choice.chosen:,} of {choice.of:,} pairs: {choice.path}")
+    print(f"{choice.chosen:,} of {choice.of:,} pairs: {shown(choice.path)}")

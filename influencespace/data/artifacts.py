@@ -1,6 +1,7 @@
 """Finished folders: files that appear whole or not at all, and a manifest that is written last.
 
-Plain files and one rename, so that a run folder is safe on NFS and a killed run leaves nothing half done.
+Plain files and one rename, so that a run folder is safe on NFS and a killed run leaves nothing half done. In an object store
+(`data/mirror.py`) a file is put whole, and of a folder the manifest comes last and goes first.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ from typing import Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+
+from influencespace.data import mirror
 
 MANIFEST = "manifest.json"
 DIGEST = "digest"  # in a manifest: of all else in it
@@ -70,19 +73,38 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     aside = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
         yield aside
-        _sync(aside)
-        aside.replace(path)
-        _sync(path.parent)
+        if mirror.is_stored(path):
+            mirror.put(aside, path)
+            aside.replace(path)
+        else:
+            _sync(aside)
+            aside.replace(path)
+            _sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it, or nothing."""
+    if mirror.is_stored(path):
+        mirror.remove_objects(path, MANIFEST)
+    remove_here(path)
+
+
+def remove_here(path: Path) -> None:
+    """The same, of this machine alone: what lies in a store stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif os.path.lexists(path):
         path.unlink()
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a folder another place, where there is none."""
+    if mirror.is_stored(new):
+        mirror.rename_objects(old, new, MANIFEST)
+    else:
+        old.rename(new)
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -94,7 +116,7 @@ def write_json(path: Path | str, value: Any) -> None:
 def copy_file(source: Path | str, target: Path | str) -> None:
     """Copy a file, atomically."""
     with atomic_path(target) as aside:
-        shutil.copyfile(source, aside)
+        shutil.copyfile(mirror.here(Path(source)), aside)
 
 
 def fingerprint(value: Any) -> str:
@@ -108,16 +130,14 @@ def fingerprint(value: Any) -> str:
 
 def file_digest(path: Path | str) -> str:
     """32 hex digits of a file's content, read as a stream."""
-    with Path(path).open("rb") as file:
+    with mirror.here(Path(path)).open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def folder_digest(folder: Path | str) -> str:
     """32 hex digits of the names and the content of all files below `folder`, hidden ones left out."""
     folder = Path(folder)
-    files = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    files = {path.relative_to(folder).as_posix(): path for path in mirror.files_below(folder)}
     visible = {name: path for name, path in files.items() if not name.startswith(".") and "/." not in name}
     return fingerprint({name: file_digest(path) for name, path in visible.items()})
 
@@ -144,7 +164,7 @@ def read_manifest(folder: Path | str) -> Manifest | None:
 def manifest_or_fault(folder: Path | str) -> Manifest | str:
     """The manifest of a finished folder, or why there is none: `is missing` and what else may be wrong with the file."""
     try:
-        tree = json.loads((Path(folder) / MANIFEST).read_bytes())
+        tree = json.loads(mirror.here(Path(folder) / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return MISSING
     except IsADirectoryError:
@@ -168,7 +188,7 @@ def reopen(folder: Path | str) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    remove(folder / MANIFEST)
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
     _sync(folder)

@@ -1,6 +1,5 @@
 """The files of an embedding artifact: for each bucket thin columns as Parquet, and embeddings as Arrow in the same order."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import ROW_GROUP
 from influencespace.data.chunks import VECTORS, Floats, Halves, arrow_file, vector_column
 from influencespace.errors import InputError
@@ -54,8 +54,8 @@ def write_bucket_files(
     folder: Path, pairs: pa.Table, vectors: Sequence[Iterator[Halves]], dimension: int
 ) -> None:
     """Write a bucket's pairs (n) of PAIRS_SCHEMA and their embeddings of images and of texts, in batches of (m, D)."""
-    folder.mkdir(parents=True)
-    pq.write_table(pairs, folder / "pairs.parquet", row_group_size=ROW_GROUP)
+    with atomic_path(folder / "pairs.parquet") as aside:
+        pq.write_table(pairs, aside, row_group_size=ROW_GROUP)
     write_vectors(folder / "vectors.arrow", vectors, dimension)
 
 
@@ -68,9 +68,9 @@ def write_artifact(
     for number, start in enumerate(starts):
         out, rows = bucket_folder(folder, number), slice(start, start + size)
         vectors = [iter([values[rows].astype(np.float16)]) for values in (images, texts)]
-        shutil.rmtree(out, ignore_errors=True)
         write_bucket_files(out, pairs.slice(start, size).cast(PAIRS_SCHEMA), vectors, images.shape[1])
-    pq.write_table(REJECTED_SCHEMA.empty_table(), folder / "rejected.parquet")
+    with atomic_path(folder / "rejected.parquet") as aside:
+        pq.write_table(REJECTED_SCHEMA.empty_table(), aside)
     counts = [min(size, len(pairs) - start) for start in starts]
     return {"buckets": counts, "groups": group_names(pairs["group"]), "dimension": images.shape[1]}
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from influencespace.data.artifacts import atomic_path, remove
+from influencespace.data.artifacts import MANIFEST, atomic_path, remove_here
+from influencespace.data.mirror import here, is_file, is_stored, remove_objects
 
 Columns = dict[str, NDArray[Any]]
 ROW_GROUP = 16_384
@@ -47,7 +48,7 @@ class WriteBucket:
         return f"{self.table} of rows {self.start} to {self.stop}"
 
     def __call__(self) -> int:
-        if not bucket_path(self.folder, self.table, self.start).exists():
+        if not is_file(bucket_path(self.folder, self.table, self.start)):
             write_bucket(self.folder, self.table, self.start, self.compute(self.start, self.stop))
         return self.stop - self.start
 
@@ -72,7 +73,7 @@ def write_bucket(folder: Path, name: str, start: int, columns: Columns) -> None:
 
 def open_bucket(folder: Path, name: str, start: int) -> pa.Table:
     """One finished bucket, by memory map."""
-    with pa.memory_map(str(bucket_path(folder, name, start))) as source:
+    with pa.memory_map(str(here(bucket_path(folder, name, start)))) as source:
         return pa.ipc.open_file(source).read_all()
 
 
@@ -118,19 +119,21 @@ def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 def remove_work(folder: Path) -> None:
     """Remove what only served the work on a finished artifact: buckets, whose columns are in whole files, and hidden files."""
+    if is_stored(folder):
+        remove_objects(folder, MANIFEST, lambda name: name.startswith((".", f"{BUCKETS}/")))
     for path in (folder / BUCKETS, *folder.glob(".*")):
-        remove(path)
+        remove_here(path)
 
 
 def read_columns(path: Path, *names: str) -> Columns:
     """Columns of a Parquet file as numpy arrays, lists of fixed size as (n, k); all when none is named."""
-    table = pq.read_table(path, columns=list(names) or None)
+    table = pq.read_table(here(path), columns=list(names) or None)
     return {name: _from_arrow(table[name]) for name in table.column_names}
 
 
 def read_rows(path: Path, rows: slice, *names: str) -> Columns:
     """Columns of a range of rows of a Parquet file: only the row groups that hold them are read."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(here(path)) as file:
         starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
         start, stop, _ = rows.indices(int(starts[-1]))
         groups = np.flatnonzero((starts[1:] > start) & (starts[:-1] < max(stop, start + 1)))
@@ -141,7 +144,7 @@ def read_rows(path: Path, rows: slice, *names: str) -> Columns:
 
 def table_rows(path: Path) -> int:
     """The rows of a Parquet file."""
-    return int(pq.read_metadata(path).num_rows)
+    return int(pq.read_metadata(here(path)).num_rows)
 
 
 def write_columns(path: Path, columns: Columns) -> None:

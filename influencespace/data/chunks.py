@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from influencespace.data.artifacts import atomic_path, write_json
+from influencespace.data.mirror import here, is_file, is_stored
 from influencespace.data.schema import ImageRef, Rejection, Sample
 from influencespace.data.uids import digest, pair_uids
 
@@ -67,17 +68,17 @@ class ChunkFolder:
     @property
     def rows(self) -> int:
         """Of a source that was read to its end."""
-        return int(json.loads(self._closed.read_bytes())["rows"])
+        return int(json.loads(here(self._closed).read_bytes())["rows"])
 
     @property
     def chunks(self) -> list[Path]:
         """Of a source that was read to its end."""
-        return [self.chunk(number) for number in range(json.loads(self._closed.read_bytes())["chunks"])]
+        return [self.chunk(number) for number in range(json.loads(here(self._closed).read_bytes())["chunks"])]
 
     @property
     def done(self) -> bool:
         """Whether all chunks are there."""
-        return self._closed.exists() and all(is_whole(path) for path in self.chunks)
+        return is_file(self._closed) and all(is_whole(path) for path in self.chunks)
 
     @property
     def _closed(self) -> Path:
@@ -185,12 +186,14 @@ def write_sorted(path: Path, pairs: pa.Table, vectors: Sequence[npt.NDArray[Any]
 
 def read_chunk(path: Path) -> pa.Table:
     """The table of a chunk, memory-mapped: columns that are not used are not read."""
-    with pa.memory_map(str(path)) as source:
+    with pa.memory_map(str(here(path))) as source:
         return pa.ipc.open_file(source).read_all()
 
 
 def is_whole(path: Path) -> bool:
     """Whether a chunk is there, with the footer that was written last."""
+    if is_stored(path):  # an object is put whole or not at all
+        return is_file(path)
     with suppress(FileNotFoundError, pa.ArrowInvalid), pa.memory_map(str(path)) as source:
         pa.ipc.open_file(source)
         return True

@@ -17,6 +17,7 @@ from influencespace.data.artifacts import MANIFEST, Manifest, read_manifest
 from influencespace.data.bucket_files import PAIRS_SCHEMA, bucket_folder
 from influencespace.data.chunks import VECTORS, Floats, Halves, vectors_of
 from influencespace.data.images import first_rows
+from influencespace.data.mirror import here
 from influencespace.errors import InputError
 
 Rows = npt.NDArray[np.int64]
@@ -141,13 +142,14 @@ class EmbeddingTable:
     def _file(self, bucket: int) -> Any:
         if bucket not in self._files:
             _bound(self._files)
-            self._files[bucket] = pq.ParquetFile(bucket_folder(self.folder, bucket) / "pairs.parquet")
+            self._files[bucket] = pq.ParquetFile(here(bucket_folder(self.folder, bucket) / "pairs.parquet"))
         return self._files[bucket]
 
     def _vectors(self, bucket: int) -> "tuple[_Stacked, _Stacked]":
         if bucket not in self._maps:
             _bound(self._maps)
-            with pa.memory_map(str(bucket_folder(self.folder, bucket) / "vectors.arrow")) as source:
+            path = here(bucket_folder(self.folder, bucket) / "vectors.arrow")
+            with pa.memory_map(str(path)) as source:
                 table = pa.ipc.open_file(source).read_all()
             self._maps[bucket] = tuple(
                 _Stacked.of(vectors_of(table[name]), self.dimension) for name in VECTORS
@@ -217,7 +219,7 @@ def _concatenated(tables: list[Any], columns: tuple[str, ...]) -> Any:
 def rejected_reasons(folder: Path | str) -> Counter[str]:
     """How many pairs of an embedding artifact were rejected for each reason."""
     counts: Counter[str] = Counter()
-    with pq.ParquetFile(Path(folder) / "rejected.parquet") as file:
+    with pq.ParquetFile(here(Path(folder) / "rejected.parquet")) as file:
         for batch in file.iter_batches(columns=["reason"]):
             counts.update(batch["reason"].to_pylist())
     return counts
@@ -225,5 +227,5 @@ def rejected_reasons(folder: Path | str) -> Counter[str]:
 
 def read_rejected(folder: Path | str) -> Any:
     """The Arrow table of rejected pairs of an embedding artifact: shard, uid, reason."""
-    table: pa.Table = pq.read_table(Path(folder) / "rejected.parquet")
+    table: pa.Table = pq.read_table(here(Path(folder) / "rejected.parquet"))
     return table

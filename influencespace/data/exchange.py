@@ -13,6 +13,7 @@ import numpy as np
 
 from influencespace.core.arrays import IntArray
 from influencespace.core.hashing import hashed
+from influencespace.data.artifacts import remove
 from influencespace.data.buckets import (
     Columns,
     ComputeColumns,
@@ -23,6 +24,7 @@ from influencespace.data.buckets import (
     read_range,
     write_tasks,
 )
+from influencespace.data.mirror import is_file
 
 PARTITION_ROWS = 250_000
 """Rows of a partition, on average: what a task holds of thin columns at once, unless one group is larger."""
@@ -64,7 +66,7 @@ class Exchange:
 
         None where the table is there. What only served the work is removed after the last one.
         """
-        if (self.folder / f"{self.name}.parquet").exists():
+        if is_file(self.folder / f"{self.name}.parquet"):
             return
         ranges = list(buckets_of(self.rows, self.size))
         partitions = [(p, p + 1) for p in range(self.partitions)]
@@ -82,7 +84,7 @@ class Exchange:
             (self.name, self.starts),
         ):
             for start in starts:
-                bucket_path(self.folder, name, start).unlink(missing_ok=True)
+                remove(bucket_path(self.folder, name, start))
 
     @property
     def _sent(self) -> str:

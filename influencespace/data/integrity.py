@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from influencespace.data.artifacts import (
     MANIFEST,
     MISSING,
@@ -14,8 +12,10 @@ from influencespace.data.artifacts import (
     file_digest,
     manifest_or_fault,
     read_manifest,
+    remove_here,
 )
-from influencespace.data.buckets import BUCKETS
+from influencespace.data.buckets import BUCKETS, table_rows
+from influencespace.data.mirror import exists, files_below, is_file, is_stored, size_of, sizes_below
 
 CHEAP = 64 * 2**20
 """Bytes of a folder whose digests are checked before every use, the smallest files first; of the others the size."""
@@ -35,24 +35,36 @@ class Fault:
 def file_fault(path: Path, file: File, *, content: bool = True) -> str | None:
     """What is wrong with a file, without its content or with it; None where it is as it was written."""
     try:
-        if not path.is_file():
-            return "is not a file" if path.exists() else MISSING
-        size = path.stat().st_size
+        if not is_file(path):
+            return "is not a file" if exists(path) else MISSING
+        size = size_of(path)
         if size != file.size:
             return f"has {size:,} bytes, not {file.size:,}"
-        if content and file_digest(path) != file.digest:
+        if content and not _has_digest(path, file.digest):
             return "was changed after it was written"
         return None
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return f"cannot be read ({error.strerror or error})"
+
+
+def _has_digest(path: Path, digest: str) -> bool:
+    if file_digest(path) == digest:
+        return True
+    if not is_stored(path):
+        return False
+    remove_here(path)  # the copy may be at fault, and not the object
+    return file_digest(path) == digest
 
 
 def cheap_faults(folder: Path | str, manifest: Manifest) -> list[Fault]:
     """What is wrong with the files of a finished folder: all by size, by content as far as CHEAP reaches."""
     faults, left = [], CHEAP
+    known = sizes_below(Path(folder)) if is_stored(folder) else {}
     for name, file in sorted(manifest.files.items(), key=lambda item: (item[1].size, item[0])):
         left -= file.size
         path = Path(folder) / name
+        if left < 0 and known.get(name) == file.size:
+            continue
         if what := file_fault(path, file, content=left >= 0):
             faults.append(Fault(path, what))
     return faults
@@ -93,8 +105,8 @@ class DescribeFiles:
 
 def describe(path: Path) -> File:
     """A finished file as it is."""
-    rows = int(pq.read_metadata(path).num_rows) if path.suffix == ".parquet" else None
-    return File(size=path.stat().st_size, digest=file_digest(path), rows=rows)
+    rows = table_rows(path) if path.suffix == ".parquet" else None
+    return File(size=size_of(path), digest=file_digest(path), rows=rows)
 
 
 def describe_tasks(folder: Path) -> list[DescribeFiles]:
@@ -102,8 +114,9 @@ def describe_tasks(folder: Path) -> list[DescribeFiles]:
     tasks: list[DescribeFiles] = []
     names: list[str] = []
     size = 0
+    known = sizes_below(folder) if is_stored(folder) else {}
     for name in artifact_files(folder):
-        more = (folder / name).stat().st_size
+        more = known[name] if name in known else size_of(folder / name)
         if names and size + more > CHEAP:
             tasks.append(DescribeFiles(folder, tuple(names)))
             names, size = [], 0
@@ -114,8 +127,8 @@ def describe_tasks(folder: Path) -> list[DescribeFiles]:
 
 def artifact_files(folder: Path) -> Iterator[str]:
     """The files of an artifact by their relative POSIX paths: all but its manifest, hidden files, and buckets at work."""
-    for path in sorted(folder.rglob("*")):
+    for path in files_below(folder):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_file() and not hidden and relative.parts[0] not in (BUCKETS, MANIFEST):
+        if not hidden and relative.parts[0] not in (BUCKETS, MANIFEST):
             yield relative.as_posix()

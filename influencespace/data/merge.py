@@ -5,7 +5,6 @@ pool, a task holds one bucket's thin columns and some rows of its embeddings.
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +38,7 @@ from influencespace.data.chunks import (
     vectors_of,
     write_sorted,
 )
+from influencespace.data.mirror import here, is_file
 
 Rows = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -79,7 +79,7 @@ class MergeRun:
     out: Path
 
     def __call__(self) -> Path:
-        if not self.out.exists():
+        if not is_file(self.out):
             gathered = _Gathered.of([read_chunk(path) for path in self.chunks])
             order = np.lexsort((digests_of(gathered.table["tie"]), digests_of(gathered.table["key"])))
             pairs = gathered.table.take(pa.array(order))
@@ -111,9 +111,9 @@ class MergeBucket:
         return self.folder / f".{bucket_folder(self.folder, self.number).name}.json"
 
     def __call__(self) -> tuple[int, BucketReport]:
-        if not (self._report.exists() and bucket_folder(self.folder, self.number).exists()):
+        if not is_file(self._report):
             self._write()
-        return self.number, BucketReport(**json.loads(self._report.read_bytes()))
+        return self.number, BucketReport(**json.loads(here(self._report).read_bytes()))
 
     def _write(self) -> None:
         gathered = self._gather(self.chunks)
@@ -127,14 +127,12 @@ class MergeBucket:
         order = np.flatnonzero(kept)
         key, tie = digests_of(pairs["key"]), digests_of(pairs["tie"])
         order = order[np.lexsort((tie[order], key[order]))]
-        out = bucket_folder(self.folder, self.number)
         thin = _thin(pairs.take(pa.array(order)), ordinals[order])
         rejected = pa.concat_tables([_rejected(pairs, ~kept), strangers])
         vectors = [gathered.rows(kind, order) for kind in (0, 1)]
-        aside = out.with_name(f".{out.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        write_bucket_files(aside, thin, vectors, gathered.dimension)
-        pq.write_table(rejected, aside / "rejected.parquet")
+        write_bucket_files(bucket_folder(self.folder, self.number), thin, vectors, gathered.dimension)
+        with atomic_path(rejected_path(self.folder, self.number)) as aside:
+            pq.write_table(rejected, aside)
         report = BucketReport(
             rows_in=len(pairs) + len(strangers),
             rejected=len(rejected),
@@ -144,9 +142,7 @@ class MergeBucket:
             buckets=[len(thin)],
             groups=group_names(thin["group"]),
         )
-        shutil.rmtree(out, ignore_errors=True)
-        aside.rename(out)
-        write_json(self._report, vars(report))
+        write_json(self._report, vars(report))  # last: it says that the bucket is whole
 
     def _gather(self, chunks: Sequence[Path]) -> "_Gathered":
         lower, upper = (_bound(self.number + step, self.count) for step in (0, 1))
@@ -161,9 +157,14 @@ class MergeBucket:
         return _Gathered.of(tables)
 
 
+def rejected_path(folder: Path, number: int) -> Path:
+    """What was rejected of a bucket, while the stage is at work."""
+    return folder / f".{bucket_folder(folder, number).name}-rejected.parquet"
+
+
 def join_rejected(folder: Path, buckets: int) -> int:
     """Write `rejected.parquet` of the whole artifact, shard by shard where they are few; the rows."""
-    paths = [bucket_folder(folder, number) / "rejected.parquet" for number in range(buckets)]
+    paths = [here(rejected_path(folder, number)) for number in range(buckets)]
     rows = sum(int(pq.read_metadata(path).num_rows) for path in paths)
     with atomic_path(folder / "rejected.parquet") as aside:
         if rows <= BUCKET_PAIRS:
@@ -173,8 +174,6 @@ def join_rejected(folder: Path, buckets: int) -> int:
             with pq.ParquetWriter(aside, REJECTED_SCHEMA) as writer:
                 for path in paths:
                     writer.write_table(pq.read_table(path))
-    for path in paths:
-        path.unlink()
     return rows
 
 

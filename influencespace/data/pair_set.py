@@ -17,6 +17,7 @@ from influencespace.data.artifacts import MANIFEST
 from influencespace.data.buckets import Columns
 from influencespace.data.chunks import Floats
 from influencespace.data.embeddings import EmbeddingTable
+from influencespace.data.mirror import here, is_file
 
 UIDS = 131_072  # read at once
 MAX_LENDERS = 65_536  # pairs whose captions are lent to others
@@ -49,7 +50,7 @@ class PairSet:
     def _chosen(self) -> IntArray:
         """By memory map: a range of it costs no more than that range."""
         assert self.rows_file is not None
-        chosen: IntArray = np.load(self.rows_file, mmap_mode="r")
+        chosen: IntArray = np.load(here(self.rows_file), mmap_mode="r")
         return chosen
 
     def place(self, rows: slice | IntArray) -> slice | IntArray:
@@ -167,8 +168,8 @@ def rows_of(pairs: PairSet, uids: Collection[str]) -> dict[str, int]:
 
 def _open(folder: Path, rows_file: Path | None) -> PairSet:
     """A set that came over the wire; one process reads the columns of the same files once."""
-    files = [path for path in (folder / MANIFEST, rows_file) if path is not None and path.exists()]
-    return _opened(folder, rows_file, tuple(path.stat().st_mtime_ns for path in files))
+    files = [path for path in (folder / MANIFEST, rows_file) if path is not None and is_file(path)]
+    return _opened(folder, rows_file, tuple(here(path).stat().st_mtime_ns for path in files))
 
 
 @lru_cache(maxsize=8)

@@ -8,8 +8,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from influencespace.data.artifacts import MANIFEST, Manifest, fingerprint, read_manifest, write_manifest
+from influencespace.data.artifacts import (
+    MANIFEST,
+    Manifest,
+    fingerprint,
+    read_manifest,
+    remove,
+    write_manifest,
+)
 from influencespace.data.integrity import CHEAP, Fault, describe, file_fault
+from influencespace.data.mirror import here
 from influencespace.errors import InputError
 
 CURATED, SUMMARY, REPORT = "curated.parquet", "summary.json", "report.html"
@@ -21,14 +29,14 @@ BATCH_ROWS = 65_536  # of curated.parquet that are read at once
 def forget_results(run: Path) -> None:
     """Remove the results of a run, their manifest first, so that no run is finished by what is about to be replaced."""
     for name in (MANIFEST, *RESULTS):
-        (run / name).unlink(missing_ok=True)
+        remove(run / name)
 
 
 def reopen_results(run: Path) -> list[Fault]:
     """Remove the manifest of the results, which are about to be written; what was wrong with them."""
     manifest = read_manifest(run)
     faults = [] if manifest is None else result_faults(run, manifest)
-    (run / MANIFEST).unlink(missing_ok=True)
+    remove(run / MANIFEST)
     return faults
 
 
@@ -64,7 +72,7 @@ def check_result(run: Path, name: str) -> Path:
 
 def curated_batches(run: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """curated.parquet of a run's folder, some columns or, if none is named, all; raises InputError for an unknown one."""
-    path = check_result(run, CURATED)
+    path = here(check_result(run, CURATED))
     if unknown := set(columns).difference(pq.read_schema(path).names):
         names = ", ".join(pq.read_schema(path).names)
         raise InputError(f"{path} has no column {min(unknown)!r}; it has {names}")
@@ -80,7 +88,7 @@ def read_summary(run: Path | str) -> dict[str, Any]:
     """`summary.json` of a finished run's folder; raises InputError where there is none, or a damaged one."""
     path = Path(run) / SUMMARY
     try:
-        summary = json.loads(path.read_bytes())
+        summary = json.loads(here(path).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{run} holds no finished run (no summary.json). Is it mistyped? A run that was interrupted is finished by the "

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from influencespace.data.artifacts import atomic_path, read_manifest
+from influencespace.data.mirror import here, is_file, is_folder
 from influencespace.data.results import read_summary
 from influencespace.errors import InputError
 from influencespace.report import charts, numbers, strata, table
@@ -62,7 +63,7 @@ def _environment() -> Environment:
 
 def _content(run: Path) -> dict[str, Any]:
     summary, curated = read_summary(run), run / "curated.parquet"
-    if not curated.is_file():
+    if not is_file(curated):
         raise InputError(f"{run} has no curated.parquet: run the same command again to finish the run")
     selection = _best_round(run, summary) / "selection"
     manifest = read_manifest(selection)
@@ -103,13 +104,13 @@ def _best_round(run: Path, summary: Mapping[str, Any]) -> Path:
     """The folder of the round whose subset was taken; the first round is the run folder itself."""
     best = min(summary.get("rounds") or [], key=lambda each: each["target_loss"], default=None)
     folder = run / Path(best["folder"]).name if best else run
-    return folder if re.fullmatch(r"round-\d+", folder.name) and folder.is_dir() else run
+    return folder if re.fullmatch(r"round-\d+", folder.name) and is_folder(folder) else run
 
 
 def _decisions(curated: Path) -> dict[str, int]:
     """Pairs by the reason of their decision: `kept` first, then the most frequent."""
     counts: Counter[str] = Counter()
-    for batch in pq.ParquetFile(curated).iter_batches(BATCH_ROWS, columns=["reason"]):
+    for batch in pq.ParquetFile(here(curated)).iter_batches(BATCH_ROWS, columns=["reason"]):
         for group in pc.value_counts(batch.column("reason")).to_pylist():
             counts[group["values"] or "unknown"] += group["counts"]
     return dict(sorted(counts.items(), key=lambda item: (item[0] != "kept", -item[1], item[0])))
@@ -117,7 +118,7 @@ def _decisions(curated: Path) -> dict[str, int]:
 
 def _strata(path: Path, threshold: float) -> dict[str, Any] | None:
     """Charts of the influence by stratum and the numbers behind them; None where there are none."""
-    rows = pd.read_parquet(path) if path.is_file() else None
+    rows = pd.read_parquet(here(path)) if is_file(path) else None
     quantiles = None if rows is None else strata.influence_by_quantile(rows)
     if rows is None or quantiles is None or quantiles["influence"].isna().all():
         return None
@@ -135,7 +136,7 @@ def _rejected(run: Path, reasons: Mapping[str, int]) -> list[tuple[str, int, lis
     """The reasons by their counts, with examples as (file, uid) from the lists of rejected pairs."""
     listed: dict[str, list[tuple[str, str]]] = {reason: [] for reason in reasons}
     for path in (run / "embed" / role / "rejected.parquet" for role in ROLES if reasons):
-        for batch in pq.ParquetFile(path).iter_batches(BATCH_ROWS) if path.is_file() else ():
+        for batch in pq.ParquetFile(here(path)).iter_batches(BATCH_ROWS) if is_file(path) else ():
             for row in batch.to_pylist():
                 if len(listed.get(row["reason"], [None] * MAX_EXAMPLES)) < MAX_EXAMPLES:
                     listed[row["reason"]].append((row["shard"].rpartition("/")[2], row["uid"]))
@@ -144,7 +145,7 @@ def _rejected(run: Path, reasons: Mapping[str, int]) -> list[tuple[str, int, lis
 
 
 def _config(path: Path) -> str:
-    if not path.is_file():
+    if not is_file(path):
         return ""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with here(path).open(encoding="utf-8", errors="replace") as file:
         return file.read(MAX_CONFIG)

@@ -17,6 +17,7 @@ from influencespace.data.artifacts import read_manifest
 from influencespace.data.buckets import buckets_of
 from influencespace.data.embeddings import EmbeddingTable
 from influencespace.data.images import RejectedImage, decode_image, read_image_bytes
+from influencespace.data.mirror import here
 from influencespace.data.schema import ImageRef
 from influencespace.report.strata import records
 from influencespace.stages.selection.selection import CURATED
@@ -58,7 +59,7 @@ def examples(run: Path, threshold: float = 0.0, margin: float = 0.0) -> dict[str
 def _choose(curated: Path, threshold: float, margin: float) -> dict[str, list[Any]]:
     """CANDIDATES for each group; ties stay in canonical order, which is random order."""
     first: dict[str, list[pd.DataFrame]] = {"best": [], "borderline": [], "worst": []}
-    for batch in pq.ParquetFile(curated).iter_batches(BATCH_ROWS, columns=list(CURATED)):
+    for batch in pq.ParquetFile(here(curated)).iter_batches(BATCH_ROWS, columns=list(CURATED)):
         rows = batch.to_pandas().fillna({"stratum": "", "reason": ""})
         rows = rows.astype({"score": float, "score_se": float})
         ranks = {

@@ -18,6 +18,7 @@ from influencespace.core.histogram import Column, Cut, Goal, carried_out, search
 from influencespace.core.select import KEPT
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import buckets_of, read_rows, table_rows
+from influencespace.data.mirror import here
 from influencespace.data.pair_set import PairSet
 from influencespace.data.results import CURATED, check_result
 from influencespace.data.sorting import sorted_tables
@@ -62,7 +63,7 @@ def clean(run: Run, fraction: float | None) -> Choice:
     name = "auto" if fraction is None else f"{fraction:g}"
     path = run.at("clean") / name / "cleaned.parquet"
     chosen, start, writer = 0, 0, None
-    with atomic_path(path) as aside, pq.ParquetFile(curated) as file:
+    with atomic_path(path) as aside, pq.ParquetFile(here(curated)) as file:
         for batch in file.iter_batches(RANGE):
             table = _cleaned(pa.Table.from_batches([batch]), start, cut)
             writer = writer or pq.ParquetWriter(aside, table.schema)

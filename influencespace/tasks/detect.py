@@ -13,6 +13,7 @@ from influencespace.core.arrays import BoolArray, FloatArray
 from influencespace.core.metrics import auroc, average_precision, precision_recall_at
 from influencespace.data.artifacts import atomic_path, write_json
 from influencespace.data.buckets import read_rows
+from influencespace.data.mirror import here
 from influencespace.data.results import CURATED, check_result
 from influencespace.data.sorting import sorted_tables
 from influencespace.engine.local import Engine
@@ -84,7 +85,7 @@ def detect_run(
 
 def scored_pairs(scores: Path) -> Iterator[pa.Table]:
     """`uid` and `score` of all pairs, in ranges of their order."""
-    with pq.ParquetFile(scores) as file:
+    with pq.ParquetFile(here(scores)) as file:
         for batch in file.iter_batches(RANGE, columns=["uid", "score"]):
             uid, score = batch["uid"].cast(pa.large_string()), batch["score"].cast(pa.float64())
             yield pa.table({"uid": uid, "score": score})

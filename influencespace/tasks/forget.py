@@ -19,6 +19,7 @@ from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.batches import covering_batches
 from influencespace.core.contrastive import info_nce_only
 from influencespace.data.artifacts import atomic_path, fingerprint, write_json
+from influencespace.data.mirror import here
 from influencespace.data.pair_set import rows_of
 from influencespace.engine.local import LocalEngine
 from influencespace.errors import InputError
@@ -268,5 +269,5 @@ def forget_run(
     stage = Forget(removed=removed, unknown=unknown, steps=steps, check=check)
     carry_out(stage, run, LocalEngine())
     folder = run.at(stage.name)
-    result: dict[str, Any] = json.loads((folder / "forget.json").read_text(encoding="utf-8"))
+    result: dict[str, Any] = json.loads(here(folder / "forget.json").read_text(encoding="utf-8"))
     return result | {"paths": {name: str(folder / name) for name in FILES}}

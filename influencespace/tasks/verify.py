@@ -1,6 +1,5 @@
 """Whether all files of a run are as they were written, by every digest and count; and how what is not is made again."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from influencespace import pipeline
 from influencespace.config import RunConfig, load_config, save_config
 from influencespace.data.artifacts import MANIFEST, MISSING, File, Manifest, manifest_or_fault, remove
 from influencespace.data.integrity import Fault, file_fault, is_cheap
+from influencespace.data.mirror import all_below, is_file, is_folder, is_there, listing
 from influencespace.data.results import CONFIG, RESULTS, forget_results
 from influencespace.engine.local import Engine, machine_cores
 from influencespace.engine.progress import progress
@@ -44,7 +44,7 @@ class StoredRun:
     @classmethod
     def open(cls, folder: Path) -> "StoredRun":
         """Raises InputError where there is no run."""
-        if not (folder / CONFIG).is_file() and not (folder / MANIFEST).is_file():
+        if not is_file(folder / CONFIG) and not is_file(folder / MANIFEST):
             raise InputError(f"{folder} holds no run (no {CONFIG}). Is it mistyped?")
         return cls(folder)
 
@@ -90,10 +90,10 @@ class StoredRun:
 
 def _artifacts_in(folder: Path, root: Path) -> Iterator[str]:
     """Folders below one that have a manifest; they may lie elsewhere by links."""
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
+    for path in listing(folder):
+        if not path.name.startswith(".") and is_folder(path):
             name = path.relative_to(root)
-            if os.path.lexists(path / MANIFEST):
+            if is_there(path / MANIFEST):
                 yield name.as_posix()
             elif len(name.parts) < DEPTH:
                 yield from _artifacts_in(path, root)
@@ -110,7 +110,7 @@ def verify_run(folder: Path) -> list[Problem]:
 
 def is_finished(folder: Path) -> bool:
     """Whether a run has got as far as its results."""
-    return any(os.path.lexists(folder / name) for name in (MANIFEST, *RESULTS))
+    return any(is_there(folder / name) for name in (MANIFEST, *RESULTS))
 
 
 def _manifests(run: StoredRun) -> Iterator[Problem]:
@@ -164,15 +164,15 @@ def _counts(run: StoredRun) -> Iterator[Problem]:
 
 def _leftovers(run: StoredRun) -> Iterator[Problem]:
     """Files that no manifest names: half-written ones, and strangers."""
-    for path in sorted(run.folder.glob(".*.tmp")):
+    for path in listing(run.folder, ".*.tmp"):
         yield Problem(fault=Fault(path, "was left half written"))
     for name, manifest in run.artifacts.items():
         if not isinstance(manifest, Manifest) or run.of_commands(name):
             continue
         folder = run.folder / name
-        for path in sorted(folder.rglob("*")):
+        for path in all_below(folder):
             relative = path.relative_to(folder).as_posix()
-            if not path.is_dir() and relative not in (*manifest.files, MANIFEST):
+            if relative not in (*manifest.files, MANIFEST):
                 yield Problem(fault=Fault(path, "is no part of this stage"))
 
 

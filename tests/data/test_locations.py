@@ -6,27 +6,38 @@ import pytest
 from filelock import FileLock
 
 from influencespace.data.exports import export
-from influencespace.data.locations import LOCK, alone_in, local_folder
+from influencespace.data.locations import LOCK, alone_in, folder_of, local_folder
 from influencespace.errors import InputError
 
-URLS = ["s3://bucket/x", "gs://bucket", "memory://x", "file:///tmp/x", "http://host/x", "s3://"]
+URLS = ["https://host/x", "s3::memory://x", "memory://", "memory://a//b", "memory://a/../b", "nothing://x"]
 
 
-@pytest.mark.parametrize("url", [*URLS, *map(Path, URLS)])  # pathlib makes `s3:/bucket` of `s3://bucket`
-def test_a_url_is_refused_and_no_folder_made_of_it(
-    url: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("url", URLS)
+def test_a_url_that_names_no_folder_is_refused_and_no_folder_made_of_it(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"--out s3:|--out gs:|--out memory:|--out file:|--out http:"):
-        local_folder(url, "--out")
-    with pytest.raises(InputError, match="give a local or mounted folder"):
+    with pytest.raises(InputError, match=r"--out .*(cannot be written to|names no folder|is no storage)"):
+        folder_of(url, "--out")
+    with pytest.raises(InputError, match="--out"):
         export(tmp_path, "npy", url)
     assert not list(tmp_path.iterdir())
 
 
+def test_what_stays_on_this_machine_takes_no_url() -> None:
+    for url in ("memory://x", Path("s3://bucket/x")):  # pathlib makes `s3:/bucket` of `s3://bucket`
+        with pytest.raises(InputError, match=r"it is small\. Give a local or mounted folder"):
+            local_folder(url, "--out", "it is small")
+
+
 @pytest.mark.parametrize("path", ["out", "/tmp/out", "a:b/c", "../out", "C:/out", "~/out", "."])
 def test_paths_are_folders(path: str) -> None:
-    assert local_folder(path, "--out") == local_folder(Path(path), "--out") == Path(path)
+    assert folder_of(path, "--out") == folder_of(Path(path), "--out") == Path(path)
+    assert local_folder(path, "--out", "") == Path(path)
+
+
+def test_a_url_of_this_machine_is_its_folder() -> None:
+    assert folder_of("file:///tmp/x", "--out") == folder_of(Path("file:///tmp/x"), "--out") == Path("/tmp/x")
 
 
 def test_a_folder_is_held_against_other_processes_and_is_free_again(tmp_path: Path) -> None:

@@ -119,18 +119,18 @@ def test_a_group_share_over_several_rounds_is_refused(
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_a_url_is_no_folder_to_write_into(
+def test_a_page_is_no_folder_to_write_into(
     influencespace: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    line = error_of(influencespace(*arguments, "--out", "s3://bucket/folder"))
-    assert line.startswith("error: --out s3://bucket/folder: URLs cannot be written to")
+    line = error_of(influencespace(*arguments, "--out", "https://host/folder"))
+    assert line.startswith("error: --out https://host/folder: ")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["show", "score", "clean"])
-def test_a_run_is_not_looked_for_behind_a_url(influencespace: Command, command: str) -> None:
-    assert "URLs cannot be written to" in error_of(influencespace(command, "s3://bucket/run"))
+def test_a_run_is_not_looked_for_behind_a_page(influencespace: Command, command: str) -> None:
+    assert "cannot be written to" in error_of(influencespace(command, "https://host/run"))
 
 
 QUICK = """

@@ -10,7 +10,7 @@ from influencespace.data.exports.npy import export_npy
 from influencespace.data.exports.parquet import write_parquet
 from influencespace.data.exports.selection import FinishedRun
 from influencespace.data.exports.webdataset import write_webdataset
-from influencespace.data.locations import local_folder
+from influencespace.data.locations import folder_of
 from influencespace.errors import InputError
 
 SHARDED = {"webdataset": (".tar", write_webdataset), "parquet": (".parquet", write_parquet)}
@@ -28,7 +28,7 @@ def export(
     """Write the kept pairs of a finished run to the folder `out` in format `to`; continues where it stopped.
 
     `shard_size` is the number of pairs in a file, `advance` is called with how many more pairs are written. Raises
-    InputError for an unknown format, a run that is missing or not finished, a URL or a folder that holds other files
+    InputError for an unknown format, a run that is missing or not finished, a folder that holds other files
     as `out`, and source files that are gone.
     """
     if to not in FORMATS:
@@ -37,8 +37,8 @@ def export(
         raise InputError(f"unknown export format {to!r}, expected one of {', '.join(FORMATS)}.{hint}")
     if shard_size < 1:
         raise InputError(f"shard_size is {shard_size}: a file needs at least one pair")
-    folder = local_folder(out, "--out")
-    finished = FinishedRun.open(run)
+    folder = folder_of(out, "--out")
+    finished = FinishedRun.open(folder_of(run, "RUN"))
     if to == "npy":
         return export_npy(finished, folder, advance)
     suffix, write = SHARDED[to]

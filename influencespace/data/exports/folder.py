@@ -15,6 +15,7 @@ from influencespace.data.artifacts import (
     fingerprint,
     installed_versions,
     read_manifest,
+    remove,
     reopen,
     write_json,
     write_manifest,
@@ -23,6 +24,7 @@ from influencespace.data.exports.pictures import read_pictures
 from influencespace.data.exports.selection import FinishedRun, Selection, select
 from influencespace.data.integrity import describe, file_fault, is_done
 from influencespace.data.locations import LOCK, alone_in
+from influencespace.data.mirror import exists, here, is_folder, listing
 from influencespace.data.schema import ImageRef
 from influencespace.errors import InputError
 
@@ -65,7 +67,7 @@ def write_once(
         try:
             return _write_once(run, out, kind, options, write, advance)
         finally:
-            (out / LOCK).unlink()
+            (out / LOCK).unlink(missing_ok=True)
 
 
 def _write_once(
@@ -125,7 +127,7 @@ def write_shards(
                 stop = min(start + shard_size, len(pairs))
                 path = out / f"{shard:08d}{suffix}"
                 if (file := _finished(path, mine)) is None:
-                    _stats(path).unlink(missing_ok=True)
+                    remove(_stats(path))
                     with atomic_path(path) as aside:
                         write_shard(aside, _read(pairs, start, stop))
                     file = _record(path, mine, stop - start)
@@ -162,7 +164,7 @@ def _record(path: Path, mine: str, count: int) -> File:
 def _finished(path: Path, mine: str) -> File | None:
     """A file that an earlier export of the same pairs finished, where it still is what was recorded of it, else None."""
     try:
-        stats = json.loads(_stats(path).read_bytes())
+        stats = json.loads(here(_stats(path)).read_bytes())
         file = File(size=stats["bytes"], digest=stats["digest"], rows=stats["rows"])
         whole = stats["fingerprint"] == mine and file_fault(path, file) is None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -172,15 +174,15 @@ def _finished(path: Path, mine: str) -> File | None:
 
 def _claim(out: Path, kind: str) -> None:
     """Claim the folder for exports of this kind, so that nothing of anyone else's is ever overwritten."""
-    if out.exists() and not out.is_dir():
+    if exists(out) and not is_folder(out):
         raise InputError(f"{out} is a file; an export is a folder. Name another.")
     try:
-        theirs = json.loads((out / CLAIM).read_bytes())["kind"]
+        theirs = json.loads(here(out / CLAIM).read_bytes())["kind"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         theirs = None
     if theirs == kind:
         return
-    if theirs or (out.is_dir() and any(out.iterdir())):
+    if theirs or listing(out):
         what = f"an export to {theirs}" if theirs else "other files"
         raise InputError(f"{out} holds {what}: name a new or empty folder for this export to {kind}")
     write_json(out / CLAIM, {"kind": kind})
@@ -188,7 +190,7 @@ def _claim(out: Path, kind: str) -> None:
 
 def _discard(out: Path, count: int) -> None:
     """Remove the files beyond the first `count`, of an earlier and larger export."""
-    for path in out.iterdir():
+    for path in listing(out):
         number = re.fullmatch(r"(\d{8,})(_stats\.json|\.tar|\.parquet)", path.name)
         if number and int(number[1]) >= count:
-            path.unlink()
+            remove(path)

@@ -15,6 +15,7 @@ from influencespace.data.artifacts import file_digest, read_manifest
 from influencespace.data.bucket_files import PAIRS_SCHEMA
 from influencespace.data.buckets import buckets_of
 from influencespace.data.embeddings import EmbeddingTable
+from influencespace.data.mirror import here, is_file, is_folder
 from influencespace.data.schema import PLACE
 from influencespace.errors import InputError
 
@@ -42,12 +43,12 @@ class FinishedRun:
     def open(cls, folder: Path | str) -> "FinishedRun":
         """The run in `folder`; raises InputError when there is none, or it is not finished."""
         folder = Path(folder)
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise InputError(
                 f"{folder}: no such run folder. Is it mistyped? Give the folder that --out of the run named."
             )
         run = cls(folder / "curated.parquet", folder / "embed" / "pool")
-        if not run.curated.is_file() or read_manifest(run.pool) is None:
+        if not is_file(run.curated) or read_manifest(run.pool) is None:
             raise InputError(
                 f"{folder} holds no finished run (no curated.parquet, or no finished embed/pool). "
                 "Repeat the command that started it to finish it."
@@ -94,7 +95,7 @@ class FinishedRun:
 
     def _kept(self, *columns: str) -> Iterator[Any]:
         try:
-            file = pq.ParquetFile(self.curated)
+            file = pq.ParquetFile(here(self.curated))
         except pa.ArrowInvalid as error:
             raise InputError(f"{self.curated} is damaged ({error}): remove it and run again") from None
         if missing := [name for name in columns if name not in file.schema_arrow.names]:

@@ -4,14 +4,13 @@ Two steps. *Ingest* reads every shard once: readers decode, resize and tokenise,
 *Merge* sorts the chunks' pairs into buckets, one task each. The driver sees shards, chunks and counts, but never pairs.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from influencespace.data.artifacts import fingerprint, folder_digest
+from influencespace.data.artifacts import fingerprint, folder_digest, remove
 from influencespace.data.bucket_files import BUCKET_PAIRS, buckets_for
 from influencespace.data.chunks import ChunkFolder, dimension_of
 from influencespace.data.images import decoding_bytes
@@ -229,7 +228,7 @@ class Embed(Stage):
 
     def tidy(self, run: Run) -> None:
         if not run.config.embed.keep_chunks:
-            shutil.rmtree(self.chunks(run), ignore_errors=True)
+            remove(self.chunks(run))
 
 
 def _paths(sources: Sequence[ChunkFolder]) -> list[Path]:

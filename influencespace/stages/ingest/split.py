@@ -17,6 +17,7 @@ from influencespace.core.batches import folds_by_image
 from influencespace.core.hashing import fold_of
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import buckets_of
+from influencespace.data.mirror import is_file
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import STRICT, InputError
 from influencespace.run import Details, Run, Stage, Workers
@@ -188,7 +189,7 @@ def pair_sets(run: Run) -> dict[str, PairSet]:
     files = {role: out / f"{role}.npy" for role in ROLES}
     return {
         role: PairSet(
-            Path(os.path.abspath(out / source[role])), files[role] if files[role].exists() else None
+            Path(os.path.abspath(out / source[role])), files[role] if is_file(files[role]) else None
         )
         for role in ROLES
     }

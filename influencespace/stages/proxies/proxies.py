@@ -1,6 +1,5 @@
 """The proxies stage: one proxy on all pairs, one for each fold by image, and every pair's quality by both."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.batches import blocks_of
 from influencespace.core.hashing import fold_of
-from influencespace.data.artifacts import atomic_path
+from influencespace.data.artifacts import copy_file
 from influencespace.data.buckets import Columns
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.filters import clip_score, neg_clip_loss
@@ -190,8 +189,7 @@ class Proxies(Stage):
                 break
             best = longer
         # a copy: a run that is killed later finds again what was trained, and files with a dot are no part of the artifact
-        with atomic_path(Proxy(workers.folder, ALL).path) as aside:
-            shutil.copyfile(Proxy(workers.folder, best["name"]).path, aside)
+        copy_file(Proxy(workers.folder, best["name"]).path, Proxy(workers.folder, ALL).path)
         by_steps = {str(steps): loss for steps, loss in losses.items()}
         return best | {"name": ALL, "target_loss_by_steps": by_steps}
 

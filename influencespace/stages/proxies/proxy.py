@@ -17,6 +17,7 @@ from torch import Tensor
 
 from influencespace.core.arrays import IntArray
 from influencespace.data.artifacts import atomic_path
+from influencespace.data.mirror import here, is_file
 from influencespace.data.pair_set import PairSet
 from influencespace.errors import STRICT
 from influencespace.estimators.influence import NegativeBatch
@@ -107,17 +108,17 @@ class Proxy:
     @property
     def record(self) -> dict[str, Any] | None:
         """What its training recorded, with its seconds while the stage is at work; None where it is not trained."""
-        if not self.path.exists():
+        if not is_file(self.path):
             return None
-        with safe_open(self.path, "pt") as file:
+        with safe_open(here(self.path), "pt") as file:
             record: dict[str, Any] = json.loads(file.metadata()["record"])
-        if self._seconds.exists():
-            record["seconds"] = float(self._seconds.read_text())
+        if is_file(self._seconds):
+            record["seconds"] = float(here(self._seconds).read_text())
         return record
 
     @cached_property
     def _state(self) -> dict[str, Tensor]:
-        return load_file(self.path)
+        return load_file(here(self.path))
 
     @cached_property
     def heads(self) -> Heads:
@@ -154,7 +155,8 @@ class Proxy:
         self, trained: Trained, bank: Sequence[IntArray], record: Mapping[str, Any], seconds: float
     ) -> None:
         """One file: heads, the trainer's response, the bank, the record."""
-        self._seconds.write_text(str(seconds))
+        with atomic_path(self._seconds) as aside:
+            aside.write_text(str(seconds))
         state = {
             "image": trained.heads.image.detach(),
             "text": trained.heads.text.detach(),

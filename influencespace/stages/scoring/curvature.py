@@ -27,6 +27,7 @@ from influencespace.data.buckets import (
     read_bucket,
     write_tasks,
 )
+from influencespace.data.mirror import here, is_file
 from influencespace.engine.placement import Resources
 from influencespace.estimators.problem import Directional
 from influencespace.run import Details, Run, Stage, Workers
@@ -87,8 +88,8 @@ class SketchProxy:
     def __call__(self) -> dict[str, Any]:
         proxy = proxy_name(self.fold)
         path = sketch_path(self.folder, proxy, self.rank)
-        if path.exists():
-            with safe_open(path, "pt") as file:
+        if is_file(path):
+            with safe_open(here(path), "pt") as file:
                 done: dict[str, Any] = json.loads(file.metadata()["record"])
             return done
         problem = self.inputs.problem(self.fold, path=False)
@@ -126,7 +127,9 @@ class SolveDirections:
 
     def __call__(self, start: int, stop: int) -> Columns:
         problem = self.inputs.problem(self.fold, path=False)
-        tensors = {name: value.to(problem.preconditioner) for name, value in load_file(self.sketch).items()}
+        tensors = {
+            name: value.to(problem.preconditioner) for name, value in load_file(here(self.sketch)).items()
+        }
         sketch = Sketch(U=tensors["U"], lam=tensors["eigenvalues"]) if "U" in tensors else None
         solution = self.estimator.solution(problem, tensors["gradients"][start:stop], sketch)
         return {
@@ -157,7 +160,7 @@ class JoinDirections:
             "residual": float(column["residual"].max()),
         }
         tensors = {"directions": torch.from_numpy(column["directions"])}
-        with safe_open(self.sketch, "pt") as file:
+        with safe_open(here(self.sketch), "pt") as file:
             if "eigenvalues" in file.keys():  # noqa: SIM118 - it is no mapping
                 tensors["eigenvalues"] = file.get_tensor("eigenvalues")
         with atomic_path(self.folder / f"{proxy}.safetensors") as aside:
@@ -167,7 +170,7 @@ class JoinDirections:
 
 def directions_of(folder: Path, proxy: str) -> Tensor:
     """Solved directions of a proxy, one for each fold of the target: (F, p)."""
-    return load_file(folder / f"{proxy}.safetensors")["directions"]
+    return load_file(here(folder / f"{proxy}.safetensors"))["directions"]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from influencespace.core.fairness import disadvantage, group_means
 from influencespace.core.ridge import Ridge, fit_ridge
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, read_bucket, read_columns
+from influencespace.data.mirror import here
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.influence import sketch_curvature
 from influencespace.estimators.problem import Directional, Problem, mean_of_known
@@ -132,7 +133,7 @@ class ScoreForGroups:
 def _scorer(score: ScoreForGroups, inputs: ScoringInputs) -> Any:
     """Made once by each worker, with all that it computes of the bank."""
     direction, problem = (
-        load_file(score.folder / "direction.safetensors")["direction"],
+        load_file(here(score.folder / "direction.safetensors"))["direction"],
         inputs.problem(path=False),
     )
     return score.estimator.scorer(problem, direction.to(problem.space.like.device))
@@ -172,7 +173,7 @@ class PredictForGroups:
     folder: Path
 
     def __call__(self, start: int, stop: int) -> Columns:
-        values = np.load(self.folder / "ridge.npz")
+        values = np.load(here(self.folder / "ridge.npz"))
         fitted = Ridge(
             centre=values["centre"],
             coefficients=values["coefficients"],

@@ -15,6 +15,7 @@ from influencespace.core.arrays import FloatArray
 from influencespace.core.quality import find_quantiles
 from influencespace.core.strata import balance
 from influencespace.data.buckets import Columns, read_columns, write_columns
+from influencespace.data.mirror import here
 from influencespace.errors import STRICT, InputError
 from influencespace.estimators.problem import Batch, Directional, Scorer, mean_of_known
 from influencespace.run import Details, Run, Stage, Workers
@@ -117,9 +118,9 @@ class ScoreSample:
     sample: Path
 
     def __call__(self, inputs: ScoringInputs, start: int, stop: int) -> Columns:
-        rows = np.load(self.sample)[start:stop]
+        rows = np.load(here(self.sample))[start:stop]
         if self.kind == "caption_control":
-            captions_of = np.load(self.sample.with_name("permuted_captions.npy"))[start:stop]
+            captions_of = np.load(here(self.sample.with_name("permuted_captions.npy")))[start:stop]
             out = inputs.out_of_fold(self.scorers, rows, captions_of)[0]
             return {"pair": rows, "influence_out": mean_of_known(out)}
         own, negative, values = self.scorers.roles(None, inputs.batch(rows))

@@ -17,6 +17,7 @@ from influencespace.core.arrays import IntArray
 from influencespace.core.contrastive import contrastive_loss
 from influencespace.data.buckets import Columns, read_rows
 from influencespace.data.images import RejectedImage, decode_image
+from influencespace.data.mirror import here
 from influencespace.data.pair_set import PairSet
 from influencespace.data.raw_media import RawMedia
 from influencespace.errors import InputError
@@ -83,8 +84,8 @@ class ThroughTowers:
 
     def scorer(self) -> RoleScorer:
         """The closed forms on stored tangents."""
-        record = json.loads(self.record.read_text(encoding="utf-8"))
-        tangents = load_file(self.of_bank)
+        record = json.loads(here(self.record).read_text(encoding="utf-8"))
+        tangents = load_file(here(self.of_bank))
         bank = [
             NegativeBatch(
                 inputs=(tangents[f"images{number}"], tangents[f"texts{number}"]),
@@ -137,7 +138,7 @@ class TowerWorker:
 
     @cached_property
     def differences(self) -> TowerTangents:
-        solved = load_file(self.inputs.direction)
+        solved = load_file(here(self.inputs.direction))
         directions = solved["directions"].to(self.space.like)
         return TowerTangents(self.space, directions, solved["steps"])
 

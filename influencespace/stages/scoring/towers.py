@@ -20,6 +20,7 @@ from influencespace.core.arrays import IntArray
 from influencespace.core.contrastive import Sigmoid, contrastive
 from influencespace.data.artifacts import atomic_path, write_json
 from influencespace.data.buckets import Columns, buckets_of
+from influencespace.data.mirror import here, is_file
 from influencespace.data.pair_set import PairSet
 from influencespace.data.raw_media import in_order_of_files, pictures_at, refs_of
 from influencespace.data.schema import PLACE
@@ -61,7 +62,7 @@ class SolveDirection:
 
     def __call__(self, worker: TowerWorker) -> None:
         inputs = worker.inputs
-        if inputs.record.exists():
+        if is_file(inputs.record):
             return
         problem = worker.problem(self.memory)
         scorer = fitted(self.estimator.fit(problem), _no_pass)
@@ -208,7 +209,7 @@ class ScoreThroughTowers(Stage):
         with scoring_pass(workers, inputs, size, rows) as scoring:
             starts = scoring.write("score", ScoreColumn(inputs.scorer()), range(rows))
         without = workers.once(JoinScores(run.pool, workers.folder, starts))
-        record = json.loads(inputs.record.read_text(encoding="utf-8"))
+        record = json.loads(here(inputs.record).read_text(encoding="utf-8"))
         return Details(rows_in=rows, rows_out=rows, details=self.config.details(without) | record)
 
     def _map_tangents(self, inputs: ThroughTowers, workers: Workers) -> None:

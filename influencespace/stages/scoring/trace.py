@@ -17,6 +17,7 @@ from influencespace.core.arrays import IntArray
 from influencespace.core.projection import TwoSided
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import buckets_of
+from influencespace.data.mirror import here, is_file, listing
 from influencespace.engine.local import run_task
 from influencespace.errors import STRICT
 from influencespace.estimators.ecif import sketch_of
@@ -190,7 +191,7 @@ class IndexRange:
     def __call__(self, inputs: ScoringInputs, rows: RowRange) -> int:
         start, stop = rows
         path = shard_path(self.folder, start)
-        if not path.exists():
+        if not is_file(path):
             batch = inputs.batch(np.arange(start, stop))
             gradients = self.gradients(batch.inputs, batch.image)
             known = torch.isfinite(gradients).all(1)
@@ -217,7 +218,7 @@ class GradientIndex(Stage):
     def work(self, run: Run, workers: Workers) -> Details:
         inputs, out = ScoringInputs.of(run), workers.folder
         problem = inputs.problem(path=False)
-        if not (out / SIDES).exists():
+        if not is_file(out / SIDES):
             sides = [(p.A, p.B) for p in index_space(problem, self.config.index_dimension).projections]
             _save(
                 out / SIDES, {f"{i}.{side}": m for i, both in enumerate(sides) for side, m in zip("AB", both)}
@@ -249,12 +250,12 @@ class SearchShard:
         return f"search in {self.path.name}"
 
     def __call__(self) -> Candidates:
-        shard = load_file(self.path)
+        shard = load_file(here(self.path))
         return largest_products(shard["gradient"], shard["row"].numpy(), self.vectors, self.count)
 
 
 def _search(index: Path, vectors: Tensor, count: int, workers: Workers) -> Candidates:
-    shards = sorted(index.glob("gradients-*.safetensors"))
+    shards = listing(index, "gradients-*.safetensors")
     tasks = [SearchShard(path=path, vectors=vectors, count=count) for path in shards]
     first, *others = workers.engine.map(run_task, tasks, workers=workers.cores)
     result: Candidates = first
@@ -269,14 +270,14 @@ def shard_path(folder: Path, start: int) -> Path:
 
 def load_rows(path: Path) -> IntArray:
     """Rows of the pool that a shard of the index holds."""
-    with safe_open(path, "pt") as file:
+    with safe_open(here(path), "pt") as file:
         rows: IntArray = file.get_tensor("row").numpy()
     return rows
 
 
 def _reduced(problem: Problem, index: Path) -> ReducedSpace:
     """The space of a stored index."""
-    sides = load_file(index / SIDES)
+    sides = load_file(here(index / SIDES))
     projections = [
         TwoSided(A, B) for A, B in ((sides[f"{i}.A"], sides[f"{i}.B"]) for i in range(len(sides) // 2))
     ]

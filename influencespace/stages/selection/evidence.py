@@ -21,6 +21,7 @@ from influencespace.core.strata import (
     weighted_deviation,
 )
 from influencespace.data.buckets import Columns, read_columns, read_rows
+from influencespace.data.mirror import here
 from influencespace.run import Run
 from influencespace.stages.scoring.sampling import FACTS
 
@@ -56,7 +57,7 @@ class Evidence:
 
     @cached_property
     def facts(self) -> dict[str, int]:
-        facts: dict[str, int] = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))
+        facts: dict[str, int] = json.loads(here(self.folder / FACTS).read_text(encoding="utf-8"))
         return facts
 
     @property

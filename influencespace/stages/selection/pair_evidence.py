@@ -16,6 +16,7 @@ from influencespace.core.select import SelectionConfig, Subset, spread_by
 from influencespace.core.strata import rank_within
 from influencespace.data.artifacts import write_json
 from influencespace.data.buckets import Columns, buckets_of, read_rows, table_rows
+from influencespace.data.mirror import here, is_file
 from influencespace.run import Run, Workers
 from influencespace.stages.passes import RANGE, Read, looped, range_passes
 from influencespace.stages.selection.evidence import CarriedOver, Evidence
@@ -37,7 +38,7 @@ class PairEvidence:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        facts: dict[str, Any] = json.loads((self.folder / "evidence.json").read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads(here(self.folder / "evidence.json").read_text(encoding="utf-8"))
         return facts
 
     @cached_property
@@ -196,7 +197,7 @@ class EvidenceOfRange:
         scores = read_rows(self.folder / f"{self.joint}.parquet", rows, "score", "score_se")
         groups = self.run.at("fairness") / "groups.parquet"
         for_groups = (
-            read_rows(groups, rows, "influence")["influence"] if groups.exists() else np.zeros(stop - start)
+            read_rows(groups, rows, "influence")["influence"] if is_file(groups) else np.zeros(stop - start)
         )
         strata = read_rows(self.run.at("influence") / "strata.parquet", rows, "pretrained", "group")
         values = (
@@ -257,7 +258,7 @@ def _fit(evidence: Evidence) -> tuple[CarriedOver, float, int]:
 
 def _write_facts(run: Run, folder: Path, unit: float, spreads: tuple[Moments, Moments]) -> None:
     worst = None
-    if (run.at("fairness") / "groups.parquet").exists():
+    if is_file(run.at("fairness") / "groups.parquet"):
         losses = [group["loss"] for group in run.manifest("fairness").details["groups"]]
         worst = int(np.argmax(losses))
     predicted, pretrained = map(vars, spreads)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influencespace.data.mirror import arrow_storage, is_file
 from influencespace.engine.placement import share
 from influencespace.models.training import Alone, Exchange
 from influencespace.run import Workers
@@ -72,7 +73,8 @@ def _fit(left: Sequence[TrainProxy], sharing: int, workers: Workers) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    engine, storage = workers.engine, workers.folder / ".ray"
+    engine = workers.engine
+    storage, filesystem = arrow_storage(workers.folder / ".ray")
     need = workers.heavy(cpus=0, memory=training_memory(left[0].pool))
     # all must find a place at once; on a cluster the job's own driver may hold a core
     free = engine.cores - (engine.cores_per_task < engine.cores)
@@ -94,7 +96,8 @@ def _fit(left: Sequence[TrainProxy], sharing: int, workers: Workers) -> None:
         torch_config=TorchConfig(backend="gloo"),
         run_config=ray.train.RunConfig(
             name=f"train-{time.time_ns()}",
-            storage_path=str(storage.absolute()),
+            storage_path=storage,
+            storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=LOST_WORKERS),
         ),
     )
@@ -129,7 +132,7 @@ def _watching(trainings: Sequence[TrainProxy], advance: Callable[[int], None]) -
         seen = 0
         while True:
             last = ended.wait(1.0)
-            done = sum(one.proxy.path.exists() for one in trainings)
+            done = sum(is_file(one.proxy.path) for one in trainings)
             advance(done - seen)
             seen = done
             if last:

@@ -1,0 +1,198 @@
+"""A run whose data and folder lie in an object store: the same results, whatever machine works and whatever fails meanwhile."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command, command_line, run_arguments, run_here
+
+from influencespace.data.artifacts import file_digest, read_manifest
+from influencespace.data.integrity import is_done
+from influencespace.data.locations import folder_of
+from influencespace.data.mirror import files_below, here, is_file, listing
+from influencespace.data.stores import filesystem
+from influencespace.engine import attempts
+from influencespace.stages.ingest.shards import ROLES
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def shards(bucket: str, world: Path) -> str:
+    """The URL of the small world's data."""
+    for role in ROLES:
+        filesystem("s3").put(f"{world / role}/", f"{bucket}/world/{role}/", recursive=True)
+    return f"{bucket}/world"
+
+
+@pytest.fixture
+def storage(s3: Any, environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The environment of commands that work in the store."""
+    return environment | s3.environment | {"INFLUENCESPACE_MIRROR": str(tmp_path / "machine")}
+
+
+def arguments_of(world: Path, shards: str, out: str) -> list[str]:
+    """The command that curates the small world's data there into a folder there."""
+    arguments = [str(argument) for argument in run_arguments(world, Path("OUT"))]
+    roles = {str(world / role): f"{shards}/{role}" for role in ROLES}
+    return [{"OUT": out}.get(one, roles.get(one, one)) for one in arguments]
+
+
+def done(arguments: list[str], environment: dict[str, str]) -> str:
+    """What a command printed that ended well."""
+    ended = subprocess.run(
+        command_line(*arguments), env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
+
+
+def curated(url: str) -> str:
+    return file_digest(folder_of(url, "RUN") / "curated.parquet")
+
+
+@pytest.fixture(scope="module")
+def by_loop(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same job on this machine alone."""
+    out = tmp_path_factory.mktemp("loop") / "run"
+    run_here(world, out)
+    return out
+
+
+def stages_of(run: Path) -> dict[str, str]:
+    """The content of every finished stage."""
+    manifests = [
+        path.parent for path in files_below(run) if path.name == "manifest.json" and path.parent != run
+    ]
+    found = {folder.relative_to(run).as_posix(): read_manifest(folder) for folder in manifests}
+    return {name: manifest.content for name, manifest in found.items() if manifest is not None}
+
+
+@pytest.fixture
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every task is done as if on a machine of its own: what lies here is gone when one begins."""
+    attempt, tasks = attempts.Worker.attempt, list[str]()
+
+    def elsewhere(worker: attempts.Worker, task: Any, *shared: Any) -> attempts.TaskResult:
+        shutil.rmtree(tmp_path / "machine", ignore_errors=True)
+        tasks.append(attempts.brief(task))
+        return attempt(worker, task, *shared)
+
+    monkeypatch.setattr(attempts.Worker, "attempt", elsewhere)
+    return tasks
+
+
+def test_a_task_needs_nothing_that_another_left_on_its_machine(
+    world: Path, bucket: str, by_loop: Path, machines: list[str]
+) -> None:
+    run_here(world, folder_of(f"{bucket}/run", "--out"))
+    assert len(machines) > 20
+    run = folder_of(f"{bucket}/run", "RUN")
+    assert curated(f"{bucket}/run") == file_digest(by_loop / "curated.parquet")
+    stages = stages_of(run)
+    assert stages == stages_of(by_loop)
+    for name in stages:
+        manifest = read_manifest(run / name)
+        assert manifest is not None
+        assert is_done(run / name, manifest.fingerprint)
+    left = {path.relative_to(run).as_posix() for path in files_below(run)}
+    assert left == {path.relative_to(by_loop).as_posix() for path in files_below(by_loop)} - {".lock"}
+
+
+def test_a_busy_store_changes_no_result(world: Path, s3: Any, bucket: str, by_loop: Path) -> None:
+    s3.every, before = 31, s3.refused
+    try:
+        run_here(world, folder_of(f"{bucket}/run", "--out"))
+    finally:
+        s3.every = 0
+    assert s3.refused - before > 10
+    assert curated(f"{bucket}/run") == file_digest(by_loop / "curated.parquet")
+
+
+def test_commands_work_on_a_run_in_a_store(
+    world: Path, shards: str, bucket: str, finished: Path, storage: dict[str, str], tmp_path: Path
+) -> None:
+    """Data, run folder and export; the commands afterwards on another machine."""
+    out = f"{bucket}/runs/mine"
+    printed = done(arguments_of(world, shards, out), storage)
+    assert f"{out}/report.html" in printed
+    assert "influencespace-mirror" not in printed
+    assert curated(out) == file_digest(finished / "curated.parquet")
+    elsewhere = storage | {"INFLUENCESPACE_MIRROR": str(tmp_path / "elsewhere")}
+    assert f"{out}/report.html" in done(["show", out], elsewhere)
+    assert f"{out}: every file is as it was written" in done(["verify", out], elsewhere)
+    export = ["export", out, "--to", "webdataset", "--out", f"{bucket}/export", "--shard-size", "100"]
+    assert f"pairs written to {bucket}/export" in done(export, elsewhere)
+    tars = listing(folder_of(f"{bucket}/export", "--out"), "*.tar")
+    assert len(tars) > 1
+    assert done(export, storage)  # there already
+    again = [str(tmp_path / "local") if one == f"{bucket}/export" else one for one in export]
+    done(again, storage)
+    assert [file_digest(path) for path in tars] == [
+        file_digest(path) for path in listing(tmp_path / "local", "*.tar")
+    ]
+    assert f"{out}/detect/" in done(["detect", out], elsewhere)
+    assert is_file(folder_of(out, "RUN") / "detect" / "pooled" / "detect.json")
+    text = b"".join(
+        here(path).read_bytes()
+        for path in files_below(folder_of(out, "RUN"))
+        if path.suffix in (".json", ".yaml", ".html")
+    )
+    assert storage["AWS_SECRET_ACCESS_KEY"].encode() not in text
+    assert b"influencespace-mirror" not in text
+
+
+def test_what_is_damaged_in_a_store_is_made_again(
+    world: Path, bucket: str, by_loop: Path, influencespace: Command, storage: dict[str, str]
+) -> None:
+    out = f"{bucket}/run"
+    run = folder_of(out, "--out")
+    run_here(world, run)
+    filesystem("s3").pipe_file(f"{out}/selection/curated.parquet", b"damaged")
+    verify = subprocess.run(
+        command_line("verify", out), env=storage, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert verify.returncode == 1
+    assert f"{out}/selection/curated.parquet has 7 bytes" in verify.stdout
+    done(["repair", out], storage)
+    assert file_digest(run / "selection" / "curated.parquet") == file_digest(by_loop / "curated.parquet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["embed/pool", "proxies", "selection"])
+def test_a_killed_run_is_finished_by_another_machine_and_a_second_one_is_refused(
+    world: Path, shards: str, bucket: str, finished: Path, storage: dict[str, str], tmp_path: Path, stage: str
+) -> None:
+    out = f"{bucket}/run"
+    arguments = arguments_of(world, shards, out)
+    driver = subprocess.Popen(
+        command_line(*arguments),
+        env=storage,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    folder = folder_of(out, "RUN") / stage
+    deadline = time.monotonic() + 400
+    while not listing(folder.parent, f".{folder.name}-*"):
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    elsewhere = storage | {"INFLUENCESPACE_MIRROR": str(tmp_path / "elsewhere")}
+    second = subprocess.run(
+        command_line(*arguments), env=elsewhere, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert second.returncode == 2
+    assert f"another command is working in {out} (process {driver.pid} on " in second.stderr
+    assert driver.poll() is None
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert not is_file(folder_of(out, "RUN") / "curated.parquet")
+    done(arguments, elsewhere)
+    assert curated(out) == file_digest(finished / "curated.parquet")
+    assert not listing(folder_of(out, "RUN"), ".*")
