@@ -147,6 +147,7 @@ def test_commands_work_on_a_run_in_a_store(
     assert b"influencespace-mirror" not in text
 
 
+@pytest.mark.slow
 def test_what_is_damaged_in_a_store_is_made_again(
     world: Path, bucket: str, by_loop: Path, influencespace: Command, storage: dict[str, str]
 ) -> None:
