@@ -22,7 +22,7 @@ from influencespace.data.artifacts import (
     manifest_or_fault,
     read_manifest,
     remove,
-    remove_here,
+    remove_half_written,
     rename,
     write_manifest,
 )
@@ -128,9 +128,9 @@ class Run:
         """The self-contained page of a finished run; raises InputError where it is not finished."""
         self.summary()
         path = check_result(self.folder, REPORT)
-        if not is_file(path):
-            raise InputError(f"{path} is missing: run the same command again")
-        return here(path)
+        if is_file(path):
+            return here(path)
+        raise InputError(f"{path} is missing: run the same command again")
 
     def export(self, to: str, out: Path | str, *, shard_size: int = 10_000) -> Manifest:
         """Write the kept pairs into a folder as `npy` (DataComp), `webdataset` or `parquet`, `shard_size` of them a file.
@@ -317,8 +317,7 @@ def carry_out(stage: Stage, run: Run, engine: Engine) -> Manifest:
     ):  # not of a stage with a longer name
         remove(left)
     stage.tidy(run)
-    manifest = read_manifest(folder)
-    assert manifest is not None, f"{folder} lost its manifest"
+    assert (manifest := read_manifest(folder)) is not None, f"{folder} lost its manifest"
     return manifest
 
 
@@ -331,8 +330,7 @@ def _work(
     if exists(working / MANIFEST) or not is_folder(working):
         remove(working)  # whole, and damaged since: no file of it counts as done
     working.mkdir(parents=True, exist_ok=True)
-    for path in working.rglob(".*.tmp"):  # half written when a run was killed
-        remove_here(path)
+    remove_half_written(working)
     workers = Workers(engine=engine, folder=working, stage=str(stage.name), resources=stage.resources(run))
     reported = stage.work(run, workers)
     described = engine.map(run_task, describe_tasks(working), workers=engine.cores)

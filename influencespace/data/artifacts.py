@@ -99,6 +99,12 @@ def remove_here(path: Path) -> None:
         path.unlink()
 
 
+def remove_half_written(folder: Path) -> None:
+    """Remove what a killed process was about to write, here, below a folder."""
+    for path in folder.rglob(".*.tmp"):
+        remove_here(path)
+
+
 def rename(old: Path, new: Path) -> None:
     """Give a folder another place, where there is none."""
     if mirror.is_stored(new):
