@@ -20,7 +20,6 @@ from influencespace.data.artifacts import (
     fingerprint,
     installed_versions,
     manifest_or_fault,
-    read_manifest,
     remove,
     remove_half_written,
     rename,
@@ -317,8 +316,7 @@ def carry_out(stage: Stage, run: Run, engine: Engine) -> Manifest:
     ):  # not of a stage with a longer name
         remove(left)
     stage.tidy(run)
-    assert (manifest := read_manifest(folder)) is not None, f"{folder} lost its manifest"
-    return manifest
+    return run.manifest(str(stage.name))
 
 
 def _work(
