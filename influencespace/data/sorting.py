@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from influencespace.core.arrays import IntArray
 from influencespace.core.histogram import Keys, order_keys
@@ -40,7 +42,7 @@ def _write_runs(tables: Iterable[pa.Table], by: str, path: Path) -> IntArray:
         for table in tables:
             if not len(table):
                 continue
-            keys = order_keys(table[by].to_numpy())
+            keys = _keys_in(table[by].to_numpy())
             order = np.argsort(keys, kind="stable")
             (batch,) = table.take(pa.array(order)).combine_chunks().to_batches()
             writer = writer or pa.ipc.new_file(sink, batch.schema)
@@ -50,6 +52,11 @@ def _write_runs(tables: Iterable[pa.Table], by: str, path: Path) -> IntArray:
         if writer is not None:
             writer.close()
     return np.array(edges, np.int64)
+
+
+def _keys_in(values: NDArray[Any]) -> Keys:
+    """Integers in the order of a column's values (n,)."""
+    return values if values.dtype == np.uint64 else order_keys(values)
 
 
 def _keys_of(path: Path) -> Path:

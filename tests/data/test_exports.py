@@ -19,8 +19,9 @@ from shards import read_all
 from influencespace.data import exports
 from influencespace.data.artifacts import read_manifest
 from influencespace.data.embeddings import EmbeddingTable
-from influencespace.data.exports import export, folder, parquet, pictures
+from influencespace.data.exports import export, folder, npy, parquet, pictures, selection
 from influencespace.data.exports.npy import hash_of, to_numbers
+from influencespace.data.exports.selection import FinishedRun, select
 from influencespace.data.integrity import describe
 from influencespace.data.schema import ImageRef
 from influencespace.data.uids import digest, pair_uids
@@ -219,6 +220,33 @@ def test_one_picture_is_in_memory_at_a_time(tmp_path: Path, encoded_image: Encod
     finally:
         tracemalloc.stop()
     assert peak < 4_000_000, "12 MB of pictures were to pass through"
+
+
+@pytest.mark.parametrize("to", ["npy", *SHARDED])
+def test_the_size_of_batches_changes_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    """What is sorted and held at once is a batch; the order is that of a sort of all kept pairs."""
+    export(run, to, tmp_path / "whole", shard_size=5)
+    for size in (1, 4):
+        for module in (selection, npy):
+            monkeypatch.setattr(module, "BATCH_ROWS", size)
+        export(run, to, tmp_path / f"{size}", shard_size=5)
+        names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+        names = [name for name in names if name.endswith((".tar", ".parquet", ".npy"))]
+        assert names
+        for name in names:
+            files = [(tmp_path / folder / name) for folder in ("whole", f"{size}")]
+            if name == "uids.parquet":  # its row groups are batches
+                assert pq.read_table(files[0]).equals(pq.read_table(files[1]))
+            else:
+                assert files[0].read_bytes() == files[1].read_bytes()
+    finished = FinishedRun.open(run)
+    places = [row for batch in finished.kept_pairs() for row in batch.to_pylist()]
+    places.sort(key=lambda row: (row["image_path"], row["image_offset"], row["image_row"]))  # stable
+    with select(finished, tmp_path / "scratch") as pairs:
+        assert pairs.rows(0, len(pairs)) == places
+        assert pairs.rows(2, 7) == places[2:7]
 
 
 def test_row_groups_are_bounded(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """The kept pairs of a finished run: streamed in canonical order, or looked up in the order of their pictures."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from influencespace.data.artifacts import file_digest, read_manifest
@@ -17,9 +18,8 @@ from influencespace.data.buckets import buckets_of
 from influencespace.data.embeddings import EmbeddingTable
 from influencespace.data.mirror import here, is_file, is_folder
 from influencespace.data.schema import PLACE
+from influencespace.data.sorting import sorted_tables
 from influencespace.errors import InputError
-
-Rows = npt.NDArray[np.int64]
 
 # Pairs in memory at a time; no pictures among them.
 BATCH_ROWS = 65_536
@@ -105,57 +105,85 @@ class FinishedRun:
 
 
 class Selection:
-    """Kept pairs in an Arrow file, numbered in the order in which their pictures lie on disk."""
+    """Kept pairs in an Arrow file, in the order in which their pictures lie on disk."""
 
-    def __init__(self, file: Any, starts: Rows, order: Rows) -> None:
-        self._file = file
-        self._starts = starts  # row at which each record batch begins
-        self._order = order  # row of each pair
+    def __init__(self, file: Any, count: int) -> None:
+        self._file = file  # in batches of BATCH_ROWS
+        self._count = count
 
     def __len__(self) -> int:
-        return len(self._order)
+        return self._count
 
     def rows(self, start: int, stop: int) -> list[dict[str, Any]]:
         """The pairs [start, stop) as mappings of SELECTED_SCHEMA."""
-        rows = self._order[start:stop]
-        batches = np.searchsorted(self._starts, rows, side="right") - 1
-        by_row: dict[int, dict[str, Any]] = {}
-        # Batch by batch: `take` of a whole table would copy all its strings into memory.
-        for batch in np.unique(batches):
-            mine = rows[batches == batch]
-            taken = self._file.get_batch(int(batch)).take(pa.array(mine - self._starts[batch]))
-            by_row |= zip(mine.tolist(), taken.to_pylist())
-        return [by_row[row] for row in rows.tolist()]
+        found: list[dict[str, Any]] = []
+        for number in range(start // BATCH_ROWS, -(-stop // BATCH_ROWS)):
+            before = number * BATCH_ROWS
+            first = max(0, start - before)
+            found += self._file.get_batch(number).slice(first, stop - before - first).to_pylist()
+        return found
 
 
 @contextmanager
 def select(run: FinishedRun, scratch: Path) -> Iterator[Selection]:
     """The kept pairs of `run` by the order of their pictures; `scratch` is a file that exists meanwhile.
 
-    Sources are then read front to back, and each once. Row numbers and places of all kept pairs are in memory, 40 bytes each.
+    Sources are then read front to back, and each once. Pairs are sorted on disk (TMPDIR); in memory are the names of the sources.
     """
     try:
-        starts, order = _write(run, scratch)
+        count = _write(run, scratch)
         with pa.memory_map(str(scratch)) as source:
-            yield Selection(pa.ipc.open_file(source), starts, order)
+            yield Selection(pa.ipc.open_file(source), count)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def _write(run: FinishedRun, scratch: Path) -> tuple[Rows, Rows]:
-    """First row of each record batch written to `scratch`, and the rows in the order of their pictures."""
-    places, starts, paths = [], [0], dict[str, int]()
+def _write(run: FinishedRun, scratch: Path) -> int:
+    """Write the kept pairs in the order of their pictures; how many they are."""
+    order, count = PictureOrder.of(EmbeddingTable.open(run.pool)), 0
+    numbered = (
+        pa.table({name: batch[name] for name in SELECTED_SCHEMA.names} | {ORDER: order(batch)})
+        for batch in run.kept_pairs()
+    )
     with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, SELECTED_SCHEMA) as file:
-        for batch in run.kept_pairs():
-            if len(batch):
-                file.write_batch(batch)
-                numbers = [paths.setdefault(path, len(paths)) for path in batch["image_path"].to_pylist()]
-                places.append(np.array([numbers, *(batch[name].to_pylist() for name in PLACE[1:])], np.int64))
-                starts.append(starts[-1] + len(batch))
-    if not places:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    path, *more = np.concatenate(places, axis=1)
-    rank = np.argsort(
-        sorted(range(len(paths)), key=list(paths).__getitem__)
-    )  # numbers in the order of the paths
-    return np.array(starts[:-1], np.int64), np.lexsort([*more[::-1], rank[path]])
+        for table in sorted_tables(numbered, ORDER, BATCH_ROWS):
+            file.write_table(table.drop_columns([ORDER]).combine_chunks())
+            count += len(table)
+    return count
+
+
+ORDER = "order"
+
+
+@dataclass(frozen=True)
+class PictureOrder:
+    """Numbers that rise as pictures lie on disk: file by file, in a file by the offset or the row."""
+
+    rank: Mapping[str, int]
+    """Of each file, by its name."""
+    bits: int
+    """Of a place within a file."""
+
+    @classmethod
+    def of(cls, pool: EmbeddingTable) -> "PictureOrder":
+        paths, last = set[str](), 0
+        for span in buckets_of(len(pool), BATCH_ROWS):
+            pairs = pool.rows(*span, *PLACE)
+            paths.update(pairs["image_path"].unique().to_pylist())
+            last = max(last, int(_place(pairs).max(initial=0)))
+        rank = {path: number for number, path in enumerate(sorted(paths))}
+        bits = last.bit_length()
+        assert bits + len(rank).bit_length() <= 64, f"{len(rank)} files of up to {last} bytes"
+        return cls(rank, bits)
+
+    def __call__(self, pairs: Any) -> npt.NDArray[np.uint64]:
+        """Of some pairs (n,), by their columns PLACE."""
+        files = [self.rank[path] for path in pairs["image_path"].to_pylist()]
+        return np.array(files, np.uint64) << np.uint64(self.bits) | _place(pairs)
+
+
+def _place(pairs: Any) -> npt.NDArray[np.uint64]:
+    """Offset or row of each picture in its file (n,); 0 for one that has no place."""
+    row, offset = (pc.fill_null(pairs[f"image_{name}"], -1) for name in ("row", "offset"))
+    place = pc.max_element_wise(pc.if_else(pc.greater_equal(row, 0), row, offset), 0)
+    return np.asarray(place.to_numpy(zero_copy_only=False), np.uint64)

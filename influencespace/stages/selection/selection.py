@@ -12,8 +12,8 @@ from influencespace.core.arrays import BoolArray, FloatArray
 from influencespace.core.hashing import uniform
 from influencespace.core.histogram import Column, Cut, Goal, Passes, search
 from influencespace.core.select import KEPT, SelectionConfig
-from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, buckets_of, read_rows, table_rows
+from influencespace.data.npy import write_npy
 from influencespace.data.pair_set import PairSet
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.passes import RANGE, range_passes
@@ -181,16 +181,8 @@ class KeptRows:
 
     def __call__(self) -> int:
         count = sum(int(self._kept(*span).sum()) for span in self._spans)
-        header = {
-            "descr": np.lib.format.dtype_to_descr(np.dtype(np.int64)),
-            "fortran_order": False,
-            "shape": (count,),
-        }
-        with atomic_path(self.out) as aside, aside.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for start, stop in self._spans:
-                rows = self.pool.rows_of_range(start, stop)[self._kept(start, stop)]
-                file.write(rows.astype(np.int64).tobytes())
+        parts = (self.pool.rows_of_range(*span)[self._kept(*span)] for span in self._spans)
+        write_npy(self.out, parts, count, np.int64)
         return count
 
     @property
