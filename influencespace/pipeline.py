@@ -27,7 +27,7 @@ from influencespace.errors import InputError
 from influencespace.models.encoders import embedding_dimension
 from influencespace.report.page import write_report
 from influencespace.run import Run, Stage, carry_out, stage_fingerprint
-from influencespace.stages.ingest.embed import Embed
+from influencespace.stages.ingest.embed import RATES, Embed
 from influencespace.stages.ingest.shards import roles_of, shards_of
 from influencespace.stages.ingest.split import Split, pair_sets
 from influencespace.stages.proxies.proxies import Proxies
@@ -217,6 +217,8 @@ def summarise(
         "rounds": [{"folder": shown(one.run.folder), "target_loss": one.target_loss} for one in rounds],
         "stages": {
             name: {"seconds": m.seconds, "rows_in": m.rows_in, "rows_out": m.rows_out, "rejected": m.rejected}
+            | m.usage
+            | {rate: m.details[rate] for rate in RATES if rate in m.details}
             for name, m in stages.items()
         },
         "versions": installed_versions(),

@@ -32,8 +32,9 @@ from influencespace.data.locations import alone_in
 from influencespace.data.mirror import exists, here, is_file, is_folder, listing
 from influencespace.data.pair_set import PairSet
 from influencespace.data.results import CURATED, REPORT, check_result, curated_batches, read_summary
-from influencespace.engine.local import Engine, Pool, WorkerFactory, run_once, run_task
-from influencespace.engine.placement import Resources
+from influencespace.engine.local import THIN, Engine, Pool, WorkerFactory, run_once, run_task
+from influencespace.engine.measured import Usage
+from influencespace.engine.placement import WORKER_BYTES, Resources
 from influencespace.engine.progress import Bar, progress
 from influencespace.errors import InputError
 
@@ -77,8 +78,7 @@ class Run:
     @property
     def seed(self) -> int:
         """From which every random choice derives."""
-        seed: int = self.config.seed
-        return seed
+        return int(self.config.seed)
 
     def at(self, stage: str) -> Path:
         """The folder of a stage."""
@@ -174,7 +174,7 @@ class Stage(ABC):
 
     def resources(self, run: Run) -> Resources:
         """What one of its workers needs."""
-        return Resources()
+        return THIN
 
     @abstractmethod
     def work(self, run: Run, workers: "Workers") -> Details:
@@ -207,13 +207,13 @@ class Workers:
         """Where heavy tasks compute: on GPUs where there are any."""
         return "cuda" if any(machine.gpus for machine in self.engine.machines) else "cpu"
 
-    def heavy(self, gpu_share: float = 0.25, **more: Any) -> Resources:
+    def heavy(self, gpu_share: float = 0.25, memory: int = WORKER_BYTES, **more: Any) -> Resources:
         """What one worker of a heavy task needs: a core, and a share of a GPU where there are any."""
-        return Resources(gpus=gpu_share if self.device == "cuda" else 0.0, **more)
+        return Resources(gpus=gpu_share if self.device == "cuda" else 0.0, memory=memory, **more)
 
-    def once(self, job: Callable[[], Any]) -> Any:
+    def once(self, job: Callable[[], Any], memory: int = WORKER_BYTES) -> Any:
         """Run one job on one worker, away from the driver."""
-        return run_once(self.engine, job)
+        return run_once(self.engine, job, Resources(memory=memory))
 
     def map(
         self,
@@ -228,8 +228,7 @@ class Workers:
         """The results of all tasks, in the order in which they end; `size` of a result advances the progress to `total`."""
         results = []
         with self.progress(len(tasks) if total is None else total, unit, label) as bar:
-            needs = resources or self.resources
-            for result in self.engine.map(run_task, tasks, workers=0, resources=needs):
+            for result in self.engine.map(run_task, tasks, workers=0, resources=resources or self.resources):
                 results.append(result)
                 bar.advance(size(result))
         return results
@@ -271,8 +270,7 @@ class Workers:
     ) -> Iterator[Pool]:
         """Workers that live until the block ends, no more than there are tasks."""
         workers = tasks if tasks < self.cores else 0  # 0: all there is room for, now and later
-        needs = resources or self.resources
-        with self.engine.pool(factory, workers=workers, resources=needs) as pool:
+        with self.engine.pool(factory, workers=workers, resources=resources or self.resources) as pool:
             yield pool
 
     @contextmanager
@@ -329,9 +327,10 @@ def _work(
         remove(working)  # whole, and damaged since: no file of it counts as done
     working.mkdir(parents=True, exist_ok=True)
     remove_half_written(working)
-    workers = Workers(engine=engine, folder=working, stage=str(stage.name), resources=stage.resources(run))
+    usage, needs = Usage(engine), stage.resources(run)
+    workers = Workers(engine=usage.engine, folder=working, stage=str(stage.name), resources=needs)
     reported = stage.work(run, workers)
-    described = engine.map(run_task, describe_tasks(working), workers=engine.cores)
+    described = engine.map(run_task, describe_tasks(working), workers=engine.cores, resources=THIN)
     files = {name: file for some in described for name, file in some.items()}
     manifest = Manifest(
         stage=str(stage.name),
@@ -342,7 +341,8 @@ def _work(
         rejected=reported.rejected,
         files=dict(sorted(files.items())),
         versions=installed_versions(),
-        seconds=round(time.monotonic() - began, 3),
+        seconds=round(seconds := time.monotonic() - began, 3),
+        usage=usage.within(seconds),
         details=dict(reported.details),
     )
     write_manifest(working, manifest)

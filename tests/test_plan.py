@@ -19,7 +19,9 @@ from influencespace.config import RunConfig, load_config
 from influencespace.data.readers import list_shards
 from influencespace.data.schema import ReadOptions
 from influencespace.data.synthetic import WorldConfig, write_world
+from influencespace.engine import measured as measuring
 from influencespace.engine.local import LocalEngine
+from influencespace.engine.measured import Usage, Work, measured
 from influencespace.engine.placement import Machine, Resources
 from influencespace.errors import InputError
 from influencespace.models.encoders import embedding_dimension
@@ -27,7 +29,6 @@ from influencespace.pipeline import STAGES, curate, data_stages
 from influencespace.planning import Plan, plan, print_plan
 from influencespace.planning.cost_model import Timing, scaled
 from influencespace.planning.dataset_stats import shard_stats
-from influencespace.planning.memory import Work, measured
 from influencespace.planning.table import size
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.ingest.fit_encoder import FitEncoder
@@ -347,3 +348,22 @@ def test_the_peak_of_a_task_is_measured_and_its_result_is_kept() -> None:
     assert list(engine.stream(read, [2, 3], lambda: lambda item: -item)) == [0, -1, 0, -1, -2]
     assert len(works) == 10
     assert all(work.working > work.reading > 0 for work in works[5:])
+    assert all(work.reader_peak > 0 for work in works[5:])
+
+
+def test_usage_is_the_share_of_all_places_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    took = Work(peak=500, working=2.0)
+    monkeypatch.setattr(measuring, "_measure", lambda call, *arguments: (call(*arguments), took))
+    usage = Usage(Elsewhere(Machine(cpus=4, memory=100), Machine(cpus=2, memory=10)))
+    assert usage.within(1.0) == {}
+    list(usage.engine.map(lambda: str, range(3), resources=Resources(cpus=2)))  # three places
+    assert usage.within(10.0) == {"busy": 0.2, "peak_memory": 500}
+    list(usage.engine.map(lambda: str, range(3), resources=Resources(memory=50)))  # two
+    assert usage.within(10.0)["busy"] == 0.5
+
+    def read() -> Any:
+        return lambda task: iter(range(task))
+
+    list(usage.engine.stream(read, [1], lambda: str, resources=Resources(cpus=2)))
+    # a reader and a worker at two seconds each, in three places
+    assert usage.within(10.0) == {"busy": 0.6333, "peak_memory": 500, "reader_peak_memory": 500}

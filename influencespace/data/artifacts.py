@@ -56,6 +56,8 @@ class Manifest:
     """Each file below the folder, by its relative POSIX path."""
     versions: dict[str, str] = Field(default_factory=dict)
     seconds: float = 0.0
+    usage: dict[str, float] = Field(default_factory=dict)
+    """What its workers took, as `engine.measured.Usage` has it."""
     details: dict[str, Any] = Field(default_factory=dict)
 
     @property

@@ -45,6 +45,8 @@ Mask = npt.NDArray[np.bool_]
 
 # Chunks x buckets from which on chunks are first merged into runs: opening a chunk takes a third of a millisecond.
 MAX_READS = 20_000
+# Thin columns of a row with captions and paths of ordinary length, in all the forms that a merge makes of them.
+ROW_BYTES = 3000
 # Chunks merged into one run: of 256 images each, some 500,000 pairs at most.
 RUN_CHUNKS = 256
 
@@ -69,6 +71,13 @@ class BucketReport:
             buckets=self.buckets + other.buckets,
             groups=sorted({*self.groups, *other.groups}),
         )
+
+
+def merge_bytes(rows: int, dimension: int, provided: bool = False) -> int:
+    """Memory that a task takes which merges so many rows, in bytes: thin columns as they are read, sorted and taken apart, and
+    embeddings, by memory map or, of a run and where they are provided, in memory."""
+    vectors = 4 * dimension
+    return (1 + provided) * rows * (ROW_BYTES + vectors) + rows * vectors + 4 * BATCH_ROWS * vectors
 
 
 @dataclass(frozen=True, kw_only=True)

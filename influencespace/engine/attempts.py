@@ -194,6 +194,7 @@ def attempt(task: Any) -> TaskResult:
 
 def brief(task: Any) -> str:
     """What an error calls a task: its name, or its text, shortened."""
-    task = task.args[0] if isinstance(task, partial) and task.args else task
+    while isinstance(task, partial) and task.args:
+        task = task.args[0]
     text = str(getattr(task, "name", task))
     return text if len(text) <= 200 else text[:200] + "..."

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from influencespace.engine.attempts import TaskError, Worker, WorkerFactory, attempt, run_task
-from influencespace.engine.placement import Machine, Resources
+from influencespace.engine.placement import WORKER_BYTES, Machine, Resources
 
 __all__ = ["TaskError", "WorkerFactory", "run_task"]  # what goes with the verbs
 
@@ -26,6 +26,8 @@ AtOnce = int | tuple[int, int]
 # How far a worker may run ahead of the slowest task: bounds the states that wait to be merged.
 AHEAD = 4
 ONE_CORE = Resources()
+THIN = Resources(memory=WORKER_BYTES)
+"""Of a task on some thin columns."""
 
 
 def nothing(_: Any) -> None:
@@ -107,9 +109,9 @@ class Engine(Protocol):
         """Copy what the workers of this run wrote (their output and their errors) into a folder, where they wrote anything."""
 
 
-def run_once(engine: Engine, job: Callable[[], Any]) -> Any:
+def run_once(engine: Engine, job: Callable[[], Any], resources: Resources = THIN) -> Any:
     """Run one job on one worker, away from the driver."""
-    (result,) = engine.map(run_task, [job])
+    (result,) = engine.map(run_task, [job], resources=resources)
     return result
 
 

@@ -5,6 +5,11 @@ from dataclasses import dataclass, replace
 
 from influencespace.errors import InputError
 
+LIBRARY_BYTES = 700_000_000
+"""Memory of a process that has loaded torch and computed something."""
+WORKER_BYTES = 900_000_000
+"""Of one that also holds some thin columns of a part of the pool: what a task declares if nothing else is said."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
@@ -51,6 +56,11 @@ def _whole(ratio: float) -> int:
 def places(machines: Sequence[Machine], need: Resources) -> int:
     """How many workers of this need fit on all machines together."""
     return sum(machine.places(need) for machine in machines)
+
+
+def fitting(memory: int, machines: Sequence[Machine]) -> int:
+    """An estimate of what a worker holds, or all that the largest machine has: an estimate is no reason to refuse one."""
+    return min(memory, max((machine.memory for machine in machines), default=memory))
 
 
 def beside(machines: Sequence[Machine], need: Resources, other: Resources) -> int:

@@ -15,6 +15,7 @@ from influencespace.engine.attempts import TASK_RETRIES
 from influencespace.engine.endings import end_on_sigterm, watched
 from influencespace.engine.local import machine_cores
 from influencespace.engine.ray_engine import RayEngine
+from influencespace.engine.ray_warnings import RayWarnings
 from influencespace.errors import InputError
 
 # Ray puts sockets below its temporary folder, and Linux allows a socket's path no more than 107 bytes.
@@ -36,23 +37,33 @@ def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterat
     if address not in ("local", "auto"):
         _knock(address)
     _prepare()
-    cores = machine_cores()
+    cores, remote = machine_cores(), address.startswith("ray://")
     options: dict[str, Any] = {}
     if address == "local":
         options = {"num_cpus": num_cpus or max(8, cores), "include_dashboard": False, **_short_folder()}
     try:
-        with _native_stderr_held():
-            ray.init(address=address, logging_level="warning", log_to_driver=False, **options)
+        with _native_stderr_held(), _processes_may_warn():
+            ray.init(address=address, logging_level="warning", log_to_driver=not remote, **options)
     except ConnectionError as error:
         raise InputError(
             f"there is no Ray to join at {address} ({error}): start one with `ray start --head`, or leave the address out"
         ) from None
+    if not remote:
+        _hear_warnings()
     end_on_sigterm()  # anew: Ray has set its own
     try:
         with watched(_dead, _end_processes):
             yield RayEngine(min(cores, num_cpus or cores) if address == "local" else None)
     finally:
         ray.shutdown()
+
+
+def _hear_warnings() -> None:
+    """Of what Ray shows on the driver only its warnings, in plain words; what workers write is kept in the run folder."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as lines
+
+    lines.remove_handler("ray_print_logs")
+    lines.add_handler("ray_print_logs", RayWarnings())  # the name by which Ray removes it at the end
 
 
 def _dead() -> str:
@@ -110,6 +121,24 @@ def _prepare() -> None:
     # Ray Data makes Ray's core complain on the driver's stderr about each of its actor pools.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _processes_may_warn() -> Iterator[None]:
+    """Let the processes of a Ray that is started here write their errors, which `RayWarnings` hears: only this one is quiet."""
+    from ray._private import services
+
+    start = services.start_ray_process
+
+    def started(*args: Any, env_updates: dict[str, str] | None = None, **more: Any) -> Any:
+        level = os.environ["RAY_BACKEND_LOG_LEVEL"].replace("fatal", "error")
+        return start(*args, env_updates={"RAY_BACKEND_LOG_LEVEL": level, **(env_updates or {})}, **more)
+
+    services.start_ray_process = started
+    try:
+        yield
+    finally:
+        services.start_ray_process = start
 
 
 @contextmanager

@@ -5,6 +5,7 @@ On the CPU the same code runs without streams. What a GPU does here was written 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ class EncodePass:
         # simulated machines have GPUs of which torch knows nothing
         self._cuda = self.device.type == "cuda" and torch.cuda.is_available()
         self._copies = torch.cuda.Stream(self.device) if self._cuda else None  # type: ignore[no-untyped-call]
+        self._busy = 0.0
+        self._passes: list[tuple[Any, Any]] = []  # of a GPU, when each began and ended
 
     def images(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Floats]:
         """Embeddings (n, D) of each batch of pixels (n, 3, H, W)."""
@@ -49,6 +52,14 @@ class EncodePass:
         """Embeddings (n, D) of each batch of the text tower's inputs, each (n, L)."""
         tensors = ({name: torch.from_numpy(ids) for name, ids in batch.items()} for batch in batches)
         return self._run(tensors, self.encoder.encode_text)
+
+    def take_busy(self) -> float:
+        """Seconds for which the device has computed since this was asked last; its results are waited for."""
+        for began, ended in self._passes:
+            ended.synchronize()
+            self._busy += began.elapsed_time(ended) / 1e3
+        busy, self._busy, self._passes = self._busy, 0.0, []
+        return busy
 
     def _image(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.encoder.encode_image(inputs["pixels"])
@@ -72,7 +83,9 @@ class EncodePass:
             size = min(self.limit or rows, rows - start)
             try:
                 part = {name: values[start : start + size] for name, values in batch.items()}
-                done.append(encode(self._on_device(part)))
+                part = self._on_device(part)
+                with self._counted():
+                    done.append(encode(part))
                 start += size
                 continue
             except torch.cuda.OutOfMemoryError:
@@ -83,6 +96,20 @@ class EncodePass:
             if self._cuda:
                 torch.cuda.empty_cache()
         return done[0] if len(done) == 1 else torch.cat(done)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count the time that the device computes in the block."""
+        if not self._cuda:
+            start = time.perf_counter()
+            yield
+            self._busy += time.perf_counter() - start
+            return
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began.record(torch.cuda.current_stream(self.device))
+        yield
+        ended.record(torch.cuda.current_stream(self.device))
+        self._passes.append((began, ended))
 
     def _on_device(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._copies is None:

@@ -17,11 +17,11 @@ from influencespace.data.readers import read_shard
 from influencespace.data.schema import ReadOptions, Sample
 from influencespace.data.tars import add_sample, new_tar
 from influencespace.engine.local import Engine
+from influencespace.engine.measured import Work, measured
 from influencespace.errors import InputError
 from influencespace.pipeline import data_stages
 from influencespace.planning.cost_model import Timing
 from influencespace.planning.dataset_stats import SetSize
-from influencespace.planning.memory import Work, measured
 from influencespace.run import Run, Stage, carry_out
 from influencespace.stages.ingest.shards import shards_of
 from influencespace.stages.ingest.split import Split, pair_sets

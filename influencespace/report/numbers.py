@@ -47,6 +47,10 @@ def seconds(value: float | None) -> str:
     return f"{value:.1f}s" if value < 60 else duration(value)
 
 
+def gigabytes(value: float | None) -> str:
+    return f"{number(value / 1e9)} GB" if is_number(value) else MISSING
+
+
 @dataclass(frozen=True)
 class Unit:
     """A power of ten that makes small numbers readable."""

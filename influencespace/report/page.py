@@ -56,7 +56,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for show in (numbers.count, numbers.percent, numbers.seconds, numbers.number):
+    for show in (numbers.count, numbers.percent, numbers.seconds, numbers.number, numbers.gigabytes):
         templates.filters[show.__name__] = show
     return templates
 

@@ -57,3 +57,21 @@ def test_a_full_disk_and_a_lost_connection_are_no_bugs() -> None:
     assert "no space is left" in reason_of(of_a_worker)
     assert "was lost; the same command continues" in reason_of(ConnectionResetError("reset by peer"))
     assert reason_of(ZeroDivisionError("a bug")) == ""
+
+
+@pytest.mark.cluster
+def test_objects_that_are_put_on_the_disk_are_spoken_of(ray_environment: dict[str, str]) -> None:
+    # of any size, and not only from 2 GB on
+    more = {"RAY_verbose_spill_logs": "1", "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(80 * 2**20)}
+    program = Path(__file__).with_name("spill.py")
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env=ray_environment | more,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Ray's memory for objects is full on a machine" in done.stderr
+    assert "what a worker writes" not in done.stderr + done.stdout
+    assert all(line.startswith("Ray's memory") for line in done.stderr.splitlines()), done.stderr

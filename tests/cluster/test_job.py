@@ -113,12 +113,15 @@ def test_a_map_that_loses_a_node_gives_every_result_once(
 def test_embedding_workers_start_on_gpu_nodes_that_are_smaller_than_the_head(
     ray_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """None ever started where workers were as large as the largest machine allows."""
+    """None ever started where workers were as large as the largest machine allows; one starts on a machine that comes later."""
     run_program("place_on_gpus.py", tmp_path, ray_environment)
     outcome = json.loads((tmp_path / "outcome.json").read_text(encoding="utf-8"))
     assert outcome["share"]["workers"] == 2
-    assert outcome["share"]["resources"] == {"cpus": 1, "gpus": 1, "memory": 0}
+    memory = outcome["share"]["resources"].pop("memory")
+    assert memory > 0
+    assert outcome["share"]["resources"] == {"cpus": 1, "gpus": 1}
     assert outcome["pairs"] == 44
     assert {started["device"] for started in outcome["started"]} == {"cuda"}
-    assert {started["node"] for started in outcome["started"]} <= {*outcome["gpu_nodes"]}
+    assert len(outcome["gpu_nodes"]) == 3
+    assert {started["node"] for started in outcome["started"]} == {*outcome["gpu_nodes"]}
     assert "no machine has them" in outcome["refusal"]

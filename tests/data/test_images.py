@@ -170,6 +170,16 @@ def test_what_is_out_of_focus_or_enlarged_is_less_sharp(seed: int, width: int, h
     assert abs(sharpness(twice) - sharpness(picture)) < 0.5
 
 
+@given(seed=st.integers(0, 2**31), blur=st.floats(0, 8))
+def test_sharpness_is_exactly_the_variance_of_the_laplacian(seed: int, blur: float) -> None:
+    noise = np.random.default_rng(seed).integers(0, 256, (128, 128)).astype(np.uint8)
+    picture = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(blur))
+    grey = np.asarray(picture).astype(np.int64)
+    inner = 4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]
+    mean, square = int(inner.sum()) / inner.size, int((inner * inner).sum()) / inner.size
+    assert sharpness(picture.convert("RGB")) == float(np.log(square - mean**2 + 1e-3))
+
+
 def test_a_picture_of_one_colour_has_the_least_sharpness() -> None:
     assert sharpness(Image.new("RGB", (40, 30), "red")) == pytest.approx(np.log(1e-3))
 

@@ -90,6 +90,28 @@ def one_entry(folder: Path) -> Path:
     return folder / "0.parquet"
 
 
+def long_values(folder: Path, rows: int, megabytes: int, in_a_page: int) -> Path:
+    """Captions of so many megabytes in one row group, some in each page; a few kilobytes on disk."""
+    table = pa.table(
+        {
+            "jpg": [b"image %d" % i for i in range(rows)],
+            "txt": [f"{i}" + megabytes * MB * "x" for i in range(rows)],
+        }
+    )
+    how = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(table, folder / "0.parquet", write_batch_size=in_a_page, **how)
+    return folder / "0.parquet"
+
+
+def large_page(folder: Path) -> Path:
+    """32 of 200 MB, some in a page, took 2.4 GB."""
+    return long_values(folder, 12, 20, in_a_page=6)
+
+
+def values_below_the_limit(folder: Path) -> Path:
+    return long_values(folder, 12, 40, in_a_page=1)
+
+
 def many_members(folder: Path) -> Path:
     """300,000 empty pictures; the headers of all were kept, in 1.75 GB for a million."""
     header = bytearray(tarfile.TarInfo("0000000.jpg").tobuf(tarfile.USTAR_FORMAT))
@@ -121,6 +143,8 @@ def many_captions(folder: Path) -> Path:
         (long_captions, 4, 0, 100),
         pytest.param(dictionary, 0, 1, 100, marks=pytest.mark.slow),
         (one_entry, 600, 0, 400),
+        (large_page, 0, 1, 100),
+        (values_below_the_limit, 12, 0, 400),
         (many_captions, 3, 4, 200),
         pytest.param(many_members, 0, 300_000, 100, marks=pytest.mark.slow),
     ],

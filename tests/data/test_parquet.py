@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +13,7 @@ from shards import read_all, write_parquet
 from influencespace.data import row_groups
 from influencespace.data.captions import MAX_CAPTION
 from influencespace.data.images import open_parquet, read_image_bytes
+from influencespace.data.page_headers import pages
 from influencespace.data.readers import ReadOptions, parquet
 from influencespace.data.row_groups import BATCH_ROWS
 from influencespace.errors import InputError
@@ -167,11 +169,68 @@ def test_a_dictionary_that_would_fill_the_memory_is_a_rejection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = dictionary_file(tmp_path / "0.parquet", captions=40, size=50_000, distinct=True)
-    monkeypatch.setattr(row_groups, "MAX_DICTIONARY", 1_000_000)
+    monkeypatch.setattr(row_groups, "MAX_TEXT_PAGE", 1_000_000)
     samples, rejections = read_all(path)
     assert not samples
     assert [r.uid for r in rejections] == ["row 0"]
     assert "the dictionary of 'txt' has 2,000,320 bytes, more than 1,000,000" in rejections[0].reason
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_page_headers_say_all_that_a_column_unpacks_to(
+    version: str, statistics: bool, tmp_path: Path
+) -> None:
+    columns = {
+        "txt": [f"{i % 7} " + 300 * "é" for i in range(5000)],
+        "captions": [[f"{i}"] * (i % 4) for i in range(5000)],
+        "number": [float(i) if i % 3 else None for i in range(5000)],
+    }
+    how: dict[str, Any] = {
+        "data_page_size": 2000,
+        "data_page_version": version,
+        "write_statistics": statistics,
+    }
+    path = write_parquet(tmp_path / "0.parquet", columns, use_dictionary=["txt"], write_batch_size=100, **how)
+    with path.open("rb") as file, open_parquet(file) as opened:
+        for index in range(3):
+            column = opened.metadata.row_group(0).column(index)
+            found = list(pages(file, column))
+            assert [page.dictionary for page in found] == [index == 0] + [False] * (len(found) - 1)
+            assert sum(page.values for page in found if not page.dictionary) == column.num_values
+            headers = column.total_uncompressed_size - sum(page.unpacked for page in found)
+            assert 0 < headers <= (2000 if statistics else 100) * len(found)
+            assert len(found) > 2
+
+
+def test_bytes_that_are_no_page_header_end_the_list(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "0.parquet", {"txt": ["a" * 100] * 100}, use_dictionary=False)
+    column = pq.read_metadata(path).row_group(0).column(0)
+    whole = path.read_bytes()
+    drawn = np.random.default_rng(0)
+    for size in (0, 1, 5, 20, 3000):
+        noise = drawn.integers(0, 256, size, dtype=np.uint8).tobytes()
+        assert list(pages(io.BytesIO(whole[: column.data_page_offset] + noise), column)) == []
+    deep = io.BytesIO(
+        whole[: column.data_page_offset] + b"\x1c" * 100_000
+    )  # a struct in a struct in a struct
+    assert list(pages(deep, column)) == []
+
+
+def test_a_page_that_would_fill_the_memory_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = {"jpg": [b"0"] * 64, "txt": [f"{i}" + (20_000 if i >= 40 else 9) * "x" for i in range(64)]}
+    how = {"row_group_size": 32, "use_dictionary": False, "compression": "zstd"}
+    path = write_parquet(tmp_path / "0.parquet", columns, **how)
+    monkeypatch.setattr(row_groups, "MAX_TEXT_PAGE", 100_000)
+    samples, rejections = read_all(path)
+    assert len(samples) == 32
+    (rejection,) = rejections
+    assert "rows 32 to 63 are set aside: a page of 'txt' has 480," in rejection.reason
+    assert rejection.uid == "row 32"
+    monkeypatch.setattr(row_groups, "MAX_TEXT_PAGE", 1_000_000)
+    assert len(read_all(path)[0]) == 64
 
 
 def test_two_columns_of_one_name_are_refused_only_where_they_are_read(tmp_path: Path) -> None:

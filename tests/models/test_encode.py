@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 from tiny_encoders import CAPTIONS
 
+from influencespace.models import encode
 from influencespace.models.encode import EncodePass, matmul_precision
 from influencespace.models.encoders import in_bfloat16, load_encoder
 
@@ -52,6 +55,16 @@ def test_batches_that_do_not_fit_are_halved_and_nothing_else_changes(room: int) 
     texts = [{"ids": batch.reshape(len(batch), -1)} for batch in batches]
     for batch, result in zip(texts, run.texts(texts), strict=True):
         assert np.array_equal(result, batch["ids"])
+
+
+def test_the_time_of_the_device_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = count()
+    monkeypatch.setattr(encode, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    run = EncodePass(SmallMemory(100))
+    for _ in run.images(pixels(4, 4, 4)):
+        next(ticks)  # meanwhile the device does nothing
+    assert run.take_busy() == 3
+    assert run.take_busy() == 0
 
 
 def test_one_row_that_does_not_fit_is_an_error() -> None:

@@ -169,7 +169,14 @@ def invented_summary(run: Path) -> dict[str, Any]:
         "rejected_reasons": {reason: rejected.count(reason) for reason in rejected},
         "truncated_captions": 7,
         "stages": {
-            "embed pool": {"seconds": 48.21, "rows_in": len(kept) + 2, "rows_out": len(kept), "rejected": 2},
+            "embed pool": {"seconds": 48.21, "rows_in": len(kept) + 2, "rows_out": len(kept), "rejected": 2}
+            | {
+                "busy": 0.875,
+                "peak_memory": 1_234_000_000,
+                "images_per_second": 321.5,
+                "bytes_read": 6_780_000_000,
+            }
+            | {"images_per_second_per_gpu": 107.2, "encoders_busy": 0.9331},
             "split": {"seconds": 0.4, "rows_in": 3000, "rows_out": 2000, "rejected": 1000},
             "proxies": {"seconds": 9.7, "rows_in": len(kept)},
             "cluster": {"seconds": 3.2, "rows_in": len(kept)},

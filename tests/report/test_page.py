@@ -203,6 +203,15 @@ def test_stages_are_in_the_order_of_the_work(page: Page) -> None:
     assert page.row("embed pool")[-1] == "2"
 
 
+def test_what_workers_took_is_shown(page: Page) -> None:
+    assert {"87.5 %", "1.23 GB"} <= {*page.row("embed pool")}
+    assert (
+        "321.5 images a second, 107.2 for each GPU; encoders computed for 93.3 % of the time; 6.78 GB"
+        in page.text
+    )
+    assert page.row("proxies").count("–") >= 2
+
+
 def test_the_same_artifacts_give_the_same_page(page: Page, finished_run: Path) -> None:
     assert write_report(finished_run).read_text() == page.source
 

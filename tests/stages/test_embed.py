@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +41,11 @@ from influencespace.data.pair_set import PairSet
 from influencespace.data.readers import list_shards
 from influencespace.data.uids import digest
 from influencespace.engine.local import Engine, LocalEngine
+from influencespace.engine.placement import Machine
 from influencespace.errors import InputError
+from influencespace.models.encode import EncodePass
 from influencespace.run import Run, carry_out
-from influencespace.stages.ingest import decode, embed
+from influencespace.stages.ingest import decode, embed, encode
 from influencespace.stages.ingest.embed import Embed
 from influencespace.stages.ingest.shards import shard_identities
 
@@ -144,6 +148,40 @@ def test_batch_size_changes_nothing_and_needs_no_new_run(world: tuple[str, Path]
     before = calls(tmp_path / POOL, "image")
     run(world[0], tmp_path / POOL, settings={"embed.batch_size": 2})
     assert calls(tmp_path / POOL, "image") == before
+
+
+class OneGpu(LocalEngine):
+    """The plain loop that says it has a GPU."""
+
+    @property
+    def machines(self) -> Sequence[Machine]:
+        return [Machine(cpus=4, gpus=1)]
+
+
+def test_on_a_gpu_a_probe_finds_the_batch_once_and_nothing_else_changes(
+    world: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed: list[int] = []
+
+    def rate(towers: EncodePass, pixels: np.ndarray, batch: int) -> float:
+        probed.append(batch)
+        assert towers.device.type == "cuda"
+        return {4: 100.0, 8: 190.0, 16: 191.0}[batch]
+
+    monkeypatch.setattr(encode, "image_rate", rate)
+    manifest = run(world[0], tmp_path / POOL, OneGpu())
+    assert_same(tmp_path / POOL, world[1])
+    log = (tmp_path / POOL).with_suffix(".log").read_text().splitlines()
+    sizes = [int(line.split()[1]) for line in log if line.startswith("image")]
+    assert sizes == [8, 2, 8, 2]
+    found = {"image_batch": 8, "images_per_second": {"4": 100.0, "8": 190.0, "16": 191.0}}
+    assert manifest.details["probed"] == found
+    assert manifest.details["images_per_second_per_gpu"] == manifest.details["images_per_second"] > 0
+    assert probed == [4, 8, 16]
+    shutil.rmtree(tmp_path / POOL)
+    shutil.rmtree(chunks(tmp_path / POOL))
+    assert run(world[0], tmp_path / POOL, OneGpu()).details["probed"] == found
+    assert probed == [4, 8, 16]
 
 
 @pytest.mark.ray

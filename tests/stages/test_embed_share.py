@@ -7,8 +7,8 @@ import pytest
 
 from influencespace.engine.local import LocalEngine
 from influencespace.engine.placement import Machine
-from influencespace.stages.ingest.embed import embed_share
-from influencespace.stages.ingest.encode import EmbedConfig
+from influencespace.stages.ingest.embed import embed_share, encoders_at_once, rates
+from influencespace.stages.ingest.encode import ChunkResult, EmbedConfig
 
 GIGABYTE = 2**30
 PLENTY = 1000 * GIGABYTE
@@ -60,3 +60,27 @@ def test_machines_are_shared_among_the_workers(
     resources = share.resources
     assert (share.workers, resources.cpus, resources.gpus) == expected
     assert share.device == ("cuda" if resources.gpus else "cpu")
+
+
+def test_a_number_of_encoders_that_is_left_open_grows_with_the_machines() -> None:
+    machines = Machines(machine(16), machine(4, 2))
+    for settings, expected in (({}, (2, 100)), ({"num_actors": 3}, (3, 3)), ({"num_actors": 1}, (1, 1))):
+        config = EmbedConfig(encoder="fake", **settings)
+        assert encoders_at_once(config, embed_share(config, machines, 100), 100) == expected
+    few = EmbedConfig(encoder="fake")
+    assert encoders_at_once(few, embed_share(few, machines, 1), 1) == (1, 1)
+
+
+def test_rates_count_what_was_embedded_now_and_how_long_devices_computed() -> None:
+    def unit(worker: str, began: float, ended: float, busy: float) -> ChunkResult:
+        counts = {"rows": 20, "images": 10, "items": 10, "bytes_read": 1000}
+        return ChunkResult(**counts, began=began, ended=ended, busy=busy, worker=worker, gpus=0.5)
+
+    found = ChunkResult(rows=5, bytes_read=70, items=5)  # its chunk was there
+    measured = rates([found, unit("a", 100, 102, 1.5), unit("a", 102, 104, 2), unit("b", 101, 104, 2.5)])
+    assert measured["workers"] == 2
+    assert measured["images_per_second"] == 30 / 4
+    assert measured["images_per_second_per_gpu"] == 30 / 4
+    assert measured["bytes_read"] == 3000
+    assert measured["encoders_busy"] == 6 / (2 * 4)
+    assert rates([found])["encoders_busy"] == 0

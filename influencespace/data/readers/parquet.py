@@ -16,7 +16,7 @@ from influencespace.data.images import (
     image_column,
     open_parquet,
 )
-from influencespace.data.row_groups import batches
+from influencespace.data.row_groups import TooLarge, batches
 from influencespace.data.schema import ImageRef, ReadOptions, Rejection, Shard
 from influencespace.errors import InputError
 
@@ -76,7 +76,8 @@ def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[RawSample | Rej
                     row += len(batch)
             except (pa.ArrowException, OSError) as error:
                 raise_unless_damage(error)
-                reason = f"rows {row} to {starts[group + 1] - 1} of a damaged row group are lost: {error}"
+                what = "are set aside" if isinstance(error, TooLarge) else "of a damaged row group are lost"
+                reason = f"rows {row} to {starts[group + 1] - 1} {what}: {error}"
                 yield Rejection(shard=shard.path, uid=f"row {row}", reason=reason)
 
 

@@ -4,13 +4,14 @@ Two steps. *Ingest* reads every shard once: readers decode, resize and tokenise,
 *Merge* sorts the chunks' pairs into buckets, one task each. The driver sees shards, chunks and counts, but never pairs.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from influencespace.data.artifacts import fingerprint, folder_digest, remove
+from influencespace.data.artifacts import fingerprint, folder_digest, remove, write_json
 from influencespace.data.bucket_files import BUCKET_PAIRS, buckets_for
 from influencespace.data.chunks import ChunkFolder, dimension_of
 from influencespace.data.images import decoding_bytes
@@ -22,9 +23,11 @@ from influencespace.data.merge import (
     MergeBucket,
     MergeRun,
     join_rejected,
+    merge_bytes,
 )
-from influencespace.engine.local import Engine
-from influencespace.engine.placement import Resources, Share, share
+from influencespace.data.mirror import exists, here
+from influencespace.engine.local import AtOnce, Engine, run_task
+from influencespace.engine.placement import LIBRARY_BYTES, Resources, Share, fitting, share
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.ingest.decode import CHUNK_IMAGES, PreprocessingLoader, ReadChunks, ShardTask
 from influencespace.stages.ingest.encode import (
@@ -32,6 +35,7 @@ from influencespace.stages.ingest.encode import (
     EmbedConfig,
     EncodeChunks,
     EncoderLoader,
+    ProbeBatch,
     load,
     load_preprocessing,
 )
@@ -40,6 +44,7 @@ from influencespace.stages.ingest.imports import (
     ImportFile,
     IndexShard,
     files_of,
+    import_bytes,
     imported_identity,
     same_dimension,
 )
@@ -52,8 +57,13 @@ def encoder_identity(encoder: str) -> str:
     return folder_digest(folder) if folder.is_dir() else encoder
 
 
+# How quickly a role was embedded, as its manifest and the report have it.
+RATES = ("images_per_second", "images_per_second_per_gpu", "bytes_read", "encoders_busy")
+
 # A worker with torch, transformers and Ray takes about 0.8 GB before its encoder; the rest is for its batches.
-LIBRARY_BYTES = 3 * 2**29
+ENCODER_LIBRARY_BYTES = 3 * 2**29
+# What CUDA and its libraries take of the machine's own memory.
+CUDA_BYTES = 2**31
 # A reader with torch and transformers takes 0.6 GB; the rest is for its chunk.
 READER_LIBRARY_BYTES = 7 * 2**27
 # Edge of an encoder's input, where only its workers know it.
@@ -74,18 +84,28 @@ def embed_share(config: EmbedConfig, engine: Engine, tasks: int) -> Share:
     gpus = config.gpus_per_actor
     if gpus is None:
         gpus = float(any(machine.gpus >= 1 for machine in machines))
-    # what a worker may need is an estimate, and no reason to refuse a machine that has less
-    memory = min(worker_bytes(config), max(machine.memory for machine in machines))
-    need = Resources(cpus=config.cpus_per_actor, gpus=gpus, memory=0 if gpus else memory)
+    # what a worker may need is an estimate, and no reason to refuse a machine that has less, or to leave a GPU without one
+    if gpus:
+        shares = [int(m.memory * gpus / m.gpus / 2) for m in machines if m.gpus >= gpus]
+        memory = min([worker_bytes(config) + CUDA_BYTES, *shares])
+    else:
+        memory = fitting(worker_bytes(config), machines)
+    need = Resources(cpus=config.cpus_per_actor, gpus=gpus, memory=memory)
     # beside a GPU one core is enough: readers need the others
     most = 1 if gpus else engine.cores_per_task
     return share(machines, tasks, need=need, workers=config.num_actors, max_cpus=most)
 
 
+def encoders_at_once(config: EmbedConfig, placed: Share, chunks: int) -> AtOnce:
+    """As many encoders as there is room for now, and more on machines that come later, up to one for each chunk; a number that
+    was asked for stays."""
+    return placed.workers, config.num_actors or max(placed.workers, chunks)
+
+
 def worker_bytes(config: EmbedConfig) -> int:
-    """Memory that a worker on CPUs may need: its libraries and batches, and its weights twice while they load."""
+    """Memory of the machine that a worker may need: its libraries and batches, and its weights twice while they load."""
     weights = sum(file.stat().st_size for file in Path(config.encoder).expanduser().glob("*.safetensors"))
-    return LIBRARY_BYTES + 2 * (weights or UNKNOWN_ENCODER_BYTES)
+    return ENCODER_LIBRARY_BYTES + 2 * (weights or UNKNOWN_ENCODER_BYTES)
 
 
 def reader_bytes(config: EmbedConfig) -> int:
@@ -142,10 +162,10 @@ class Embed(Stage):
         if self.imports(run.config):
             return self._import(run, workers)
         tasks = self._tasks(run, encoder_identity(run.config.embed.encoder))
-        results = self._ingest(run, [task for task in tasks if not task.chunks.done], workers)
+        results, probed = self._ingest(run, [task for task in tasks if not task.chunks.done], workers)
         report = self._merge(workers, [task.chunks for task in tasks])
         dimension = dimension_of([chunk for task in tasks for chunk in task.chunks.chunks])
-        return details_of(report, dimension=dimension, **_rates(results))
+        return details_of(report, dimension=dimension, probed=probed, **rates(results))
 
     def _tasks(self, run: Run, encoder: str) -> list[ShardTask]:
         """One for each shard of the role: what its chunks depend on names their folder."""
@@ -159,21 +179,50 @@ class Embed(Stage):
     def _chunks(self, run: Run, made_from: Any) -> ChunkFolder:
         return ChunkFolder(self.chunks(run) / fingerprint(made_from)[:20])
 
-    def _ingest(self, run: Run, tasks: Sequence[ShardTask], workers: Workers) -> list[ChunkResult]:
+    def _probed(self, run: Run, placed: Share, workers: Workers) -> dict[str, Any]:
+        """What a probe found of the batch on GPUs, once for a run: a batch of another size may give other last digits."""
+        if placed.device == "cpu":
+            return {}
+        config: EmbedConfig = run.config.embed
+        encoder = [encoder_identity(config.encoder), config.dtype, config.tf32, config.batch_size]
+        path = run.at(f"embed/.batch-{fingerprint(encoder)[:16]}.json")
+        if not exists(path):
+            probe = ProbeBatch(
+                load=self.load_encoder,
+                load_preprocessing=self.load_preprocessing,
+                config=config,
+                device=placed.device,
+            )
+            (result,) = workers.engine.map(run_task, [probe], resources=placed.resources)
+            write_json(path, result)
+        found: dict[str, Any] = json.loads(here(path).read_bytes())
+        return found
+
+    def _ingest(
+        self, run: Run, tasks: Sequence[ShardTask], workers: Workers
+    ) -> tuple[list[ChunkResult], dict[str, Any]]:
+        """What became of the chunks, and what a probe found."""
         if not tasks:
-            return []
+            return [], {}
         config: EmbedConfig = run.config.embed
         sizes, unit = amounts([task.shard for task in tasks])
         chunks = sum(sizes) // (CHUNK_MB if unit == "MB" else CHUNK_IMAGES) + 1
         placed = embed_share(config, workers.engine, chunks)
+        probed = self._probed(run, placed, workers)
         largest = max(machine.memory for machine in workers.engine.machines)
         results, shown = [], 0.0
         with workers.progress(sum(sizes), unit) as bar:
             stream = workers.engine.stream(
                 ReadChunks(load=self.load_preprocessing, config=config),
                 tasks,
-                EncodeChunks(load=self.load_encoder, config=config, device=placed.device),
-                workers=placed.workers,
+                EncodeChunks(
+                    load=self.load_encoder,
+                    config=config,
+                    device=placed.device,
+                    gpus=placed.resources.gpus,
+                    image_batch=probed.get("image_batch", 0),
+                ),
+                workers=encoders_at_once(config, placed, chunks),
                 resources=placed.resources,
                 readers=Resources(memory=min(reader_bytes(config), largest // 4)),
             )
@@ -182,7 +231,7 @@ class Embed(Stage):
                 shown += result.bytes_read / 1e6 if unit == "MB" else result.items
                 bar.advance(int(shown))
                 shown -= int(shown)
-        return results
+        return results, probed
 
     def _import(self, run: Run, workers: Workers) -> Details:
         read, tasks = run.config.embed.read, self._tasks(run, "")
@@ -193,7 +242,8 @@ class Embed(Stage):
             chunks = self._chunks(run, [versions, options, source.layout])
             imports.append(ImportFile(source=source, options=options, chunks=chunks))
         index = [IndexShard(read=read, task=task) for task in tasks]
-        read_files = workers.map([*imports, *index], unit="files", label="read")
+        needs = Resources(memory=fitting(import_bytes(), workers.engine.machines))
+        read_files = workers.map([*imports, *index], unit="files", label="read", resources=needs)
         dimension = same_dimension(sorted(read_files))
         provided = [one.chunks for one in imports]
         if not tasks:
@@ -205,13 +255,20 @@ class Embed(Stage):
         self, workers: Workers, sources: Sequence[ChunkFolder], provided: Sequence[ChunkFolder] | None = None
     ) -> BucketReport:
         """The buckets of all chunks, with the embeddings that are provided apart."""
-        chunks, count = _paths(sources), buckets_for(sum(one.rows for one in sources), self.bucket_pairs)
+        chunks, rows = _paths(sources), sum(one.rows for one in sources)
+        count, dimension = buckets_for(rows, self.bucket_pairs), dimension_of(_paths(provided or sources))
+
+        def needs(some: float, **more: Any) -> Resources:
+            memory = LIBRARY_BYTES + merge_bytes(int(1.1 * some) + 1, dimension, **more)
+            return Resources(memory=fitting(memory, workers.engine.machines))
+
         if count * len(chunks) > MAX_READS:
             runs = [
                 MergeRun(chunks=chunks[i : i + RUN_CHUNKS], out=workers.folder / f".run-{i:09d}.arrow")
                 for i in range(0, len(chunks), RUN_CHUNKS)
             ]
-            chunks = sorted(workers.map(runs, unit="runs", label="sort"))
+            of_run = needs(rows / len(runs))
+            chunks = sorted(workers.map(runs, unit="runs", label="sort", resources=of_run))
         tasks = [
             MergeBucket(
                 folder=workers.folder,
@@ -222,7 +279,8 @@ class Embed(Stage):
             )
             for number in range(count)
         ]
-        reports = dict(workers.map(tasks, unit="buckets", label="merge"))
+        of_bucket = needs(rows / count, provided=provided is not None)
+        reports = dict(workers.map(tasks, unit="buckets", label="merge", resources=of_bucket))
         workers.once(partial(join_rejected, workers.folder, count))
         return sum((reports[number] for number in range(count)), BucketReport())
 
@@ -247,16 +305,28 @@ def details_of(report: BucketReport, **details: Any) -> Details:
     return Details(rows_in=report.rows_in, rows_out=kept, rejected=report.rejected, details=counted | details)
 
 
-def _rates(results: Sequence[ChunkResult]) -> dict[str, Any]:
-    """Start-up apart from the steady state; only chunks that were embedded now count."""
+def rates(results: Sequence[ChunkResult]) -> dict[str, Any]:
+    """Start-up apart from the steady state; only chunks that were embedded now count.
+
+    `busy` is the share of the steady state for which the encoders' devices computed.
+    """
     results = [result for result in results if result.began]
     seconds = max((r.ended for r in results), default=0.0) - min((r.began for r in results), default=0.0)
-    rows, images = (sum(getattr(result, name) for result in results) for name in ("rows", "images"))
+    rows, images, read = (
+        sum(getattr(result, name) for result in results) for name in ("rows", "images", "bytes_read")
+    )
+    workers = len({result.worker for result in results})
+    gpus = sum({result.worker: result.gpus for result in results}.values())
     return {
-        "workers": len({result.worker for result in results}),
+        "workers": workers,
         "startup_seconds": round(max((result.startup for result in results), default=0.0), 3),
         "steady_seconds": round(seconds, 3),
         "pairs_per_second": round(rows / seconds, 3) if seconds else 0.0,
         "images_per_second": round(images / seconds, 3) if seconds else 0.0,
+        "images_per_second_per_gpu": round(images / seconds / gpus, 3) if seconds and gpus else None,
+        "bytes_read": read,
+        "encoders_busy": round(sum(result.busy for result in results) / seconds / workers, 4)
+        if seconds
+        else 0.0,
         "encoder_fingerprint": next((result.fingerprint for result in results if result.fingerprint), ""),
     }

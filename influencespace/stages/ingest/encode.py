@@ -16,7 +16,17 @@ from influencespace.data.chunks import Floats, set_column, write_chunk
 from influencespace.data.schema import ReadOptions
 from influencespace.errors import STRICT
 from influencespace.models.encode import EncodePass
-from influencespace.stages.ingest.decode import Committed, DecodedChunk, Preprocessing, unpacked
+from influencespace.models.pixels import probe_images
+from influencespace.models.probe import image_rate, joined, quickest_batch
+from influencespace.stages.ingest.decode import (
+    CHUNK_IMAGES,
+    Committed,
+    DecodedChunk,
+    Preprocessing,
+    PreprocessingLoader,
+    packed,
+    unpacked,
+)
 
 NOT_FINITE = "the embedding is not finite"
 
@@ -28,7 +38,8 @@ class EmbedConfig:
     encoder: str
     """Folder or hub id of a dual encoder."""
     batch_size: int = Field(default=64, ge=1)
-    """Images, or captions, in one pass of a tower."""
+    """Images, or captions, in one pass of a tower. On a GPU images are encoded in so many at least: a probe finds how many are
+    quickest."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the towers; `auto` is bfloat16 on GPUs where that embeds a probe alike, else float32."""
     tf32: bool = False
@@ -106,7 +117,11 @@ class ChunkResult:
     ended: float = 0.0
     startup: float = 0.0
     """Seconds to build the encoder, where this chunk did it."""
+    busy: float = 0.0
+    """Seconds for which its device computed."""
     worker: str = ""
+    gpus: float = 0.0
+    """Of that worker."""
     fingerprint: str = ""
 
 
@@ -117,9 +132,31 @@ class EncodeChunks:
     load: EncoderLoader
     config: EmbedConfig
     device: str
+    gpus: float = 0.0
+    """Of each worker."""
+    image_batch: int = 0
+    """Images in one pass; 0 for as many as the readers prepare together."""
 
     def __call__(self) -> Callable[[DecodedChunk | Committed], ChunkResult]:
-        return _Worker(self.load, self.config, self.device).encode
+        return _Worker(self.load, self.config, self.device, self.gpus, self.image_batch).encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeBatch:
+    """Task: with how many images in one pass the encoder is quickest on a device, and images a second for those tried."""
+
+    load: EncoderLoader
+    load_preprocessing: PreprocessingLoader
+    config: EmbedConfig
+    device: str
+
+    def __call__(self) -> dict[str, Any]:
+        towers = EncodePass(self.load(self.config, self.device), self.device, tf32=self.config.tf32)
+        pixels = unpacked(packed(self.load_preprocessing(self.config).preprocess_images(probe_images())))
+        batch, rates = quickest_batch(
+            lambda size: image_rate(towers, pixels, size), self.config.batch_size, CHUNK_IMAGES
+        )
+        return {"image_batch": batch, "images_per_second": {str(k): round(v, 1) for k, v in rates.items()}}
 
 
 @dataclass
@@ -127,6 +164,8 @@ class _Worker:
     load: EncoderLoader
     config: EmbedConfig
     device: str
+    gpus: float
+    image_batch: int
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -149,7 +188,9 @@ class _Worker:
             began=began,
             ended=time.time(),
             startup=startup if startup > 1e-3 else 0.0,
+            busy=self.towers.take_busy(),
             worker=f"{os.uname().nodename}:{os.getpid()}",
+            gpus=self.gpus,
             fingerprint=encoder.fingerprint,
         )
 
@@ -158,7 +199,8 @@ class _Worker:
         return EncodePass(self.encoder, self.device, tf32=self.config.tf32)
 
     def _images(self, chunk: DecodedChunk) -> Floats:
-        parts = self.towers.images(map(unpacked, chunk.pixels))
+        batches = joined(chunk.pixels, self.image_batch) if self.image_batch else chunk.pixels
+        parts = self.towers.images(map(unpacked, batches))
         return np.concatenate([np.zeros((0, self.encoder.dimension), np.float32), *parts])
 
     def _texts(self, chunk: DecodedChunk) -> Floats:

@@ -22,12 +22,23 @@ from influencespace.data.imported.files import ImportedChunk
 from influencespace.data.readers import read_shard
 from influencespace.data.schema import ImageRef, ReadOptions, Rejection
 from influencespace.data.uids import digest
+from influencespace.engine.placement import LIBRARY_BYTES
 from influencespace.errors import InputError
 from influencespace.stages.ingest.decode import ShardTask
 from influencespace.stages.ingest.shards import file_version
 
 # Pairs in one chunk: with embeddings of 512 numbers, 64 MB in each of the two towers.
 CHUNK_PAIRS = 32_768
+
+
+# Numbers in an embedding, where no file was opened yet.
+USUAL_DIMENSION = 768
+
+
+def import_bytes(dimension: int = USUAL_DIMENSION) -> int:
+    """Memory that a task takes which writes chunks of imported embeddings, in bytes: a chunk as it is read, joined, sorted and
+    written."""
+    return LIBRARY_BYTES + CHUNK_PAIRS * (8000 + 48 * dimension)
 
 
 def files_of(chunk: ImportedChunk) -> list[str]:

@@ -19,6 +19,7 @@ from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import buckets_of
 from influencespace.data.mirror import is_file
 from influencespace.data.pair_set import PairSet
+from influencespace.engine.placement import WORKER_BYTES
 from influencespace.errors import STRICT, InputError
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.ingest.shards import ROLES, roles_of
@@ -177,7 +178,8 @@ class Split(Stage):
         draw = DrawSplit(
             embeddings=embeddings, config=config, seed=seed, artifact=run.at(self.name), folder=workers.folder
         )
-        details = workers.once(draw)
+        pairs = sum(run.manifest(f"embed/{role}").rows_out for role in embeddings)
+        details = workers.once(draw, memory=WORKER_BYTES + 3 * 8 * pairs)
         rows_in, rows_out = details.pop("total"), sum(details["rows"].values())
         # the worse half of what was drawn for a target is set aside: neither pool nor target
         return Details(rows_in=rows_in, rows_out=rows_out, rejected=rows_in - rows_out, details=details)

@@ -16,15 +16,13 @@ from influencespace.core.batches import BLOCK, disjoint_batches, stream_batches
 from influencespace.core.hashing import fold_of
 from influencespace.data.buckets import buckets_of, read_rows
 from influencespace.data.pair_set import PairSet
+from influencespace.engine.placement import LIBRARY_BYTES
 from influencespace.models.heads import Heads, initial_heads
 from influencespace.models.training import Alone, Exchange, HeadsConfig, Trained, train_heads
 from influencespace.run import Workers
 from influencespace.stages.proxies.proxy import Proxy
 
 Measure = Callable[[Heads], dict[str, Any]]
-
-LIBRARIES = 700_000_000
-"""Bytes of a process that has loaded torch and computed something."""
 
 
 class Weights(Protocol):
@@ -244,7 +242,7 @@ def training_memory(pool: PairSet) -> int:
     """Bytes that a worker takes which trains a proxy on the pool: a block of embeddings, as it is read and as it is kept."""
     images, texts = pool.inputs(slice(0, 1))
     pair = 6 * (images.shape[1] + texts.shape[1])  # float32, beside float16 or half of another copy
-    return LIBRARIES + min(len(pool), BLOCK) * pair
+    return LIBRARY_BYTES + min(len(pool), BLOCK) * pair
 
 
 def train_many(

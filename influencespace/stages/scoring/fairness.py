@@ -22,11 +22,13 @@ from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns, read_bucket, read_columns
 from influencespace.data.mirror import here
 from influencespace.data.pair_set import PairSet
+from influencespace.engine.placement import LIBRARY_BYTES, Resources, fitting
 from influencespace.estimators.influence import sketch_curvature
 from influencespace.estimators.problem import Directional, Problem, mean_of_known
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.proxies.proxy import ALL
 from influencespace.stages.scoring.curvature import directional
+from influencespace.stages.scoring.memory import scoring_bytes
 from influencespace.stages.scoring.scoring import ScoringInputs, scoring_pass
 
 MAX_FITTED = 20_000  # scored pairs whose embeddings are in memory at once
@@ -139,6 +141,13 @@ def _scorer(score: ScoreForGroups, inputs: ScoringInputs) -> Any:
     return score.estimator.scorer(problem, direction.to(problem.space.like.device))
 
 
+def features_bytes(pool: PairSet, rows: int) -> int:
+    """Memory that a task takes which fits or predicts by both embeddings of so many pairs, in bytes: in float32, in float64 and
+    centred."""
+    width = 2 * pool.table.dimension
+    return LIBRARY_BYTES + min(rows, len(pool)) * width * (4 + 4 + 3 * 8) + 4 * 8 * width**2
+
+
 def features(pool: PairSet, rows: IntArray | slice) -> FloatArray:
     """Both given embeddings of pairs, side by side: (n, 2 D)."""
     return torch.cat(pool.inputs(rows), 1).double().numpy()
@@ -205,7 +214,8 @@ class Fairness(Stage):
         details: dict[str, Any] = {"groups": []}
         if wanted and estimator is not None:
             rank = run.manifest("curvature").details["proxies"][ALL].get("rank", 0)
-            inputs, heavy = ScoringInputs.of(run, workers.device), workers.heavy()
+            inputs, machines = ScoringInputs.of(run, workers.device), workers.engine.machines
+            heavy = workers.heavy(memory=fitting(scoring_bytes(inputs, size), machines))
             groups = Disadvantaged(inputs=inputs, estimator=estimator, rank=rank)
             solve = SolveDisadvantaged(groups=groups, folder=out)
             (details,) = workers.map([solve], unit="directions", label="solve", resources=heavy)
@@ -215,8 +225,10 @@ class Fairness(Stage):
                 rows = range(scored.details["sample"] - scored.details["without_score"])
                 with scoring_pass(workers, inputs, size, len(rows), resources=heavy) as scoring:
                     starts = scoring.write("scored", score, rows)
-                details["freedom"] = workers.once(FitForGroups(pool=run.pool, folder=out, starts=starts))
+                fit = FitForGroups(pool=run.pool, folder=out, starts=starts)
+                details["freedom"] = workers.once(fit, memory=features_bytes(run.pool, MAX_FITTED))
                 workers.join("scored", starts)
                 predict = PredictForGroups(pool=run.pool, folder=out)
-                workers.table("groups", predict, pairs, RANGE, label="all pairs")
+                needs = Resources(memory=features_bytes(run.pool, RANGE))
+                workers.table("groups", predict, pairs, RANGE, label="all pairs", resources=needs)
         return Details(rows_in=pairs, rows_out=pairs, details=details)

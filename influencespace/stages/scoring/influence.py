@@ -16,12 +16,14 @@ from influencespace.core.quality import find_quantiles
 from influencespace.core.strata import balance
 from influencespace.data.buckets import Columns, read_columns, write_columns
 from influencespace.data.mirror import here
+from influencespace.engine.placement import Resources, fitting
 from influencespace.errors import STRICT, InputError
 from influencespace.estimators.problem import Batch, Directional, Scorer, mean_of_known
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.passes import RANGE, range_passes
 from influencespace.stages.proxies.proxy import proxy_name
 from influencespace.stages.scoring.curvature import directional, directions_of
+from influencespace.stages.scoring.memory import scoring_bytes
 from influencespace.stages.scoring.sampling import DrawSamples, StrataOfRange, scores_of
 from influencespace.stages.scoring.scoring import ScoringInputs, ScoringPass, make_estimator, scoring_pass
 
@@ -178,7 +180,8 @@ class Influence(Stage):
         estimator, solved = directional(run.config), run.manifest("curvature").content
         # others are fitted where the stage is driven
         inputs = ScoringInputs.of(run, "cpu" if estimator is None else workers.device)
-        needs = workers.resources if estimator is None else workers.heavy()
+        memory = fitting(scoring_bytes(inputs, config.bucket_size), workers.engine.machines)
+        needs = Resources(memory=memory) if estimator is None else workers.heavy(memory=memory)
         starts: dict[str, list[int]] = {}
         with scoring_pass(workers, inputs, config.bucket_size, pairs, resources=needs) as scoring:
             by_proxy = self._fit(run, inputs, pairs, scoring if estimator is None else None)

@@ -14,8 +14,10 @@ from pydantic.dataclasses import dataclass as options
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import read_bucket
 from influencespace.data.pair_set import PairSet
+from influencespace.engine.placement import Resources, fitting
 from influencespace.errors import STRICT
 from influencespace.run import Details, Run, Stage, Workers
+from influencespace.stages.scoring.memory import scoring_bytes
 from influencespace.stages.scoring.scoring import ScoreColumn, ScoringInputs, make_estimator, scoring_pass
 
 
@@ -85,7 +87,8 @@ class Score(Stage):
         inputs, config = ScoringInputs.of(run), self.config
         estimator = make_estimator(config.estimator, config.options)
         rows = len(run.pool)
-        with scoring_pass(workers, inputs, config.bucket_size, rows) as scoring:
+        needs = Resources(memory=fitting(scoring_bytes(inputs, config.bucket_size), workers.engine.machines))
+        with scoring_pass(workers, inputs, config.bucket_size, rows, resources=needs) as scoring:
             scorer = scoring.fit(estimator, inputs.problem(), rows)
             starts = scoring.write("score", ScoreColumn(scorer), range(rows), label=config.estimator)
         without = workers.once(JoinScores(run.pool, workers.folder, starts))

@@ -18,7 +18,7 @@ from influencespace.core.projection import TwoSided
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import buckets_of
 from influencespace.data.mirror import here, is_file, listing
-from influencespace.engine.local import run_task
+from influencespace.engine.local import THIN, run_task
 from influencespace.errors import STRICT
 from influencespace.estimators.ecif import sketch_of
 from influencespace.estimators.influence import NegativeBatch
@@ -257,7 +257,7 @@ class SearchShard:
 def _search(index: Path, vectors: Tensor, count: int, workers: Workers) -> Candidates:
     shards = listing(index, "gradients-*.safetensors")
     tasks = [SearchShard(path=path, vectors=vectors, count=count) for path in shards]
-    first, *others = workers.engine.map(run_task, tasks, workers=workers.cores)
+    first, *others = workers.engine.map(run_task, tasks, workers=workers.cores, resources=THIN)
     result: Candidates = first
     for other in others:
         result = result.merge(other)

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass as options
 from influencespace.core.arrays import FloatArray
 from influencespace.core.fairness import group_means
 from influencespace.core.metrics import (
+    MAX_AT_ONCE,
     RECALL_LEVELS,
     bootstrap_means,
     interval,
@@ -24,11 +25,12 @@ from influencespace.core.metrics import (
 )
 from influencespace.data.buckets import buckets_of, read_rows, table_rows, write_columns
 from influencespace.data.pair_set import PairSet
+from influencespace.engine.placement import LIBRARY_BYTES, Resources, fitting
 from influencespace.errors import STRICT
 from influencespace.models.heads import Heads
 from influencespace.models.training import HeadsConfig
 from influencespace.run import Details, Run, Stage, Workers
-from influencespace.stages.ingest.embed import encoder_identity
+from influencespace.stages.ingest.embed import encoder_identity, worker_bytes
 from influencespace.stages.ingest.encode import EmbedConfig, EncoderLoader, load
 from influencespace.stages.proxies.proxy import Proxy
 from influencespace.stages.proxies.target import TargetHalves, choosing_loss
@@ -220,6 +222,14 @@ class KeptFractions:
         return {name: count / rows for name, count in kept.items()}
 
 
+def measuring_bytes(test: PairSet, target: PairSet, dimension: int) -> int:
+    """Memory that a task takes which measures a proxy of so many dimensions, in bytes: both sides of the whole set as they are
+    stored, read and embedded, and similarities of a block."""
+    given = 2 * 14 * test.table.dimension  # float16, float32, and float32 of half of them
+    embedded = 2 * (4 + 8 + 8) * dimension
+    return LIBRARY_BYTES + (len(test) + len(target)) * (given + embedded) + 5 * 8 * MAX_AT_ONCE
+
+
 class Evaluate(Stage):
     """Measures every retrained proxy; writes by_image.parquet."""
 
@@ -237,7 +247,10 @@ class Evaluate(Stage):
 
     def work(self, run: Run, workers: Workers) -> Details:
         config: EvaluateConfig = run.config.evaluate
-        prompts = workers.once(Prompts(embed=run.config.embed, config=config)) if config.classes else None
+        prompts = None
+        if config.classes:
+            held = fitting(worker_bytes(run.config.embed), workers.engine.machines)
+            prompts = workers.once(Prompts(embed=run.config.embed, config=config), memory=held)
         make = partial(
             Measure,
             test=run.test,
@@ -251,7 +264,11 @@ class Evaluate(Stage):
             make(proxy=Proxy(run.at("train"), one["name"]), method=one["method"], seed=one["seed"])
             for one in runs
         ]
-        results = sorted(workers.map(tasks, unit="proxies"), key=lambda r: (r["method"], r["seed"]))
+        machines = workers.engine.machines
+        held = measuring_bytes(run.test, run.target, run.config.proxy.train.dimension)
+        needs = Resources(memory=fitting(held, machines))
+        results = workers.map(tasks, unit="proxies", resources=needs)
+        results = sorted(results, key=lambda r: (r["method"], r["seed"]))
         methods = tuple(dict.fromkeys(one["method"] for one in runs))
         table, comparisons = summarise(results, methods)
         kept = workers.once(KeptFractions(run.at("selection") / "weights.parquet"))

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from influencespace.engine.attempts import Failed
-from influencespace.engine.local import Done, Engine, Merge, Pool, WorkerFactory, nothing, run_task
+from influencespace.engine.local import ONE_CORE, Done, Engine, Merge, Pool, WorkerFactory, nothing, run_task
+from influencespace.engine.placement import Resources, places
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,40 @@ class Work:
     """Seconds of all workers together."""
     reading: float = 0.0
     """Of them, those of readers that feed others."""
+    reader_peak: int = 0
+    """Most memory of one reader, in bytes."""
+    filled: float = 0.0
+    """Seconds for which all places for workers would have been at work."""
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(max(self.peak, other.peak), self.working + other.working, self.reading + other.reading)
+        return Work(
+            max(self.peak, other.peak),
+            self.working + other.working,
+            self.reading + other.reading,
+            max(self.reader_peak, other.reader_peak),
+            self.filled + other.filled,
+        )
+
+
+class Usage:
+    """What all work of an engine takes, added up."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._work = Work()
+        self.engine = measured(engine, self._add)
+        """To work with."""
+
+    def _add(self, work: Work) -> None:
+        self._work += work
+
+    def within(self, seconds: float) -> dict[str, float]:
+        """`busy`: the share of all places for workers that was at work in so many seconds; `peak_memory` and
+        `reader_peak_memory`: most bytes of one worker, and of one reader that feeds others. Nothing where nothing was done."""
+        if not self._work.working:
+            return {}
+        peaks = {"peak_memory": self._work.peak, "reader_peak_memory": self._work.reader_peak}
+        busy = round(min(1.0, self._work.filled / max(seconds, 1e-9)), 4)
+        return {"busy": busy} | {name: peak for name, peak in peaks.items() if peak}
 
 
 Record = Callable[[Work], None]
@@ -41,6 +73,18 @@ def measured(engine: Engine, record: Record) -> Engine:
     return copied
 
 
+def _counted(engine: Engine, record: Record, resources: Resources = ONE_CORE, **_: Any) -> Record:
+    """A record of workers of a need that also says how far they filled the engine's places."""
+    room = max(1, places(engine.machines, resources))
+
+    def counted(work: Work) -> None:
+        # beside GPUs readers have cores of their own
+        seconds = work.working - work.reading if resources.gpus else work.working
+        record(replace(work, filled=seconds / room))
+
+    return counted
+
+
 def _map(
     engine: Engine, record: Record, factory: WorkerFactory, tasks: Sequence[Any], **options: Any
 ) -> Iterator[Any]:
@@ -48,7 +92,7 @@ def _map(
         tasks = [partial(_measure, task) for task in tasks]
     else:
         factory = partial(_worker, factory)
-    yield from _recorded(record, engine.map(factory, tasks, **options))
+    yield from _recorded(_counted(engine, record, **options), engine.map(factory, tasks, **options))
 
 
 def _stream(
@@ -59,19 +103,20 @@ def _stream(
     consume: WorkerFactory,
     **options: Any,
 ) -> Iterator[Any]:
-    """The peak is that of those who consume: readers hold less."""
     streamed = engine.stream(partial(_reader, produce), tasks, partial(_consumer, consume), **options)
-    yield from _recorded(record, streamed)
+    yield from _recorded(_counted(engine, record, **options), streamed)
 
 
 def _reader(factory: WorkerFactory) -> Callable[[Any], Iterator[Any]]:
-    produce = factory()
+    produce, end = factory(), object()
 
-    def timed(task: Any) -> Iterator[tuple[Any, float]]:
-        items, began = iter(produce(task)), time.perf_counter()
-        for item in items:
-            yield item, time.perf_counter() - began
-            began = time.perf_counter()
+    def timed(task: Any) -> Iterator[tuple[Any, Work]]:
+        items = iter(produce(task))
+        while True:
+            item, work = _measure(next, items, end)
+            if item is end:
+                return
+            yield item, Work(working=work.working, reading=work.working, reader_peak=work.peak)
 
     return timed
 
@@ -79,9 +124,9 @@ def _reader(factory: WorkerFactory) -> Callable[[Any], Iterator[Any]]:
 def _consumer(factory: WorkerFactory) -> Callable[[Any], Any]:
     consume = factory()
 
-    def timed(item: tuple[Any, float]) -> tuple[Any, Work]:
+    def timed(item: tuple[Any, Work]) -> tuple[Any, Work]:
         result, work = _measure(consume, item[0])
-        return result, work + Work(working=item[1], reading=item[1])
+        return result, work + item[1]
 
     return timed
 
@@ -99,7 +144,7 @@ def _recorded(record: Record, results: Iterator[Any]) -> Iterator[Any]:
 @contextmanager
 def _pool(engine: Engine, record: Record, factory: WorkerFactory, **options: Any) -> Iterator[Pool]:
     with engine.pool(partial(_worker, factory), **options) as pool:
-        yield _MeasuredPool(pool, record)
+        yield _MeasuredPool(pool, _counted(engine, record, **options))
 
 
 @dataclass(frozen=True)
