@@ -30,7 +30,7 @@ from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.data.tars import add_sample, new_tar
 from influencespace.engine.session import start_ray
 from influencespace.pipeline import STAGES, data_stages
-from influencespace.planning.planning import LIMIT, plan
+from influencespace.planning import default_limit, plan
 
 BENCHMARK = Benchmark(seeds=(0,))
 SIZES, QUICK_SIZES = (10_000, 100_000, 1_000_000), (2_000, 8_000)
@@ -259,7 +259,8 @@ def plans(bench: Bench, sizes: list[int]) -> dict[str, dict[str, float]]:
                 **bench.pick({}, {"train.seeds": "[0]"}),
             },
         )
-        made = {pairs: plan(config, LIMIT, engine, folder, pairs=pairs) for pairs in sizes}
+        limit = bench.pick(default_limit(config), 1000)
+        made = {pairs: plan(config, limit, engine, folder, pairs=pairs) for pairs in sizes}
         return {str(n): {cost.stage: cost.seconds or 0.0 for cost in one.costs} for n, one in made.items()}
 
 

@@ -92,7 +92,8 @@ def plan(
     limit: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Pairs of the slice that is measured (default 400); 0 only counts the data."
+            min=0,
+            help="Pairs of the slice that is measured (default 400, of stored embeddings 20,000); 0 only counts the data.",
         ),
     ] = None,
     cluster: Annotated[
@@ -115,12 +116,12 @@ def plan(
         config, settings, data=data, target=target, test=test, encoder=encoder, embeddings=embeddings
     )
     from influencespace import api
-    from influencespace.planning import LIMIT, print_plan
+    from influencespace.planning import print_plan
 
     made = api.plan(
         whole,
         out=out,
-        limit=LIMIT if limit is None else limit,
+        limit=limit,
         cluster=cluster,
         pairs=pairs,
         address=address,

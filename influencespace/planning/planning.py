@@ -15,11 +15,12 @@ from influencespace.planning.cost_model import Cost, scaled
 from influencespace.planning.dataset_stats import SetSize, dataset_stats
 from influencespace.planning.forecast import UnitCosts, on_cluster
 from influencespace.planning.growth import growth_of
+from influencespace.planning.slice_config import Sliced
 from influencespace.planning.slices import Slicer, Timings, measure_slices
 from influencespace.run import Run, Stage
 
-LIMIT = 400
-"""Pairs of the usual slice."""
+LIMIT, STORED_LIMIT = 400, 20_000
+"""Pairs of the usual slice; where embeddings are stored, a pair costs little, and it takes many to see what."""
 MIN_LIMIT = 64  # half of it is the smaller slice, which the split must be able to divide
 
 
@@ -45,6 +46,11 @@ class Plan:
     def written(self) -> int:
         """Bytes on disk, as far as they are known."""
         return sum(cost.written or 0 for cost in self.costs)
+
+
+def default_limit(config: RunConfig) -> int:
+    """Pairs of the slice that is measured where no number is given."""
+    return LIMIT if config.data.embeddings is None else STORED_LIMIT
 
 
 def plan(
@@ -85,10 +91,11 @@ def plan(
         check_disk(largest + sum(size.embedding_bytes for size in sizes.values()), folder)
     costs, measured = counted(sizes, workers), 0
     if limit:
-        slicer = Slicer(config=config, sizes=there, workers=engine.cores)
         limit = min(limit, there["pool"].pairs)
+        sliced = Sliced(config=config, limit=limit, whole=sizes["pool"].pairs, workers=engine.cores)
+        slicer = Slicer(sliced=sliced, sizes=there)
         small, large = measure_slices(slicer, limit, existing(folder), engine, stages)
-        slices = Slices(small, large, config, engine.cores)
+        slices = Slices(small, large, sliced)
         once = [stage.name for stage in before]
         costs = [
             slices.cost(cost, sizes, cluster, rounds=1 if cost.stage in once else config.iterate)
@@ -115,12 +122,11 @@ def counted(sizes: Mapping[str, SetSize], workers: Mapping[str, Resources]) -> l
 
 @dataclass(frozen=True)
 class Slices:
-    """What two slices took, on an engine of so many cores."""
+    """What two slices took."""
 
     small: Timings
     large: Timings
-    config: RunConfig
-    cores: int
+    sliced: Sliced
 
     def cost(
         self, counted: Cost, sizes: Mapping[str, SetSize], cluster: Cluster | None, *, rounds: int
@@ -130,13 +136,15 @@ class Slices:
         role = stage.removeprefix("embed/") if stage.startswith("embed/") else "pool"
         name = f"embed/{role}"
         pairs = self.small[name].pairs, self.large[name].pairs, sizes[role].pairs
-        growth = growth_of(stage, self.config)
-        few, many, all_units = (growth.units(self.config, count) for count in pairs)
+        whole = self.sliced.config
+        growth, limit = growth_of(stage, whole), self.sliced.limit
+        configs = self.sliced.of(limit // 2), self.sliced.of(limit), whole
+        few, many, all_units = (growth.units(one, count) for one, count in zip(configs, pairs))
         small, large = self.small[stage], self.large[stage]
         cost = scaled(small, large, pairs, worker=counted.worker, rounds=rounds, units=(few, many, all_units))
         cost = replace(cost, read=counted.read or cost.read)
         if cluster is None:
             return cost
-        widths = growth.most(self.config, pairs[0]), growth.most(self.config, pairs[1])
-        unit_costs = UnitCosts.of(small, large, (few, many), self.cores, widths)
-        return on_cluster(cost, unit_costs, cluster, self.config, pairs[2], rounds)
+        widths = growth.most(configs[0], pairs[0]), growth.most(configs[1], pairs[1])
+        unit_costs = UnitCosts.of(small, large, (few, many), self.sliced.workers, widths)
+        return on_cluster(cost, unit_costs, cluster, whole, pairs[2], rounds)

@@ -4,9 +4,8 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 from influencespace.config import RunConfig
 from influencespace.data.imported import EmbeddingBatch, import_options, read_imported_embeddings
 from influencespace.data.readers import read_shard
-from influencespace.data.schema import ReadOptions, Sample
+from influencespace.data.schema import Sample
 from influencespace.data.tars import add_sample, new_tar
 from influencespace.engine.local import Engine
 from influencespace.engine.measured import Work, measured
@@ -22,45 +21,43 @@ from influencespace.errors import InputError
 from influencespace.pipeline import data_stages
 from influencespace.planning.cost_model import Timing
 from influencespace.planning.dataset_stats import SetSize
+from influencespace.planning.slice_config import Sliced
 from influencespace.run import Run, Stage, carry_out
 from influencespace.stages.ingest.shards import shards_of
 from influencespace.stages.ingest.split import Split, pair_sets
 
 Timings = Mapping[str, Timing]
+OTHERS = 2000
+"""Pairs of target and test in a slice, at most: what influence takes grows with the target, whatever the pool is."""
+TINY = 400
+"""Pairs of the slice that is run first and not measured, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slicer:
     """Cuts slices that keep as many workers busy as the whole data would: shards and buckets are smaller, not fewer."""
 
-    config: RunConfig
+    sliced: Sliced
     sizes: Mapping[str, SetSize]
-    workers: int
+    """Of what is there."""
 
     def cut(self, folder: Path, pool: int, others: int) -> RunConfig:
         """The config on about so many pairs of the pool, and of target and test, which are written into `folder`."""
-        config, paths = self.config, {"pool": ""}
+        config, paths = self.sliced.config, {"pool": ""}
         for role in self.sizes:
             limit = min(pool if role == "pool" else others, self.sizes[role].pairs)
             if role == "pool" and config.data.embeddings is not None:
                 paths["embeddings"] = self._embeddings(folder / "embeddings.parquet", limit)
             else:
                 paths[role] = self._shards(folder / role, role, limit)
-        sliced: RunConfig = replace(
-            _with_buckets(config, pool, self.sizes["pool"].pairs, self.workers),
-            data=replace(config.data, images=None, **paths),
-            embed=replace(config.embed, read=ReadOptions(), keep_chunks=False),
-            # Whether so few pairs help or harm says nothing: all are kept, lest nothing is left to train on.
-            selection=replace(config.selection, tau_low=-1e6),
-            iterate=1,
-        )
-        return sliced
+        return replace(self.sliced.of(pool), data=replace(config.data, images=None, **paths))
 
     def _shards(self, folder: Path, role: str, limit: int) -> str:
         """The first images, with `limit` pairs or a little more where there are as many, as WebDataset tars."""
-        read, shards = self.config.embed.read, shards_of(self.config)[role]
+        config = self.sliced.config
+        read, shards = config.embed.read, shards_of(config)[role]
         samples = (item for shard in shards for item in read_shard(shard, read) if isinstance(item, Sample))
-        tars = min(len(shards), self.workers)
+        tars = min(len(shards), self.sliced.workers)
         folder.mkdir(parents=True)
         pairs = 0
         for number in range(tars):
@@ -76,9 +73,9 @@ class Slicer:
     def _embeddings(self, path: Path, limit: int) -> str:
         """The first imported embeddings as a Parquet file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        options = import_options(self.config.embed.read, joined=bool(self.config.data.pool))
+        options = import_options(self.sliced.config.embed.read, joined=bool(self.sliced.config.data.pool))
         left, tables = limit, []
-        for batch in read_imported_embeddings(self.config.data.embeddings or "", options):
+        for batch in read_imported_embeddings(self.sliced.config.data.embeddings or "", options):
             if isinstance(batch, EmbeddingBatch):
                 columns = {
                     "uid": batch.uids,
@@ -94,18 +91,6 @@ class Slicer:
         return str(path)
 
 
-def _with_buckets(settings: Any, pairs: int, whole: int, workers: int) -> Any:
-    """Settings whose `bucket_size`, in every section, cuts `pairs` for as many of the workers as have one of `whole`."""
-    changed = {}
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        if is_dataclass(value):
-            changed[field.name] = _with_buckets(value, pairs, whole, workers)
-        elif field.name == "bucket_size":
-            changed[field.name] = -(-pairs // min(workers, -(-whole // value)))
-    return replace(settings, **changed)
-
-
 def measure_slices(
     slicer: Slicer, limit: int, home: Path, engine: Engine, stages: Sequence[Stage]
 ) -> tuple[Timings, Timings]:
@@ -116,9 +101,10 @@ def measure_slices(
     with tempfile.TemporaryDirectory(prefix=".plan-", dir=home if os.access(home, os.W_OK) else None) as name:
         folder = Path(name)
         try:
-            whole = slicer.cut(folder / "whole", limit, limit)
-            half = slicer.cut(folder / "half", limit // 2, limit)
-            _measure(half, folder / "warm-up", engine, stages)  # imports and cold caches
+            whole = slicer.cut(folder / "whole", limit, OTHERS)
+            half = slicer.cut(folder / "half", limit // 2, OTHERS)
+            tiny = slicer.cut(folder / "tiny", min(limit // 2, TINY), TINY)
+            _measure(tiny, folder / "warm-up", engine, stages)  # imports and cold caches
             small = _measure(half, folder / "small", engine, stages)
             return small, _measure(whole, folder / "large", engine, stages)
         except InputError as error:

@@ -74,6 +74,11 @@ class ClusterConfig:
     fusion: FusionConfig = plain_field(default_factory=FusionConfig)
 
 
+def leaves(config: ClusterConfig, rows: int) -> int:
+    """Leaves of `auto` for so many rows."""
+    return max(1, min(config.max_k, rows // (MEAN_OVER_MIN * config.min_cluster_size)))
+
+
 class Rows(Protocol):
     """Unit rows that are clustered; cheap to pickle."""
 
@@ -162,7 +167,7 @@ class KMeans:
         if config.k != "auto":
             k, shares = min(config.k, rows), (0.0, float("inf"))  # just empty ones
         else:
-            k = max(1, min(config.max_k, rows // (MEAN_OVER_MIN * config.min_cluster_size)))
+            k = leaves(config, rows)
             shares = config.min_cluster_size / rows, OVERSIZE / k
         return cls(data=data, rows=rows, k=k, seed=seed, config=config, shares=shares)
 

@@ -1,0 +1,56 @@
+"""The settings of a slice: what they leave to the size of the pool is as for the whole pool, so that unit costs are its."""
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from influencespace.config import RunConfig
+from influencespace.data.schema import ReadOptions
+from influencespace.stages.scoring.cluster import leaves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sliced:
+    """Settings of slices of at most `limit` pairs of a pool of `whole` pairs, for so many workers."""
+
+    config: RunConfig
+    limit: int
+    whole: int
+    workers: int
+
+    def of(self, pairs: int) -> RunConfig:
+        """The settings of a slice of about so many pairs, without its data; steps of training are in proportion to them."""
+        config = self.config
+        first, heads = config.proxy.first_steps(self.whole), config.proxy.train
+        proxy = replace(
+            config.proxy,
+            train=replace(heads, steps=max(1, heads.steps * pairs // self.limit)),
+            folds=config.proxy.fold_count(self.whole),
+            choose_steps=config.proxy.max_steps(self.whole) >= 2 * first,
+        )
+        cluster = config.cluster
+        if cluster.k == "auto":
+            cluster = replace(cluster, max_k=leaves(cluster, self.whole), min_cluster_size=1)
+            cluster = replace(cluster, max_k=leaves(cluster, self.limit // 2))  # as many in both slices
+        sliced: RunConfig = replace(
+            _with_buckets(config, pairs, self.whole, self.workers),
+            proxy=_with_buckets(proxy, pairs, self.whole, self.workers),
+            cluster=_with_buckets(cluster, pairs, self.whole, self.workers),
+            train=replace(config.train, seeds=config.train.seeds_of(self.whole)),
+            embed=replace(config.embed, read=ReadOptions(), keep_chunks=False),
+            # Whether so few pairs help or harm says nothing: all are kept, lest nothing is left to train on.
+            selection=replace(config.selection, tau_low=-1e6),
+            iterate=1,
+        )
+        return sliced
+
+
+def _with_buckets(settings: Any, pairs: int, whole: int, workers: int) -> Any:
+    """Settings whose `bucket_size`, in every section, cuts `pairs` for as many of the workers as have one of `whole`."""
+    changed = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            changed[field.name] = _with_buckets(value, pairs, whole, workers)
+        elif field.name == "bucket_size":
+            changed[field.name] = -(-pairs // min(workers, -(-whole // value)))
+    return replace(settings, **changed)
