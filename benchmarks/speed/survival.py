@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,21 +98,17 @@ def strikes(chance: random.Random, seconds: float, count: int, kinds: Sequence[s
     ]
 
 
-def same_digests(bench: Bench, truth: Truth, out: Path, run: int, lost: Sequence[Lost]) -> bool:
-    """Whether a run ended in the files of the undisturbed one; a row for it."""
+def compared(truth: Truth, out: Path, lost: Sequence[Lost]) -> dict[str, Any]:
+    """Who was lost of a run, and whether it ended in the files of the undisturbed one."""
     mine = digests(out)
     different = sorted(name for name in truth.digests | mine if truth.digests.get(name) != mine.get(name))
-    sound = not verify_run(out)
-    kinds = {kind: sum(one.kind == kind for one in lost) for kind in {one.kind for one in lost}}
-    bench.row(
-        run=run,
-        lost=kinds,
-        names=[one.name for one in lost],
-        different=different[:5],
-        identical=not different,
-        verified=sound,
-    )
-    return not different and sound
+    return {
+        "lost": {kind: sum(one.kind == kind for one in lost) for kind in {one.kind for one in lost}},
+        "names": [one.name for one in lost],
+        "different": different[:5],
+        "identical": not different,
+        "verified": not verify_run(out),
+    }
 
 
 def end_of(command: Command, planned: Sequence[Strike]) -> list[Lost]:
@@ -144,14 +141,21 @@ class Plan:
             for run in range(self.runs):
                 chance = random.Random(f"{bench.seeds[0]} {self.lost} {run}")
                 command = Command(("run", *truth.arguments), folder / f"run-{run}", cluster)
-                lost = end_of(command, strikes(chance, truth.seconds, self.strikes, self.kinds))
-                struck += len(lost)
-                identical += same_digests(bench, truth, command.out, run, lost)
-                shutil.rmtree(command.out)
+                disturbed = partial(self._disturbed, truth, command, chance)
+                found = bench.cached([self.lost, bench.quick, run], disturbed)
+                bench.row(run=run, **found)
+                struck += len(found["names"])
+                identical += found["identical"] and found["verified"]
         expected = wanted.at_least(self.enough * self.runs * self.strikes)
         bench.target(f"{self.lost} in {self.runs} runs", expected, struck)
         same = f"runs of {self.runs} that end in the digests of an undisturbed run"
         bench.target(same, wanted.at_least(self.runs), identical)
+
+    def _disturbed(self, truth: Truth, command: Command, chance: random.Random) -> dict[str, Any]:
+        lost = end_of(command, strikes(chance, truth.seconds, self.strikes, self.kinds))
+        found = compared(truth, command.out, lost)
+        shutil.rmtree(command.out)
+        return found
 
 
 @BENCHMARK.part
