@@ -1,10 +1,17 @@
 """An S3 server on loopback, which may be told to be too busy for every n-th request."""
 
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+from influencespace.data.stores import filesystem
+from influencespace.engine import attempts
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
@@ -47,12 +54,26 @@ class S3Server:
         self._thread.join()
 
 
+def forget_between_tasks(machine: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let every task of a local engine be done as if on a machine of its own: what lies here is gone when one begins.
+
+    The tasks that were done so.
+    """
+    attempt, tasks = attempts.Worker.attempt, list[str]()
+
+    def elsewhere(worker: attempts.Worker, task: Any, *shared: Any) -> attempts.TaskResult:
+        shutil.rmtree(machine, ignore_errors=True)
+        tasks.append(attempts.brief(task))
+        return attempt(worker, task, *shared)
+
+    monkeypatch.setattr(attempts.Worker, "attempt", elsewhere)
+    return tasks
+
+
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
     """A server, to which this process and those that it starts are led until the block ends."""
     from s3fs import S3FileSystem
-
-    from influencespace.data.stores import filesystem
 
     def forget_clients() -> None:
         filesystem.cache_clear()

@@ -1,7 +1,6 @@
 """A run whose data and folder lie in an object store: the same results, whatever machine works and whatever fails meanwhile."""
 
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -11,13 +10,13 @@ from typing import Any
 import pytest
 from conftest import Command, command_line, run_arguments, run_here
 
-from influencespace.data.artifacts import file_digest, read_manifest
+from influencespace.data.artifacts import copy_file, file_digest, read_manifest
 from influencespace.data.integrity import is_done
 from influencespace.data.locations import folder_of
 from influencespace.data.mirror import files_below, here, is_file, listing
 from influencespace.data.stores import filesystem
-from influencespace.engine import attempts
 from influencespace.stages.ingest.shards import ROLES
+from tests.object_store import forget_between_tasks
 
 pytestmark = pytest.mark.e2e
 
@@ -76,15 +75,7 @@ def stages_of(run: Path) -> dict[str, str]:
 @pytest.fixture
 def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every task is done as if on a machine of its own: what lies here is gone when one begins."""
-    attempt, tasks = attempts.Worker.attempt, list[str]()
-
-    def elsewhere(worker: attempts.Worker, task: Any, *shared: Any) -> attempts.TaskResult:
-        shutil.rmtree(tmp_path / "machine", ignore_errors=True)
-        tasks.append(attempts.brief(task))
-        return attempt(worker, task, *shared)
-
-    monkeypatch.setattr(attempts.Worker, "attempt", elsewhere)
-    return tasks
+    return forget_between_tasks(tmp_path / "machine", monkeypatch)
 
 
 def test_a_task_needs_nothing_that_another_left_on_its_machine(
@@ -197,3 +188,51 @@ def test_a_killed_run_is_finished_by_another_machine_and_a_second_one_is_refused
     done(arguments, elsewhere)
     assert curated(out) == file_digest(finished / "curated.parquet")
     assert not listing(folder_of(out, "RUN"), ".*")
+
+
+@pytest.mark.slow
+def test_a_sweep_searches_a_run_in_a_store(
+    world: Path, bucket: str, by_loop: Path, storage: dict[str, str]
+) -> None:
+    """Ray Tune keeps its state there as well, and none of it is left."""
+    out = f"{bucket}/run"
+    run = folder_of(out, "--out")
+    for path in files_below(by_loop):
+        copy_file(path, run / path.relative_to(by_loop))
+    arguments = [str(one) for one in run_arguments(world, Path("OUT"))][1:]
+    arguments[arguments.index("OUT")] = out
+    assert f"use it: influencespace run {out}/sweep/best.yaml" in done(
+        ["sweep", *arguments, "--trials", "2"], storage
+    )
+    names = {path.relative_to(run / "sweep").as_posix() for path in files_below(run / "sweep")}
+    assert {name for name in names if not name.startswith("trial")} == {"manifest.json", "best.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no credentials were found"),
+        ({"AWS_PROFILE": "nobody"}, "Is the URL, the profile or AWS_ENDPOINT_URL mistyped?"),
+        ({}, "there is no such bucket"),
+    ],
+    ids=["credentials", "profile", "bucket"],
+)
+def test_what_a_store_refuses_is_one_line(
+    storage: dict[str, str], changed: dict[str, str], said: str, world: Path
+) -> None:
+    environment = {name: value for name, value in (storage | changed).items() if value}
+    arguments = [
+        "run",
+        "--data",
+        str(world / "pool"),
+        "--encoder",
+        str(world / "encoder"),
+        "--out",
+        "s3://nobody-s/run",
+    ]
+    ended = subprocess.run(
+        command_line(*arguments), env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert said in ended.stderr.splitlines()[-1]
