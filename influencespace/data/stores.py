@@ -41,7 +41,10 @@ _CLIENTS = ("botocore.", "aiobotocore.", "aiohttp.", "asyncio.", "fsspec.excepti
 
 @cache
 def filesystem(protocol: str) -> Any:
-    """The fsspec file system of a protocol; raises InputError where there is none, or where its package is missing."""
+    """The fsspec file system of a protocol.
+
+    Raises InputError where there is none, and where its package, or what the environment must say of it, is missing.
+    """
     try:
         store = fsspec.filesystem(protocol, use_listings_cache=False)
     except ImportError as error:
@@ -51,7 +54,12 @@ def filesystem(protocol: str) -> Any:
     except ValueError:
         raise InputError(f"{protocol}:// is no storage that fsspec knows. Is the URL mistyped?") from None
     if hasattr(store, "call_s3"):
-        store.connect()
+        try:
+            store.connect()
+        except Exception as error:
+            if reason := _refused(error):
+                raise InputError(f"{protocol}://: {reason}") from None
+            raise
         store.s3.meta.events.register("needs-retry.s3", _count_response)
     return store
 
