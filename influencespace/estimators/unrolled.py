@@ -72,7 +72,10 @@ def removals(trajectory: Trajectory, response: Response, form: Form) -> Tensor:
 
 
 def removal_scores(problem: Problem, trajectory: Trajectory, form: Form = "exact") -> FloatArray:
-    """Predicted rise of the target loss when a pair is removed from all its batches: (N,), nan for a pair in none."""
+    """Predicted rise of the target loss when a pair is removed from all its batches: (N,), nan for a pair in none.
+
+    Holds 9 bytes a pair of the pool: each step adds to any of them.
+    """
     scores = np.zeros(problem.pool_size)
     trained = np.zeros(problem.pool_size, bool)
     target_gradient = problem.gradient_at(space_at(trajectory.space, trajectory.final))
