@@ -76,13 +76,13 @@ def curate(
     engine: Literal["ray", "local"] = "ray",
     address: str | None = None,
 ) -> Run:
-    """Curate a pool of image-text pairs into the folder `out`, as `influencespace run` does; the finished Run.
+    """Curate a pool of image-text pairs into `out`, as `influencespace run` does; the finished Run.
 
     `data`, `target` and `test` are paths, folders, globs or URLs of shards; `encoder` is a folder or hub id of a dual encoder;
-    `embeddings` are those of the pool that exist already. `config` is a RunConfig or a YAML file, `settings` change it by
-    dotted names. "ray" works on the cluster at `address` (or RAY_ADDRESS) or on a new local Ray, "local" in a plain loop in this
-    process, with the same result. The same call continues what is there. Raises InputError for data or settings that cannot
-    be used, and where another run works in the folder.
+    `embeddings` are those of the pool that exist already; `out` is a folder, or a URL such as s3://bucket/run. `config` is a
+    RunConfig or a YAML file, `settings` change it by dotted names. "ray" works on the cluster at `address` (or RAY_ADDRESS) or on
+    a new local Ray, "local" in a plain loop in this process, with the same result. The same call continues what is there. Raises
+    InputError for data or settings that cannot be used, and where another run works in the folder.
 
         run = curate(data="pairs", target="target", test="test", encoder="my-clip", out="runs/mine", settings={"seed": 1})
         table = run.curated()

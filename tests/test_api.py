@@ -10,6 +10,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,18 @@ def test_a_plan_counts_what_a_run_will_see(run: Run, tmp_path: Path) -> None:
     needs = plan(run.config, limit=0, out=tmp_path)
     assert {role: size.pairs for role, size in needs.sizes.items()} == {"pool": 150, "target": 60, "test": 40}
     assert needs.measured == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_in_a_store_is_planned_for_the_disk_of_its_copies(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFLUENCESPACE_MIRROR", str(tmp_path))
+    assert plan(run.config, limit=0, out="memory://store/run") == plan(run.config, limit=0, out=tmp_path)
+    full = SimpleNamespace(free=1)
+    monkeypatch.setattr("influencespace.planning.bounds.shutil.disk_usage", {tmp_path: full}.__getitem__)
+    with pytest.raises(InputError, match=f"needs .* in {tmp_path}"):
+        plan(run.config, limit=0, out="memory://store/run")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,8 +21,8 @@ Address = Annotated[
     str | None,
     typer.Option("--address", help="Ray cluster to work on; without it, RAY_ADDRESS or a local Ray."),
 ]
-Finished = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
-Stored = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]
+Finished = Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of a finished run.")]
+Stored = Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of a run.")]
 
 
 def existing_folder(folder: str) -> Path:

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 Config = Annotated[Path | None, typer.Argument(help="YAML of a run; flags and --set override it.")]
 Out = Annotated[
-    str, typer.Option("--out", metavar="FOLDER", help="Run folder; the same command continues what is there.")
+    str,
+    typer.Option(
+        "--out",
+        metavar="FOLDER",
+        help="Run folder, or a URL such as s3://bucket/run; the same command continues what is there.",
+    ),
 ]
 Settings = Annotated[
     list[str],
@@ -211,7 +216,7 @@ def print_problems(run: Path, problems: "list[Problem]") -> None:
 def export(
     folder: Finished,
     to: Annotated[Literal["npy", "webdataset", "parquet"], typer.Option("--to", help="Format.")],
-    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Folder to write into.")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Folder or URL to write into.")],
     shard_size: Annotated[int, typer.Option(min=1, help="Pairs in a shard.")] = 10_000,
 ) -> None:
     """Write the kept pairs as others read them."""
