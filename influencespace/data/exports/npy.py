@@ -13,7 +13,6 @@ from influencespace.data.artifacts import File, Manifest, atomic_path
 from influencespace.data.exports.folder import write_once
 from influencespace.data.exports.selection import BATCH_ROWS, FinishedRun
 from influencespace.data.integrity import describe
-from influencespace.data.mirror import here
 from influencespace.data.npy import write_npy
 from influencespace.data.sorting import sorted_tables
 from influencespace.data.uids import digest
@@ -47,7 +46,7 @@ def _sorted_numbers(path: Path) -> Iterator[npt.NDArray[np.void]]:
     """The numbers of the map in their order: by the second one, then, equal ones as they came, by the first."""
 
     def tables() -> Iterator[pa.Table]:
-        with pq.ParquetFile(here(path)) as file:
+        with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(BATCH_ROWS, columns=["hash"]):
                 numbers = to_numbers(batch["hash"].to_pylist())
                 yield pa.table({name: np.ascontiguousarray(numbers[name]) for name in ("f0", "f1")})
