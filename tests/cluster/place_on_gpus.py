@@ -27,7 +27,12 @@ OBJECT_STORE = 100 * 2**20
 SHARDS = 12
 PATIENCE = 200.0
 # Idle processes for all of the head's cores are not what is tried here.
-QUIET = {"prestart_worker_first_driver": False}
+QUIET = {
+    "prestart_worker_first_driver": False,
+    "health_check_initial_delay_ms": 5000,
+    "health_check_period_ms": 1000,
+    "health_check_failure_threshold": 10,
+}
 
 
 class Patient(FakeEncoder):
@@ -40,12 +45,15 @@ class Patient(FakeEncoder):
         return super().encode_image(pixels)
 
 
-def add_late(cluster: Cluster, folder: Path, nodes: list[str], node: dict[str, Any]) -> None:
-    """A machine with a GPU, as soon as the first encoder is there."""
+def add_late(
+    cluster: Cluster, folder: Path, nodes: list[str], node: dict[str, Any], over: threading.Event
+) -> None:
+    """A machine with a GPU, as soon as the first encoder is there; its processes end with this thread."""
     until = time.monotonic() + PATIENCE
     while not list(folder.glob("worker-*.json")) and time.monotonic() < until:
         time.sleep(0.2)
     nodes.append(cluster.add_node(num_cpus=4, num_gpus=1, **node).node_id)
+    over.wait()
 
 
 def main(folder: Path) -> None:
@@ -53,14 +61,17 @@ def main(folder: Path) -> None:
     ray._private.utils.set_sigterm_handler = lambda handler: None
     # So small shards would be work for one encoder.
     embed.amounts = lambda shards: ([100] * len(shards), "MB")
-    cluster = Cluster()
+    cluster, over = Cluster(), threading.Event()
     node = {"object_store_memory": OBJECT_STORE}
     cluster.add_node(num_cpus=16, include_dashboard=False, _system_config=QUIET, **node)
     gpu_nodes = [cluster.add_node(num_cpus=4, num_gpus=1, **node).node_id for _ in range(2)]
 
     def load(config: EmbedConfig, device: str) -> FakeEncoder:
+        actor = ray.get_runtime_context().get_actor_id()
+        if actor is None:  # it only probes its batch
+            return FakeEncoder(folder / "probe")
         started = {"node": ray.get_runtime_context().get_node_id(), "device": device}
-        (folder / f"worker-{ray.get_runtime_context().get_actor_id()}.json").write_text(json.dumps(started))
+        (folder / f"worker-{actor}.json").write_text(json.dumps(started))
         return Patient(folder / "log")
 
     data = write_world(folder / "data", SHARDS)
@@ -68,20 +79,20 @@ def main(folder: Path) -> None:
     try:
         with start_ray(address=cluster.address) as engine:
             share = embed_share(config.embed, engine, SHARDS)
-            late = threading.Thread(target=add_late, args=(cluster, folder, gpu_nodes, node))
-            late.start()
+            late = (cluster, folder, gpu_nodes, node, over)
+            threading.Thread(target=add_late, args=late, daemon=True).start()
             manifest = carry_out(
                 Embed("pool", load, load_fake_preprocessing),
                 Run(folder=folder / "run", config=config),
                 engine,
             )
-            late.join()
             try:
                 list(engine.map(int, [0], resources=Resources(cpus=8, gpus=1)))
                 refusal = "none"
             except InputError as error:
                 refusal = str(error)
     finally:
+        over.set()
         cluster.shutdown()
     started = [json.loads(path.read_text()) for path in folder.glob("worker-*.json")]
     outcome = {"share": asdict(share), "pairs": manifest.rows_out, "gpu_nodes": gpu_nodes}
