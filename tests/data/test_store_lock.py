@@ -1,10 +1,12 @@
 """The lock of a folder in a store: one process at a time, whatever became of the others."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +161,15 @@ def test_a_lock_that_is_written_anew_is_refused(folder: Path) -> None:
     assert tag is not None  # the refused one did not touch it
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.fixture
+def hears_interrupts() -> Iterator[None]:
+    """As in a terminal: what starts the tests, or another test, may have made their process deaf to SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("quick", "hears_interrupts")
 def test_who_has_lost_the_lock_ends(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def lose_it() -> None:
         with alone_in(folder):
