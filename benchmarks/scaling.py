@@ -94,7 +94,10 @@ def page(result: Mapping[str, Any]) -> str:
         f"**Assumed, not measured**: clusters of machines `{NODE}` whose cores are as quick as those measured and all find "
         f"work; a GPU does the work of {_cluster(1).cores_per_gpu:,.0f} cores ({SHARE_OF_PEAK:.0%} of its peak over "
         f"{1000 * CORE_TFLOPS:g} GFLOP/s of a core); disks and network keep up; memory of a worker stays as it was. Embedding "
-        "itself is not in these tables: embeddings are there.",
+        "itself is not in these tables: embeddings are there. `the driver` stands for all seconds in which the measured cores "
+        "were not all busy, also those that reading or one slow training took: they are taken for work that nothing divides, "
+        "which makes these times an upper bound.",
+        "",
         "",
     ]
     return (
