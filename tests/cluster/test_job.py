@@ -110,6 +110,7 @@ def test_a_map_that_loses_a_node_gives_every_result_once(
     assert nodes[-1] != outcome["lost"]
 
 
+@pytest.mark.slow
 def test_embedding_workers_start_on_gpu_nodes_that_are_smaller_than_the_head(
     ray_environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def check_interrupted(stage: str, world: Path, out: Path, environment: dict[str,
     assert not (out / "curated.parquet").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_so(environment: dict[str, str], world: Path, tmp_path: Path) -> None:
     """In the stage that Ray Train would otherwise end by itself, without a word."""
     check_interrupted("train", world, tmp_path / "interrupted", environment)

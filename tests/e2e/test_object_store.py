@@ -105,6 +105,7 @@ def test_a_busy_store_changes_no_result(world: Path, s3: Any, bucket: str, by_lo
     assert curated(f"{bucket}/run") == file_digest(by_loop / "curated.parquet")
 
 
+@pytest.mark.slow
 def test_commands_work_on_a_run_in_a_store(
     world: Path, shards: str, bucket: str, finished: Path, storage: dict[str, str], tmp_path: Path
 ) -> None:
