@@ -119,8 +119,15 @@ class MergeBucket:
     def _report(self) -> Path:
         return self.folder / f".{bucket_folder(self.folder, self.number).name}.json"
 
+    @property
+    def _files(self) -> list[Path]:
+        """What it writes, the report last: no report stands for a file that is gone."""
+        bucket = bucket_folder(self.folder, self.number)
+        rejected = rejected_path(self.folder, self.number)
+        return [bucket / "pairs.parquet", bucket / "vectors.arrow", rejected, self._report]
+
     def __call__(self) -> tuple[int, BucketReport]:
-        if not is_file(self._report):
+        if not all(map(is_file, self._files)):
             self._write()
         return self.number, BucketReport(**json.loads(here(self._report).read_bytes()))
 

@@ -19,28 +19,26 @@ class Sliced:
 
     def of(self, pairs: int) -> RunConfig:
         """The settings of a slice of about so many pairs, without its data; steps of training are in proportion to them."""
-        config = self.config
-        first, heads = config.proxy.first_steps(self.whole), config.proxy.train
-        proxy = replace(
-            config.proxy,
-            train=replace(heads, steps=max(1, heads.steps * pairs // self.limit)),
-            folds=config.proxy.fold_count(self.whole),
-            choose_steps=config.proxy.max_steps(self.whole) >= 2 * first,
-        )
-        cluster = config.cluster
+        config, cluster, heads = self.config, self.config.cluster, self.config.proxy.train
         if cluster.k == "auto":
             cluster = replace(cluster, max_k=leaves(cluster, self.whole), min_cluster_size=1)
             cluster = replace(cluster, max_k=leaves(cluster, self.limit // 2))  # as many in both slices
-        sliced: RunConfig = replace(
-            _with_buckets(config, pairs, self.whole, self.workers),
-            proxy=_with_buckets(proxy, pairs, self.whole, self.workers),
-            cluster=_with_buckets(cluster, pairs, self.whole, self.workers),
+        changed = replace(
+            config,
+            proxy=replace(
+                config.proxy,
+                train=replace(heads, steps=max(1, heads.steps * pairs // self.limit)),
+                folds=config.proxy.fold_count(self.whole),
+                choose_steps=config.proxy.max_steps(self.whole) >= 2 * config.proxy.first_steps(self.whole),
+            ),
+            cluster=cluster,
             train=replace(config.train, seeds=config.train.seeds_of(self.whole)),
             embed=replace(config.embed, read=ReadOptions(), keep_chunks=False),
             # Whether so few pairs help or harm says nothing: all are kept, lest nothing is left to train on.
             selection=replace(config.selection, tau_low=-1e6),
             iterate=1,
         )
+        sliced: RunConfig = _with_buckets(changed, pairs, self.whole, self.workers)
         return sliced
 
 

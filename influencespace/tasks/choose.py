@@ -123,8 +123,8 @@ class KeptPairs:
         parts = []
         for number in np.flatnonzero((self.edges[1:] > first) & (self.edges[:-1] < last)):
             before, start = int(self.edges[number]), int(number) * RANGE
-            here = slice(max(0, first - before), last - before)
-            parts.append([values[here] for values in _kept_of(self.curated, start, start + RANGE)])
+            local = slice(max(0, first - before), last - before)
+            parts.append([values[local] for values in _kept_of(self.curated, start, start + RANGE)])
         rows, score = zip(*parts, strict=True)
         return np.concatenate(rows), np.concatenate(score)
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.scaling import Measured, page
+from benchmarks.render import read
+from benchmarks.scaling import PAGE, Measured, page
 from influencespace.planning.cluster import parse_cluster
 
 
@@ -61,3 +62,7 @@ def test_one_size_is_too_few(result: dict[str, Any]) -> None:
     result["table"] = [one for one in result["table"] if one["pairs"] == 10_000]
     with pytest.raises(SystemExit, match="a line needs two"):
         page(result)
+
+
+def test_the_page_is_of_the_results() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(read("scale")), "run python benchmarks/scaling.py"

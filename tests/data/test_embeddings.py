@@ -233,6 +233,15 @@ def test_a_bucket_that_is_there_is_not_merged_again(tmp_path: Path) -> None:
     assert task() == first
 
 
+@pytest.mark.parametrize("gone", ["bucket-00000/pairs.parquet", "bucket-00000/vectors.arrow"])
+def test_no_report_stands_for_a_file_that_is_gone(tmp_path: Path, gone: str) -> None:
+    task = MergeBucket(folder=tmp_path, number=0, count=1, chunks=[chunk(tmp_path / "0.arrow", SAMPLES)])
+    first, before = task(), (tmp_path / gone).read_bytes()
+    (tmp_path / gone).unlink()
+    assert task() == first
+    assert (tmp_path / gone).read_bytes() == before
+
+
 def test_pairs_without_a_provided_embedding_are_rejected(tmp_path: Path) -> None:
     listed = chunk(tmp_path / "listed.arrow", [*SAMPLES[:2], *SAMPLES[6:]], alone=False)
     given = [

@@ -205,7 +205,7 @@ def test_a_finished_stage_is_not_run_again(world: tuple[str, Path]) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in world[1].rglob("*")}
 
 
-def test_a_stopped_run_goes_on_at_its_last_unit(
+def test_a_stopped_run_goes_on_at_its_last_chunk(
     world: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode, "CHUNK_IMAGES", 2)

@@ -308,7 +308,7 @@ def details_of(report: BucketReport, **details: Any) -> Details:
 def rates(results: Sequence[ChunkResult]) -> dict[str, Any]:
     """Start-up apart from the steady state; only chunks that were embedded now count.
 
-    `busy` is the share of the steady state for which the encoders' devices computed.
+    `encoders_busy` is the share of the steady state for which the encoders' devices computed.
     """
     results = [result for result in results if result.began]
     seconds = max((r.ended for r in results), default=0.0) - min((r.began for r in results), default=0.0)
