@@ -61,17 +61,12 @@ def ray_engine() -> Iterator[Any]:
         # Workers unpickle the factories of the tests by the name of their module.
         rooms = [str(path) for path in (TESTS, *TESTS.iterdir()) if path.is_dir()]
         environment["PYTHONPATH"] = os.pathsep.join([*rooms, os.environ.get("PYTHONPATH", "")])
-        before = {name: os.environ.get(name) for name in [*environment, "RAY_ADDRESS"]}
-        os.environ.pop("RAY_ADDRESS", None)
-        os.environ.update(environment)
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("RAY_ADDRESS", raising=False)
+            for name, value in environment.items():
+                patch.setenv(name, value)
             with start_ray(num_cpus=8) as engine:
                 yield engine
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,8 @@ class S3Server:
             "AWS_SECRET_ACCESS_KEY": "secret-testing",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
         }
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -80,15 +82,12 @@ def s3_server() -> Iterator[S3Server]:
         S3FileSystem.clear_instance_cache()
 
     server = S3Server()
-    before = {name: os.environ.get(name) for name in server.environment}
-    os.environ.update(server.environment)
-    forget_clients()
-    try:
-        yield server
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
         forget_clients()
-        server.stop()
+        yield server
+    forget_clients()
+    server.stop()

@@ -140,6 +140,7 @@ def test_a_plan_for_a_cluster(world: Path, tmp_path: Path) -> None:  # noqa: F81
     pool, target = made.cost("embed/pool"), made.cost("embed/target")
     assert pool.gpu_seconds
     assert target.gpu_seconds
+    assert 2 < made.cost("cluster").written / 12_800_000 < 20  # bytes a pair: a cluster and a cosine
     # bytes a pair: two embeddings of 64 numbers in half precision, and thin columns
     assert 256 < made.cost("embed/pool").written / 12_800_000 < 512
     text = printed(made)

@@ -14,7 +14,7 @@ def sliced(whole: int, **settings: object) -> Sliced:
     return Sliced(config=load_config(None, settings), limit=20_000, whole=whole, workers=2)
 
 
-def test_what_the_pool_decides_is_as_of_the_whole_pool():
+def test_what_the_pool_decides_is_as_of_the_whole_pool() -> None:
     small, large = sliced(50_000).of(20_000), sliced(MILLION).of(20_000)
     assert (small.proxy.folds, large.proxy.folds) == (5, 2)
     assert (small.proxy.choose_steps, large.proxy.choose_steps) == (True, False)
@@ -22,32 +22,32 @@ def test_what_the_pool_decides_is_as_of_the_whole_pool():
 
 
 @pytest.mark.parametrize("whole", [50_000, 300_000, MILLION])
-def test_a_slice_has_as_many_clusters_as_the_whole_pool(whole: int):
+def test_a_slice_has_as_many_clusters_as_the_whole_pool(whole: int) -> None:
     cut = sliced(whole)
     of_slice = KMeans.of(None, 20_000, cut.of(20_000).cluster, 0)  # type: ignore[arg-type]
     of_whole = KMeans.of(None, whole, cut.config.cluster, 0)  # type: ignore[arg-type]
     assert of_slice.k == of_whole.k > 1
 
 
-def test_slices_too_small_for_these_clusters_have_equally_many():
+def test_slices_too_small_for_these_clusters_have_equally_many() -> None:
     cut = Sliced(config=load_config(None, {}), limit=400, whole=MILLION, workers=2)
     k = [KMeans.of(None, pairs, cut.of(pairs).cluster, 0).k for pairs in (200, 400)]  # type: ignore[arg-type]
     assert k == [50, 50]
 
 
-def test_numbers_that_the_user_gave_stay():
+def test_numbers_that_the_user_gave_stay() -> None:
     given = {"proxy.folds": 3, "cluster.k": 7, "train.seeds": "[4]", "proxy.choose_steps": "false"}
     config = sliced(MILLION, **given).of(10_000)
     assert (config.proxy.folds, config.cluster.k, config.train.seeds) == (3, 7, (4,))
 
 
-def test_half_of_a_slice_trains_half_as_long():
+def test_half_of_a_slice_trains_half_as_long() -> None:
     cut = sliced(MILLION)
     units = GROWTH["proxies"].units
     half, whole = units(cut.of(10_000), 10_000), units(cut.of(20_000), 20_000)
     assert whole == 2 * half
 
 
-def test_buckets_keep_as_many_workers_busy():
+def test_buckets_keep_as_many_workers_busy() -> None:
     config = sliced(MILLION).of(20_000)
     assert config.proxy.bucket_size == config.cluster.bucket_size == 10_000

@@ -5,7 +5,7 @@ from typing import Any
 
 from influencespace.config import RunConfig
 from influencespace.data.schema import ReadOptions
-from influencespace.stages.scoring.cluster import leaves
+from influencespace.stages.scoring.cluster import MEAN_OVER_MIN, leaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,9 @@ class Sliced:
     def of(self, pairs: int) -> RunConfig:
         """The settings of a slice of about so many pairs, without its data; steps of training are in proportion to them."""
         config, cluster, heads = self.config, self.config.cluster, self.config.proxy.train
-        if cluster.k == "auto":
-            cluster = replace(cluster, max_k=leaves(cluster, self.whole), min_cluster_size=1)
-            cluster = replace(cluster, max_k=leaves(cluster, self.limit // 2))  # as many in both slices
+        if cluster.k == "auto":  # as many as of the whole pool, or as both slices can hold
+            most = max(1, self.limit // 2 // MEAN_OVER_MIN)
+            cluster = replace(cluster, k=min(leaves(cluster, self.whole), most))
         changed = replace(
             config,
             proxy=replace(

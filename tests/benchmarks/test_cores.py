@@ -3,7 +3,7 @@ import pytest
 from benchmarks.speed.cores import speedups
 
 
-def test_bare_processes_that_share_nothing_are_twice_as_quick():
+def test_bare_processes_that_share_nothing_are_twice_as_quick() -> None:
     took = {
         "one": {"cluster": 10.0},
         "two": {"cluster": 8.0},
@@ -15,5 +15,5 @@ def test_bare_processes_that_share_nothing_are_twice_as_quick():
     assert speedups(took) == {"cluster": (pytest.approx(1.25), pytest.approx(1.0))}
 
 
-def test_without_data_there_is_nothing():
+def test_without_data_there_is_nothing() -> None:
     assert speedups({}) == {}

@@ -23,7 +23,7 @@ from influencespace.data.artifacts import (
 )
 from influencespace.data.buckets import BUCKETS, remove_work
 from influencespace.data.integrity import artifact_files, cheap_faults, describe, is_done
-from influencespace.data.locations import folder_of
+from influencespace.data.locations import alone_in, folder_of
 from influencespace.data.mirror import (
     exists,
     files_below,
@@ -346,6 +346,8 @@ def test_throttled_requests_of_s3_end_well_and_are_counted(
 
 def test_secrets_stay_in_the_environment(s3: Any, bucket: str, tmp_path: Path) -> None:
     folder = folder_of(f"{bucket}/run", "--out")
-    finished(folder)
-    written = b"".join(path.read_bytes() for path in files_here(tmp_path))
+    with alone_in(folder):
+        finished(folder)
+        written = b"".join(here(path).read_bytes() for path in files_below(folder))
+    assert b'"token"' in written  # that of the lock
     assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in written

@@ -56,10 +56,8 @@ def check_interrupted(stage: str, world: Path, out: Path, environment: dict[str,
     assert not (out / "curated.parquet").exists()
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_says_so(environment: dict[str, str], world: Path, tmp_path: Path) -> None:
-    """In the stage that Ray Train would otherwise end by itself, without a word."""
-    check_interrupted("train", world, tmp_path / "interrupted", environment)
+    check_interrupted("embed/pool", world, tmp_path / "interrupted", environment)
 
 
 @pytest.mark.slow
@@ -72,6 +70,7 @@ def test_an_interrupted_run_continues_to_the_same_subset(
     tmp_path: Path,
     stage: str,
 ) -> None:
+    """Also in `train`, which Ray Train would otherwise end by itself, without a word."""
     out = tmp_path / "interrupted"
     check_interrupted(stage, world, out, environment)
     done = influencespace(*run_arguments(world, out))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, command_line, run_arguments, run_here
+from conftest import command_line, run_arguments, run_here
 
 from influencespace.data.artifacts import copy_file, file_digest, read_manifest
 from influencespace.data.integrity import is_done
@@ -73,16 +73,16 @@ def stages_of(run: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every task is done as if on a machine of its own: what lies here is gone when one begins."""
     return forget_between_tasks(tmp_path / "machine", monkeypatch)
 
 
 def test_a_task_needs_nothing_that_another_left_on_its_machine(
-    world: Path, bucket: str, by_loop: Path, machines: list[str]
+    world: Path, bucket: str, by_loop: Path, tasks: list[str]
 ) -> None:
     run_here(world, folder_of(f"{bucket}/run", "--out"))
-    assert len(machines) > 20
+    assert len(tasks) > 20
     run = folder_of(f"{bucket}/run", "RUN")
     assert curated(f"{bucket}/run") == file_digest(by_loop / "curated.parquet")
     stages = stages_of(run)
@@ -141,7 +141,7 @@ def test_commands_work_on_a_run_in_a_store(
 
 @pytest.mark.slow
 def test_what_is_damaged_in_a_store_is_made_again(
-    world: Path, bucket: str, by_loop: Path, influencespace: Command, storage: dict[str, str]
+    world: Path, bucket: str, by_loop: Path, storage: dict[str, str]
 ) -> None:
     out = f"{bucket}/run"
     run = folder_of(out, "--out")

@@ -72,12 +72,12 @@ def test_a_number_of_encoders_that_is_left_open_grows_with_the_machines() -> Non
 
 
 def test_rates_count_what_was_embedded_now_and_how_long_devices_computed() -> None:
-    def unit(worker: str, began: float, ended: float, busy: float) -> ChunkResult:
+    def chunk(worker: str, began: float, ended: float, busy: float) -> ChunkResult:
         counts = {"rows": 20, "images": 10, "items": 10, "bytes_read": 1000}
         return ChunkResult(**counts, began=began, ended=ended, busy=busy, worker=worker, gpus=0.5)
 
     found = ChunkResult(rows=5, bytes_read=70, items=5)  # its chunk was there
-    measured = rates([found, unit("a", 100, 102, 1.5), unit("a", 102, 104, 2), unit("b", 101, 104, 2.5)])
+    measured = rates([found, chunk("a", 100, 102, 1.5), chunk("a", 102, 104, 2), chunk("b", 101, 104, 2.5)])
     assert measured["workers"] == 2
     assert measured["images_per_second"] == 30 / 4
     assert measured["images_per_second_per_gpu"] == 30 / 4
