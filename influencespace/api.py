@@ -24,7 +24,7 @@ from influencespace.estimators.influence import NegativeBatch
 from influencespace.estimators.problem import Estimator
 from influencespace.estimators.proxy_problem import batch_of, proxy_problem
 from influencespace.models.training import HeadsConfig
-from influencespace.planning import Plan, default_limit
+from influencespace.planning import Plan
 from influencespace.planning import plan as planned
 from influencespace.planning.cluster import parse_cluster, parse_pairs
 from influencespace.run import Run
@@ -121,11 +121,12 @@ def plan(
 ) -> Plan:
     """What `curate` with the same arguments will need, before it runs: pairs, bytes, memory and seconds of each stage.
 
-    About `limit` pairs (400, of stored embeddings 20,000), and half as many, go through all stages beside the folder `out`, and
-    are removed again; what they took is scaled. With a limit of 0 the data are only counted, without Ray. `pairs` plans for so
-    many like those that are there, such as "12.8M"; `cluster` for other machines, such as "4x(16 cores, 64 GB, 1xA10G)", whose
-    GPUs are assumed and not measured. Raises InputError for what `curate` would refuse, and for files or workers that certainly
-    do not fit.
+    Slices go through all stages beside the folder `out`, and are removed again; what they took is scaled. The larger has at most
+    `limit` pairs: 20,000, or for pools above a million a fiftieth, up to 100,000. Of pictures as many are embedded as twenty
+    seconds allow, and the rest is made of their embeddings. With a limit of 0 the data are only counted, without Ray. `pairs`
+    plans for so many like those that are there, such as "12.8M"; `cluster` for other machines, such as
+    "4x(16 cores, 64 GB, 1xA10G)", whose GPUs are assumed and not measured. Raises InputError for what `curate` would refuse, and
+    for files or workers that certainly do not fit.
 
         needs = plan(data="pairs", target="target", test="test", encoder="my-clip", limit=0)
         seconds = [cost.seconds for cost in needs.costs]
@@ -137,8 +138,9 @@ def plan(
     # what a run in a store keeps here lies in the mirror
     disk = folder_of(out, "--out")
     disk = mirror_root().parent if is_stored(disk) else disk
-    limit = default_limit(resolved) if limit is None else limit
-    with start(engine if limit or address or "RAY_ADDRESS" in os.environ else "local", address) as started:
+    with start(
+        engine if limit != 0 or address or "RAY_ADDRESS" in os.environ else "local", address
+    ) as started:
         return planned(resolved, limit, started, disk, cluster=machines, pairs=count)
 
 

@@ -122,7 +122,7 @@ def test_a_run_in_a_store_is_planned_for_the_disk_of_its_copies(
 
 
 def test_what_curate_cannot_use_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--out https://host/run: cannot be written to"):
+    with pytest.raises(InputError, match="--out https://host/run: no run and no export can be there"):
         curate(data="x", encoder="y", out="https://host/run", engine="local")
     with pytest.raises(InputError, match="did you mean cluster"):
         curate(data="x", out=tmp_path / "run", settings={"cluster.kk": 1})

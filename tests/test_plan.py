@@ -29,8 +29,11 @@ from influencespace.pipeline import STAGES, curate, data_stages
 from influencespace.planning import Plan, plan, print_plan
 from influencespace.planning.cost_model import Timing, scaled
 from influencespace.planning.dataset_stats import shard_stats
+from influencespace.planning.measuring import MIN_PICTURES, seconds_a_pair
+from influencespace.planning.planning import usual_limit
 from influencespace.planning.table import size
 from influencespace.run import Details, Run, Stage, Workers
+from influencespace.stages.ingest.embed import Embed
 from influencespace.stages.ingest.fit_encoder import FitEncoder
 
 SMALL = {
@@ -162,7 +165,7 @@ class TestAgainstARealRun:
         pq.write_table(pa.table(columns), tmp_path / "own.parquet")
         config = config_of(world, "target", "test", **{"data.embeddings": str(tmp_path / "own.parquet")})
         made = plan(config, 200, LocalEngine(), tmp_path / "run")
-        assert (made.sizes["pool"].pairs, made.measured) == (400, 200)
+        assert (made.sizes["pool"].pairs, made.measured, made.embedded) == (400, 200, 0)
         assert all(cost.seconds is not None for cost in made.costs)
 
 
@@ -205,6 +208,33 @@ class TestScaling:
         note = printed(replace(made, rounds=3), width=200)
         assert "for all 3 rounds" in note
         assert "rounds" not in printed(made, width=200)
+
+
+class TestSlices:
+    def test_a_pool_of_any_size_has_a_usual_slice(self) -> None:
+        pools = (300, 20_000, 500_000, 2_000_000, 12_800_000)
+        assert [usual_limit(pairs) for pairs in pools] == [300, 20_000, 20_000, 40_000, 100_000]
+
+    def test_encoders_are_timed_while_all_are_at_work(self) -> None:
+        took = replace(timing(100), working=30.0, reading=10.0)
+        assert seconds_a_pair(took, [Machine(cpus=2), Machine(cpus=2)]) == pytest.approx(30 / 4 / 100)
+        assert seconds_a_pair(took, [Machine(cpus=4, gpus=2)]) == pytest.approx(20 / 2 / 100)
+        assert seconds_a_pair(took, [Machine(cpus=1, gpus=8)]) == pytest.approx(10 / 1 / 100)
+
+    def test_target_and_test_set_are_embedded_once_for_all_stages(
+        self, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        worked: list[str] = []
+        work = Embed.work
+
+        def counted(self: Embed, run: Run, workers: Workers) -> Details:
+            worked.append(self.role)
+            return work(self, run, workers)
+
+        monkeypatch.setattr(Embed, "work", counted)
+        plan(config_of(world), LIMIT, LocalEngine(), tmp_path / "run")
+        pictures, stored = ["pool", "pool", "target", "test", "pool", "target", "test"], 3 * ["pool"]
+        assert worked == [*pictures, *stored]
 
 
 def timing(amount: int) -> Timing:
@@ -308,7 +338,10 @@ class TestTable:
                 assert cost.stage.replace("/", " ") in text
             assert "pool 1,200, target 160, test 160" in " ".join(text.split())
         assert "Nothing was measured:" in printed(counted)
-        assert f"measured on {LIMIT} pairs" in printed(made)
+        assert made.measured == LIMIT >= made.embedded >= MIN_PICTURES
+        assert f"measured on {LIMIT} pairs, made of the embeddings of {made.embedded} pairs" in printed(
+            made, 300
+        )
 
     @pytest.mark.parametrize(
         ("count", "text"),

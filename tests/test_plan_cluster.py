@@ -98,6 +98,21 @@ def test_gpus_encode_and_cores_read() -> None:
     assert (slow.bound, quick.bound) == (CORES, GPUS)
 
 
+def test_the_begin_and_end_of_a_stream_do_not_grow() -> None:
+    small, large = (
+        replace(ORDINARY, stage="embed/pool", working=count * 0.05, seconds=count * 0.025 + alone)
+        for count, alone in ((100, 7.0), (200, 8.0))
+    )
+    costs = UnitCosts.of(small, large, (100, 200), 2)
+    cost, cluster = Cost(stage="embed/pool", worker=Resources()), parse_cluster("1x(8 cores, 8 GB)")
+    of_pictures = on_cluster(cost, costs, cluster, load_config(None, {}), 10**6)
+    assert of_pictures.seconds == pytest.approx(10**6 * 0.05 / 8 + 8)
+    stored = load_config(None, {"data.embeddings": "stored"})
+    assert on_cluster(cost, costs, cluster, stored, 10**6).seconds == pytest.approx(
+        10**6 * 0.05 / 8 + 8 + (10**6 - 200) / 100
+    )
+
+
 def test_proxies_are_no_quicker_with_more_machines_than_proxies() -> None:
     costs, config = costs_of("proxies", fixed=0.0, a_pair=0.01), load_config(None, {})
     cost = Cost(stage="proxies", worker=Resources())

@@ -4,7 +4,7 @@ import pytest
 
 from influencespace.config import load_config
 from influencespace.planning.growth import GROWTH
-from influencespace.planning.slice_config import Sliced
+from influencespace.planning.slice_config import Sliced, smaller
 from influencespace.stages.scoring.cluster import KMeans
 
 MILLION = 10**6
@@ -24,9 +24,10 @@ def test_what_the_pool_decides_is_as_of_the_whole_pool() -> None:
 @pytest.mark.parametrize("whole", [50_000, 300_000, MILLION])
 def test_a_slice_has_as_many_clusters_as_the_whole_pool(whole: int) -> None:
     cut = sliced(whole)
-    of_slice = KMeans.of(None, 20_000, cut.of(20_000).cluster, 0)  # type: ignore[arg-type]
     of_whole = KMeans.of(None, whole, cut.config.cluster, 0)  # type: ignore[arg-type]
-    assert of_slice.k == of_whole.k > 1
+    for pairs in (20_000, smaller(20_000)):
+        of_slice = KMeans.of(None, pairs, cut.of(pairs).cluster, 0)  # type: ignore[arg-type]
+        assert of_slice.k == of_whole.k > 1
 
 
 def test_slices_too_small_for_these_clusters_have_equally_many() -> None:

@@ -30,11 +30,13 @@ from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.data.tars import add_sample, new_tar
 from influencespace.engine.session import start_ray
 from influencespace.pipeline import STAGES, data_stages
-from influencespace.planning import default_limit, plan
+from influencespace.planning import plan
 
 BENCHMARK = Benchmark(seeds=(0,))
 SIZES, QUICK_SIZES = (10_000, 100_000, 1_000_000), (2_000, 8_000)
 LARGEST = 10_000_000
+PICTURE_SHARDS = 2
+"""Of Flickr8k's eight: 5,000 pairs."""
 MIN_SECONDS = 2.0
 """A stage that takes less at the larger size says nothing of its exponent."""
 MAX_MB, MINUTES = 2000, 15
@@ -80,33 +82,28 @@ def origin(bench: Bench, folder: Path) -> Origin | None:
 
 def measure(pairs: int, of: Origin, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """One run of so many pairs in a folder that is removed again: what it took, and each stage."""
-    out = folder / f"run-{pairs}"
+    embeddings = folder / f"embeddings-{pairs}"
     try:
-        imported = of.noisy.write(folder / f"embeddings-{pairs}", pairs)
-        options = {
-            "--embeddings": str(folder / f"embeddings-{pairs}"),
-            **{f"--{name}": getattr(of, name) for name in ("target", "test", "encoder")},
-            "--out": str(out),
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "influencespace.cli",
-            "run",
-            *(word for pair in options.items() for word in pair),
-        ]
+        imported = of.noisy.write(embeddings, pairs)
+        found = run_of({"embeddings": str(embeddings)}, of, folder / f"run-{pairs}", settings)
+        return {"pairs": pairs, **found, "whole": found["whole"] | {"imported_mb": imported / 1e6}}
+    finally:
+        shutil.rmtree(embeddings, ignore_errors=True)
+
+
+def run_of(pool: dict[str, str], of: Origin, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """One run by the command line, whose folder is removed again: what it took, and each stage."""
+    try:
+        options = {**pool, **{name: getattr(of, name) for name in ("target", "test", "encoder")}, "out": out}
+        command = [sys.executable, "-m", "influencespace.cli", "run"]
+        command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
         command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        watched = watch(command, os.environ | {"PYTHONPATH": path}, folder / f"run-{pairs}.log")
-        whole = watched.between(0, math.inf) | {"seconds": watched.seconds, "imported_mb": imported / 1e6}
-        return {
-            "pairs": pairs,
-            "whole": whole | {"disk_mb": size_of(out) / 1e6},
-            "stages": of_stages(out, watched),
-        }
+        watched = watch(command, os.environ | {"PYTHONPATH": path}, out.with_suffix(".log"))
+        whole = watched.between(0, math.inf) | {"seconds": watched.seconds, "disk_mb": size_of(out) / 1e6}
+        return {"whole": whole, "stages": of_stages(out, watched)}
     finally:
-        for name in (f"embeddings-{pairs}", f"run-{pairs}"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def of_stages(out: Path, watched: Watched) -> dict[str, dict[str, Any]]:
@@ -147,9 +144,13 @@ def results(bench: Bench, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
         of = origin(bench, Path(name))
         if of is None:
             return []
-        settings = bench.pick({}, {"train.seeds": "[0]"})
-        run = partial(measure, of=of, folder=Path(name), settings=settings)
+        run = partial(measure, of=of, folder=Path(name), settings=settings_of(bench))
         return [bench.cached(["scale", bench.quick, pairs], partial(run, pairs)) for pairs in sizes]
+
+
+def settings_of(bench: Bench) -> dict[str, Any]:
+    """What is set beside the defaults."""
+    return bench.pick({}, {"train.seeds": "[0]"})
 
 
 def exponent(small: tuple[int, float], large: tuple[int, float]) -> float:
@@ -226,42 +227,61 @@ def cost(bench: Bench) -> None:
 
 @BENCHMARK.part
 def planned(bench: Bench) -> None:
-    """What `plan` says of these runs from a slice of the second one's data, beside what they took."""
-    done = results(bench, bench.pick(SIZES, QUICK_SIZES))[1:]
+    """What `plan` says of runs before they run, of the two larger pools of embeddings and of one of photographs, beside what they
+    took."""
+    sizes = bench.pick(SIZES, QUICK_SIZES)[1:]
+    done = {f"{one['pairs']:,} stored pairs": one for one in results(bench, sizes)}
     if not done:
         return
-    said = bench.cached(["planned", bench.quick], partial(plans, bench, [one["pairs"] for one in done]))
-    for result in done:
-        stages = said[str(result["pairs"])]
-        took = {name: cells["seconds"] for name, cells in result["stages"].items()}
+    done["photographs"] = bench.cached(["photographs", bench.quick], partial(photographs, bench))
+    said = bench.cached(["planned", bench.quick], partial(plans, bench, sizes))
+    for name, result in done.items():
+        stages = said[name]
+        took = {stage: cells["seconds"] for stage, cells in result["stages"].items()}
         for stage in took:
-            bench.row(stage=stage, pairs=result["pairs"], planned_seconds=stages[stage], seconds=took[stage])
+            bench.row(stage=stage, run=name, planned_seconds=stages[stage], seconds=took[stage])
         ratio = sum(stages.values()) / sum(took.values())
-        bench.row(run="whole", pairs=result["pairs"], planned_seconds=sum(stages.values()), ratio=ratio)
-        off = max(ratio, 1 / ratio) - 1
-        bench.target(f"plan's error for a run of {result['pairs']:,} pairs", wanted.at_most(0.3), off)
+        bench.row(run=name, planned_seconds=sum(stages.values()), seconds=sum(took.values()), ratio=ratio)
+        bench.target(f"plan's error, {name}", wanted.at_most(0.3), max(ratio, 1 / ratio) - 1)
 
 
-def plans(bench: Bench, sizes: list[int]) -> dict[str, dict[str, float]]:
-    """Seconds of each stage by `plan`, for pools of so many pairs, from the data of the smallest."""
+def pictures_of(bench: Bench, of: Origin) -> list[str]:
+    """Some shards of pictures."""
+    if bench.quick:
+        return [str(Path(of.encoder).parent / "pool")]
+    assert bench.data is not None, "there were runs, so there are data"
+    return [str(path) for path in sorted((bench.data / "flickr8k" / "pool").glob("*.tar"))[:PICTURE_SHARDS]]
+
+
+def photographs(bench: Bench) -> dict[str, Any]:
+    """A run that embeds its pool."""
+    with tempfile.TemporaryDirectory(prefix="photographs-", dir=bench.cache) as name:
+        of = origin(bench, Path(name))
+        assert of is not None, "there were runs, so there are data"
+        return run_of({"data": ",".join(pictures_of(bench, of))}, of, Path(name) / "run", settings_of(bench))
+
+
+def plans(bench: Bench, sizes: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    """Seconds of each stage by `plan`, of the runs that are measured; larger pools by the data of the smallest."""
     with tempfile.TemporaryDirectory(prefix="plan-", dir=bench.cache) as name, start_ray() as engine:
         folder = Path(name)
         of = origin(bench, folder)
         assert of is not None, "there were runs, so there are data"
         of.noisy.write(folder / "embeddings", sizes[0])
-        config = load_config(
-            None,
-            {
-                "data.embeddings": str(folder / "embeddings"),
-                "data.target": of.target,
-                "data.test": of.test,
-                "embed.encoder": of.encoder,
-                **bench.pick({}, {"train.seeds": "[0]"}),
-            },
-        )
-        limit = bench.pick(default_limit(config), 1000)
-        made = {pairs: plan(config, limit, engine, folder, pairs=pairs) for pairs in sizes}
-        return {str(n): {cost.stage: cost.seconds or 0.0 for cost in one.costs} for n, one in made.items()}
+        common = {
+            "data.target": of.target,
+            "data.test": of.test,
+            "embed.encoder": of.encoder,
+            **settings_of(bench),
+        }
+        stored = load_config(None, {**common, "data.embeddings": str(folder / "embeddings")})
+        pictures = load_config(None, {**common, "data.pool": pictures_of(bench, of)})
+        limit = bench.pick(None, 1000)
+        made = {
+            f"{pairs:,} stored pairs": plan(stored, limit, engine, folder, pairs=pairs) for pairs in sizes
+        }
+        made["photographs"] = plan(pictures, limit, engine, folder)
+        return {run: {cost.stage: cost.seconds or 0.0 for cost in one.costs} for run, one in made.items()}
 
 
 def embedding_seconds(bench: Bench) -> float:

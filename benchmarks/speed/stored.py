@@ -12,6 +12,7 @@ from benchmarks.data.distinct import RealArray
 from influencespace.core.arrays import BoolArray, IntArray
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.pair_set import PairSet
+from influencespace.planning.stretched import near, table
 
 FILE_PAIRS = 50_000
 CAPTIONS = 2
@@ -20,8 +21,6 @@ WRONG = 0.3
 BOILERPLATE = 0.01
 """Share of the captions that are one of a few, shared by many images."""
 FEW = 50
-NOISE = 0.7
-"""Length of the noise that is added to a unit vector: the cosine of one with its original is about .82."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,8 @@ class Noisy:
         texts[shared] = self.texts[few].astype(np.float16)
         captions = np.array([f"caption {number}-{row}" for row in range(pairs)], object)
         captions[shared] = [f"caption of many {one}" for one in few]
-        columns = {
-            "uid": [f"pair-{number:06d}-{row:06d}" for row in range(pairs)],
-            "caption": captions.tolist(),
-            "image_embedding": _lists(images),
-            "text_embedding": _lists(texts),
-        }
-        return pa.table(columns), wrong | shared
+        uids = [f"pair-{number:06d}-{row:06d}" for row in range(pairs)]
+        return table(uids, captions.tolist(), images, texts), wrong | shared
 
     def write(self, folder: Path, pairs: int) -> int:
         """So many pairs as Parquet files in a folder; their bytes. Files that are there stay."""
@@ -72,11 +66,4 @@ class Noisy:
 
     def noisy(self, vectors: RealArray, rows: IntArray, rng: np.random.Generator) -> NDArray[np.float16]:
         """Unit vectors near some of the given ones."""
-        drawn = vectors[rows]
-        drawn = drawn + NOISE / vectors.shape[1] ** 0.5 * rng.standard_normal(drawn.shape, np.float32)
-        unit: NDArray[np.float16] = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float16)
-        return unit
-
-
-def _lists(values: NDArray[np.float16]) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        return near(vectors[rows], rng)

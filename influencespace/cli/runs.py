@@ -98,7 +98,7 @@ def plan(
         int | None,
         typer.Option(
             min=0,
-            help="Pairs of the slice that is measured (default 400, of stored embeddings 20,000); 0 only counts the data.",
+            help="Pairs of the larger slice that is measured (default 20,000 to 100,000, by the pool); 0 only counts the data.",
         ),
     ] = None,
     cluster: Annotated[
@@ -163,6 +163,7 @@ def sweep(
         best = carry_out(Sweep(SweepConfig(trials=trials)), done, engine).details
     print("best of {trials} trials: {settings}, {value:.4f} (the run's own: {own:.4f})".format(**best))
     print(shown(f"use it: influencespace run {done.at('sweep') / 'best.yaml'} --out {folder}"))
+    print("(embeddings and scores there are used again, and its results replaced)")
 
 
 def show(folder: Finished) -> None:

@@ -43,12 +43,12 @@ from influencespace.data.mirror import here, is_file
 Rows = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-# Chunks x buckets from which on chunks are first merged into runs: opening a chunk takes a third of a millisecond.
-MAX_READS = 20_000
+# Rows that are merged into a run while a chunk is opened for one more bucket (8 us a row, .4 ms; on one core, 512 numbers).
+ROWS_OF_READ = 50
 # Thin columns of a row with captions and paths of ordinary length, in all the forms that a merge makes of them.
 ROW_BYTES = 3000
-# Chunks merged into one run: of 256 images each, some 500,000 pairs at most.
-RUN_CHUNKS = 256
+# Chunks merged into one run, and their rows, about: they are in memory.
+RUN_CHUNKS, RUN_ROWS = 256, 200_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,13 @@ def merge_bytes(rows: int, dimension: int, provided: bool = False) -> int:
     embeddings, by memory map or, of a run and where they are provided, in memory."""
     vectors = 4 * dimension
     return (1 + provided) * rows * (ROW_BYTES + vectors) + rows * vectors + 4 * BATCH_ROWS * vectors
+
+
+def chunks_of_run(rows: int, chunks: int, buckets: int) -> int:
+    """How many chunks of so many rows together are first merged into one run; 0 where buckets had better open chunks."""
+    if (buckets - 1) * chunks * ROWS_OF_READ <= rows:
+        return 0
+    return max(2, min(RUN_CHUNKS, RUN_ROWS * chunks // rows))
 
 
 @dataclass(frozen=True, kw_only=True)

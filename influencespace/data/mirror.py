@@ -55,7 +55,9 @@ def mirrored(url: Path | str) -> Path:
     if protocol == "file":
         return Path("/", *parts)
     if "::" in str(url) or protocol in READ_ONLY:
-        raise InputError(f"{url}: cannot be written to. Give a folder, or a URL such as s3://bucket/folder")
+        raise InputError(
+            f"{url}: no run and no export can be there. Give a folder, or a URL such as s3://bucket/folder"
+        )
     if not all(parts) or any(part in (".", "..") for part in parts):
         raise InputError(f"{url}: names no folder. Give a URL such as s3://bucket/folder")
     stores.filesystem(protocol)

@@ -39,6 +39,13 @@ _LASTING = frozenset(
 _CLIENTS = ("botocore.", "aiobotocore.", "aiohttp.", "asyncio.", "fsspec.exceptions.")
 
 
+def needs_package(protocol: str, error: ImportError) -> str:
+    """What to install, in a sentence that begins with the URL."""
+    package = PACKAGES.get(protocol)
+    how = f"pip install '{package}'" if package else str(error)
+    return f"needs a package that is not installed: {how}"
+
+
 @cache
 def filesystem(protocol: str) -> Any:
     """The fsspec file system of a protocol.
@@ -48,9 +55,7 @@ def filesystem(protocol: str) -> Any:
     try:
         store = fsspec.filesystem(protocol, use_listings_cache=False)
     except ImportError as error:
-        package = PACKAGES.get(protocol)
-        how = f"pip install '{package}'" if package else str(error)
-        raise InputError(f"{protocol}:// needs a package that is not installed: {how}") from None
+        raise InputError(f"{protocol}:// {needs_package(protocol, error)}") from None
     except ValueError:
         raise InputError(f"{protocol}:// is no storage that fsspec knows. Is the URL mistyped?") from None
     if hasattr(store, "call_s3"):

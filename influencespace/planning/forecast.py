@@ -67,6 +67,7 @@ def on_cluster(
     working, reading, alone = (
         costs.at(values, units) for values in (costs.working, costs.reading, costs.alone)
     )
+    alone = costs.alone[1] if growth.streamed else alone
     most = growth.most(config, pairs)
     if growth.gpu and cluster.gpus > 0:
         busy = working / cluster.cores_per_gpu

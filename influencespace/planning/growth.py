@@ -27,6 +27,9 @@ class Growth:
     """Workers that can share it at most; None: as many as there are."""
     gpu: bool = False
     """Whether its tasks compute on GPUs where there are any."""
+    streamed: bool = False
+    """Whether the driver's work goes on beside that of its workers: then seconds that nothing divided are of begin and end, and
+    do not grow."""
 
     def most(self, config: RunConfig, pairs: int) -> float:
         """Tasks that can go on at once for a pool of so many pairs; infinity where any number can."""
@@ -72,5 +75,6 @@ GROWTH: dict[str, Growth] = {
 def growth_of(stage: str, config: RunConfig) -> Growth:
     """Of a stage by its name; encoders are on GPUs, an import of embeddings is not."""
     if stage.startswith("embed/"):
-        return Growth(gpu=stage != "embed/pool" or config.data.embeddings is None)
+        pictures = stage != "embed/pool" or config.data.embeddings is None
+        return Growth(gpu=pictures, streamed=pictures)
     return GROWTH.get(stage, Growth())

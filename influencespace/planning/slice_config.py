@@ -7,6 +7,14 @@ from influencespace.config import RunConfig
 from influencespace.data.schema import ReadOptions
 from influencespace.stages.scoring.cluster import MEAN_OVER_MIN, leaves
 
+LARGE = 4000
+"""A slice of so many pairs is beside one of a quarter, not of half: the larger the step between them, the less chance says."""
+
+
+def smaller(limit: int) -> int:
+    """Pairs of the smaller slice, beside one of `limit` pairs."""
+    return limit // 4 if limit >= LARGE else limit // 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sliced:
@@ -21,7 +29,7 @@ class Sliced:
         """The settings of a slice of about so many pairs, without its data; steps of training are in proportion to them."""
         config, cluster, heads = self.config, self.config.cluster, self.config.proxy.train
         if cluster.k == "auto":  # as many as of the whole pool, or as both slices can hold
-            most = max(1, self.limit // 2 // MEAN_OVER_MIN)
+            most = max(1, smaller(self.limit) // MEAN_OVER_MIN)
             cluster = replace(cluster, k=min(leaves(cluster, self.whole), most))
         changed = replace(
             config,

@@ -1,36 +1,23 @@
-"""A slice of the data, and all stages on it, measured."""
+"""Slices of the data, written into a folder of their own."""
 
 import json
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from influencespace.config import RunConfig
 from influencespace.data.imported import EmbeddingBatch, import_options, read_imported_embeddings
+from influencespace.data.pair_set import PairSet
 from influencespace.data.readers import read_shard
 from influencespace.data.schema import Sample
 from influencespace.data.tars import add_sample, new_tar
-from influencespace.engine.local import Engine
-from influencespace.engine.measured import Work, measured
-from influencespace.errors import InputError
-from influencespace.pipeline import data_stages
-from influencespace.planning.cost_model import Timing
-from influencespace.planning.dataset_stats import SetSize
 from influencespace.planning.slice_config import Sliced
-from influencespace.run import Run, Stage, carry_out
-from influencespace.stages.ingest.shards import shards_of
-from influencespace.stages.ingest.split import Split, pair_sets
-
-Timings = Mapping[str, Timing]
-OTHERS = 2000
-"""Pairs of target and test in a slice, at most: what influence takes grows with the target, whatever the pool is."""
-TINY = 400
-"""Pairs of the slice that is run first and not measured, at most."""
+from influencespace.planning.stretched import parts, stretched, table, write
+from influencespace.stages.ingest.shards import roles_of, shards_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,24 +25,42 @@ class Slicer:
     """Cuts slices that keep as many workers busy as the whole data would: shards and buckets are smaller, not fewer."""
 
     sliced: Sliced
-    sizes: Mapping[str, SetSize]
-    """Of what is there."""
 
-    def cut(self, folder: Path, pool: int, others: int) -> RunConfig:
-        """The config on about so many pairs of the pool, and of target and test, which are written into `folder`."""
-        config, paths = self.sliced.config, {"pool": ""}
-        for role in self.sizes:
-            limit = min(pool if role == "pool" else others, self.sizes[role].pairs)
-            if role == "pool" and config.data.embeddings is not None:
-                paths["embeddings"] = self._embeddings(folder / "embeddings.parquet", limit)
-            else:
-                paths[role] = self._shards(folder / role, role, limit)
-        return replace(self.sliced.of(pool), data=replace(config.data, images=None, **paths))
+    @property
+    def config(self) -> RunConfig:
+        """Of the whole data."""
+        return self.sliced.config
+
+    @property
+    def imported(self) -> bool:
+        """Whether the embeddings of the pool are provided."""
+        return self.config.data.embeddings is not None
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles whose pictures are embedded."""
+        return [role for role in roles_of(self.config) if role != "pool" or not self.imported]
+
+    def pictures(self, folder: Path, limits: Mapping[str, int]) -> RunConfig:
+        """The config on the first pictures of each role, about so many pairs of it."""
+        paths = {role: self._shards(folder / role, role, limit) for role, limit in limits.items()}
+        of_pool = limits.get("pool", self.sliced.limit)
+        data = replace(self.config.data, images=None, embeddings=None, **{"pool": "", **paths})
+        return replace(self.sliced.of(of_pool), data=data)
+
+    def stored(self, folder: Path, pictures: RunConfig, pool: PairSet | None, pairs: int) -> RunConfig:
+        """The config on stored embeddings of so many pairs: the first of the data, or made of an embedded pool; with the target
+        and the test set of a slice of pictures."""
+        files = self.sliced.workers
+        tables = (
+            self._first(pairs, files) if pool is None else stretched(pool, pairs, files, self.config.seed)
+        )
+        data = replace(pictures.data, pool="", embeddings=write(folder, tables))
+        return replace(self.sliced.of(pairs), data=data)
 
     def _shards(self, folder: Path, role: str, limit: int) -> str:
         """The first images, with `limit` pairs or a little more where there are as many, as WebDataset tars."""
-        config = self.sliced.config
-        read, shards = config.embed.read, shards_of(config)[role]
+        read, shards = self.config.embed.read, shards_of(self.config)[role]
         samples = (item for shard in shards for item in read_shard(shard, read) if isinstance(item, Sample))
         tars = min(len(shards), self.sliced.workers)
         folder.mkdir(parents=True)
@@ -70,73 +75,19 @@ class Slicer:
                     pairs += len(sample.captions)
         return str(folder)
 
-    def _embeddings(self, path: Path, limit: int) -> str:
-        """The first imported embeddings as a Parquet file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        options = import_options(self.sliced.config.embed.read, joined=bool(self.sliced.config.data.pool))
-        left, tables = limit, []
-        for batch in read_imported_embeddings(self.sliced.config.data.embeddings or "", options):
+    def _first(self, count: int, files: int) -> list[pa.Table]:
+        """The first imported embeddings, `count` of them where there are as many, in equal parts."""
+        data, left = self.config.data, count
+        options = import_options(self.config.embed.read, joined=bool(data.pool))
+        found: list[Any] = []
+        for batch in read_imported_embeddings(data.embeddings or "", options):
             if isinstance(batch, EmbeddingBatch):
-                columns = {
-                    "uid": batch.uids,
-                    "caption": batch.captions or [""] * len(batch.uids),
-                    "image_embedding": pa.array(list(batch.images), pa.list_(pa.float32())),
-                    "text_embedding": pa.array(list(batch.texts), pa.list_(pa.float32())),
-                }
-                tables.append(pa.table(columns).slice(0, left))
-                left -= len(tables[-1])
+                captions = batch.captions or [""] * len(batch.uids)
+                one = table(batch.uids, captions, batch.images, batch.texts, batch.groups)
+                found.append(one.slice(0, left))
+                left -= len(found[-1])
             if left <= 0:
                 break
-        pq.write_table(pa.concat_tables(tables), path)
-        return str(path)
-
-
-def measure_slices(
-    slicer: Slicer, limit: int, home: Path, engine: Engine, stages: Sequence[Stage]
-) -> tuple[Timings, Timings]:
-    """What all stages took on half of about `limit` pairs of the pool, and on all of these.
-
-    The slices lie in `home` meanwhile, which all machines must see. Raises InputError where they are too small.
-    """
-    with tempfile.TemporaryDirectory(prefix=".plan-", dir=home if os.access(home, os.W_OK) else None) as name:
-        folder = Path(name)
-        try:
-            whole = slicer.cut(folder / "whole", limit, OTHERS)
-            half = slicer.cut(folder / "half", limit // 2, OTHERS)
-            tiny = slicer.cut(folder / "tiny", min(limit // 2, TINY), TINY)
-            _measure(tiny, folder / "warm-up", engine, stages)  # imports and cold caches
-            small = _measure(half, folder / "small", engine, stages)
-            return small, _measure(whole, folder / "large", engine, stages)
-        except InputError as error:
-            raise InputError(f"{error} (in a slice of {limit} pairs: is --limit too small?)") from None
-
-
-def _measure(config: RunConfig, folder: Path, engine: Engine, stages: Sequence[Stage]) -> Timings:
-    works: list[Work] = []
-    watched = measured(engine, works.append)
-    timings: dict[str, Timing] = {}
-
-    def carried_out(stage: Stage, run: Run, sources: Sequence[str] = ()) -> None:
-        works.clear()
-        manifest = carry_out(stage, run, watched)
-        work = sum(works, Work())
-        inputs = {*manifest.inputs, *sources} & set(timings)
-        timings[manifest.stage] = Timing(
-            stage=manifest.stage,
-            pairs=manifest.rows_in,
-            read=sum(timings[name].written for name in inputs),
-            written=sum(p.stat().st_size for p in run.at(manifest.stage).rglob("*") if p.is_file()),
-            memory=work.peak,
-            seconds=manifest.seconds,
-            working=work.working,
-            reading=work.reading,
-        )
-
-    run = Run(folder=folder, config=config)
-    for stage in data_stages(config):
-        carried_out(stage, run)
-    sources, split = list(timings), run.manifest(Split.name).content
-    run = replace(run, sets=pair_sets(run), inputs={Split.name: split})
-    for stage in stages:
-        carried_out(stage, run, sources)
-    return timings
+        whole = pa.concat_tables(found, promote_options="default")
+        ends = np.cumsum(parts(len(whole), files)).tolist()
+        return [whole.slice(start, end - start) for start, end in zip([0, *ends], ends)]

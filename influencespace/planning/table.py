@@ -9,7 +9,7 @@ from influencespace.engine.placement import Resources
 from influencespace.engine.progress import duration
 from influencespace.planning.cluster import CORE_TFLOPS, SHARE_OF_PEAK, Cluster
 from influencespace.planning.cost_model import Cost
-from influencespace.planning.planning import LIMIT, Plan
+from influencespace.planning.planning import Plan
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 UNKNOWN, NOT_COUNTED = "?", "–"
@@ -79,14 +79,17 @@ def sentences(plan: Plan) -> list[str]:
     lines = [f"Pairs in the data: {counted}; embeddings of {plan.sizes['pool'].dimension} numbers."]
     if not plan.measured:
         lines.append(
-            f"Nothing was measured: use --limit {LIMIT} to run all stages on a slice, and to scale what they take."
+            "Nothing was measured: without --limit 0, all stages run on slices, and what they take is scaled."
         )
         return lines
     times = plan.sizes["pool"].pairs / plan.measured
+    measured = f"{plan.measured:,} pairs of the pool"
+    if plan.embedded:
+        measured = f"{plan.measured:,} pairs, made of the embeddings of {plan.embedded:,} pairs of the pool"
     lines.append(
-        f"Times, files and memory were measured on {plan.measured:,} pairs of the pool, and on half of them. Times and files "
+        f"Times, files and memory were measured on {measured}, and on fewer. Times and files "
         f"are scaled to the whole pool, which is {times:,.1f} times as large. Memory is that of one worker, as measured or "
-        "declared. A larger --limit gives better figures."
+        "declared."
     )
     if plan.cluster:
         lines += _assumptions(plan, plan.cluster)

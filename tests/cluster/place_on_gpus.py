@@ -13,6 +13,7 @@ import ray
 import torch
 from embedding import FakeEncoder, load_fake_preprocessing, write_world
 from ray.cluster_utils import Cluster
+from simulate import SYSTEM
 
 from influencespace.config import load_config
 from influencespace.engine.placement import Resources
@@ -26,13 +27,6 @@ from influencespace.stages.ingest.encode import EmbedConfig
 OBJECT_STORE = 100 * 2**20
 SHARDS = 12
 PATIENCE = 200.0
-# Idle processes for all of the head's cores are not what is tried here.
-QUIET = {
-    "prestart_worker_first_driver": False,
-    "health_check_initial_delay_ms": 5000,
-    "health_check_period_ms": 1000,
-    "health_check_failure_threshold": 10,
-}
 
 
 class Patient(FakeEncoder):
@@ -63,7 +57,7 @@ def main(folder: Path) -> None:
     embed.amounts = lambda shards: ([100] * len(shards), "MB")
     cluster, over = Cluster(), threading.Event()
     node = {"object_store_memory": OBJECT_STORE}
-    cluster.add_node(num_cpus=16, include_dashboard=False, _system_config=QUIET, **node)
+    cluster.add_node(num_cpus=16, include_dashboard=False, _system_config=SYSTEM, **node)
     gpu_nodes = [cluster.add_node(num_cpus=4, num_gpus=1, **node).node_id for _ in range(2)]
 
     def load(config: EmbedConfig, device: str) -> FakeEncoder:
@@ -79,6 +73,7 @@ def main(folder: Path) -> None:
     try:
         with start_ray(address=cluster.address) as engine:
             share = embed_share(config.embed, engine, SHARDS)
+            machine_memory = min(machine.memory for machine in engine.machines)
             late = (cluster, folder, gpu_nodes, node, over)
             threading.Thread(target=add_late, args=late, daemon=True).start()
             manifest = carry_out(
@@ -95,7 +90,12 @@ def main(folder: Path) -> None:
         over.set()
         cluster.shutdown()
     started = [json.loads(path.read_text()) for path in folder.glob("worker-*.json")]
-    outcome = {"share": asdict(share), "pairs": manifest.rows_out, "gpu_nodes": gpu_nodes}
+    outcome = {
+        "share": asdict(share),
+        "pairs": manifest.rows_out,
+        "gpu_nodes": gpu_nodes,
+        "machine_memory": machine_memory,
+    }
     (folder / "outcome.json").write_text(json.dumps(outcome | {"started": started, "refusal": refusal}))
 
 

@@ -118,9 +118,9 @@ def test_embedding_workers_start_on_gpu_nodes_that_are_smaller_than_the_head(
     run_program("place_on_gpus.py", tmp_path, ray_environment)
     outcome = json.loads((tmp_path / "outcome.json").read_text(encoding="utf-8"))
     assert outcome["share"]["workers"] == 2
-    memory = outcome["share"]["resources"].pop("memory")
-    assert memory > 0
-    assert outcome["share"]["resources"] == {"cpus": 1, "gpus": 1}
+    resources = outcome["share"]["resources"]
+    assert (resources["cpus"], resources["gpus"]) == (1, 1)
+    assert 0 < resources["memory"] < outcome["machine_memory"]  # or none would ever start
     assert outcome["pairs"] == 44
     assert {started["device"] for started in outcome["started"]} == {"cuda"}
     assert len(outcome["gpu_nodes"]) == 3

@@ -325,6 +325,17 @@ def test_wrong_specifications_are_explained(
         list_shards(spec)
 
 
+def test_a_store_whose_package_is_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(url: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.url_to_fs", missing)
+    with pytest.raises(
+        InputError, match=r"s3://b/x\.tar: needs a package .* pip install 'influencespace\[s3\]'"
+    ):
+        list_shards("s3://b/x.tar")
+
+
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="captions"):
         ReadOptions(captions="some")  # type: ignore[arg-type]

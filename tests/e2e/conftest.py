@@ -1,9 +1,12 @@
 """A small synthetic world, a tiny encoder, and the real command line in a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,27 @@ def influencespace(environment: dict[str, str]) -> Command:
 
 def command_line(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "influencespace.cli", *map(str, arguments)]
+
+
+@contextmanager
+def begun(arguments: Sequence[object], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """The command line at work in a process group of its own, of which nothing is left after the block, however it ends."""
+    driver = subprocess.Popen(
+        command_line(*arguments),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # tests that run in the background of a shell are deaf to Ctrl-C, and so would be what they start
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        yield driver
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(driver.pid, signal.SIGKILL)
+        driver.communicate()
 
 
 @pytest.fixture(scope="session")

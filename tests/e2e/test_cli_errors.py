@@ -124,14 +124,14 @@ def test_a_page_is_no_folder_to_write_into(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     line = error_of(influencespace(*arguments, "--out", "https://host/folder"))
-    reason = "the demo is small" if arguments[0] == "demo" else "cannot be written to"
+    reason = "the demo is small" if arguments[0] == "demo" else "no run and no export can be there"
     assert line.startswith(f"error: --out https://host/folder: {reason}")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["show", "score", "clean"])
 def test_a_run_is_not_looked_for_behind_a_page(influencespace: Command, command: str) -> None:
-    assert "cannot be written to" in error_of(influencespace(command, "https://host/run"))
+    assert "no run and no export can be there" in error_of(influencespace(command, "https://host/run"))
 
 
 QUICK = """

@@ -2,13 +2,11 @@
 
 import os
 import signal
-import subprocess
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Command, command_line, run_arguments, working_folder
+from conftest import Command, begun, run_arguments, working_folder
 
 from influencespace.data.artifacts import file_digest
 
@@ -22,30 +20,21 @@ def interrupted_in(
 
     Exit code and stderr.
     """
-    driver = subprocess.Popen(
-        command_line(*arguments),
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # tests that run in the background of a shell are deaf to Ctrl-C, and so would be what they start
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 300
-    while (working := working_folder(out, stage)) is None:
-        assert driver.poll() is None, driver.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    if stage == "train":  # when Ray Train is at work
-        while not list(working.glob("*.safetensors")):
+    with begun(arguments, environment) as driver:
+        deadline = time.monotonic() + 300
+        while (working := working_folder(out, stage)) is None:
             assert driver.poll() is None, driver.communicate()[1][-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.01)
-    os.killpg(driver.pid, signal.SIGINT)
-    _, errors = driver.communicate(timeout=120)
-    assert not (out / stage / "manifest.json").exists(), f"{stage} was too quick to be interrupted"
-    return driver.returncode, errors
+        if stage == "train":  # when Ray Train is at work
+            while not list(working.glob("*.safetensors")):
+                assert driver.poll() is None, driver.communicate()[1][-3000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        os.killpg(driver.pid, signal.SIGINT)
+        _, errors = driver.communicate(timeout=120)
+        assert not (out / stage / "manifest.json").exists(), f"{stage} was too quick to be interrupted"
+        return driver.returncode, errors
 
 
 def check_interrupted(stage: str, world: Path, out: Path, environment: dict[str, str]) -> None:

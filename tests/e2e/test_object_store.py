@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command_line, run_arguments, run_here
+from conftest import begun, command_line, run_arguments, run_here
 
 from influencespace.data.artifacts import copy_file, file_digest, read_manifest
 from influencespace.data.integrity import is_done
@@ -163,28 +163,22 @@ def test_a_killed_run_is_finished_by_another_machine_and_a_second_one_is_refused
 ) -> None:
     out = f"{bucket}/run"
     arguments = arguments_of(world, shards, out)
-    driver = subprocess.Popen(
-        command_line(*arguments),
-        env=storage,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
     folder = folder_of(out, "RUN") / stage
-    deadline = time.monotonic() + 400
-    while not listing(folder.parent, f".{folder.name}-*"):
-        assert driver.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
     elsewhere = storage | {"INFLUENCESPACE_MIRROR": str(tmp_path / "elsewhere")}
-    second = subprocess.run(
-        command_line(*arguments), env=elsewhere, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert second.returncode == 2
-    assert f"another command is working in {out} (process {driver.pid} on " in second.stderr
-    assert driver.poll() is None
-    os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
+    with begun(arguments, storage) as driver:
+        deadline = time.monotonic() + 400
+        while not listing(folder.parent, f".{folder.name}-*"):
+            assert driver.poll() is None, driver.communicate()[1][-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        second = subprocess.run(
+            command_line(*arguments), env=elsewhere, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert second.returncode == 2
+        assert f"another command is working in {out} (process {driver.pid} on " in second.stderr
+        assert driver.poll() is None
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
     assert not is_file(folder_of(out, "RUN") / "curated.parquet")
     done(arguments, elsewhere)
     assert curated(out) == file_digest(finished / "curated.parquet")

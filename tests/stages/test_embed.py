@@ -37,6 +37,7 @@ from PIL import Image
 from influencespace.config import load_config
 from influencespace.data.artifacts import read_manifest
 from influencespace.data.embeddings import EmbeddingTable, read_rejected
+from influencespace.data.merge import RUN_ROWS, chunks_of_run
 from influencespace.data.pair_set import PairSet
 from influencespace.data.readers import list_shards
 from influencespace.data.uids import digest
@@ -113,11 +114,22 @@ def test_the_size_of_buckets_and_chunks_changes_nothing(
     world: tuple[str, Path], tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode, "CHUNK_IMAGES", size)
-    monkeypatch.setattr(embed, "MAX_READS", 1 if size == 3 else 1000)  # of runs, or of chunks
-    monkeypatch.setattr(embed, "RUN_CHUNKS", 2)
+    together = 2 if size == 3 else 0  # buckets of runs, or of chunks
+    monkeypatch.setattr(embed, "chunks_of_run", lambda rows, chunks, buckets: together)
     manifest = run(world[0], tmp_path / POOL, buckets=size)
     assert len(manifest.details["buckets"]) == -(-48 // size)
     assert_same(tmp_path / POOL, world[1])
+
+
+def test_chunks_are_merged_into_runs_where_that_is_quicker_and_runs_fit_in_memory() -> None:
+    million = 10**6
+    assert chunks_of_run(million, 3900, 1) == chunks_of_run(100_000, 390, 2) == 0
+    assert chunks_of_run(million, 3900, 10) == 256
+    assert chunks_of_run(10 * million, 305, 100) == 0  # 32,768 rows each: quick to open
+    assert chunks_of_run(1000 * million, 30_500, 10_000) == 6
+    for rows, count in ((10 * million, 39_000), (1000 * million, 30_500), (1000 * million, 3 * million)):
+        together = chunks_of_run(rows, count, rows // 100_000)
+        assert 0 < together * rows / count <= RUN_ROWS
 
 
 def test_repeated_uids_are_rejected_and_copies_without_one_are_numbered(world: tuple[str, Path]) -> None:

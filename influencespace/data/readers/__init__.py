@@ -16,6 +16,7 @@ from influencespace.data.readers.coco import count_images, image_folder, read_co
 from influencespace.data.readers.parquet import read_parquet, split_row_groups
 from influencespace.data.readers.webdataset import read_webdataset
 from influencespace.data.schema import ReadOptions, Rejection, Sample, Shard
+from influencespace.data.stores import needs_package
 from influencespace.errors import InputError
 
 __all__ = ["ReadOptions", "filesystem_of", "list_files", "list_shards", "read_shard"]
@@ -128,7 +129,9 @@ def filesystem_of(name: str) -> tuple[Any, str]:
     """The fsspec file system of a path or URL and the path in it; raises InputError when there is none."""
     try:
         filesystem, path = fsspec.url_to_fs(name)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        raise InputError(f"{name}: {needs_package(name.partition('://')[0], error)}") from None
+    except ValueError as error:
         raise InputError(f"{name}: cannot be reached. {error}") from None
     return filesystem, path
 

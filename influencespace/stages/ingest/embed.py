@@ -17,11 +17,10 @@ from influencespace.data.chunks import ChunkFolder, dimension_of
 from influencespace.data.images import decoding_bytes
 from influencespace.data.imported import import_options, list_chunks
 from influencespace.data.merge import (
-    MAX_READS,
-    RUN_CHUNKS,
     BucketReport,
     MergeBucket,
     MergeRun,
+    chunks_of_run,
     join_rejected,
     merge_bytes,
 )
@@ -262,10 +261,10 @@ class Embed(Stage):
             memory = LIBRARY_BYTES + merge_bytes(int(1.1 * some) + 1, dimension, **more)
             return Resources(memory=fitting(memory, workers.engine.machines))
 
-        if count * len(chunks) > MAX_READS:
+        if together := chunks_of_run(rows, len(chunks), count):
             runs = [
-                MergeRun(chunks=chunks[i : i + RUN_CHUNKS], out=workers.folder / f".run-{i:09d}.arrow")
-                for i in range(0, len(chunks), RUN_CHUNKS)
+                MergeRun(chunks=chunks[i : i + together], out=workers.folder / f".run-{i:09d}.arrow")
+                for i in range(0, len(chunks), together)
             ]
             of_run = needs(rows / len(runs))
             chunks = sorted(workers.map(runs, unit="runs", label="sort", resources=of_run))

@@ -1,7 +1,7 @@
 """The split stage: which pairs are the pool, the target and the test set."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -12,12 +12,12 @@ import pyarrow.compute as pc
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
-from influencespace.core.arrays import IntArray
+from influencespace.core.arrays import BoolArray, FloatArray, IntArray
 from influencespace.core.batches import folds_by_image
 from influencespace.core.hashing import fold_of
-from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import buckets_of
-from influencespace.data.mirror import is_file
+from influencespace.data.mirror import here, is_file
+from influencespace.data.npy import write_npy
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.placement import WORKER_BYTES
 from influencespace.errors import STRICT, InputError
@@ -85,9 +85,8 @@ class DrawSplit:
         for role in ROLES:
             counts[role] = len(rows[role]) if role in rows else len(sets[role])
             self._check_images(role, PairSet(source[role]), rows.get(role), counts[role])
-            if role in rows:
-                with atomic_path(self.folder / f"{role}.npy") as aside, aside.open("wb") as file:
-                    np.save(file, rows[role])
+            if role in rows and role != "pool":
+                write_npy(self.folder / f"{role}.npy", [rows[role]], counts[role], np.int64)
         return {
             # relative: a run folder may be moved or copied
             "source": {role: os.path.relpath(path, self.artifact) for role, path in source.items()},
@@ -131,21 +130,29 @@ class DrawSplit:
         )
 
     def _cut_target(self, pool: PairSet) -> tuple[IntArray, IntArray, float]:
-        """Rows of the target and of what is left of the pool, and the share of images that was drawn.
+        """Rows of the target, of what is left of the pool (written by range, and by memory map), and the share of images that
+        was drawn.
 
         Whole images, so that no image is in both; of a large pool no more than a target needs.
         """
         parts = max(self.config.parts, len(pool) // MAX_DRAWN)
-        drawn, left, scores = [], [], []
-        for start, stop in buckets_of(len(pool), RANGE):
-            columns = pool.read(slice(start, stop), "image", "clip_score")
-            mine = fold_of(columns["image"], parts, self.seed + OF_TARGET) == 0
-            drawn.append(start + np.flatnonzero(mine))
-            left.append(start + np.flatnonzero(~mine))
-            scores.append(columns["clip_score"][mine])
+        drawn, scores = [np.empty(0, np.int64)], [np.empty(0)]
+        for start, is_drawn, score in self._draw(pool, parts):
+            drawn.append(start + np.flatnonzero(is_drawn))
+            scores.append(score[is_drawn])
         candidates, score = np.concatenate(drawn), np.concatenate(scores)
         best = candidates[score >= np.median(score)] if len(score) else candidates
-        return best, np.concatenate(left), 1 / parts
+        left = (start + np.flatnonzero(~is_drawn) for start, is_drawn, _ in self._draw(pool, parts))
+        path = self.folder / "pool.npy"
+        write_npy(path, left, len(pool) - len(candidates), np.int64)
+        return best, np.load(here(path), mmap_mode="r"), 1 / parts
+
+    def _draw(self, pool: PairSet, parts: int) -> Iterator[tuple[int, BoolArray, FloatArray]]:
+        """By ranges of the pool: the first row, which pairs are drawn, and their CLIP scores."""
+        for start, stop in buckets_of(len(pool), RANGE):
+            columns = pool.read(slice(start, stop), "image", "clip_score")
+            is_drawn = fold_of(columns["image"], parts, self.seed + OF_TARGET) == 0
+            yield start, is_drawn, columns["clip_score"].astype(np.float64)
 
 
 def _check_dimensions(sets: dict[str, PairSet]) -> None:
@@ -178,8 +185,7 @@ class Split(Stage):
         draw = DrawSplit(
             embeddings=embeddings, config=config, seed=seed, artifact=run.at(self.name), folder=workers.folder
         )
-        pairs = sum(run.manifest(f"embed/{role}").rows_out for role in embeddings)
-        details = workers.once(draw, memory=WORKER_BYTES + 3 * 8 * pairs)
+        details = workers.once(draw, memory=WORKER_BYTES)
         rows_in, rows_out = details.pop("total"), sum(details["rows"].values())
         # the worse half of what was drawn for a target is set aside: neither pool nor target
         return Details(rows_in=rows_in, rows_out=rows_out, rejected=rows_in - rows_out, details=details)
