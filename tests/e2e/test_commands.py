@@ -90,10 +90,11 @@ def test_a_plan_is_measured_on_a_slice_and_leaves_nothing(
     assert "300" in rows["proxies"]
     printed = " ".join(done.stdout.split())
     assert "pool 300, target 80, test 80" in printed
-    assert "measured on 150 pairs of the pool" in printed
+    assert "measured on 150 pairs, made of the embeddings of" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.slow  # tests/test_sweep.py has the search; this is the command
 def test_a_sweep_finds_settings_for_a_run(influencespace: Command, finished: Path, tmp_path: Path) -> None:
     config = finished / "config.yaml"
     before = times(finished)
@@ -156,6 +157,7 @@ def test_score_and_detect_work_on_a_finished_run(
         assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow  # tests/test_tasks.py has the task; this is the command
 def test_an_error_is_traced_back_on_a_finished_run(
     influencespace: Command, finished: Path, tmp_path: Path
 ) -> None:
