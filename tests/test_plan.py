@@ -31,6 +31,8 @@ from influencespace.planning.cost_model import Timing, scaled
 from influencespace.planning.dataset_stats import shard_stats
 from influencespace.planning.measuring import MIN_PICTURES, seconds_a_pair
 from influencespace.planning.planning import usual_limit
+from influencespace.planning.stretched import table as embedding_table
+from influencespace.planning.stretched import write
 from influencespace.planning.table import size
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.ingest.embed import Embed
@@ -166,6 +168,15 @@ class TestAgainstARealRun:
         config = config_of(world, "target", "test", **{"data.embeddings": str(tmp_path / "own.parquet")})
         made = plan(config, 200, LocalEngine(), tmp_path / "run")
         assert (made.sizes["pool"].pairs, made.measured, made.embedded) == (400, 200, 0)
+        assert all(cost.seconds is not None for cost in made.costs)
+
+    def test_embeddings_without_target_need_no_picture_and_no_encoder(self, tmp_path: Path) -> None:
+        vectors = np.random.default_rng(0).normal(size=(2000, 16)).astype(np.float32)
+        tables = [embedding_table([f"{i}" for i in range(2000)], ["a caption"] * 2000, vectors, vectors)]
+        settings = {**SMALL, "data.embeddings": write(tmp_path / "own", tables)}
+        made = plan(load_config(None, settings), None, LocalEngine(), tmp_path / "run")
+        assert (made.measured, made.embedded) == (2000, 0)
+        assert [cost.stage for cost in made.costs][:2] == ["embed/pool", "split"]
         assert all(cost.seconds is not None for cost in made.costs)
 
 
