@@ -147,6 +147,18 @@ def test_a_sample_does_not_grow_with_the_pool() -> None:
     assert not growth_of("embed/pool", load_config(None, {"data.embeddings": "stored"})).gpu
 
 
+def test_clustering_grows_with_pairs_and_clusters_until_there_are_enough() -> None:
+    units, config = growth_of("cluster", load_config(None, {})).units, load_config(None, {})
+    assert units(config, 10**7) == pytest.approx(10 * units(config, 10**6), rel=0.05)
+    assert units(config, 10**6) > 50 * units(config, 10**5)
+
+
+def test_copies_are_dearer_to_find_in_larger_clusters() -> None:
+    units, config = growth_of("redundancy", load_config(None, {})).units, load_config(None, {})
+    assert 2 * 10 < units(config, 10**7) / units(config, 10**6) < 4 * 10
+    assert units(config, 10**9) == pytest.approx(100 * units(config, 10**7), rel=0.01)
+
+
 def test_a_plan_for_a_cluster(world: Path, tmp_path: Path) -> None:  # noqa: F811
     cluster = parse_cluster(TWO_GROUPS)
     engine, out = LocalEngine(), tmp_path / "run"

@@ -1,5 +1,7 @@
 """The settings of slices: what depends on the size of a pool is as of the whole one."""
 
+import math
+
 import pytest
 
 from influencespace.config import load_config
@@ -17,7 +19,7 @@ def sliced(whole: int, **settings: object) -> Sliced:
 def test_what_the_pool_decides_is_as_of_the_whole_pool() -> None:
     small, large = sliced(50_000).of(20_000), sliced(MILLION).of(20_000)
     assert (small.proxy.folds, large.proxy.folds) == (5, 2)
-    assert (small.proxy.choose_steps, large.proxy.choose_steps) == (True, False)
+    assert (small.proxy.max_doublings, large.proxy.max_doublings) == (3, 0)
     assert (small.train.seeds, large.train.seeds) == ((0, 1, 2), (0, 1))
 
 
@@ -42,11 +44,17 @@ def test_numbers_that_the_user_gave_stay() -> None:
     assert (config.proxy.folds, config.cluster.k, config.train.seeds) == (3, 7, (4,))
 
 
-def test_half_of_a_slice_trains_half_as_long() -> None:
-    cut = sliced(MILLION)
-    units = GROWTH["proxies"].units
-    half, whole = units(cut.of(10_000), 10_000), units(cut.of(20_000), 20_000)
-    assert whole == 2 * half
+@pytest.mark.parametrize("whole", [20_000, 100_000, MILLION])
+def test_a_slice_is_passed_as_often_as_the_whole_pool(whole: int) -> None:
+    """Else what is done for every pair and what is done for every drawn one cannot be told apart."""
+    cut, units = sliced(whole), GROWTH["proxies"].units
+    for pairs in (20_000, smaller(20_000)):
+        assert units(cut.of(pairs), pairs) / pairs == pytest.approx(
+            units(cut.config, whole) / whole, rel=0.05
+        )
+        first, most = (of(pairs) for of in (cut.of(pairs).proxy.first_steps, cut.of(pairs).proxy.max_steps))
+        whole_first, whole_most = cut.config.proxy.first_steps(whole), cut.config.proxy.max_steps(whole)
+        assert int(math.log2(most / first)) == int(math.log2(whole_most / whole_first))
 
 
 def test_buckets_keep_as_many_workers_busy() -> None:

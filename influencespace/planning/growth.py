@@ -8,8 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from influencespace.config import RunConfig
+from influencespace.stages.scoring.cluster import clusters, compared
 
 Count = Callable[[RunConfig, int], float]
+AS_DEAR = 1000
+"""Pairs of its cluster that one is compared with in the time of all else that is done for it: clusters of slices are small, and
+cannot show what large ones take."""
 
 
 def all_pairs(config: RunConfig, pairs: int) -> float:
@@ -56,11 +60,21 @@ def _bank(config: RunConfig, pairs: int) -> float:
     return min(pairs, config.proxy.negative_batches * config.proxy.train.batch_size)
 
 
+def _cosines(config: RunConfig, pairs: int) -> float:
+    return float(compared(config.cluster, pairs))
+
+
+def _looked_at(config: RunConfig, pairs: int) -> float:
+    near = min(pairs / clusters(config.cluster, pairs), config.redundancy.max_compared)
+    return pairs * (1 + near / AS_DEAR)
+
+
 GROWTH: dict[str, Growth] = {
     "proxies": Growth(
         units=lambda config, pairs: _draws(config, pairs) * _proxies(config, pairs), width=_proxies, gpu=True
     ),
-    "cluster": Growth(gpu=True),
+    "cluster": Growth(units=_cosines, gpu=True),
+    "redundancy": Growth(units=_looked_at),
     "curvature": Growth(units=_bank, gpu=True),
     "influence": Growth(units=_sample, gpu=True),
     "train": Growth(

@@ -20,7 +20,7 @@ from influencespace.planning.slice_config import Sliced
 from influencespace.planning.slices import Slicer
 from influencespace.run import Run, Stage
 
-USUAL, SHARE, MOST = 20_000, 50, 100_000
+USUAL, SHARE, MOST = 20_000, 25, 100_000
 """Pairs of the usual slice; of a larger pool one in so many, at most so many."""
 MIN_LIMIT = 64  # half of it is the smaller slice, which the split must be able to divide
 

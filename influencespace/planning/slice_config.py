@@ -1,5 +1,6 @@
 """The settings of a slice: what they leave to the size of the pool is as for the whole pool, so that unit costs are its."""
 
+import math
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -26,18 +27,19 @@ class Sliced:
     workers: int
 
     def of(self, pairs: int) -> RunConfig:
-        """The settings of a slice of about so many pairs, without its data; steps of training are in proportion to them."""
-        config, cluster, heads = self.config, self.config.cluster, self.config.proxy.train
+        """The settings of a slice of about so many pairs, without its data; training passes it as often as the whole pool."""
+        config, cluster, proxy = self.config, self.config.cluster, self.config.proxy
         if cluster.k == "auto":  # as many as of the whole pool, or as both slices can hold
             most = max(1, smaller(self.limit) // MEAN_OVER_MIN)
             cluster = replace(cluster, k=min(leaves(cluster, self.whole), most))
+        first = proxy.first_steps(self.whole)
         changed = replace(
             config,
             proxy=replace(
-                config.proxy,
-                train=replace(heads, steps=max(1, heads.steps * pairs // self.limit)),
-                folds=config.proxy.fold_count(self.whole),
-                choose_steps=config.proxy.max_steps(self.whole) >= 2 * config.proxy.first_steps(self.whole),
+                proxy,
+                train=replace(proxy.train, steps=-(-first * pairs // self.whole)),
+                folds=proxy.fold_count(self.whole),
+                max_doublings=int(math.log2(proxy.max_steps(self.whole) / first)),
             ),
             cluster=cluster,
             train=replace(config.train, seeds=config.train.seeds_of(self.whole)),

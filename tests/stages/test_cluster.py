@@ -15,7 +15,15 @@ from influencespace.core.kmeans import unit_rows
 from influencespace.engine.local import Engine, LocalEngine
 from influencespace.models.fusion import fuse
 from influencespace.run import Run
-from influencespace.stages.scoring.cluster import MIN_STEPS, ClusterConfig, FoldWorker, Fused, KMeans
+from influencespace.stages.scoring.cluster import (
+    MIN_STEPS,
+    ClusterConfig,
+    FoldWorker,
+    Fused,
+    KMeans,
+    compared,
+    mini_batches,
+)
 
 
 def test_every_pair_lies_at_its_nearest_centroid(truth: Run) -> None:
@@ -89,9 +97,19 @@ def test_more_clusters_than_pairs_become_one_a_pair_at_most(truth: Run, tmp_path
 def test_a_mini_batch_is_work_for_many_workers(truth: Run) -> None:
     config = replace(truth.config.cluster, k=2, steps=3, step_pairs=1, bucket_size=10, epochs=1)
     kmeans = KMeans.of(Fused(truth.pool, config.fusion), 240, config, seed=0)
-    assert kmeans.batches[:3] == [(0, 80), (80, 160), (160, 240)]
-    assert len(kmeans.batches) >= MIN_STEPS
+    batches = mini_batches(config, 240)
+    assert batches[:3] == [(0, 80), (80, 160), (160, 240)]
+    assert len(batches) >= MIN_STEPS
     assert kmeans.spans(80, 160) == [(a, a + 10) for a in range(80, 160, 10)]
+
+
+def test_cosines_are_counted_beforehand() -> None:
+    """What `plan` reckons with is what the workers do: K cosines for every row of every pass, the last of which assigns."""
+    config, rows = ClusterConfig(k=12, step_pairs=4, bucket_size=50), 600
+    kmeans, spans = KMeans.of(Given(bunches()), rows, config, seed=0), list[tuple[int, int]]()
+    with LocalEngine().pool(FoldWorker(kmeans.data)) as pool:
+        kmeans.statistic(pool, kmeans.fit(pool, spans.append), spans.append)
+    assert compared(config, rows) == 12 * (sum(stop - start for start, stop in spans) + rows)
 
 
 @dataclass(frozen=True)

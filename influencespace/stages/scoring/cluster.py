@@ -79,6 +79,28 @@ def leaves(config: ClusterConfig, rows: int) -> int:
     return max(1, min(config.max_k, rows // (MEAN_OVER_MIN * config.min_cluster_size)))
 
 
+def clusters(config: ClusterConfig, rows: int) -> int:
+    """Clusters of the k-means on so many rows."""
+    return leaves(config, rows) if config.k == "auto" else min(config.k, rows)
+
+
+def mini_batches(config: ClusterConfig, rows: int) -> list[tuple[int, int]]:
+    """All mini-batches in turn, as ranges of rows."""
+    size = max(config.step_pairs * clusters(config, rows), -(-rows // config.steps))
+    once = list(buckets_of(rows, size))
+    return once * max(config.epochs, -(-MIN_STEPS // len(once)))
+
+
+def folded(config: ClusterConfig, rows: int) -> int:
+    """Rows that the k-means passes: those of all mini-batches, and once all for the statistic of the tree."""
+    return sum(stop - start for start, stop in mini_batches(config, rows)) + rows
+
+
+def compared(config: ClusterConfig, rows: int) -> int:
+    """Cosines of a row with a centroid that the stage takes: the last pass assigns the rows."""
+    return clusters(config, rows) * (folded(config, rows) + rows)
+
+
 class Rows(Protocol):
     """Unit rows that are clustered; cheap to pickle."""
 
@@ -164,19 +186,12 @@ class KMeans:
     @classmethod
     def of(cls, data: Rows, rows: int, config: ClusterConfig, seed: int) -> "KMeans":
         """As the config asks for."""
-        if config.k != "auto":
-            k, shares = min(config.k, rows), (0.0, float("inf"))  # just empty ones
-        else:
-            k = leaves(config, rows)
+        k = clusters(config, rows)
+        if config.k == "auto":
             shares = config.min_cluster_size / rows, OVERSIZE / k
+        else:
+            shares = 0.0, float("inf")  # just empty ones
         return cls(data=data, rows=rows, k=k, seed=seed, config=config, shares=shares)
-
-    @property
-    def batches(self) -> list[tuple[int, int]]:
-        """All mini-batches in turn."""
-        size = max(self.config.step_pairs * self.k, -(-self.rows // self.config.steps))
-        once = list(buckets_of(self.rows, size))
-        return once * max(self.config.epochs, -(-MIN_STEPS // len(once)))
 
     @property
     def sample(self) -> int:
@@ -190,7 +205,7 @@ class KMeans:
     def fit(self, pool: Pool, done: Done = nothing) -> Tensor:
         """The centroids (K, d); `done` is called with each range (start, stop) that has been folded."""
         centroids: Tensor = pool.run(Seeding(data=self.data, rows=self.sample, k=self.k, seed=self.seed))
-        memory, batches = Assignment.nothing(centroids), self.batches
+        memory, batches = Assignment.nothing(centroids), mini_batches(self.config, self.rows)
         count = memory.count
         for turn, batch in enumerate(batches):
             folded = pool.fold(self.spans(*batch), Assignment.merge, centroids, done=done)
@@ -303,9 +318,8 @@ class Cluster(Stage):
         workers = replace(workers, resources=workers.heavy(memory=WORKER_MEMORY))
         data = Fused(run.pool, config.fusion, workers.device)
         kmeans = KMeans.of(data, rows, config, seed)
-        total = kmeans.batches[-1][1] * len(kmeans.batches) // len({*kmeans.batches}) + rows
         with (
-            workers.progress(total, label="k-means") as bar,
+            workers.progress(folded(config, rows), label="k-means") as bar,
             workers.pool(FoldWorker(data), -(-rows // config.bucket_size)) as pool,
         ):
 
