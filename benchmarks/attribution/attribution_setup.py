@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks.attribution.scoring import Setup, tuned
-from benchmarks.data.datasets import Dataset, Setting
+from benchmarks.data.datasets import Dataset
 from influencespace.core.arrays import BoolArray, IntArray
 from influencespace.core.batches import folds_by_image
 from influencespace.data.artifacts import fingerprint
@@ -36,8 +36,7 @@ class Study(Setup):
 
     @cached_property
     def _chosen(self) -> tuple[PairSet, IntArray, BoolArray]:
-        setting = Setting(wrong=self.wrong, captions=1, steps=0, noise_seed=self.noise_seed)
-        pool, wrong = self.dataset.corrupted(setting)
+        pool, wrong = self.dataset.corrupted(self.wrong, captions=1, seed=self.noise_seed)
         count = len(pool) if self.pairs is None else self.pairs
         return pool, np.sort(np.random.default_rng(self.noise_seed).permutation(len(pool))[:count]), wrong
 

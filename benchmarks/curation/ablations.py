@@ -7,17 +7,17 @@ is wrong.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.curation.curation import Changes, Curation
+from benchmarks.curation.quality import wrong
 from benchmarks.curation.retrain_eval import Retrained, recall_by_image
-from benchmarks.data.datasets import Dataset, Setting, some_images
+from benchmarks.data.datasets import Dataset
 from influencespace.core.arrays import FloatArray
-from influencespace.data.pair_set import PairSet
 from influencespace.models.training import Alone
 from influencespace.stages.proxies.train_many import Given, train
 from influencespace.stages.training.dynamic import DynamicTrainer
@@ -29,18 +29,7 @@ DYNAMIC = (25, 50, 100)  # steps between two re-weightings
 
 @dataclass(frozen=True)
 class Varied(Curation):
-    """The stages up to the decision with some settings changed, or with a target of fewer images."""
-
-    images: int | None = None
-
-    @property
-    def key(self) -> list[Any]:
-        return [*super().key, self.images]
-
-    @cached_property
-    def target(self) -> PairSet:
-        whole = self.dataset.dev(self.setting.target)
-        return whole if self.images is None else some_images(whole, self.images, self.folder / "target.npy")
+    """The stages up to the decision with some settings changed."""
 
     def compared(self) -> dict[str, Any]:
         """AUROC of single influences, of their means by stratum, of the smooth curve along quality, and of all axes."""
@@ -63,7 +52,7 @@ class Varied(Curation):
 
 
 def default(bench: Bench) -> Varied:
-    return Varied(Dataset.of(bench), Setting(wrong=0.3, captions=2, steps=STEPS))
+    return Varied(Dataset.of(bench), wrong(0.3, captions=2, steps=STEPS))
 
 
 def one_by_one(name: str, values: Mapping[str, Changes], bench: Bench) -> None:
@@ -73,7 +62,8 @@ def one_by_one(name: str, values: Mapping[str, Changes], bench: Bench) -> None:
         changes = dict(values[value])
         images, steps = changes.pop("images", None), changes.pop("steps", STEPS)
         curation = base.variant(changes) if changes else base
-        varied = replace(curation, setting=replace(base.setting, steps=steps), images=images)
+        scenario = replace(base.scenario, target_images=images)
+        varied = replace(curation, setting=replace(base.setting, scenario=scenario, steps=steps))
         bench.row(setting=name, value=value, **varied.cached("ablation", varied.compared))
 
 
@@ -148,8 +138,8 @@ def dynamically(curation: Curation, method: str, seeds: tuple[int, ...]) -> dict
 @BENCHMARK.part
 def dynamic(bench: Bench) -> None:
     """Mean recall with the sampler re-weighted every so many of 200 steps, on a pool with wrong captions and on a clean one."""
-    for wrong in bench.pick((0.3, 0.0), (0.3,)):
-        setting = Setting(wrong=wrong, captions=bench.pick(5, 2), steps=bench.pick(200, STEPS))
+    for share in bench.pick((0.3, 0.0), (0.3,)):
+        setting = wrong(share, bench.pick(5, 2), bench.pick(200, STEPS))
         curation = Curation(Dataset.of(bench), setting, {"selection.weighting": "auto"})
         cells: dict[str, dict[str, Any]] = {}
         shares: dict[str, FloatArray] = {}
@@ -158,5 +148,5 @@ def dynamic(bench: Bench) -> None:
             result = curation.cached(["dynamic", method, bench.seeds], make)
             shares[method] = np.array(result.pop("shares"))
             label = f"dynamic, every {method} steps" if method.isdecimal() else method
-            cells[method] = {"wrong": wrong, "method": label, **result}
+            cells[method] = {"wrong": share, "method": label, **result}
         rows(bench, Retrained(shares=shares), "curated", cells)

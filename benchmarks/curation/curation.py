@@ -1,18 +1,23 @@
 """Real pairs that are corrupted on purpose, curated stage by stage with the plain loop, and judged by the planted truth."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.bench import Bench
 from benchmarks.cache import cached, code_digest
 from benchmarks.curation import retrain_eval
+from benchmarks.curation.protocol import CURATED, TARGET, TARGET_IMAGES, TEST, Turn, rotation
 from benchmarks.curation.retrain_eval import Retrained, together
-from benchmarks.data.datasets import ENGINE, Dataset, Setting
+from benchmarks.data.corruptions import CLEAN
+from benchmarks.data.datasets import ENGINE, Dataset, with_rows
+from benchmarks.data.scenario_pools import Scenario, scenario_pool
+from benchmarks.data.sources import Sources
 from influencespace.config import RunConfig, load_config
 from influencespace.core.arrays import BoolArray, FloatArray
 from influencespace.core.metrics import auroc, average_precision
@@ -23,6 +28,7 @@ from influencespace.data.pair_set import PairSet
 from influencespace.estimators.filters import random_score
 from influencespace.pipeline import STAGES
 from influencespace.run import Run, carry_out, stage_fingerprint
+from influencespace.stages.ingest.split import DrawSplit, SplitConfig
 from influencespace.stages.selection.evidence import Evidence
 from influencespace.stages.selection.pair_evidence import PairEvidence
 from influencespace.stages.selection.weighting import with_chosen
@@ -32,6 +38,15 @@ STAGES_OF = {str(stage.name): stage for stage in STAGES}
 CODE = sorted({type(stage).__module__ for stage in STAGES})
 Changes = Mapping[str, Any]
 C = TypeVar("C", bound="Curation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One corrupted pool with one proxy and one target, in one turn of the rotation."""
+
+    scenario: Scenario
+    steps: int
+    turn: Turn = field(default_factory=Turn)
 
 
 @dataclass(frozen=True)
@@ -63,26 +78,69 @@ class Curation:
     def folder(self) -> Path:
         return self.dataset.cache / "curations" / fingerprint([self.key, code_digest(*CODE)])
 
+    @property
+    def scenario(self) -> Scenario:
+        return self.setting.scenario
+
+    @cached_property
+    def sources(self) -> Sources:
+        return Sources(self.dataset)
+
+    @property
+    def given(self) -> PairSet:
+        """All pairs that have a role, as the data set has them."""
+        return self.dataset.pool
+
+    @cached_property
+    def role(self) -> NDArray[np.str_]:
+        """Of each of them."""
+        return self.setting.turn.roles(self.given.image, self.scenario.target_images or TARGET_IMAGES)
+
+    def of_role(self, role: str) -> PairSet:
+        """Those of one role."""
+        return with_rows(self.given, self.role == role, self.folder / f"{role}.npy")
+
+    @cached_property
+    def _pool(self) -> tuple[PairSet, NDArray[np.str_]]:
+        curated, noise = self.role == CURATED, self.setting.turn.noise
+        return scenario_pool(self.sources, self.scenario, curated, noise, self.dataset.cache)
+
+    @cached_property
+    def _apart(self) -> dict[str, PairSet]:
+        """The pool and the target that the split stage sets apart of it."""
+        source, folder = self._pool[0].folder, self.folder / "apart"
+        folder.mkdir(parents=True, exist_ok=True)
+        embeddings = {"pool": source, "test": self.test.folder}
+        DrawSplit(embeddings=embeddings, config=SplitConfig(), seed=0, artifact=folder, folder=folder)()
+        return {role: PairSet(source, folder / f"{role}.npy") for role in ("pool", "target")}
+
     @cached_property
     def pool(self) -> PairSet:
-        return self.dataset.corrupted(self.setting)[0]
+        return self._apart["pool"] if self.scenario.target == "own" else self._pool[0]
+
+    @cached_property
+    def kind(self) -> NDArray[np.str_]:
+        """What is wrong with each pair; empty for good ones."""
+        kind: NDArray[np.str_] = self._pool[1][self.pool.rows]
+        return kind
 
     @cached_property
     def wrong(self) -> BoolArray:
-        return self.dataset.corrupted(self.setting)[1]
+        bad: BoolArray = self.kind != CLEAN
+        return bad
 
     @cached_property
     def target(self) -> PairSet:
-        return self.dataset.dev(self.setting.target)
+        others: dict[str, Callable[[], PairSet]] = {
+            "own": lambda: self._apart["target"],
+            "shifted": self.sources.coco,
+            "seen": lambda: self.dataset.dev(0),
+        }
+        return others.get(self.scenario.target, lambda: self.of_role(TARGET))()
 
     @cached_property
     def test(self) -> PairSet:
-        return self.dataset.dev(1 - self.setting.target)
-
-    @property
-    def tests(self) -> tuple[int, ...]:
-        """Which tars of dev are the test set."""
-        return (1 - self.setting.target,)
+        return self.of_role(TEST)
 
     def until(self, last: str) -> Run:
         """The run with all stages up to this one carried out."""
@@ -159,6 +217,17 @@ class Curation:
             "convergence": evidence.convergence,
         }
 
+    def judge_kinds(self) -> dict[str, Any]:
+        """The decision against the planted truth, for every kind of corruption apart."""
+        kept = self.decide().kept
+        return {
+            kind or "good": {
+                "pairs": int((self.kind == kind).sum()),
+                "pruned": float(1 - kept[self.kind == kind].mean()),
+            }
+            for kind in np.unique(self.kind)
+        }
+
     def judged(self) -> dict[str, Any]:
         """As `judge`, from the cache."""
         return self.cached("judged", self.judge)
@@ -189,21 +258,22 @@ class Curation:
     def retrained(
         self, weight: FloatArray, seed: int, steps: int | None = None, pool: PairSet | None = None
     ) -> dict[str, Any]:
-        """A proxy of the pool by weight (n,), judged on both tars of dev.
+        """Loss on the half of the target that makes choices, and each test image's share of the mean recall, of a proxy of the
+        pool by weight (n,).
 
         Proxies are kept by their weights, so that nobody's change trains another's anew.
         """
         pool = pool or self.pool
         config = replace(self.config.proxy.train, steps=steps or self.setting.steps)
-        sets = [self.dataset.dev(tar) for tar in (0, 1)]
+        sets = self.target, self.test
         key = ["retrained", identity(pool), fingerprint(weight.tolist()), config, seed, *map(identity, sets)]
-        make = partial(retrain_eval.retrain, pool, weight, config, seed, sets)
+        make = partial(retrain_eval.retrain, pool, weight, config, seed, *sets)
         return cached(self.dataset.cache, key, make)
 
     def recall(self, weight: FloatArray, seed: int, steps: int | None = None) -> list[float]:
         """Each test image's share of the mean recall by a proxy of the pool by weight (n,)."""
-        by_tar = self.retrained(weight, seed, steps)["shares"]
-        return [share for tar in self.tests for share in by_tar[tar]]
+        shares: list[float] = self.retrained(weight, seed, steps)["shares"]
+        return shares
 
     def recalls(
         self, weights: Mapping[str, FloatArray], seeds: Sequence[int], steps: int | None = None
@@ -227,12 +297,25 @@ def identity(pairs: PairSet) -> str:
     return fingerprint([pairs.table.manifest.fingerprint, pairs.rows.tolist()])
 
 
-def swapped(bench: Bench, setting: Setting, kind: type[C], **options: Any) -> list[C]:
-    """The curation for one tar of dev, tested on the other, and the other way round; once in a quick run."""
+def rotated(bench: Bench, setting: Setting, kind: type[C], **options: Any) -> list[C]:
+    """The curation in every turn of the rotation."""
     dataset = Dataset.of(bench)
-    return [kind(dataset, replace(setting, target=tar), **options) for tar in bench.pick((0, 1), (0,))]
+    return [kind(dataset, replace(setting, turn=turn), **options) for turn in rotation(bench)]
+
+
+def by_fold(curations: Iterable[C]) -> list[list[C]]:
+    """The curations of each test set."""
+    folds: dict[int, list[C]] = {}
+    for each in curations:
+        folds.setdefault(each.setting.turn.fold, []).append(each)
+    return list(folds.values())
+
+
+def joined(curations: Sequence[C], result: Callable[[C], Mapping[str, Any]]) -> Retrained:
+    """The test images of all folds together; seeds of noise are repeats beside those of training."""
+    return together([[result(each) for each in fold] for fold in by_fold(curations)])
 
 
 def retrained(curations: Sequence[Curation], seeds: Sequence[int]) -> Retrained:
-    """The proxies of one pool's curations: their test images together."""
-    return together([each.by_method(seeds) for each in curations])
+    """The proxies of one scenario's curations."""
+    return joined(curations, lambda each: each.by_method(seeds))

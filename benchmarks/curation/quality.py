@@ -1,5 +1,6 @@
 """How well curation works on real pairs: Flickr8k with captions shuffled on purpose, judged by the planted truth alone."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ import numpy as np
 from benchmarks import wanted
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import code_digest
-from benchmarks.curation.curation import Curation, retrained, swapped
-from benchmarks.curation.retrain_eval import together
-from benchmarks.data.datasets import ENGINE, Dataset, Setting
+from benchmarks.curation.curation import Curation, Setting, joined, retrained, rotated
+from benchmarks.data.datasets import ENGINE, Dataset
+from benchmarks.data.scenario_pools import Scenario
 from influencespace.core.arrays import FloatArray
 from influencespace.core.strata import means_by
 from influencespace.data.artifacts import fingerprint
@@ -21,27 +22,32 @@ BENCHMARK = Benchmark(data="flickr8k")
 DECILES = 10
 
 
+def wrong(share: float, captions: int, steps: int) -> Setting:
+    """Captions moved between pictures."""
+    return Setting(scenario=Scenario(corruption="wrong", share=share, captions=captions), steps=steps)
+
+
 @BENCHMARK.part
 def detection(bench: Bench) -> None:
     """AUROC of the pooled score for wrong captions."""
     for captions, bound in bench.pick(((5, 0.96), (1, 0.90)), ((1, 0.90),)):
-        result = Curation(Dataset.of(bench), Setting(wrong=0.3, captions=captions, steps=200)).judged()
+        setting = wrong(0.3, captions, steps=200)
+        result = Curation(Dataset.of(bench), setting).judged()
         bench.row(captions=captions, steps=200, **result)
         name = f"AUROC of the pooled score, 30% wrong, {captions} caption(s) an image"
         bench.target(name, wanted.at_least(bound), result["auroc"])
 
 
 def dirty(bench: Bench) -> list[Curation]:
-    """A pool with 30 % wrong captions, dev's two tars swapped."""
-    setting = Setting(wrong=0.3, captions=bench.pick(5, 2), steps=bench.pick(200, 100))
-    return swapped(bench, setting, Curation)
+    """A pool with 30 % wrong captions, in every turn."""
+    return rotated(bench, wrong(0.3, bench.pick(5, 2), bench.pick(200, 100)), Curation)
 
 
 @BENCHMARK.part
 def recall(bench: Bench) -> None:
-    """Retraining at equal steps, dev's two tars swapped and averaged, paired over images and seeds."""
+    """Retraining at equal steps, in every turn, paired over images and seeds."""
     curations = dirty(bench)
-    result, captions = retrained(curations, bench.seeds), curations[0].setting.captions
+    result, captions = retrained(curations, bench.seeds), curations[0].scenario.captions
     for name in result.shares:
         bench.row(**result.row(name))
     for name in ("clip_score", "proxy_clip_score"):
@@ -53,13 +59,15 @@ def recall(bench: Bench) -> None:
 def other_steps(bench: Bench) -> None:
     """The same subsets at other numbers of steps: how much of a lead is left where a proxy is not trained too long."""
     curations = dirty(bench)
-    weights = [curation.weights() for curation in curations]
     for count in bench.pick((25, 50, 100, 200, 400), (25, 50)):
-        result = together(
-            [one.recalls(weight, bench.seeds, count) for one, weight in zip(curations, weights)]
-        )
+        result = joined(curations, partial(at_steps, seeds=bench.seeds, steps=count))
         for name in result.shares:
             bench.row(steps=count, **result.row(name))
+
+
+def at_steps(curation: Curation, seeds: Sequence[int], steps: int) -> dict[str, Any]:
+    """Recall of every method's proxies in so many steps."""
+    return curation.recalls(curation.weights(), seeds, steps)
 
 
 def removals(curation: Curation, seeds: tuple[int, ...]) -> dict[str, Any]:
@@ -68,20 +76,19 @@ def removals(curation: Curation, seeds: tuple[int, ...]) -> dict[str, Any]:
     decile = curation.strata["quantile"] * DECILES // evidence.quantiles
 
     def loss(weight: FloatArray) -> float:
-        by_seed = [curation.retrained(weight, seed)["choosing_loss"] for seed in seeds]
-        return float(np.mean([losses[curation.setting.target] for losses in by_seed]))
+        return float(np.mean([curation.retrained(weight, seed)["choosing_loss"] for seed in seeds]))
 
     whole, rows = loss(np.ones(len(decile))), evidence.influence["pair"]
     predicted = means_by(decile[rows], evidence.influence["influence"], DECILES).mean
     change = [loss((decile != group).astype(np.float64)) - whole for group in range(DECILES)]
-    wrong = means_by(decile, curation.wrong.astype(np.float64), DECILES).mean
-    return {"predicted": predicted.tolist(), "change_of_loss": change, "wrong": wrong.tolist()}
+    are_wrong = means_by(decile, curation.wrong.astype(np.float64), DECILES).mean
+    return {"predicted": predicted.tolist(), "change_of_loss": change, "wrong": are_wrong.tolist()}
 
 
 @BENCHMARK.part
 def removal(bench: Bench) -> None:
     """Strata really removed: the change of the target loss has the sign that the pooled influence T predicts."""
-    curation = Curation(Dataset.of(bench), Setting(wrong=0.3, captions=bench.pick(5, 2), steps=100))
+    curation = Curation(Dataset.of(bench), wrong(0.3, bench.pick(5, 2), steps=100))
     result = curation.cached(["removals", bench.seeds], partial(removals, curation, bench.seeds))
     for group in range(DECILES):
         bench.row(decile=group, **{key: values[group] for key, values in result.items()})
@@ -100,11 +107,10 @@ def fraction(bench: Bench) -> None:
     """The fraction that the method chooses, against the planted one."""
     for captions in bench.pick((2, 5), (2,)):
         for steps in bench.pick((100, 200, 600), (100,)):
-            for wrong in bench.pick((0.0, 0.1, 0.2, 0.3), (0.0, 0.3)):
-                setting = Setting(wrong=wrong, captions=captions, steps=steps)
-                result = Curation(Dataset.of(bench), setting).judged()
+            for share in bench.pick((0.0, 0.1, 0.2, 0.3), (0.0, 0.3)):
+                result = Curation(Dataset.of(bench), wrong(share, captions, steps)).judged()
                 bench.row(captions=captions, steps=steps, **result)
-                name = f"fraction pruned, {wrong:.0%} wrong, {captions} captions, {steps} steps"
+                name = f"fraction pruned, {share:.0%} wrong, {captions} captions, {steps} steps"
                 bench.target(name, wanted.within(0.05, result["wrong"]), result["pruned"])
 
 

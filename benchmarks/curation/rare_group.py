@@ -15,9 +15,11 @@ import pyarrow as pa
 
 from benchmarks import wanted
 from benchmarks.bench import Bench
-from benchmarks.curation.curation import Curation, identity, retrained, swapped
-from benchmarks.data.datasets import Content, Setting, store_pairs, with_column, with_rows
+from benchmarks.curation.curation import Curation, Setting, by_fold, identity, retrained, rotated
+from benchmarks.curation.protocol import CURATED
+from benchmarks.data.datasets import Content, store_pairs, with_column, with_rows
 from benchmarks.data.distinct import Distinct
+from benchmarks.data.scenario_pools import SCENARIOS
 from influencespace.core.arrays import BoolArray, FloatArray
 from influencespace.core.metrics import interval
 from influencespace.data.pair_set import PairSet
@@ -58,32 +60,27 @@ class RareGroup(Curation):
     def key(self) -> list[Any]:
         return [*super().key, RULE, MIN_SHARE, LEFT]
 
-    def _grouped(self, pairs: PairSet, name: str) -> PairSet:
-        return with_groups(pairs, self.dataset.cache / "groups" / name)
+    @cached_property
+    def given(self) -> PairSet:
+        return with_groups(self.dataset.pool, self.dataset.cache / "groups")
 
     @cached_property
     def whole(self) -> PairSet:
         """With all pictures of the group."""
-        return self._grouped(self.dataset.pool, "pool")
+        return self.of_role(CURATED)
 
     @cached_property
     def pool(self) -> PairSet:
         whole, rare = self.whole, in_group(self.whole)
         images = np.unique(whole.image[rare])
-        left = np.random.default_rng(0).choice(images, round(LEFT * len(images)), replace=False)
+        left = np.random.default_rng(self.setting.turn.noise).choice(
+            images, round(LEFT * len(images)), replace=False
+        )
         return with_rows(whole, ~rare | np.isin(whole.image, left), self.folder / "pool.npy")
 
     @cached_property
     def wrong(self) -> BoolArray:
         return np.zeros(len(self.pool), bool)
-
-    @cached_property
-    def target(self) -> PairSet:
-        return self._grouped(super().target, f"dev{self.setting.target}")
-
-    @cached_property
-    def test(self) -> PairSet:
-        return self._grouped(super().test, f"dev{1 - self.setting.target}")
 
     @cached_property
     def rare_images(self) -> BoolArray:
@@ -107,16 +104,16 @@ class RareGroup(Curation):
     def by_method(self, seeds: Sequence[int]) -> dict[str, Any]:
         """And of proxies of the pool that lacks no picture of the group: what can be won back at all."""
         result, everything = super().by_method(seeds), np.ones(len(self.whole))
-        whole = [self.retrained(everything, seed, pool=self.whole)["shares"][self.tests[0]] for seed in seeds]
+        whole = [self.retrained(everything, seed, pool=self.whole)["shares"] for seed in seeds]
         return {"shares": {**result["shares"], WHOLE: whole}, "kept": {**result["kept"], WHOLE: 1.0}}
 
 
 def rare_group(bench: Bench) -> None:
-    """Recall of the group and of all others, dev's two tars swapped and taken together."""
-    setting = Setting(wrong=0.0, captions=5, steps=bench.pick(200, 50))
-    curations = swapped(bench, setting, RareGroup, changes={"selection.weighting": "auto"})
+    """Recall of the group and of all others, in every turn."""
+    setting = Setting(scenario=SCENARIOS["clean"], steps=bench.pick(200, 50))
+    curations = rotated(bench, setting, RareGroup, changes={"selection.weighting": "auto"})
     result = retrained(curations, bench.seeds)
-    rare = np.concatenate([one.rare_images for one in curations])
+    rare = np.concatenate([fold[0].rare_images for fold in by_fold(curations)])
     of = {"all": result, "rare": result.of_images(rare), "others": result.of_images(~rare)}
 
     def gap(method: str) -> tuple[float, FloatArray]:

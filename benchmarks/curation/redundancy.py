@@ -37,7 +37,7 @@ THRESHOLDS: list[Changes] = [
 
 
 def curation_of(bench: Bench, name: str) -> ScenarioCuration:
-    return ScenarioCuration(Dataset.of(bench), scenario_setting(bench, name), name=name)
+    return ScenarioCuration(Dataset.of(bench), scenario_setting(bench, name))
 
 
 def leaders(curation: ScenarioCuration, changes: Changes) -> IntArray:
@@ -97,13 +97,12 @@ def by_rule(
     for name, rule in rules.items():
         weight = rule().astype(np.float64)
         runs[name] = weight, [curation.retrained(weight, seed) for seed in bench.seeds]
-    target, test = curation.setting.target, curation.tests[0]
     result = Retrained(
-        shares={name: np.array([run["shares"][test] for run in each]) for name, (_, each) in runs.items()},
+        shares={name: np.array([run["shares"] for run in each]) for name, (_, each) in runs.items()},
         kept={name: float(weight.mean()) for name, (weight, _) in runs.items()},
     )
     for name, (_, each) in runs.items():
-        loss = float(np.mean([run["choosing_loss"][target] for run in each]))
+        loss = float(np.mean([run["choosing_loss"] for run in each]))
         bench.row(**result.row(name), choosing_loss=loss)
     return result
 

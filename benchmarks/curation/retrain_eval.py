@@ -65,12 +65,15 @@ class Retrained:
         return replace(self, shares={name: values[:, chosen] for name, values in self.shares.items()})
 
 
-def together(parts: Sequence[Mapping[str, Any]]) -> Retrained:
-    """Results of one pool's curations, which differ in what is target and what is test: their test images together."""
-    names = list(parts[0]["shares"])
+def together(folds: Sequence[Sequence[Mapping[str, Any]]]) -> Retrained:
+    """Results of one scenario: its test sets side by side, and of each the repeats, which differ in what was corrupted."""
+    parts = [part for fold in folds for part in fold]
     return Retrained(
         shares={
-            name: np.concatenate([np.array(part["shares"][name]) for part in parts], 1) for name in names
+            name: np.concatenate(
+                [np.concatenate([np.array(part["shares"][name]) for part in fold]) for fold in folds], 1
+            )
+            for name in parts[0]["shares"]
         },
         kept={name: float(np.mean([part["kept"][name] for part in parts])) for name in parts[0]["kept"]},
     )
@@ -86,24 +89,28 @@ def mean_of(each: Sequence[Retrained]) -> Retrained:
 
 
 @torch.no_grad()
-def judged(embed: Embed, sets: Sequence[PairSet], objective: Contrastive, batch_size: int) -> dict[str, Any]:
-    """Loss on the half of each set that makes choices, and the share of its mean recall of each of its images."""
-    losses, shares = [], []
-    for pairs in sets:
-        u, t = embed(pairs)
-        halves = TargetHalves(pairs, 0)
-        batches = map(torch.from_numpy, halves.batches(halves.choosing, batch_size))
-        losses.append(float(torch.cat([objective.terms(u[rows], t[rows]) for rows in batches]).mean()))
-        shares.append(recall_by_image(u, t, pairs.image).tolist())
-    return {"choosing_loss": losses, "shares": shares}
+def judged(
+    embed: Embed, target: PairSet, test: PairSet, objective: Contrastive, batch_size: int
+) -> dict[str, Any]:
+    """Loss on the half of the target that makes choices, and each test image's share of the mean recall."""
+    u, t = embed(target)
+    halves = TargetHalves(target, 0)
+    batches = map(torch.from_numpy, halves.batches(halves.choosing, batch_size))
+    loss = float(torch.cat([objective.terms(u[rows], t[rows]) for rows in batches]).mean())
+    return {"choosing_loss": loss, "shares": recall_by_image(*embed(test), test.image).tolist()}
 
 
 def retrain(
-    pool: PairSet, weight: FloatArray, config: HeadsConfig, seed: int, sets: Sequence[PairSet]
+    pool: PairSet, weight: FloatArray, config: HeadsConfig, seed: int, target: PairSet, test: PairSet
 ) -> dict[str, Any]:
-    """A proxy of the pool by weight (n,), judged on each of the sets."""
+    """A proxy of the pool by weight (n,), judged."""
     heads = train(pool, Given(weight), config, seed).heads
-    return judged(lambda pairs: heads(*pairs.inputs(slice(None))), sets, config.objective, config.batch_size)
+
+    def embed(pairs: PairSet) -> tuple[Tensor, Tensor]:
+        u, t = heads(*pairs.inputs(slice(None)))
+        return u, t
+
+    return judged(embed, target, test, config.objective, config.batch_size)
 
 
 def recall_by_image(u: Tensor, t: Tensor, image: IntArray) -> FloatArray:

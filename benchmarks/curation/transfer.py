@@ -14,9 +14,9 @@ from torch import Tensor
 from benchmarks import wanted
 from benchmarks.bench import Bench, Benchmark
 from benchmarks.cache import cached
-from benchmarks.curation.curation import Curation, identity, swapped
+from benchmarks.curation.curation import Curation, by_fold, identity, rotated
+from benchmarks.curation.quality import wrong
 from benchmarks.curation.retrain_eval import judged, together
-from benchmarks.data.datasets import Setting
 from benchmarks.methods.tuning import TunedTower, TuningConfig, adapt_text_tower, tune
 from influencespace.core.arrays import FloatArray
 from influencespace.core.batches import training_batches
@@ -68,31 +68,31 @@ class Transfer:
         return tower
 
     def measured(self, method: str, rate: float, seed: int) -> dict[str, Any]:
-        """What a method's tower comes to on both tars of dev; towers are kept by their weights."""
+        """What a method's tower comes to; towers are kept by their weights."""
         pool, config = identity(self.curation.pool), replace(self.config, learning_rate=rate)
         about: list[Any] = ["untuned"]
         tower = partial(self.tower, 0)
         if method != UNTUNED:
             weight = self.weights[method]
             tower, about = partial(self.tuned, weight, rate, seed), [fingerprint(weight.tolist()), seed]
-        key = ["transfer", pool, self.objective, config, *about]
-        return cached(self.curation.dataset.cache, key, lambda: self.on_dev(tower()))
+        sets = identity(self.curation.target), identity(self.curation.test)
+        key = ["transfer", pool, *sets, self.objective, config, *about]
+        return cached(self.curation.dataset.cache, key, lambda: self.judged(tower()))
 
-    def on_dev(self, tower: TunedTower) -> dict[str, Any]:
-        """Loss on the choosing half of each tar of dev, and each image's share of its mean recall."""
+    def judged(self, tower: TunedTower) -> dict[str, Any]:
+        """Loss on the choosing half of the target, and each test image's share of the mean recall."""
 
         def embed(pairs: PairSet) -> tuple[Tensor, Tensor]:
             """Stored embeddings of the images and the tower's of the captions: two (n, D)."""
             t = tower.embed([str(caption) for caption in pairs.column("caption")])
             return pairs.inputs(slice(None))[0], t
 
-        sets = [self.curation.dataset.dev(tar) for tar in (0, 1)]
-        return judged(embed, sets, self.objective, self.config.batch_size)
+        target, test = self.curation.target, self.curation.test
+        return judged(embed, target, test, self.objective, self.config.batch_size)
 
     def loss(self, method: str, rate: float) -> float:
         """On the choosing half of the target; the test set is not seen."""
-        losses: list[float] = self.measured(method, rate, 0)["choosing_loss"]
-        return losses[self.curation.setting.target]
+        return float(self.measured(method, rate, 0)["choosing_loss"])
 
     def losses(self, method: str) -> dict[float, float]:
         """Loss on the choosing half of the target by learning rate, as long as a higher one helps."""
@@ -105,32 +105,35 @@ class Transfer:
 
     def recall(self, method: str, seed: int) -> list[float]:
         """Each test image's share of the mean recall, at the learning rate that was chosen."""
-        test, rate = self.curation.tests[0], RATES[0]
+        rate = RATES[0]
         if method != UNTUNED:
             losses = self.losses(method)
             rate = min(losses, key=lambda rate: losses[rate])
-        shares: list[float] = self.measured(method, rate, seed)["shares"][test]
-        print(f"  target {1 - test}, seed {seed}, {method}: {np.mean(shares):.3f}", flush=True)
+        shares: list[float] = self.measured(method, rate, seed)["shares"]
+        print(
+            f"  fold {self.curation.setting.turn.fold}, seed {seed}, {method}: {np.mean(shares):.3f}",
+            flush=True,
+        )
         return shares
 
 
 def transfers(bench: Bench) -> list[Transfer]:
-    """Dev's two tars swapped."""
-    setting = Setting(wrong=0.3, captions=bench.pick(5, 2), steps=bench.pick(200, 100))
+    """One turn for each test set: towers take long."""
+    setting = wrong(0.3, bench.pick(5, 2), bench.pick(200, 100))
     config = bench.pick(TuningConfig(steps=STEPS), TuningConfig(steps=3, batch_size=32))
-    return [Transfer(curation, config) for curation in swapped(bench, setting, Curation)]
+    return [Transfer(fold[0], config) for fold in by_fold(rotated(bench, setting, Curation))]
 
 
 @BENCHMARK.part
 def learning_rate(bench: Bench) -> None:
     """The learning rate is chosen for every subset by itself."""
     for job in transfers(bench):
-        target = job.curation.setting.target
+        fold = job.curation.setting.turn.fold
         losses = {UNTUNED: {"-": job.loss(UNTUNED, RATES[0])}}
         losses |= {method: {f"{rate:g}": x for rate, x in job.losses(method).items()} for method in METHODS}
         for method, by_rate in losses.items():
             for rate, loss in by_rate.items():
-                bench.row(method=method, target=target, learning_rate=rate, choosing_loss=loss)
+                bench.row(method=method, fold=fold, learning_rate=rate, choosing_loss=loss)
 
 
 @BENCHMARK.part
@@ -145,7 +148,7 @@ def recall(bench: Bench) -> None:
         }
         for job in transfers(bench)
     ]
-    result = together(parts)
+    result = together([[part] for part in parts])
     for method in result.shares:
         bench.row(**result.row(method))
     for method in BEATEN:

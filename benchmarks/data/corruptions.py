@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from benchmarks.data.shuffle import shuffle_captions
 from benchmarks.data.sources import BOILERPLATE, PLACEHOLDERS, Sources
-from influencespace.core.arrays import IntArray
+from influencespace.core.arrays import BoolArray, IntArray
 
 CLEAN, COPY = "", "copy"
 
@@ -24,10 +24,10 @@ class Draft:
     kind: NDArray[np.str_]  # (n,) "" for a good pair, "copy" for one that the pool holds, else what was done
 
     @classmethod
-    def of(cls, sources: Sources, captions: int) -> "Draft":
-        """The pool as it is, with some captions of each picture."""
+    def of(cls, sources: Sources, captions: int, chosen: BoolArray) -> "Draft":
+        """Chosen pairs of the pool (m,) as they are, with some captions of each picture."""
         number = np.array([int(str(uid).rsplit("#", 1)[1]) for uid in sources.pool.pairs.column("uid")])
-        rows = np.flatnonzero(number < captions)
+        rows = np.flatnonzero(chosen & (number < captions))
         kind = np.full(len(rows), CLEAN, "U16")
         return cls(image=sources.pool.image[rows], text=sources.pool.text[rows], kind=kind)
 
@@ -72,15 +72,14 @@ def wrong(draft: Draft, share: float, rng: np.random.Generator, sources: Sources
 def hard_wrong(draft: Draft, share: float, rng: np.random.Generator, sources: Sources) -> Draft:
     """The caption of one of the ten pictures that look most alike."""
     rows = draft.good(share, rng)
-    base = torch.from_numpy(sources.pool.images)
-    alike = torch.cat(
-        [(part @ base.T).topk(11, 1).indices[:, 1:] for part in torch.split(base, 1024)]
-    ).numpy()
-    by_image = [np.flatnonzero(draft.image == i) for i in range(sources.count)]
-    texts = []
-    for row in rows:
-        near = [i for i in alike[draft.image[row]] if len(by_image[i])]
-        texts.append(draft.text[rng.choice(by_image[rng.choice(near)])])
+    shown = np.unique(draft.image[draft.image < sources.count])
+    images = torch.from_numpy(sources.pool.images[shown])
+    alike = [
+        (part @ images.T).topk(min(11, len(shown)), 1).indices[:, 1:] for part in torch.split(images, 1024)
+    ]
+    near = shown[torch.cat(alike).numpy()][np.searchsorted(shown, draft.image[rows])]
+    by_image = {int(image): np.flatnonzero(draft.image == image) for image in shown}
+    texts = [draft.text[rng.choice(by_image[int(rng.choice(ten))])] for ten in near]
     return draft.changed(rows, "hard_wrong", text=np.array(texts))
 
 

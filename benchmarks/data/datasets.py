@@ -42,18 +42,6 @@ CLEAN_SCENES: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One corrupted pool with one proxy and one target."""
-
-    wrong: float
-    captions: int
-    steps: int
-    noise_seed: int = 1
-    target: int = 0
-    """Which tar of dev is the target, where it is of dev; the other is the test set."""
-
-
 def encoder_of(data: Path) -> Path:
     """The pretrained encoder beside the real data."""
     return data.parent / "models" / "mobilenetv2-minilm"
@@ -87,12 +75,6 @@ def store_pairs(folder: Path, key: Any, make: Callable[[Path], Content]) -> Pair
 
 def with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
     return table.set_column(table.column_names.index(name), name, values)
-
-
-def some_images(pairs: PairSet, count: int, path: Path) -> PairSet:
-    """All pairs of a random `count` of the images; the rows are kept in `path`."""
-    chosen = np.random.default_rng(0).permutation(np.unique(pairs.image))[:count]
-    return with_rows(pairs, np.isin(pairs.image, chosen), path)
 
 
 def with_rows(pairs: PairSet, chosen: BoolArray, path: Path) -> PairSet:
@@ -153,7 +135,7 @@ class Dataset:
         return self.embedded("pool", self.pool_shards)
 
     def dev(self, tar: int) -> PairSet:
-        """One half of the pairs that are no part of the pool."""
+        """One half of the pairs that are no part of the pool: pictures that the encoder knows better than the pool's."""
         return self.embedded(f"dev{tar}", str(self.data / "flickr8k" / "dev" / f"{tar:05d}.tar"))
 
     @cached_property
@@ -163,17 +145,17 @@ class Dataset:
         write_world(folder, WorldConfig(pretrain=0, target=0, test=0, pool=3000, **CLEAN_SCENES))
         return self.embedded("scenes", str(folder / "pool" / "*.tar"))
 
-    def corrupted(self, setting: Setting) -> tuple[PairSet, BoolArray]:
-        """The pool with some captions moved between images, and which pairs are wrong (n,)."""
-        key = ["corrupted", setting.wrong, setting.captions, setting.noise_seed, PAIRS_SCHEMA.names]
+    def corrupted(self, share: float, captions: int, seed: int) -> tuple[PairSet, BoolArray]:
+        """The pool with a share of the captions moved between images, and which pairs are wrong (n,)."""
+        key = ["corrupted", share, captions, seed, PAIRS_SCHEMA.names]
 
         def make(folder: Path) -> Content:
             table = self.pool.table.pairs()
             number = np.array([int(uid.rsplit("#", 1)[1]) for uid in table["uid"].to_pylist()])
-            rows = np.flatnonzero(number < setting.captions)
+            rows = np.flatnonzero(number < captions)
             # row numbers stand for captions, so that embeddings move along
-            captions, image = [str(row) for row in rows], self.pool.image[rows].tolist()
-            moved, wrong = shuffle_captions(captions, image, setting.wrong, setting.noise_seed)
+            numbers, image = [str(row) for row in rows], self.pool.image[rows].tolist()
+            moved, wrong = shuffle_captions(numbers, image, share, seed)
             source = np.array([int(row) for row in moved])
             np.save(folder / "wrong.npy", wrong)
             images, texts = self.pool.inputs(rows)[0].numpy(), self.pool.inputs(source)[1].numpy()
@@ -193,16 +175,12 @@ class SyntheticDataset(Dataset):
     @cached_property
     def scenes(self) -> Path:
         folder = self.cache / "world"
-        write_world(folder, WorldConfig(pretrain=0, pool=2000, target=500, test=500, **CLEAN_SCENES))
+        write_world(folder, WorldConfig(pretrain=0, pool=6000, target=0, test=0, **CLEAN_SCENES))
         return folder
 
     @property
     def pool_shards(self) -> str:
         return str(self.scenes / "pool" / "*.tar")
-
-    def dev(self, tar: int) -> PairSet:
-        split = ("target", "test")[tar]
-        return self.embedded(split, str(self.scenes / split / "*.tar"))
 
     @cached_property
     def other_domain(self) -> PairSet:

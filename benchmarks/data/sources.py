@@ -172,13 +172,27 @@ class Sources:
         if kind in STORED:
             known: RealArray = getattr(self, kind).texts[rows]
             return known
-        if kind == "boilerplate":
-            captions = [BOILERPLATE[row] for row in rows]
-        else:
-            captions = [ALTERED_CAPTIONS[kind](self.captions, row) for row in rows.tolist()]
+        captions = self._words(kind, rows)
         parts = [captions[start : start + BATCH] for start in range(0, len(captions), BATCH)]
         tokens = (self.encoder.tokenize(part)[0] for part in parts)
         return np.concatenate([self.encoder.encode_text(part).cpu().numpy() for part in tokens])
+
+    def words(self, numbers: IntArray) -> list[str]:
+        """Captions (n,)."""
+        kinds, begins = list(self._captions), np.array(list(self._captions.values()))
+        kind = np.searchsorted(begins, numbers, side="right") - 1
+        found = np.empty(len(numbers), object)
+        for k in np.unique(kind):
+            found[kind == k] = self._words(kinds[k], numbers[kind == k] - begins[k])
+        return [str(one) for one in found]
+
+    def _words(self, kind: str, rows: IntArray) -> list[str]:
+        if kind in STORED:
+            known: Distinct = getattr(self, kind)
+            return list(known.pairs.read(known.first_of_text[rows], "caption")["caption"])
+        if kind == "boilerplate":
+            return [BOILERPLATE[row] for row in rows]
+        return [ALTERED_CAPTIONS[kind](self.captions, row) for row in rows.tolist()]
 
     @cached_property
     def encoder(self) -> DualEncoder:

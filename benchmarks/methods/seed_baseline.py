@@ -6,10 +6,9 @@ import numpy as np
 
 from benchmarks import wanted
 from benchmarks.bench import Bench
-from benchmarks.curation.curation import retrained
+from benchmarks.curation.curation import retrained, rotated
 from benchmarks.curation.retrain_eval import Retrained
 from benchmarks.curation.scenario_curation import ScenarioCuration, scenario_setting
-from benchmarks.data.datasets import Dataset
 from influencespace.core.arrays import FloatArray
 
 SCENARIO, SHARE = "wrong 20", 0.8
@@ -63,7 +62,7 @@ class SeedCuration(ScenarioCuration):
 def seed_baseline(bench: Bench) -> None:
     """The seed's method beside ours at its settings, two epochs, a fifth removed."""
     setting = replace(scenario_setting(bench, SCENARIO), steps=80)
-    result = retrained([SeedCuration(Dataset.of(bench), setting, SETTINGS, name=SCENARIO)], bench.seeds)
+    result = retrained(rotated(bench, setting, SeedCuration, changes=SETTINGS), bench.seeds)
     naive = [values for method, values in result.shares.items() if method.startswith("whole clusters")]
     # each of our proxies beside one of every draw, so that both are of the same images and seeds
     ours = np.tile(result.shares["curated"], (len(naive), 1))

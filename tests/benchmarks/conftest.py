@@ -38,7 +38,7 @@ class TinyDataset(Dataset):
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     folder = tmp_path_factory.mktemp("tiny")
-    sizes = {"pretrain": 70, "pool": 80, "target": 40, "test": 40}
+    sizes = {"pretrain": 70, "pool": 160, "target": 40, "test": 40}
     write_world(folder, WorldConfig(seed=1, **sizes, **CLEAN_SCENES))
     FitEncoder(shards=str(folder / "pretrain"), out=folder / "encoder", steps=3, seed=0)()
     return TinyDataset(folder, folder / "cache")
