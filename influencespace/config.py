@@ -21,7 +21,7 @@ from influencespace.stages.ingest.encode import EmbedConfig
 from influencespace.stages.ingest.shards import DataConfig
 from influencespace.stages.ingest.split import SplitConfig
 from influencespace.stages.proxies.proxy import ProxyConfig
-from influencespace.stages.scoring.cluster import ClusterConfig
+from influencespace.stages.scoring.cluster_config import ClusterConfig
 from influencespace.stages.scoring.influence import InfluenceConfig
 from influencespace.stages.selection.redundancy import RedundancyConfig
 from influencespace.stages.training.evaluate import EvaluateConfig

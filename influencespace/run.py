@@ -257,9 +257,10 @@ class Workers:
         size: int,
         *,
         resources: Resources | None = None,
-        **more: int,
+        **more: Any,
     ) -> None:
-        """Write `name`.parquet, in row order: what `reduce` gives for groups of the rows of `emit` alike in the column `key`."""
+        """Write `name`.parquet, in row order: what `reduce` gives for groups of the rows of `emit` alike in the column
+        `key`; options of the exchange."""
         label, exchange = name.lstrip("."), Exchange(self.folder, name, emit, key, reduce, rows, size, **more)
         for tasks, total, unit in exchange.steps():
             self.map(tasks, total=total, unit=unit, label=label, size=int, resources=resources)

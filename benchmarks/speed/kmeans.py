@@ -30,7 +30,8 @@ from influencespace.core.arrays import IntArray
 from influencespace.core.kmeans import nearest
 from influencespace.data.buckets import buckets_of
 from influencespace.engine.local import LocalEngine
-from influencespace.stages.scoring.cluster import ClusterConfig, FoldWorker, KMeans
+from influencespace.stages.scoring.cluster import FoldWorker, KMeans
+from influencespace.stages.scoring.cluster_config import ClusterConfig
 
 BENCHMARK = Benchmark(seeds=(0,))
 Matrix = NDArray[np.float32]

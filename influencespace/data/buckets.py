@@ -160,7 +160,7 @@ def _to_arrow(values: NDArray[Any]) -> Any:
 
 
 def _from_arrow(column: Any) -> NDArray[Any]:
-    array = column.combine_chunks()
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies
     if pa.types.is_fixed_size_list(array.type):
         flat: NDArray[Any] = array.flatten().to_numpy(zero_copy_only=False)
         return flat.reshape(-1, array.type.list_size)

@@ -21,6 +21,8 @@ from influencespace.data.mirror import here
 from influencespace.errors import InputError
 
 Rows = npt.NDArray[np.int64]
+IMAGE, TEXT = 0, 1
+"""Places in `VECTORS`."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +93,20 @@ class EmbeddingTable:
 
     def embeddings(self, rows: slice | Rows) -> tuple[Floats, Floats]:
         """Embeddings of images and of texts of some pairs: two (m, D), of unit length but for float16's rounding."""
-        images, texts = (_singles(one) for one in self._embeddings(rows, (0, 1)))
+        images, texts = (singles(one) for one in self._embeddings(rows, (IMAGE, TEXT)))
         return images, texts
 
     def texts(self, rows: slice | Rows) -> Floats:
         """Those of texts alone: (m, D)."""
-        (texts,) = self._embeddings(rows, (1,))
-        return _singles(texts)
+        return singles(self.stored(rows, TEXT))
+
+    def stored(self, rows: slice | Rows, kind: int) -> Halves:
+        """Embeddings of images or of texts as they are stored: (m, D)."""
+        (values,) = self._embeddings(rows, (kind,))
+        return values
 
     def _embeddings(self, rows: slice | Rows, kinds: tuple[int, ...]) -> list[Halves]:
-        """Of images (0) or texts (1)."""
+        """Of images or texts, as they are stored."""
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(len(self))
             spans = [(bucket, slice(a, b)) for bucket, a, b in self._by_bucket(start, stop)]
@@ -170,7 +176,7 @@ class EmbeddingTable:
 MAX_OPEN = 4
 
 
-def _singles(halves: Halves) -> Floats:
+def singles(halves: Halves) -> Floats:
     """As float32: numpy's own way takes four times as long."""
     singles: Floats = torch.from_numpy(halves).float().numpy()
     return singles

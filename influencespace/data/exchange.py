@@ -6,10 +6,12 @@ rows is sorted into partitions; each partition, which holds whole groups, is com
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from influencespace.core.arrays import IntArray
 from influencespace.core.hashing import hashed
@@ -31,8 +33,9 @@ PARTITION_ROWS = 250_000
 SEED = 15  # of the hash; another number than that of folds and samples
 ROW, PARTITION = "row", "partition"
 
-ReduceGroups = Callable[[Columns], Columns]
-"""Computes on whole groups: columns (m,) or (m, k) with the key and `row`, sorted by both, give columns of the same rows."""
+ReduceGroups = Callable[..., Columns]
+"""Computes on whole groups: columns (m,) or (m, k) with the key and `row`, sorted by both, give columns of the same rows. Where
+vectors are exchanged too, they are its second argument."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Exchange:
     rows: int
     size: int
     partition_rows: int = PARTITION_ROWS
+    vectors: ComputeColumns | None = None
+    """Gives columns (n, k) of the same rows, which go with them: from where they lie, they would be read all over the pool for
+    every partition."""
 
     @property
     def partitions(self) -> int:
@@ -96,6 +102,28 @@ class Exchange:
 
 
 @dataclass(frozen=True)
+class Vectors:
+    """A column (m, k) of a partition whose rows stay in their files, read by memory map, until they are asked for."""
+
+    parts: Sequence[NDArray[Any]]
+    order: IntArray
+    """The place of each row in the parts, one after another (m,)."""
+
+    @cached_property
+    def _starts(self) -> IntArray:
+        return np.cumsum([0, *map(len, self.parts)])
+
+    def __getitem__(self, rows: IntArray) -> NDArray[Any]:
+        places = self.order[rows]
+        values = np.empty((len(places), self.parts[0].shape[1]), self.parts[0].dtype)
+        owner = np.searchsorted(self._starts, places, side="right") - 1
+        for part in np.unique(owner):
+            mine = owner == part
+            values[mine] = self.parts[part][places[mine] - self._starts[part]]
+        return values
+
+
+@dataclass(frozen=True)
 class Partition:
     """Columns: those of a range of rows with `row` and `partition`, sorted by partition."""
 
@@ -104,6 +132,8 @@ class Partition:
     def __call__(self, start: int, stop: int) -> Columns:
         exchange = self.exchange
         columns = exchange.emit(start, stop)
+        if exchange.vectors is not None:
+            columns |= exchange.vectors(start, stop)
         partition = hashed(columns[exchange.key], SEED) % np.uint64(exchange.partitions)
         columns |= {ROW: np.arange(start, stop), PARTITION: partition.astype(np.int32)}
         return _taken(columns, np.argsort(columns[PARTITION], kind="stable"))
@@ -117,13 +147,19 @@ class ReducePartition:
 
     def __call__(self, start: int, stop: int) -> Columns:
         exchange = self.exchange
-        parts = [_slice(exchange, exchange._sent, at, PARTITION, start, stop) for at in exchange.starts]
-        columns = _together(parts)
-        if not columns:
+        slices = (_slice(exchange, exchange._sent, at, PARTITION, start, stop) for at in exchange.starts)
+        parts = [part for part in slices if part]
+        if not parts:
             return {ROW: np.empty(0, np.int64)}
+        wide = [
+            name for name, values in parts[0].items() if values.ndim == 2 and exchange.vectors is not None
+        ]
+        columns = _together([{name: part[name] for name in part if name not in wide} for part in parts])
         del columns[PARTITION]
-        columns = _taken(columns, np.lexsort((columns[ROW], columns[exchange.key])))
-        results = exchange.reduce(columns) | {ROW: columns[ROW]}
+        order = np.lexsort((columns[ROW], columns[exchange.key]))
+        columns = _taken(columns, order)
+        vectors = {name: Vectors([part[name] for part in parts], order) for name in wide}
+        results = exchange.reduce(columns, *([vectors] if wide else [])) | {ROW: columns[ROW]}
         return _taken(results, np.argsort(results[ROW]))
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from influencespace.core.arrays import IntArray
 from influencespace.data.artifacts import MANIFEST
 from influencespace.data.buckets import Columns
-from influencespace.data.chunks import Floats
-from influencespace.data.embeddings import EmbeddingTable
+from influencespace.data.chunks import Floats, Halves
+from influencespace.data.embeddings import EmbeddingTable, singles
 from influencespace.data.mirror import here, is_file
 
 UIDS = 131_072  # read at once
@@ -135,6 +135,10 @@ class PairSet:
         """Unit embeddings of the captions of some pairs of the set alone: (m, D)."""
         return _unit(self.table.texts(self.place(pairs)), device)
 
+    def stored(self, rows: slice, kind: int) -> Halves:
+        """Embeddings of images or of captions of a range of pairs as they are stored, for `unit_vectors`: (m, D)."""
+        return self.table.stored(self.place(rows), kind)
+
     def captions_of_others(self, pairs: IntArray, seed: int) -> IntArray:
         """For each pair another pair of the set with another image and another caption, if there is one to be found (m,)."""
         generator = np.random.default_rng(seed)
@@ -147,6 +151,11 @@ class PairSet:
                 break
             other[same] = generator.integers(0, lenders, int(same.sum()))
         return other
+
+
+def unit_vectors(stored: Halves, device: str = "cpu") -> Tensor:
+    """Stored embeddings (m, D) as `PairSet.inputs` gives them."""
+    return _unit(singles(stored), device)
 
 
 def _unit(rows: Floats, device: str) -> Tensor:

@@ -14,6 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from influencespace.engine.memory import give_back
 from influencespace.errors import InputError
 
 WorkerFactory = Callable[[], Callable[..., Any]]
@@ -156,10 +157,13 @@ class Worker:
             return TaskResult(tried(lambda: self.call(task, *shared)))
         except Exception as error:
             return failure(task, error)
+        finally:
+            give_back()
 
     def produce(self, task: Any) -> Iterator[TaskResult]:
         """The items of one task; a factory that fails fails the task."""
-        return produced(lambda task: self.call(task), task)
+        yield from produced(lambda task: self.call(task), task)
+        give_back()
 
     def fold(self, task: Any, shared: Any) -> tuple[TaskResult, Any]:
         """Whether the task ended well, and its state: apart, so that the state may stay where it is."""

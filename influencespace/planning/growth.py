@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from influencespace.config import RunConfig
-from influencespace.stages.scoring.cluster import clusters, compared
+from influencespace.stages.scoring.cluster_config import clusters, compared
 
 Count = Callable[[RunConfig, int], float]
 AS_DEAR = 1000

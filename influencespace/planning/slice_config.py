@@ -6,7 +6,7 @@ from typing import Any
 
 from influencespace.config import RunConfig
 from influencespace.data.schema import ReadOptions
-from influencespace.stages.scoring.cluster import MEAN_OVER_MIN, leaves
+from influencespace.stages.scoring.cluster_config import MEAN_OVER_MIN, leaves
 
 LARGE = 4000
 """A slice of so many pairs is beside one of a quarter, not of half: the larger the step between them, the less chance says."""

@@ -130,6 +130,7 @@ def test_the_seed_baseline_removes_whole_clusters(dataset: Dataset) -> None:
 
 def test_the_rare_group_is_thinned_and_named(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.curation.rare_group.RULE", r"\b(red)\b")
+    monkeypatch.setattr("benchmarks.curation.rare_group.LEFT", 0.5)
     curation = RareGroup(dataset, CLEAN_POOL, SMALL)
     groups = np.array(curation.pool.column("group"))
     assert 0 < (groups == RARE).sum() < (np.array(curation.whole.column("group")) == RARE).sum()

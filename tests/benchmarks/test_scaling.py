@@ -26,7 +26,7 @@ def row(stage: str, pairs: int, fixed: float, a_pair: float) -> dict[str, Any]:
 
 @pytest.fixture
 def result() -> dict[str, Any]:
-    stages = {"embed/pool": 1e-4, "embed/target": 0.0, "cluster": 4e-4, "redundancy": 2e-4, "proxies": 1e-3}
+    stages = {"embed/pool": 1e-4, "embed/target": 0.0, "cluster": 4e-4, "selection": 2e-4, "proxies": 1e-3}
     sizes = (10_000, 100_000, 1_000_000)
     return {
         "machine": {"cpus": 2},
@@ -43,7 +43,7 @@ def result() -> dict[str, Any]:
 def test_unit_costs_are_those_of_the_two_largest_runs(result: dict[str, Any]) -> None:
     measured = Measured.of(result)
     assert measured.pairs == (100_000, 1_000_000)
-    cost = measured.cost("redundancy", parse_cluster("10x(10 cores, 8 GB)"), 100_000_000)
+    cost = measured.cost("selection", parse_cluster("10x(10 cores, 8 GB)"), 100_000_000)
     assert cost.seconds == pytest.approx(5 + 2e-4 * 1e8 / 100, rel=1e-6)
     assert cost.written == pytest.approx(1e8 * 1000, rel=1e-6)
     target = measured.cost("embed/target", parse_cluster("10x(10 cores, 8 GB)"), 100_000_000)

@@ -1,5 +1,6 @@
 """Laws of the group-by through files: equal to numpy's, whatever the ranges, the partitions, the engine and the kills."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from influencespace.data.buckets import Columns, read_columns
-from influencespace.data.exchange import Exchange
+from influencespace.data.exchange import Exchange, Vectors
 from influencespace.engine.local import Engine, LocalEngine
 from influencespace.run import Workers
 
@@ -71,6 +72,44 @@ def test_groups_are_those_of_pandas(
     folder = tmp_path_factory.mktemp("exchange")
     workers(folder).group_by(
         "groups", Emit(tuple(keys)), "key", reduce, len(keys), size, partition_rows=partition_rows
+    )
+    check(tuple(keys), folder / "groups.parquet")
+
+
+def vectors_of(start: int, stop: int) -> Columns:
+    """Two columns of vectors of each row."""
+    row = np.arange(start, stop)
+    return {
+        "square": np.stack([row, row**2], 1).astype(np.float32),
+        "half": np.stack([row] * 3, 1).astype(np.float16),
+    }
+
+
+def reduce_vectors(columns: Columns, vectors: Mapping[str, Vectors]) -> Columns:
+    """As `reduce`, by vectors that are read a few rows at a time, the last first."""
+    assert "square" not in columns
+    rows = np.arange(len(columns["row"]))
+    blocks = [rows[start : start + 3] for start in range(0, len(rows), 3)][::-1]
+    square = np.empty((len(rows), 2), np.float32)
+    for block in blocks:
+        square[block] = vectors["square"][block]
+    np.testing.assert_array_equal(vectors["half"][rows[::-1]][:, 2], columns["row"][::-1])
+    return reduce(columns | {"vector": square})
+
+
+@given(
+    keys=st.lists(st.integers(0, 5), min_size=1, max_size=60),
+    size=st.integers(1, 70),
+    partition_rows=st.integers(1, 70),
+)
+def test_vectors_go_with_their_rows(
+    tmp_path_factory: pytest.TempPathFactory, keys: list[int], size: int, partition_rows: int
+) -> None:
+    folder = tmp_path_factory.mktemp("exchange")
+    workers(folder).group_by(
+        *("groups", Emit(tuple(keys)), "key", reduce_vectors, len(keys), size),
+        partition_rows=partition_rows,
+        vectors=vectors_of,
     )
     check(tuple(keys), folder / "groups.parquet")
 

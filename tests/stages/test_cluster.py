@@ -15,15 +15,8 @@ from influencespace.core.kmeans import unit_rows
 from influencespace.engine.local import Engine, LocalEngine
 from influencespace.models.fusion import fuse
 from influencespace.run import Run
-from influencespace.stages.scoring.cluster import (
-    MIN_STEPS,
-    ClusterConfig,
-    FoldWorker,
-    Fused,
-    KMeans,
-    compared,
-    mini_batches,
-)
+from influencespace.stages.scoring.cluster import FoldWorker, Fused, KMeans
+from influencespace.stages.scoring.cluster_config import MIN_STEPS, ClusterConfig, compared, mini_batches
 
 
 def test_every_pair_lies_at_its_nearest_centroid(truth: Run) -> None:

@@ -26,6 +26,7 @@ from influencespace.core.select import HARMFUL, KEPT, REDUNDANT
 from influencespace.data.artifacts import Manifest, write_manifest
 from influencespace.data.bucket_files import write_artifact
 from influencespace.data.buckets import buckets_of
+from influencespace.data.embeddings import IMAGE, TEXT
 from influencespace.data.pair_set import PairSet
 from influencespace.run import Run, Workers
 from influencespace.stages.selection import captions, redundancy
@@ -242,9 +243,11 @@ def test_columns_are_read_once_for_what_they_are_needed_for(
     """Image and caption numbers by captions twice (by either) and by exact copies; of captions no picture is read."""
     for module in (captions, redundancy):
         monkeypatch.setattr(module, "RANGE", 50)
+        monkeypatch.setattr(module, "VECTOR_RANGE", 50)
     ranges: list[tuple[int, int]] = []
     pictures: list[int] = []
-    read, inputs = PairSet.read, PairSet.inputs
+    passed_on: list[tuple[int, int, int]] = []
+    read, inputs, stored = PairSet.read, PairSet.inputs, PairSet.stored
 
     def watched(self: PairSet, rows: Any, *names: str) -> Any:
         ranges.append((rows.start, rows.stop))
@@ -254,12 +257,19 @@ def test_columns_are_read_once_for_what_they_are_needed_for(
         pictures.append(len(pairs) if isinstance(pairs, np.ndarray) else pairs.stop - pairs.start)
         return inputs(self, pairs, device)
 
+    def passed(self: PairSet, rows: slice, kind: int) -> Any:
+        passed_on.append((kind, rows.start, rows.stop))
+        return stored(self, rows, kind)
+
     monkeypatch.setattr(PairSet, "read", watched)
+    monkeypatch.setattr(PairSet, "stored", passed)
     monkeypatch.setattr(PairSet, "inputs", seen)
     carry_beside(copied, tmp_path, "redundancy")
-    assert sorted(ranges) == sorted(list(buckets_of(len(copied.pool), 50)) * 3)
-    # the sample of which the mean is taken, and each pair but the exact copies once, to be compared
-    assert sum(pictures) == redundancy.MEAN_SAMPLE + len(copied.pool) - EXACT
+    spans = list(buckets_of(len(copied.pool), 50))
+    assert sorted(ranges) == sorted(spans * 3)
+    assert sum(pictures) == redundancy.MEAN_SAMPLE  # of which the mean is taken
+    # front to back: captions to their images, then pictures and captions to their clusters
+    assert sorted(passed_on) == sorted((kind, *span) for kind in (TEXT, TEXT, IMAGE) for span in spans)
 
 
 def test_pictures_of_a_class_with_one_caption_are_no_copies(truth: Run, world: World, tmp_path: Path) -> None:

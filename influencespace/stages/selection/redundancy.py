@@ -4,6 +4,7 @@ Pairs meet by the hash of what they share: equal ones by image and caption, near
 image. No process holds a column of the whole pool.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,18 +23,20 @@ from influencespace.core.kmeans import unit_rows
 from influencespace.core.quality import FitAxis, QualityAxis
 from influencespace.core.redundancy import exact_leaders, near_leaders
 from influencespace.data.buckets import Columns, buckets_of, read_rows
-from influencespace.data.exchange import PARTITION_ROWS, whole_groups
-from influencespace.data.pair_set import PairSet
+from influencespace.data.exchange import PARTITION_ROWS, Vectors, whole_groups
+from influencespace.data.pair_set import PairSet, unit_vectors
 from influencespace.errors import STRICT
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.passes import range_passes
 from influencespace.stages.scoring.sampling import scores_of
-from influencespace.stages.selection.captions import RANGE, write_captions
+from influencespace.stages.selection.captions import RANGE, VECTOR_RANGE, write_captions
 
 COPIES = ("leader", "copies")
 """Columns of copies.parquet: the pair of the pool that a pair copies, itself where it is none; how many have this leader."""
 EXACT, NEAR = ".exact", ".near"  # tables that only serve the work
 MEAN_SAMPLE = 4096  # pairs whose mean is taken off
+PAIR_VECTORS = ("image_vector", "text_vector")
+"""Columns that go with the pairs of a cluster."""
 READ = 16_384  # pairs whose embeddings are in memory at once
 MEMORY = 2**30  # of a worker
 MIN_PARTITION, MAX_PARTITIONS = 16_384, 256
@@ -100,46 +103,58 @@ class WithCluster:
         }
 
 
+@dataclass(frozen=True)
+class StoredPairs:
+    """Columns: the embeddings of a range of pairs."""
+
+    pool: PairSet
+
+    def __call__(self, start: int, stop: int) -> Columns:
+        rows = slice(start, stop)
+        return {name: self.pool.stored(rows, kind) for kind, name in enumerate(PAIR_VECTORS)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareClusters:
     """Of whole clusters, exact copies aside: the leader of each pair, and how many pairs that leads, exact copies among them."""
 
-    pool: PairSet
     config: RedundancyConfig
     means: tuple[Tensor, Tensor]
-    describing: bool
-    """Whether captions describe single images, so that an equal one says that a pair is a copy."""
     device: str
 
-    def __call__(self, columns: Columns) -> Columns:
+    def __call__(self, columns: Columns, vectors: Mapping[str, Vectors] | None = None) -> Columns:
+        """Without vectors no pair is compared."""
         row, leader = columns["row"], np.arange(len(columns["row"]))
-        compared = np.flatnonzero(columns["cluster"] >= 0) if self.describing else leader[:0]
+        compared = np.flatnonzero(columns["cluster"] >= 0) if vectors else leader[:0]
         for start, stop in whole_groups(columns["cluster"][compared], READ):
             places = compared[start:stop]
             cluster, quality = columns["cluster"][places], columns["quality"][places]
-            leader[places] = places[self._leaders(row[places], cluster, quality)]
+            leader[places] = places[self._leaders(vectors or {}, places, cluster, quality)]
         copies = np.bincount(leader, columns["held"], len(row)).astype(np.int64)
         return {"exact": columns["exact"], "leader": row[leader], "copies": copies[leader]}
 
-    def _leaders(self, row: IntArray, cluster: IntArray, quality: FloatArray) -> IntArray:
-        """The place of each pair's leader: of some clusters, which are read at once, or a large one, which is read in parts."""
-        at_once = self._inputs(row) if len(row) <= READ else None
+    def _leaders(
+        self, vectors: Mapping[str, Vectors], rows: IntArray, cluster: IntArray, quality: FloatArray
+    ) -> IntArray:
+        """The place of each pair's leader among these: of some clusters, which are read at once, or a large one, which is read in
+        parts."""
+        at_once = self._inputs(vectors, rows) if len(rows) <= READ else None
 
         def read(places: IntArray) -> tuple[Tensor, Tensor]:
             if at_once is None:
-                return self._inputs(row[places])
+                return self._inputs(vectors, rows[places])
             here = torch.from_numpy(places).to(at_once[0].device)
             return at_once[0][here], at_once[1][here]
 
-        leader = np.arange(len(row))
+        leader = np.arange(len(rows))
         for places in np.split(leader.copy(), np.flatnonzero(np.diff(cluster)) + 1):
             for part in cells(places, read, self.config.max_compared):
                 part = part[np.argsort(-quality[part], kind="stable")]
                 leader[part] = part[near_leaders(*read(part), self.config.image, self.config.text)]
         return leader
 
-    def _inputs(self, row: IntArray) -> tuple[Tensor, Tensor]:
-        inputs = self.pool.inputs(row, self.device)
+    def _inputs(self, vectors: Mapping[str, Vectors], rows: IntArray) -> tuple[Tensor, Tensor]:
+        inputs = [unit_vectors(vectors[name][rows], self.device) for name in PAIR_VECTORS]
         images, texts = (unit_rows(X - mean.to(X.device)) for X, mean in zip(inputs, self.means))
         return images, texts
 
@@ -218,14 +233,14 @@ class Redundancy(Stage):
             pairs = WithQuality(run, passes.fold(FitAxis(), scores_of(run), rows))
         workers.group_by(EXACT, pairs, "pair", lead_equal, rows, RANGE)
         compare = CompareClusters(
-            pool=run.pool,
             config=run.config.redundancy,
             means=workers.once(partial(sample_means, run.pool)),
-            describing=describing,
             device=workers.device,
         )
         workers.group_by(
-            *(NEAR, WithCluster(pairs, folder), "cluster", compare, rows, RANGE),
+            *(NEAR, WithCluster(pairs, folder), "cluster", compare, rows, VECTOR_RANGE),
+            # where captions name classes an equal one does not say that a pair is a copy
+            vectors=StoredPairs(run.pool) if describing else None,
             resources=workers.heavy(memory=MEMORY),
             partition_rows=min(PARTITION_ROWS, max(MIN_PARTITION, rows // MAX_PARTITIONS)),
         )
