@@ -214,6 +214,7 @@ def summarise(
         "rejected_reasons": most_frequent,
         "truncated_captions": sum(int(m.details.get("truncated_captions", 0)) for m in roles.values()),
         "caption_control": selected["caption_control"],
+        "exchangeability": selected["exchangeability"],
         "rounds": [{"folder": shown(one.run.folder), "target_loss": one.target_loss} for one in rounds],
         "stages": {
             name: {"seconds": m.seconds, "rows_in": m.rows_in, "rows_out": m.rows_out, "rejected": m.rejected}

@@ -224,7 +224,7 @@ class TestScaling:
 class TestSlices:
     def test_a_pool_of_any_size_has_a_usual_slice(self) -> None:
         pools = (300, 20_000, 500_000, 2_000_000, 12_800_000)
-        assert [usual_limit(pairs) for pairs in pools] == [300, 20_000, 20_000, 40_000, 100_000]
+        assert [usual_limit(pairs) for pairs in pools] == [300, 20_000, 20_000, 80_000, 100_000]
 
     def test_encoders_are_timed_while_all_are_at_work(self) -> None:
         took = replace(timing(100), working=30.0, reading=10.0)

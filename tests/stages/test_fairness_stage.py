@@ -157,7 +157,7 @@ def test_weights_follow_what_serves_the_groups(truth: Run) -> None:
 def test_the_choice_is_the_fairest_of_the_trials(truth: Run, tmp_path: Path) -> None:
     evidence = PairEvidence(folder=truth.at("selection"))
     workers = Workers(engine=LocalEngine(), folder=tmp_path, stage="selection")
-    decision, trials = choose_weighting(truth, evidence, workers)
+    decision, _, trials = choose_weighting(truth, evidence, workers)
     choices, worst = candidates(AUTO, names_groups=True), evidence.worst_group
     assert len(trials) == 1 + (len(CLIP_SCORE_SHARES) + len(GROUP_SHARES)) * len(TEMPERATURES)
 

@@ -1,13 +1,16 @@
 """What retraining likes best is taken, and uniform weights where that is them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from chain import carry_beside, columns
+from chain import World, carry_beside, columns, with_sets
 
 from influencespace.core.select import SelectionConfig, best_candidate
+from influencespace.data.artifacts import Manifest, write_manifest
+from influencespace.data.bucket_files import write_artifact
 from influencespace.engine.local import LocalEngine
 from influencespace.run import Run, Workers
 from influencespace.stages.proxies.proxy import Proxy
@@ -49,6 +52,33 @@ def test_only_an_open_choice_has_candidates() -> None:
     assert [c.weighting for c in candidates(AUTO)] == ["uniform"] + ["influence"] * weighted
     for fixed in (SelectionConfig(), SelectionConfig(weighting="influence", temperature=0.3)):
         assert candidates(fixed) == [fixed]
+
+
+def test_the_encoders_opinion_is_not_tried_on_a_target_that_it_knows() -> None:
+    tried = candidates(AUTO, names_groups=True, known_better=True)
+    assert [one.weighting for one in tried[:2]] == ["uniform", "influence"]
+    assert {one.clip_score_share for one in tried} == {0.0}
+    assert {one.group_share for one in tried} > {0.0}
+    assert max(one.clip_score_share for one in candidates(AUTO)) > 0
+
+
+def test_a_target_that_the_encoder_knows_is_named(truth: Run, world: World, tmp_path: Path) -> None:
+    """Captions of the target are embedded near their pictures, as those of pairs that an encoder was trained on."""
+    table, (images, texts) = truth.target.table.pairs(), (X.numpy() for X in truth.target.inputs(slice(None)))
+    folder = tmp_path / "target"
+    near = texts + 2 * images
+    details = write_artifact(folder, table, images, near / np.linalg.norm(near, axis=1, keepdims=True))
+    rows = len(table)
+    write_manifest(
+        folder, Manifest(stage="embed", fingerprint="", rows_in=rows, rows_out=rows, details=details)
+    )
+    known = with_sets(truth, target=replace(world["target"], folder=folder, fingerprint="known"))
+    details = carry_beside(known, tmp_path / "run", "selection").manifest("selection").details
+    assert details["exchangeability"]["known_better"]
+    assert any("the target is not like the pool" in one for one in details["warnings"])
+    of_truth = truth.manifest("selection").details
+    assert not of_truth["exchangeability"]["known_better"]
+    assert not any("the target is not like the pool" in one for one in of_truth["warnings"])
 
 
 def test_the_choice_is_that_of_the_ray_free_loop(truth: Run, tmp_path: Path) -> None:

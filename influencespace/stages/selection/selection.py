@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from influencespace.data.npy import write_npy
 from influencespace.data.pair_set import PairSet
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.passes import RANGE, range_passes
+from influencespace.stages.selection.exchangeability import warning
 from influencespace.stages.selection.pair_evidence import Decision, ReadTable, write_evidence
 from influencespace.stages.selection.summary import ReadDecided, StrataCounts, Summarise
 from influencespace.stages.selection.weighting import choose_weighting, chosen
@@ -199,7 +200,7 @@ class Selection(Stage):
     """Turns scores into curated.parquet, strata.parquet, weights.parquet and evidence.parquet."""
 
     name = "selection"
-    version = 3
+    version = 4
     needs = ("proxies", "redundancy", "influence", "fairness")
 
     def settings(self, config: Any) -> tuple[SelectionConfig, int]:
@@ -207,7 +208,7 @@ class Selection(Stage):
 
     def work(self, run: Run, workers: Workers) -> Details:
         evidence, folder = write_evidence(run, workers), workers.folder
-        decision, trials = choose_weighting(run, evidence, workers)
+        decision, found, trials = choose_weighting(run, evidence, workers)
         seen, everything = run.manifest("influence").rows_out, run.first.manifest("proxies").rows_out
         with range_passes(workers, everything) as passes:
             strata = ReadDecided(decision, run.at("influence") / "strata.parquet")
@@ -231,4 +232,6 @@ class Selection(Stage):
             )
         details |= {"reasons": dict(sorted(reasons.items())), "kept_fraction": reasons[KEPT] / everything}
         details |= chosen(decision.rule.config) | {"trials": trials}
+        details["exchangeability"] = asdict(found) | {"known_better": found.known_better}
+        details["warnings"] += [warning(found)] if found.known_better else []
         return Details(rows_in=everything, rows_out=everything, details=details)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from influencespace.core.exchangeable import Exchangeability
 from influencespace.core.select import SelectionConfig, best_candidate, fairest_candidate
 from influencespace.models.heads import Heads
 from influencespace.models.training import HeadsConfig
@@ -13,6 +14,7 @@ from influencespace.run import Run, Workers
 from influencespace.stages.passes import range_passes
 from influencespace.stages.proxies.target import TargetHalves, choosing_terms, losses_by_fold
 from influencespace.stages.proxies.train_many import Training, train_many
+from influencespace.stages.selection.exchangeability import CompareWithPool
 from influencespace.stages.selection.pair_evidence import Decision, PairEvidence
 
 # Halved from one standard deviation of influence; colder ones leave too few pairs.
@@ -28,13 +30,19 @@ CHOSEN = ("weighting", "temperature", "group_share", "clip_score_share")
 """What retraining may choose in place of the config."""
 
 
-def candidates(config: SelectionConfig, names_groups: bool = False) -> list[SelectionConfig]:
-    """The decisions to choose from, uniform weights first, and those that serve groups last."""
+def candidates(
+    config: SelectionConfig, names_groups: bool = False, known_better: bool = False
+) -> list[SelectionConfig]:
+    """The decisions to choose from, uniform weights first, and those that serve groups last.
+
+    None follows the encoder's opinion where the encoder knows the target better than the pool.
+    """
     if config.weighting != "auto":
         return [config]
-    shares = [(0.0, clip_score) for clip_score in CLIP_SCORE_SHARES]
+    clip_scores = (0.0,) if known_better else CLIP_SCORE_SHARES
+    shares = [(0.0, clip_score) for clip_score in clip_scores]
     if names_groups and config.fairness == "auto":
-        shares += [(group, CLIP_SCORE_SHARES[-1]) for group in GROUP_SHARES]
+        shares += [(group, clip_scores[-1]) for group in GROUP_SHARES]
     weighted = [
         replace(
             config, weighting="influence", temperature=tau, group_share=group, clip_score_share=clip_score
@@ -80,15 +88,23 @@ def trial_name(config: SelectionConfig, seed: int) -> str:
 
 def choose_weighting(
     run: Run, evidence: PairEvidence, workers: Workers
-) -> tuple[Decision, list[dict[str, Any]]]:
-    """The decision that retraining likes best, and the trials; nothing is trained where the config leaves no choice."""
+) -> tuple[Decision, Exchangeability, list[dict[str, Any]]]:
+    """The decision that retraining likes best, what was found of the target, and the trials; nothing is trained where the config
+    leaves no choice."""
     worst = evidence.worst_group
-    choices = candidates(run.config.selection, worst is not None)
+    decisions: list[Decision] = []
     with range_passes(workers, evidence.rows) as passes:
-        rules = [passes.result(evidence.passes(one), evidence.reader(one), evidence.rows) for one in choices]
-    decisions = [Decision(evidence=evidence, rule=rule) for rule in rules]
+
+        def decide(config: SelectionConfig) -> Decision:
+            rule = passes.result(evidence.passes(config), evidence.reader(config), evidence.rows)
+            return Decision(evidence=evidence, rule=rule)
+
+        first = decide(candidates(run.config.selection)[0])
+        found = passes.pool.run(CompareWithPool(run=run, decision=first))
+        choices = candidates(run.config.selection, worst is not None, found.known_better)
+        decisions = [first, *map(decide, choices[1:])]
     if len(choices) == 1:
-        return decisions[0], []
+        return first, found, []
     proxy, steps = run.config.proxy, run.manifest("proxies").details["steps"]
     trainings = [
         Training(
@@ -121,4 +137,4 @@ def choose_weighting(
         }
         for i, choice in enumerate(choices)
     ]
-    return decisions[best], table
+    return decisions[best], found, table
