@@ -221,6 +221,16 @@ def vector_column(values: npt.NDArray[Any]) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, type=kind)
 
 
+def gathered(parts: Sequence[npt.NDArray[Any]], starts: npt.NDArray[np.int64], rows: Any) -> npt.NDArray[Any]:
+    """Some rows (m,) of arrays (n, k) that lie one after another, each from its row of `starts` on: (m, k); no more is read."""
+    values = np.empty((len(rows), parts[0].shape[1]), parts[0].dtype)
+    owner = np.searchsorted(starts, rows, side="right") - 1
+    for part in np.unique(owner):
+        mine = owner == part
+        values[mine] = parts[part][rows[mine] - starts[part]]
+    return values
+
+
 def vectors_of(column: Any) -> list[Halves]:
     """Embeddings of a column (n, D), a view of each of its batches."""
     batches = column.chunks if isinstance(column, pa.ChunkedArray) else [column]

@@ -15,7 +15,7 @@ import torch
 
 from influencespace.data.artifacts import MANIFEST, Manifest, read_manifest
 from influencespace.data.bucket_files import PAIRS_SCHEMA, bucket_folder
-from influencespace.data.chunks import VECTORS, Floats, Halves, vectors_of
+from influencespace.data.chunks import VECTORS, Floats, Halves, gathered, vectors_of
 from influencespace.data.images import first_rows
 from influencespace.data.mirror import here
 from influencespace.errors import InputError
@@ -95,10 +95,6 @@ class EmbeddingTable:
         """Embeddings of images and of texts of some pairs: two (m, D), of unit length but for float16's rounding."""
         images, texts = (singles(one) for one in self._embeddings(rows, (IMAGE, TEXT)))
         return images, texts
-
-    def texts(self, rows: slice | Rows) -> Floats:
-        """Those of texts alone: (m, D)."""
-        return singles(self.stored(rows, TEXT))
 
     def stored(self, rows: slice | Rows, kind: int) -> Halves:
         """Embeddings of images or of texts as they are stored: (m, D)."""
@@ -208,12 +204,7 @@ class _Stacked:
                     break
                 parts.append(view[max(0, rows.start - start) : rows.stop - start])
             return np.concatenate([np.zeros((0, self.dimension), np.float16), *parts])
-        values = np.empty((len(rows), self.dimension), np.float16)
-        owner = np.searchsorted(self.starts, rows, side="right") - 1
-        for view in np.unique(owner):
-            mine = owner == view
-            values[mine] = self.views[view][rows[mine] - self.starts[view]]
-        return values
+        return gathered(self.views, self.starts, rows)
 
 
 def _concatenated(tables: list[Any], columns: tuple[str, ...]) -> Any:

@@ -26,6 +26,7 @@ from influencespace.data.buckets import (
     read_range,
     write_tasks,
 )
+from influencespace.data.chunks import gathered
 from influencespace.data.mirror import is_file
 
 PARTITION_ROWS = 250_000
@@ -114,13 +115,7 @@ class Vectors:
         return np.cumsum([0, *map(len, self.parts)])
 
     def __getitem__(self, rows: IntArray) -> NDArray[Any]:
-        places = self.order[rows]
-        values = np.empty((len(places), self.parts[0].shape[1]), self.parts[0].dtype)
-        owner = np.searchsorted(self._starts, places, side="right") - 1
-        for part in np.unique(owner):
-            mine = owner == part
-            values[mine] = self.parts[part][places[mine] - self._starts[part]]
-        return values
+        return gathered(self.parts, self._starts, self.order[rows])
 
 
 @dataclass(frozen=True)

@@ -131,10 +131,6 @@ class PairSet:
         images, texts = self.table.embeddings(self.place(pairs))
         return _unit(images, device), _unit(texts, device)
 
-    def texts(self, pairs: IntArray | slice, device: str = "cpu") -> Tensor:
-        """Unit embeddings of the captions of some pairs of the set alone: (m, D)."""
-        return _unit(self.table.texts(self.place(pairs)), device)
-
     def stored(self, rows: slice, kind: int) -> Halves:
         """Embeddings of images or of captions of a range of pairs as they are stored, for `unit_vectors`: (m, D)."""
         return self.table.stored(self.place(rows), kind)

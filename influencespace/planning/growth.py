@@ -13,7 +13,7 @@ from influencespace.stages.scoring.cluster_config import clusters, compared
 Count = Callable[[RunConfig, int], float]
 AS_DEAR = 1000
 """Pairs of its cluster that one is compared with in the time of all else that is done for it: clusters of slices are small, and
-cannot show what large ones take."""
+cannot show what large ones take. Of a run of a million pairs in 1,024 clusters: it took twice what slices had said."""
 
 
 def all_pairs(config: RunConfig, pairs: int) -> float:

@@ -24,7 +24,7 @@ from influencespace.data.chunks import (
     table_of,
     write_chunk,
 )
-from influencespace.data.embeddings import EmbeddingTable, read_rejected
+from influencespace.data.embeddings import TEXT, EmbeddingTable, read_rejected
 from influencespace.data.merge import BucketReport, MergeBucket, MergeRun, join_rejected
 from influencespace.data.schema import ImageRef, Rejection, Sample
 from influencespace.data.uids import digest
@@ -298,7 +298,7 @@ def test_rows_are_a_slice_of_the_pairs(table: EmbeddingTable, start: int, stop: 
     everything = table.embeddings(slice(None))
     for part, all_rows in zip(table.embeddings(slice(start, stop)), everything, strict=True):
         np.testing.assert_array_equal(part, all_rows[start:stop])
-    np.testing.assert_array_equal(table.texts(slice(start, stop)), everything[1][start:stop])
+    np.testing.assert_array_equal(table.stored(slice(start, stop), TEXT), everything[1][start:stop])
 
 
 @given(rows=st.lists(st.integers(0, 39)))
@@ -309,7 +309,7 @@ def test_any_rows_in_any_order_can_be_taken(table: EmbeddingTable, rows: list[in
     assert table.take(chosen, "uid")["uid"].to_pylist() == [uids[row] for row in rows]
     for part, all_rows in zip(table.embeddings(chosen), table.embeddings(slice(None)), strict=True):
         np.testing.assert_array_equal(part, all_rows[chosen])
-    np.testing.assert_array_equal(table.texts(chosen), table.embeddings(slice(None))[1][chosen])
+    np.testing.assert_array_equal(table.stored(chosen, TEXT), table.embeddings(slice(None))[1][chosen])
 
 
 def test_a_table_travels_by_its_name(table: EmbeddingTable) -> None:

@@ -92,7 +92,6 @@ def choose_weighting(
     """The decision that retraining likes best, what was found of the target, and the trials; nothing is trained where the config
     leaves no choice."""
     worst = evidence.worst_group
-    decisions: list[Decision] = []
     with range_passes(workers, evidence.rows) as passes:
 
         def decide(config: SelectionConfig) -> Decision:
