@@ -1,14 +1,13 @@
 """Passes over thin columns of a pool, range by range, on workers: what `core/histogram.py` asks for, and what a stage counts."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 from influencespace.core.histogram import Passes, Statistic, carried_out
 from influencespace.data.buckets import buckets_of
-from influencespace.engine.local import Pool
+from influencespace.engine.local import THIN, MergeTree, run_task
 from influencespace.run import Workers
 
 RANGE = 131_072
@@ -19,31 +18,38 @@ Read = Callable[[int, int], Any]
 
 
 @dataclass(frozen=True)
-class Observation:
-    """Job: what a statistic observes of a range."""
+class Observe:
+    """Task: what a statistic observes of the rows [start, stop), with its number among the ranges."""
 
+    number: int
+    start: int
+    stop: int
     read: Read
     statistic: Statistic
 
-    def __call__(self, start: int, stop: int) -> Any:
-        return self.statistic.observe(self.read(start, stop))
-
-
-def range_worker() -> Callable[[tuple[int, int], Observation], Any]:
-    """The factory of workers that are sent what to observe."""
-    return lambda span, observation: observation(*span)
+    def __call__(self) -> tuple[int, Any]:
+        return self.number, self.statistic.observe(self.read(self.start, self.stop))
 
 
 @dataclass(frozen=True)
 class RangePasses:
-    """Workers for any number of passes over pools."""
+    """Any number of passes over pools. Each is tasks: actors would take longer to start than most passes to end."""
 
-    pool: Pool
+    workers: Workers
 
     def fold(self, statistic: Statistic, read: Read, rows: int) -> Any:
-        """The merged state of all ranges of some rows."""
-        spans = list(buckets_of(rows, RANGE))
-        return self.pool.fold(spans, statistic.merge, Observation(read, statistic))
+        """The merged state of all ranges of some rows, by a tree whose shape depends on the rows alone.
+
+        Raises ValueError without rows, TaskError (or the task's InputError) where a range cannot be read.
+        """
+        tasks = [Observe(i, *span, read, statistic) for i, span in enumerate(buckets_of(rows, RANGE))]
+        tree = MergeTree(len(tasks))
+        for number, state in self.workers.engine.map(run_task, tasks, workers=0, resources=THIN):
+            pair = tree.add(0, number, state)
+            while pair:
+                height, index, left, right = pair
+                pair = tree.add(height, index, statistic.merge(left, right))
+        return tree.root
 
     def result(self, passes: Passes, read: Read, rows: int) -> Any:
         """What passes return that go over some rows."""
@@ -57,10 +63,3 @@ def looped(read: Read, rows: int) -> Callable[[Statistic], Any]:
         return reduce(statistic.merge, (statistic.observe(read(*span)) for span in buckets_of(rows, RANGE)))
 
     return run
-
-
-@contextmanager
-def range_passes(workers: Workers, rows: int) -> Iterator[RangePasses]:
-    """Workers until the block ends, no more than there are ranges."""
-    with workers.pool(range_worker, -(-rows // RANGE)) as pool:
-        yield RangePasses(pool)

@@ -20,7 +20,7 @@ from influencespace.engine.placement import Resources, fitting
 from influencespace.errors import STRICT, InputError
 from influencespace.estimators.problem import Batch, Directional, Scorer, mean_of_known
 from influencespace.run import Details, Run, Stage, Workers
-from influencespace.stages.passes import RANGE, range_passes
+from influencespace.stages.passes import RANGE, RangePasses
 from influencespace.stages.proxies.proxy import proxy_name
 from influencespace.stages.scoring.curvature import directional, directions_of
 from influencespace.stages.scoring.memory import scoring_bytes
@@ -170,11 +170,10 @@ class Influence(Stage):
     def work(self, run: Run, workers: Workers) -> Details:
         config, _ = self.settings(run.config)
         pairs, folder = run.manifest("proxies").rows_out, workers.folder
-        with range_passes(workers, pairs) as passes:
-            find = find_quantiles(config.quantiles_of(pairs), pairs)
-            quantiles = passes.result(find, scores_of(run), pairs)
-            draw = DrawSamples(run=run, folder=folder, quantiles=quantiles, pairs=pairs)
-            counts = passes.pool.run(draw)
+        find = find_quantiles(config.quantiles_of(pairs), pairs)
+        quantiles = RangePasses(workers).result(find, scores_of(run), pairs)
+        draw = DrawSamples(run=run, folder=folder, quantiles=quantiles, pairs=pairs)
+        counts = workers.once(draw)
         strata = StrataOfRange(run=run, quantiles=quantiles)
         workers.table("strata", strata, pairs, RANGE, label="strata")
         estimator, solved = directional(run.config), run.manifest("curvature").content

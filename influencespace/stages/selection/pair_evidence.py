@@ -18,7 +18,7 @@ from influencespace.data.artifacts import write_json
 from influencespace.data.buckets import Columns, buckets_of, read_rows, table_rows
 from influencespace.data.mirror import here, is_file
 from influencespace.run import Run, Workers
-from influencespace.stages.passes import RANGE, Read, looped, range_passes
+from influencespace.stages.passes import RANGE, RangePasses, Read, looped
 from influencespace.stages.selection.evidence import CarriedOver, Evidence
 
 EVIDENCE = ("score", "score_se", "predicted", "pretrained", "for_groups", "copy", "further", "image", "group")
@@ -245,10 +245,9 @@ def write_evidence(run: Run, workers: Workers) -> PairEvidence:
         workers.group_by(JOINT, OfCopies(folder, copies), "leader", judged_together, rows, RANGE)
     workers.group_by(FURTHER, OfImages(run, folder, copies), "image", places, rows, RANGE)
     workers.table("evidence", EvidenceOfRange(run, folder, copies, joint), rows, RANGE, label="evidence")
-    with range_passes(workers, rows) as passes:
-        read = ReadTable(folder / FILE, ("predicted", "pretrained"))
-        spreads = passes.fold(Spreads(), read, rows)
-        passes.pool.run(partial(_write_facts, run, folder, unit, spreads))
+    read = ReadTable(folder / FILE, ("predicted", "pretrained"))
+    spreads = RangePasses(workers).fold(Spreads(), read, rows)
+    workers.once(partial(_write_facts, run, folder, unit, spreads))
     return PairEvidence(folder=folder)
 
 

@@ -27,7 +27,7 @@ from influencespace.data.exchange import PARTITION_ROWS, Vectors, whole_groups
 from influencespace.data.pair_set import PairSet, unit_vectors
 from influencespace.errors import STRICT
 from influencespace.run import Details, Run, Stage, Workers
-from influencespace.stages.passes import range_passes
+from influencespace.stages.passes import RangePasses
 from influencespace.stages.scoring.sampling import scores_of
 from influencespace.stages.selection.captions import RANGE, VECTOR_RANGE, write_captions
 
@@ -229,8 +229,7 @@ class Redundancy(Stage):
     def _find(self, run: Run, workers: Workers, describing: bool) -> tuple[int, int]:
         """Write copies.parquet; how many exact copies there are, and how many copies in all."""
         rows, folder = len(run.pool), workers.folder
-        with range_passes(workers, rows) as passes:
-            pairs = WithQuality(run, passes.fold(FitAxis(), scores_of(run), rows))
+        pairs = WithQuality(run, RangePasses(workers).fold(FitAxis(), scores_of(run), rows))
         workers.group_by(EXACT, pairs, "pair", lead_equal, rows, RANGE)
         compare = CompareClusters(
             config=run.config.redundancy,

@@ -16,7 +16,7 @@ from influencespace.data.buckets import Columns, buckets_of, read_rows, table_ro
 from influencespace.data.npy import write_npy
 from influencespace.data.pair_set import PairSet
 from influencespace.run import Details, Run, Stage, Workers
-from influencespace.stages.passes import RANGE, range_passes
+from influencespace.stages.passes import RANGE, RangePasses
 from influencespace.stages.selection.exchangeability import warning
 from influencespace.stages.selection.pair_evidence import Decision, ReadTable, write_evidence
 from influencespace.stages.selection.summary import ReadDecided, StrataCounts, Summarise
@@ -210,26 +210,23 @@ class Selection(Stage):
         evidence, folder = write_evidence(run, workers), workers.folder
         decision, found, trials = choose_weighting(run, evidence, workers)
         seen, everything = run.manifest("influence").rows_out, run.first.manifest("proxies").rows_out
-        with range_passes(workers, everything) as passes:
-            strata = ReadDecided(decision, run.at("influence") / "strata.parquet")
-            facts = run.manifest("influence").details
-            counting = StrataCounts(decision.rule, facts["clusters"], facts["quantiles"])
-            counts, nearest = passes.fold(counting, strata, seen)
-            this, kept = Round(run=run), int(counts[2].sum())
-            if run.previous is not None:
-                by_range = passes.fold(CountKept(), ReadTable(this.before, ("kept",)), everything)
-                this = Round(run=run, starts=tuple(np.cumsum([0, *by_range]).tolist()))
-            scores = BaselineScores(run)
-            cuts = passes.result(scores.cuts(kept, everything), scores.column, everything)
-            summary = Summarise(run=run, decision=decision, counts=counts, nearest=nearest, folder=folder)
-            details = passes.pool.run(summary)
+        passes = RangePasses(workers)
+        strata = ReadDecided(decision, run.at("influence") / "strata.parquet")
+        facts = run.manifest("influence").details
+        counting = StrataCounts(decision.rule, facts["clusters"], facts["quantiles"])
+        counts, nearest = passes.fold(counting, strata, seen)
+        this, kept = Round(run=run), int(counts[2].sum())
+        if run.previous is not None:
+            by_range = passes.fold(CountKept(), ReadTable(this.before, ("kept",)), everything)
+            this = Round(run=run, starts=tuple(np.cumsum([0, *by_range]).tolist()))
+        scores = BaselineScores(run)
+        cuts = passes.result(scores.cuts(kept, everything), scores.column, everything)
+        summary = Summarise(run=run, decision=decision, counts=counts, nearest=nearest, folder=folder)
+        details = workers.once(summary)
         workers.table("curated", CuratedRange(round=this, decision=decision), everything, RANGE)
         weights = WeightsOfRange(round=this, decision=decision, cuts=cuts)
         workers.table("weights", weights, everything, RANGE, label="weights")
-        with range_passes(workers, everything) as passes:
-            reasons = passes.fold(
-                CountReasons(), ReadTable(folder / "curated.parquet", ("reason",)), everything
-            )
+        reasons = passes.fold(CountReasons(), ReadTable(folder / "curated.parquet", ("reason",)), everything)
         details |= {"reasons": dict(sorted(reasons.items())), "kept_fraction": reasons[KEPT] / everything}
         details |= chosen(decision.rule.config) | {"trials": trials}
         details["exchangeability"] = asdict(found) | {"known_better": found.known_better}

@@ -11,7 +11,7 @@ from influencespace.core.select import SelectionConfig, best_candidate, fairest_
 from influencespace.models.heads import Heads
 from influencespace.models.training import HeadsConfig
 from influencespace.run import Run, Workers
-from influencespace.stages.passes import range_passes
+from influencespace.stages.passes import RangePasses
 from influencespace.stages.proxies.target import TargetHalves, choosing_terms, losses_by_fold
 from influencespace.stages.proxies.train_many import Training, train_many
 from influencespace.stages.selection.exchangeability import CompareWithPool
@@ -92,16 +92,16 @@ def choose_weighting(
     """The decision that retraining likes best, what was found of the target, and the trials; nothing is trained where the config
     leaves no choice."""
     worst = evidence.worst_group
-    with range_passes(workers, evidence.rows) as passes:
+    passes = RangePasses(workers)
 
-        def decide(config: SelectionConfig) -> Decision:
-            rule = passes.result(evidence.passes(config), evidence.reader(config), evidence.rows)
-            return Decision(evidence=evidence, rule=rule)
+    def decide(config: SelectionConfig) -> Decision:
+        rule = passes.result(evidence.passes(config), evidence.reader(config), evidence.rows)
+        return Decision(evidence=evidence, rule=rule)
 
-        first = decide(candidates(run.config.selection)[0])
-        found = passes.pool.run(CompareWithPool(run=run, decision=first))
-        choices = candidates(run.config.selection, worst is not None, found.known_better)
-        decisions = [first, *map(decide, choices[1:])]
+    first = decide(candidates(run.config.selection)[0])
+    found = workers.once(CompareWithPool(run=run, decision=first))
+    choices = candidates(run.config.selection, worst is not None, found.known_better)
+    decisions = [first, *map(decide, choices[1:])]
     if len(choices) == 1:
         return first, found, []
     proxy, steps = run.config.proxy, run.manifest("proxies").details["steps"]
