@@ -27,6 +27,10 @@ class Observe:
     read: Read
     statistic: Statistic
 
+    @property
+    def name(self) -> str:
+        return f"{type(self.statistic).__name__} of rows {self.start} to {self.stop}"
+
     def __call__(self) -> tuple[int, Any]:
         return self.number, self.statistic.observe(self.read(self.start, self.stop))
 
