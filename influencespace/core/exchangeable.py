@@ -55,9 +55,11 @@ class Exchangeability:
     found_gap: float
     """Of the share of partners that are found."""
     found_gap_se: float
+    chosen_by_encoder: bool = False
+    """Whether the target's pairs were chosen by the encoder's score: it then knows them better by construction."""
 
     @classmethod
-    def of(cls, target: Known, pool: Known) -> "Exchangeability":
+    def of(cls, target: Known, pool: Known, chosen_by_encoder: bool = False) -> "Exchangeability":
         spread = max(float(pool.cosine.std()), np.finfo(np.float64).tiny)
         (cosine, cosine_se), (found, found_se) = (
             _gap(getattr(target, name), getattr(pool, name)) for name in ("cosine", "found")
@@ -67,12 +69,13 @@ class Exchangeability:
             cosine_gap_se=cosine_se / spread,
             found_gap=found,
             found_gap_se=found_se,
+            chosen_by_encoder=chosen_by_encoder,
         )
 
     @property
     def known_better(self) -> bool:
-        """Whether the encoder surely knows the target better, by cosines and by ranks."""
-        return (
+        """Whether the encoder surely knows the target better: it chose it, or by cosines and by ranks."""
+        return self.chosen_by_encoder or (
             self.cosine_gap - SURE * self.cosine_gap_se > NOTABLE
             and self.found_gap - SURE * self.found_gap_se > 0
         )

@@ -37,6 +37,12 @@ def test_pairs_that_agree_more_are_known_better(seed: int) -> None:
     assert not compared(other, known).known_better
 
 
+def test_a_target_that_the_encoder_chose_is_known_better() -> None:
+    alike = Known.of(*pairs(500, 0.3, 0)), Known.of(*pairs(2000, 0.3, 1))
+    assert Exchangeability.of(*alike, chosen_by_encoder=True).known_better
+    assert not Exchangeability.of(*alike).known_better
+
+
 def test_few_pairs_do_not_say_it() -> None:
     assert not compared(pairs(16, 0.36, 0), pairs(2000, 0.3, 1)).known_better
 

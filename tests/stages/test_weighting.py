@@ -11,12 +11,15 @@ from chain import World, carry_beside, columns, with_sets
 from influencespace.core.select import SelectionConfig, best_candidate
 from influencespace.data.artifacts import Manifest, write_manifest
 from influencespace.data.bucket_files import write_artifact
+from influencespace.data.pair_set import PairSet
 from influencespace.engine.local import LocalEngine
 from influencespace.run import Run, Workers
 from influencespace.stages.proxies.proxy import Proxy
 from influencespace.stages.proxies.target import TargetHalves, choosing_terms, losses_by_fold
 from influencespace.stages.proxies.train_many import Given, train
+from influencespace.stages.scoring.sampling import save_rows
 from influencespace.stages.selection.evidence import Evidence
+from influencespace.stages.selection.exchangeability import CompareWithPool, warning
 from influencespace.stages.selection.pair_evidence import PairEvidence
 from influencespace.stages.selection.weighting import (
     CHOSEN,
@@ -79,6 +82,19 @@ def test_a_target_that_the_encoder_knows_is_named(truth: Run, world: World, tmp_
     of_truth = truth.manifest("selection").details
     assert not of_truth["exchangeability"]["known_better"]
     assert not any("the target is not like the pool" in one for one in of_truth["warnings"])
+
+
+def test_a_target_that_was_set_apart_counts_as_known_better(truth: Run, tmp_path: Path) -> None:
+    """The split takes the better half by the encoder's score."""
+    save_rows(tmp_path / "pool.npy", np.arange(0, 180))
+    save_rows(tmp_path / "target.npy", np.arange(180, 240))
+    parts = {role: PairSet(truth.pool.folder, tmp_path / f"{role}.npy") for role in ("pool", "target")}
+    decision = PairEvidence(folder=truth.at("selection")).decision(SelectionConfig())
+    found = CompareWithPool(run=replace(truth, sets={**truth.sets, **parts}), decision=decision)()
+    assert found.chosen_by_encoder
+    assert found.known_better
+    assert "set apart from the pool by the encoder's score" in warning(found)
+    assert not CompareWithPool(run=truth, decision=decision)().chosen_by_encoder
 
 
 def test_the_choice_is_that_of_the_ray_free_loop(truth: Run, tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ class CompareWithPool:
             for start, stop in buckets_of(len(pool), RANGE)
         )
         return Exchangeability.of(
-            _known(target, iter([np.arange(len(target))]), self.run.seed), _known(pool, kept, self.run.seed)
+            _known(target, iter([np.arange(len(target))]), self.run.seed),
+            _known(pool, kept, self.run.seed),
+            chosen_by_encoder=target.folder == pool.folder,  # the split has set it apart
         )
 
 
@@ -49,6 +51,11 @@ def _known(pairs: PairSet, rows: Iterator[IntArray], seed: int) -> Known:
 
 def warning(found: Exchangeability) -> str:
     """What it means for users, where the encoder knows the target better."""
+    if found.chosen_by_encoder:
+        return (
+            "the target was set apart from the pool by the encoder's score: weights that follow the encoder's own opinion are "
+            "not tried, since they would look good on this target alone. Give a target (--target) for more"
+        )
     return (
         f"the target is not like the pool: the encoder's cosines of its pairs are {found.cosine_gap:.2f} standard deviations "
         f"above those of the pairs that are kept, and it finds {100 * found.found_gap:.0f} in a hundred more of their "
