@@ -31,6 +31,7 @@ from influencespace.stages.ingest.embed import RATES, Embed
 from influencespace.stages.ingest.shards import roles_of, shards_of
 from influencespace.stages.ingest.split import Split, pair_sets
 from influencespace.stages.proxies.proxies import Proxies
+from influencespace.stages.rivals.rivals import Rivals
 from influencespace.stages.scoring.cluster import Cluster
 from influencespace.stages.scoring.curvature import Curvature
 from influencespace.stages.scoring.fairness import Fairness
@@ -50,6 +51,7 @@ STAGES: tuple[Stage, ...] = (
     Influence(),
     Fairness(),
     Selection(),
+    Rivals(),
     Train(),
     Evaluate(),
 )

@@ -5,7 +5,7 @@ weight acts on the loss of the very batches that there were, or on the sampling,
 Also the reliability of scores: how alike they are from seed to seed.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
-from torch.func import functional_call, grad
 
 from benchmarks import wanted
 from benchmarks.attribution.attribution_setup import Study
@@ -28,7 +27,7 @@ from influencespace.core.metrics import interval
 from influencespace.core.strata import quantile_of
 from influencespace.models.fusion import concatenation
 from influencespace.models.training import HeadsConfig
-from influencespace.models.trajectory import State, Trajectory
+from influencespace.models.trajectory import Trajectory
 
 BENCHMARK = Benchmark(data="flickr8k", quick_seeds=(0, 1))
 TRUTHS = ("loss_weights", "sampling_weights")
@@ -41,22 +40,9 @@ IN_UNITS = ESTIMATORS[:2]
 """Those whose scores are in units of the target loss, so that a slope of one is right."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightedTrajectory(Trajectory):
-    """A path whose batch losses weigh each pair, as an anchor and as a negative: 1 is the path as it was."""
-
-    weights: Tensor  # (N,)
-
-    def gradient(self, state: State, index: int) -> Tensor:
-        rows = self.batches[index]
-        inputs, w = self.inputs(rows), self.weights[torch.from_numpy(rows)]
-
-        def loss(theta: Tensor) -> Tensor:
-            u, t = functional_call(self.space.proxy, self.space.unflatten(theta), inputs)
-            return self.objective.weighted_loss(u, t, w)
-
-        gradient: Tensor = grad(loss)(state.theta)
-        return gradient
+def looked_up(by_row: Tensor, rows: IntArray) -> Tensor:
+    """Weights of some rows of the pool (B,)."""
+    return by_row[torch.from_numpy(rows)]
 
 
 def strata_of(study: Study) -> IntArray:
@@ -100,8 +86,8 @@ def weighted_losses(study: Study, truth: str, weight: float, seed: int) -> dict[
         weights = np.where(stratum == number, weight, 1.0)
         again = sampled(study, path, weights, seed + 7 * number)
         if truth == "loss_weights":
-            known = {one.name: getattr(path, one.name) for one in fields(path)}
-            again = WeightedTrajectory(**known, weights=torch.from_numpy(weights).to(path.initial))
+            by_row = torch.from_numpy(weights).to(path.initial)
+            again = replace(path, weights=partial(looked_up, by_row))
         losses.append(target_loss(problem, again))
     return {"losses": losses}
 

@@ -99,6 +99,21 @@ def d2(
     return chosen
 
 
+def repeated(X: Tensor) -> FloatArray:
+    """Of each row the largest cosine with a row that is further from the mean of all: (n,), -1 for the furthest one.
+
+    SemDeDup removes rows above a threshold (Abbas et al. 2023, algorithm 1: of rows alike, the one that is furthest from the
+    cluster's centroid stays). Time and memory n^2: for the rows of a cluster.
+    """
+    order = torch.argsort(X @ X.mean(0), stable=True)
+    cosines = (X[order] @ X[order].T).tril(-1)
+    above = torch.ones_like(cosines, dtype=torch.bool).triu()
+    largest = torch.empty(len(X), dtype=X.dtype, device=X.device)
+    largest[order] = cosines.masked_fill(above, -1.0).amax(1)
+    numbers: FloatArray = largest.double().cpu().numpy()
+    return numbers
+
+
 def nearest_rows(X: Tensor, count: int) -> tuple[IntArray, FloatArray]:
     """Each row's nearest others and their Euclidean distances, by exact search in time n^2 d: (n, count), (n, count)."""
     import faiss

@@ -29,6 +29,12 @@ def largest_cosine(x: Tensor, targets: Tensor, block: int = 4096) -> Tensor:
     return best
 
 
+def mean_squared_cosine(x: Tensor, targets: Tensor) -> Tensor:
+    """Mean over unit targets (T, D) of the squared cosine with each row of x (n, D): (n,), NormSim-2 squared over T."""
+    z = F.normalize(x, dim=-1)
+    return ((z @ (targets.T @ targets / len(targets))) * z).sum(1)
+
+
 def norm_sim(targets: list[tuple[int, Tensor]], batch: Batch) -> FloatArray:
     """Mean over the sides (index into the inputs, unit targets) of the largest cosine: (n,); nan for what is not finite."""
     cosines = torch.stack([largest_cosine(batch.inputs[side], rows) for side, rows in targets]).mean(0)

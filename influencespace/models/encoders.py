@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 
 from influencespace.errors import InputError
 from influencespace.models.dual_encoder import DualEncoder
@@ -27,6 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The least cosine of embeddings in bfloat16 and in float32 at which the former are used: JPEG of quality 85 costs as much.
 MIN_COSINE = 0.999
 PROBE_TEXTS = ("a photo of a dog", "two men in red shirts play football on a wet field", "snow")
+SCALE = "logit_scale"  # logarithm of the factor on cosines, as CLIP's weights call it
 SENTENCE_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 FAMILIES: dict[str, Family] = {
@@ -198,6 +200,20 @@ def quiet() -> Iterator[None]:
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()
+
+
+def logit_scale(path_or_hub_id: str | Path, *, trust_remote_code: bool = False) -> float:
+    """The factor on an encoder's cosines, of its weights file alone where that has it by its usual name; raises InputError as
+    `load_encoder` does."""
+    name = _existing(str(path_or_hub_id))
+    file = transformers.utils.cached_file(
+        name, "model.safetensors", _raise_exceptions_for_missing_entries=False
+    )
+    if file is not None:
+        with safe_open(file, "pt") as weights:
+            if SCALE in weights.keys():  # noqa: SIM118 - it is no mapping
+                return float(weights.get_tensor(SCALE).float().exp())
+    return load_encoder(name, trust_remote_code=trust_remote_code).logit_scale
 
 
 def embedding_dimension(path_or_hub_id: str, trust_remote_code: bool = False) -> int:

@@ -51,20 +51,32 @@ def space_at(space: Space, theta: Tensor) -> Space:
     return copied
 
 
-def loss_gradient(space: Space, theta: Tensor, inputs: Inputs, objective: Objective) -> Tensor:
-    """Gradient of the mean loss of one batch at theta: (p,) -> (p,)."""
+def batch_loss(
+    space: Space, theta: Tensor, inputs: Inputs, objective: Objective, weights: Tensor | None = None
+) -> Tensor:
+    """Mean loss of one batch at theta (p,), or its weighted loss with weights (B,): scalar."""
+    u, t = space.embed_at(space.unflatten(theta), inputs)
+    return objective.terms(u, t).mean() if weights is None else objective.weighted_loss(u, t, weights)
 
-    def loss(x: Tensor) -> Tensor:
-        u, t = space.embed_at(space.unflatten(x), inputs)
-        return objective.terms(u, t).mean()
 
-    gradient: Tensor = grad(loss)(theta)
+def loss_gradient(
+    space: Space, theta: Tensor, inputs: Inputs, objective: Objective, weights: Tensor | None = None
+) -> Tensor:
+    """Gradient of the `batch_loss` at theta: (p,) -> (p,)."""
+    gradient: Tensor = grad(lambda x: batch_loss(space, x, inputs, objective, weights))(theta)
     return gradient
 
 
-def hessian_product(space: Space, theta: Tensor, inputs: Inputs, objective: Objective, x: Tensor) -> Tensor:
-    """Hessian of the mean loss of one batch at theta times x (p,) -> (p,): the whole Hessian, forward over reverse."""
-    product: Tensor = jvp(lambda q: loss_gradient(space, q, inputs, objective), (theta,), (x,))[1]
+def hessian_product(
+    space: Space,
+    theta: Tensor,
+    inputs: Inputs,
+    objective: Objective,
+    x: Tensor,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Hessian of the `batch_loss` at theta times x (p,) -> (p,): the whole Hessian, forward over reverse."""
+    product: Tensor = jvp(lambda q: loss_gradient(space, q, inputs, objective, weights), (theta,), (x,))[1]
     return product
 
 
@@ -107,6 +119,8 @@ class Trajectory:
     """Embeddings of some rows of the pool."""
     objective: Objective
     rule: Rule = "adamw"
+    weights: Callable[[IntArray], Tensor] | None = None
+    """Weights of some rows of the pool in the loss of their batch (B,) > 0; without, the loss is the mean."""
 
     def rate(self, index: int) -> float:
         """eta of step `index`."""
@@ -114,7 +128,12 @@ class Trajectory:
 
     def gradient(self, state: State, index: int) -> Tensor:
         """g_t at a state (p,)."""
-        return loss_gradient(self.space, state.theta, self.inputs(self.batches[index]), self.objective)
+        inputs = self.inputs(self.batches[index])
+        return loss_gradient(self.space, state.theta, inputs, self.objective, self.weights_of(index))
+
+    def weights_of(self, index: int) -> Tensor | None:
+        """Weights of the pairs of a step's batch in its loss (B,); None for a mean."""
+        return None if self.weights is None else self.weights(self.batches[index])
 
     def after(self, state: State, index: int) -> State:
         """The state after step `index`."""
@@ -125,6 +144,11 @@ class Trajectory:
         return step(state, gradient, index, self.rate(index), self.config.weight_decay, self.rule)
 
     @property
+    def beginning(self) -> State:
+        """The state before the first step."""
+        return State(self.initial, torch.zeros_like(self.initial), torch.zeros_like(self.initial))
+
+    @property
     def every(self) -> int:
         """Steps from one stored state to the next: sqrt(T), which takes the least memory."""
         return max(1, math.isqrt(len(self.batches)))
@@ -132,8 +156,7 @@ class Trajectory:
     @cached_property
     def stored(self) -> list[State]:
         """The states before steps 0, k, 2k, ... and last of all the one at the end, by replay."""
-        state = State(self.initial, torch.zeros_like(self.initial), torch.zeros_like(self.initial))
-        kept = []
+        state, kept = self.beginning, []
         for index in range(len(self.batches)):
             if index % self.every == 0:
                 kept.append(state)
@@ -181,8 +204,9 @@ def adjoint(trajectory: Trajectory, target_gradient: Tensor) -> Iterator[Respons
         before, of_gradient = pull(ahead)  # through the optimiser alone, with g_t fixed
         yield Response(index, state, gradient, of_gradient, ahead)
         inputs = trajectory.inputs(trajectory.batches[index])
+        weights = trajectory.weights_of(index)
         through_loss = hessian_product(
-            trajectory.space, state.theta, inputs, trajectory.objective, of_gradient
+            trajectory.space, state.theta, inputs, trajectory.objective, of_gradient, weights
         )
         ahead = before._replace(theta=before.theta + through_loss)
         if not bool(torch.isfinite(ahead.theta).all()):

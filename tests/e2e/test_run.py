@@ -18,7 +18,7 @@ from influencespace.data.readers import list_shards, read_shard
 from influencespace.data.schema import Sample
 
 pytestmark = pytest.mark.e2e
-METHODS = {"curated", "everything", "random", "clip_score", "proxy_clip_score", "neg_clip_loss"}
+METHODS = {"curated", "everything", "random", "clip_score", "neg_clip_loss"}
 
 
 def test_a_run_leaves_subset_summary_and_page(finished: Path) -> None:

@@ -22,7 +22,7 @@ from influencespace.data.synthetic.scenes import BACKGROUNDS
 from influencespace.errors import InputError
 from influencespace.models.encoders import load_encoder
 from influencespace.stages.ingest.fit_encoder import FitEncoder
-from influencespace.stages.selection.selection import METHODS
+from influencespace.stages.rivals.names import DEFAULT as METHODS
 
 pytestmark = pytest.mark.e2e
 CLASSES = tuple(BACKGROUNDS)

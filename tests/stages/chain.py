@@ -30,6 +30,7 @@ from influencespace.engine.placement import Resources
 from influencespace.pipeline import STAGES
 from influencespace.run import Run, Stage, carry_out
 from influencespace.stages import passes
+from influencespace.stages.rivals import descent, rivals
 from influencespace.stages.scoring import influence, sampling
 from influencespace.stages.scoring.score import Score, ScoreConfig
 from influencespace.stages.scoring.trace import GradientIndex, TraceConfig
@@ -222,7 +223,7 @@ class Idle(LocalEngine):
 
 def set_range(patch: pytest.MonkeyPatch, size: int) -> None:
     """Let passes over thin columns go by ranges of so many pairs."""
-    for module in (passes, sampling, influence, pair_evidence, selection):
+    for module in (passes, sampling, influence, pair_evidence, selection, rivals, descent):
         patch.setattr(module, "RANGE", size)
 
 

@@ -14,7 +14,7 @@ from influencespace.run import Run
 from influencespace.stages.ingest.encode import EmbedConfig
 from influencespace.stages.proxies.proxy import Proxy
 from influencespace.stages.proxies.target import TargetHalves, choosing_loss
-from influencespace.stages.selection.selection import METHODS
+from influencespace.stages.rivals.names import DEFAULT as METHODS
 from influencespace.stages.training import evaluate
 from influencespace.stages.training.evaluate import EvaluateConfig, Measure, recall_by_group, summarise
 
@@ -75,7 +75,9 @@ def test_recall_is_what_counting_gives(truth: Run) -> None:
 def test_methods_are_means_over_seeds(truth: Run) -> None:
     methods = truth.manifest("evaluate").details["methods"]
     assert set(methods) == set(METHODS)
-    by_image, weights = columns(truth, "evaluate/by_image"), columns(truth, "selection/weights")
+    by_image, rows = columns(truth, "evaluate/by_image"), len(truth.pool)
+    weights = {"everything": np.ones(rows), "curated": columns(truth, "selection/curated", "kept")["kept"]}
+    weights |= columns(truth, "rivals/weights")
     for method, measures in methods.items():
         runs = [by_image[f"{method}-{seed}"] for seed in (0, 1)]
         assert measures["mean_recall"] == pytest.approx(np.mean(runs))

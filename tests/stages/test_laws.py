@@ -53,6 +53,10 @@ CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "influence": ({"influence.target_samples": 7}, BEFORE_INFLUENCE),
     "fairness": ({"selection.fairness": "off"}, BEFORE_INFLUENCE | {"influence"}),
     "selection": ({"selection.tau_low": 0.1}, BEFORE_INFLUENCE | {"influence", "fairness"}),
+    "rivals": (
+        {"train.methods": ["curated", "everything", "random"]},
+        {*NAMES} - {"rivals", "train", "evaluate"},
+    ),
     "train": ({"train.seeds": [5]}, {*NAMES} - {"train", "evaluate"}),
     "evaluate": ({"evaluate.templates": ["a {}"]}, {*NAMES} - {"evaluate"}),
 }

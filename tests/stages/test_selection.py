@@ -5,7 +5,6 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,22 +13,19 @@ import pytest
 from chain import World, assert_equal_results, beside, carry, carry_beside, columns, set_range
 
 from influencespace.core import histogram
-from influencespace.core.hashing import uniform
-from influencespace.core.histogram import carried_out
 from influencespace.core.select import HARMFUL, KEPT, OVER_SIZE, SelectionConfig
 from influencespace.core.strata import rank_within
 from influencespace.data.artifacts import File, file_digest, write_manifest
-from influencespace.data.buckets import buckets_of, read_columns, write_columns
+from influencespace.data.buckets import read_columns, write_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.ray_engine import RayEngine
 from influencespace.errors import InputError
 from influencespace.pipeline import STAGES
 from influencespace.run import Run
-from influencespace.stages.passes import looped
 from influencespace.stages.selection import selection
 from influencespace.stages.selection.evidence import Evidence
 from influencespace.stages.selection.pair_evidence import PairEvidence
-from influencespace.stages.selection.selection import METHODS, KeptRows
+from influencespace.stages.selection.selection import KeptRows
 from influencespace.stages.selection.summary import rule_of
 
 CURATED = pa.schema(
@@ -133,63 +129,6 @@ def test_the_manifest_reports_the_rule_and_the_caption_control(truth: Run) -> No
     }
     assert all(isinstance(warning, str) for warning in details["warnings"])
     json.dumps(details)
-
-
-def test_baselines_keep_as_many_pairs_as_curated(truth: Run) -> None:
-    weights = columns(truth, "selection/weights")
-    assert tuple(weights) == METHODS
-    kept = int(kept_pairs(truth).sum())
-    for name, weight in weights.items():
-        assert (weight > 0).sum() == (len(weight) if name == "everything" else kept), name
-    quality = columns(truth, "proxies/quality")
-    scores = {
-        "neg_clip_loss": quality["neg_clip_in"],
-        "clip_score": truth.pool.clip_score,
-        "random": -uniform(np.arange(len(quality["neg_clip_in"])), truth.seed),
-    }
-    for name, score in scores.items():
-        chosen = weights[name] > 0
-        assert score[chosen].min() >= score[~chosen].max(), name
-
-
-def test_baselines_are_cut_by_the_same_passes_and_look_at_no_uid(
-    truth: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One collects all of a small pool; then each range is scored once more, for its weights."""
-    set_range(monkeypatch, 50)
-    scored: list[tuple[int, int]] = []
-    with_uids: list[Any] = []
-    score, read = selection.BaselineScores.__call__, PairSet.read
-
-    def counted(self: selection.BaselineScores, start: int, stop: int) -> Any:
-        scored.append((start, stop))
-        return score(self, start, stop)
-
-    def watched(self: PairSet, rows: Any, *names: str) -> Any:
-        if "uid" in names:
-            with_uids.append((rows.start, rows.stop))
-        return read(self, rows, *names)
-
-    monkeypatch.setattr(selection.BaselineScores, "__call__", counted)
-    monkeypatch.setattr(PairSet, "read", watched)
-    run = carry_beside(truth, tmp_path, "selection", weighting="uniform")
-    ranges = list(buckets_of(len(truth.pool), 50))
-    assert sorted(scored) == sorted(ranges * 2)
-    assert sorted(with_uids) == ranges  # for curated.parquet alone
-    scores = selection.BaselineScores(run)
-    kept, rows = int(kept_pairs(run).sum()), len(truth.pool)
-    for collected in (0, 10**6):
-        monkeypatch.setattr(histogram, "COLLECTED", collected)
-        cuts = carried_out(scores.cuts(kept, rows), looped(scores.column, rows))
-        for name, values in scores(0, rows).items():
-            alone = np.argsort(np.argsort(values, kind="stable"), kind="stable") < kept
-            np.testing.assert_array_equal(cuts[name].below(values, np.arange(rows)), alone)
-
-
-def test_baselines_are_as_large_where_some_weights_vanish(truth: Run, tmp_path: Path) -> None:
-    run = carry_beside(truth, tmp_path, "selection", weighting="influence", temperature=0.001)
-    weights, kept = columns(run, "selection/weights"), int(kept_pairs(run).sum())
-    assert (weights["curated"] > 0).sum() < kept == (weights["random"] > 0).sum()
 
 
 def test_the_wrong_captions_are_removed(truth: Run, world: World) -> None:
@@ -356,16 +295,14 @@ def test_a_later_round_decides_on_what_is_left_and_leaves_the_others(
         later = beside(later, later.folder, settings=settings)
         details = carry(later, *(stage.name for stage in STAGES[:7])).details
         assert details["reasons"]["kept"] == round(0.6 * left)
-        tables.append((table(later), columns(later, "selection/weights")))
-    (curated, weights), (again, weights_again) = tables
+        tables.append(table(later))
+    curated, again = tables
     before = kept_pairs(truth)
     assert curated["uid"].to_pylist() == again["uid"].to_pylist() == table(truth)["uid"].to_pylist()
     for one in (curated, again):
         dropped = pa.array(np.flatnonzero(~before))
         assert one.take(dropped).equals(table(truth).take(dropped))
     assert curated["reason"].to_pylist() == again["reason"].to_pylist()
-    np.testing.assert_allclose(weights["curated"], weights_again["curated"], atol=1e-6)
-    np.testing.assert_allclose(weights["curated"], curated["weight"].to_numpy(), rtol=1e-6)
-    assert {name: int((values > 0).sum()) for name, values in weights.items()} == {
-        name: len(before) if name == "everything" else round(0.6 * left) for name in METHODS
-    }
+    weights, weights_again = (one["weight"].to_numpy() for one in tables)
+    np.testing.assert_allclose(weights, weights_again, atol=1e-6)
+    assert (weights > 0).sum() == round(0.6 * left)

@@ -17,7 +17,7 @@ from influencespace.data.integrity import describe
 from influencespace.engine.ray_engine import RayEngine
 from influencespace.run import Run
 from influencespace.stages.proxies.train_many import Given, train
-from influencespace.stages.selection.selection import METHODS
+from influencespace.stages.rivals.names import DEFAULT as METHODS
 
 
 def heads(run: Run, name: str) -> dict[str, torch.Tensor]:
@@ -35,17 +35,22 @@ def test_every_method_is_trained_with_every_seed_for_equally_many_steps(truth: R
 
 @pytest.mark.parametrize("method", ["curated", "everything", "random"])
 def test_a_retrained_proxy_is_the_plain_loops(truth: Run, method: str) -> None:
-    weights = columns(truth, "selection/weights", method)[method]
-    plain = train(truth.pool, Given(weights), truth.config.proxy.train, seed=1)
+    weights = {
+        "curated": columns(truth, "selection/curated", "weight")["weight"].astype(np.float64),
+        "everything": np.ones(len(truth.pool)),
+        "random": columns(truth, "rivals/weights", "random")["random"],
+    }
+    plain = train(truth.pool, Given(weights[method]), truth.config.proxy.train, seed=1)
     torch.testing.assert_close(heads(truth, f"{method}-1"), dict(plain.heads.state_dict()), rtol=0, atol=0)
 
 
-def with_weights(run: Run, folder: Path, **weights: np.ndarray) -> Run:
+def with_weights(run: Run, folder: Path, curated: np.ndarray) -> Run:
     """The run in a folder where the selection stage has given these weights."""
     other = beside(run, folder, "train", settings={"train.methods": ["curated", "everything"]})
     (folder / "selection").unlink()
     shutil.copytree(run.at("selection"), other.at("selection"))
-    write_columns(other.at("selection") / "weights.parquet", weights)
+    table = columns(run, "selection/curated") | {"weight": curated.astype(np.float32)}
+    write_columns(other.at("selection") / "curated.parquet", table)
     files = {name: describe(other.at("selection") / name) for name in run.manifest("selection").files}
     write_manifest(other.at("selection"), replace(run.manifest("selection"), files=files))
     return other
@@ -54,7 +59,7 @@ def with_weights(run: Run, folder: Path, **weights: np.ndarray) -> Run:
 def test_methods_with_the_same_pairs_give_the_same_proxy(truth: Run, tmp_path: Path) -> None:
     """So that a comparison of two methods is one of their pairs alone."""
     ones = np.ones(len(truth.pool))
-    run = with_weights(truth, tmp_path, curated=ones, everything=ones)
+    run = with_weights(truth, tmp_path, ones)
     carry(run, "train")
     torch.testing.assert_close(heads(run, "curated-1"), heads(run, "everything-1"), rtol=0, atol=0)
 
@@ -67,8 +72,7 @@ def test_pairs_without_weight_are_not_seen(truth: Run, world: World, tmp_path: P
     texts[~kept] *= -1
     replant(folder, images, texts)
     changed = with_sets(truth, pool=replace(world["pool"], folder=folder))
-    weights = {"curated": kept.astype(float), "everything": np.ones(len(kept))}
-    runs = [with_weights(run, tmp_path / str(i), **weights) for i, run in enumerate((truth, changed))]
+    runs = [with_weights(run, tmp_path / str(i), kept) for i, run in enumerate((truth, changed))]
     for run in runs:
         carry(run, "train")
     for method, same in (("curated", True), ("everything", False)):

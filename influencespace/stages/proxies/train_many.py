@@ -15,6 +15,7 @@ from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.batches import BLOCK, disjoint_batches, stream_batches
 from influencespace.core.hashing import fold_of
 from influencespace.data.buckets import buckets_of, read_rows
+from influencespace.data.joined import TrainingPairs
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.placement import LIBRARY_BYTES
 from influencespace.models.heads import Heads, initial_heads
@@ -89,7 +90,7 @@ def total_weight(weights: Weights, rows: int) -> float:
 class WeightedPool:
     """A pool with weights, as batches are drawn from it (`core.batches.Pairs`)."""
 
-    pool: PairSet
+    pool: TrainingPairs
     weights: Weights
 
     def __len__(self) -> int:
@@ -102,7 +103,7 @@ class WeightedPool:
 class BlockInputs:
     """Embeddings of batches of a pool: what lies in one block is read at once, in order, and cut from memory."""
 
-    def __init__(self, pool: PairSet, device: str = "cpu", block: int = BLOCK) -> None:
+    def __init__(self, pool: TrainingPairs, device: str = "cpu", block: int = BLOCK) -> None:
         self._pool, self._device, self._block = pool, device, block
         self._held: tuple[int, tuple[Tensor, Tensor]] | None = None
 
@@ -148,16 +149,19 @@ class Training:
     measure: Measure | None = None
     """Of the trained heads, for the record."""
     trainer: "Trainer | None" = None
+    """Of the pool of all others."""
+    pairs: TrainingPairs | None = None
+    """What it is trained on, where that is not the pool of all others."""
 
 
-def first_heads(pool: PairSet, config: HeadsConfig, seed: int) -> Heads:
+def first_heads(pool: TrainingPairs, config: HeadsConfig, seed: int) -> Heads:
     """Heads before the first step on a pool."""
     images, texts = pool.inputs(slice(0, 1))
     return initial_heads(images.shape[1], texts.shape[1], config.dimension, seed)
 
 
 def beginning(
-    pool: PairSet, weights: Weights, config: HeadsConfig, seed: int
+    pool: TrainingPairs, weights: Weights, config: HeadsConfig, seed: int
 ) -> tuple[Heads, Iterator[IntArray]]:
     """Heads before the first step, and the rows of the pool in every batch: with these a training can be replayed."""
     batches = stream_batches(WeightedPool(pool, weights), config.batch_size, config.steps, seed)
@@ -174,7 +178,7 @@ class Trainer(Protocol):
 
 
 def train(
-    pool: PairSet,
+    pool: TrainingPairs,
     weights: Weights,
     config: HeadsConfig,
     seed: int,
@@ -217,10 +221,11 @@ class TrainProxy:
             return record
         exchange = exchange or Alone()
         training, config = self.training, replace(self.config, steps=self.training.steps)
+        pairs = self.pool if training.pairs is None else training.pairs
         _warm(self.pool, self.config)
         began = time.monotonic()
-        fit = training.trainer or train
-        trained = fit(self.pool, training.weights, config, training.seed, exchange, self.device)
+        how = training.weights, config, training.seed, exchange, self.device
+        trained = training.trainer(self.pool, *how) if training.trainer else train(pairs, *how)
         record = {
             "name": training.name,
             "seed": training.seed,
@@ -233,7 +238,7 @@ class TrainProxy:
             bank: list[IntArray] = []
             if training.bank is not None:
                 size, count, seed = training.bank
-                bank = disjoint_batches(WeightedPool(self.pool, training.weights), size, count, seed)
+                bank = disjoint_batches(WeightedPool(pairs, training.weights), size, count, seed)
             self.proxy.save(trained, bank, record, seconds)
         return record | {"seconds": seconds}
 

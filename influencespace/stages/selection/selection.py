@@ -1,16 +1,14 @@
-"""The selection stage: pooled evidence, the weighting, the decision on every pair, and the baselines at the same size."""
+"""The selection stage: pooled evidence, the weighting, and the decision on every pair."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from influencespace.core.arrays import BoolArray, FloatArray
-from influencespace.core.hashing import uniform
-from influencespace.core.histogram import Column, Cut, Goal, Passes, search
+from influencespace.core.arrays import BoolArray
 from influencespace.core.select import KEPT, SelectionConfig
 from influencespace.data.buckets import Columns, buckets_of, read_rows, table_rows
 from influencespace.data.npy import write_npy
@@ -22,18 +20,8 @@ from influencespace.stages.selection.pair_evidence import Decision, ReadTable, w
 from influencespace.stages.selection.summary import ReadDecided, StrataCounts, Summarise
 from influencespace.stages.selection.weighting import choose_weighting, chosen
 
-# clip_score is the given encoder's, as most people filter; the last two are by the proxy of all pairs
-BASELINES = ("everything", "random", "clip_score", "proxy_clip_score", "neg_clip_loss")
-RANKED = BASELINES[1:]
-METHODS = ("curated", *BASELINES)
-DYNAMIC = "dynamic"  # begins as curated does, and re-weights the kept pairs while it trains
 CURATED = ("uid", "kept", "weight", "score", "score_se", "stratum", "reason")
 """Columns of curated.parquet."""
-
-
-def weights_of(method: str) -> str:
-    """The column of weights.parquet that a method begins with."""
-    return "curated" if method == DYNAMIC else method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,58 +87,6 @@ class CuratedRange:
 
 
 @dataclass(frozen=True)
-class BaselineScores:
-    """What each baseline ranks a range of all pairs by, the best lowest."""
-
-    run: Run
-
-    def __call__(self, start: int, stop: int) -> dict[str, FloatArray]:
-        rows = slice(start, stop)
-        given = self.run.everything.read(rows, "clip_score")["clip_score"]
-        quality = read_rows(self.run.first.at("proxies") / "quality.parquet", rows, "clip_in", "neg_clip_in")
-        return {
-            "random": uniform(np.arange(start, stop), self.run.seed),
-            "clip_score": -given.astype(np.float64),
-            "proxy_clip_score": -quality["clip_in"],
-            "neg_clip_loss": -quality["neg_clip_in"],
-        }
-
-    def column(self, start: int, stop: int) -> Column:
-        """All in one column of several parts, so that they are searched by the same passes."""
-        scores, rows = self(start, stop), np.arange(start, stop)
-        parts = np.repeat(np.arange(len(RANKED)), len(rows))
-        return Column(np.concatenate([scores[name] for name in RANKED]), np.tile(rows, len(RANKED)), parts)
-
-    def cuts(self, kept: int, rows: int) -> Passes:
-        """Give where each one's order is cut to keep so many of the rows."""
-        goals = [Goal(rank=kept, part=part) for part in range(len(RANKED))]
-        found = yield from search(_itself, goals, len(RANKED) * rows)
-        return dict(zip(RANKED, found, strict=True))
-
-
-def _itself(column: Column) -> Column:
-    return column
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsOfRange:
-    """Columns of weights.parquet: each baseline has the first of its order, as many as curated keeps."""
-
-    round: Round
-    decision: Decision
-    cuts: Mapping[str, Cut]
-
-    def __call__(self, start: int, stop: int) -> Columns:
-        seen, span = self.round.seen(start, stop)
-        curated = np.zeros(stop - start)
-        curated[seen] = self.decision.read(*span)
-        weights = {"curated": curated, "everything": np.ones(stop - start)}
-        for name, values in BaselineScores(self.round.run)(start, stop).items():
-            weights[name] = self.cuts[name].below(values, np.arange(start, stop)).astype(np.float64)
-        return {name: weights[name] for name in METHODS}
-
-
-@dataclass(frozen=True)
 class CountReasons:
     """Statistic: how many pairs have each reason."""
 
@@ -197,10 +133,10 @@ class KeptRows:
 
 
 class Selection(Stage):
-    """Turns scores into curated.parquet, strata.parquet, weights.parquet and evidence.parquet."""
+    """Turns scores into curated.parquet, strata.parquet and evidence.parquet."""
 
     name = "selection"
-    version = 4
+    version = 5
     needs = ("proxies", "redundancy", "influence", "fairness")
 
     def settings(self, config: Any) -> tuple[SelectionConfig, int]:
@@ -215,17 +151,13 @@ class Selection(Stage):
         facts = run.manifest("influence").details
         counting = StrataCounts(decision.rule, facts["clusters"], facts["quantiles"])
         counts, nearest = passes.fold(counting, strata, seen)
-        this, kept = Round(run=run), int(counts[2].sum())
+        this = Round(run=run)
         if run.previous is not None:
             by_range = passes.fold(CountKept(), ReadTable(this.before, ("kept",)), everything)
             this = Round(run=run, starts=tuple(np.cumsum([0, *by_range]).tolist()))
-        scores = BaselineScores(run)
-        cuts = passes.result(scores.cuts(kept, everything), scores.column, everything)
         summary = Summarise(run=run, decision=decision, counts=counts, nearest=nearest, folder=folder)
         details = workers.once(summary)
         workers.table("curated", CuratedRange(round=this, decision=decision), everything, RANGE)
-        weights = WeightsOfRange(round=this, decision=decision, cuts=cuts)
-        workers.table("weights", weights, everything, RANGE, label="weights")
         reasons = passes.fold(CountReasons(), ReadTable(folder / "curated.parquet", ("reason",)), everything)
         details |= {"reasons": dict(sorted(reasons.items())), "kept_fraction": reasons[KEPT] / everything}
         details |= chosen(decision.rule.config) | {"trials": trials}

@@ -1,10 +1,8 @@
 """The evaluate stage: every retrained proxy on the test set, and curated against each baseline, paired."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from influencespace.core.metrics import (
     recall_at,
     retrieval_ranks,
 )
-from influencespace.data.buckets import buckets_of, read_rows, table_rows, write_columns
+from influencespace.data.buckets import write_columns
 from influencespace.data.pair_set import PairSet
 from influencespace.engine.placement import LIBRARY_BYTES, Resources, fitting
 from influencespace.errors import STRICT
@@ -34,9 +32,7 @@ from influencespace.stages.ingest.embed import encoder_identity, worker_bytes
 from influencespace.stages.ingest.encode import EmbedConfig, EncoderLoader, load
 from influencespace.stages.proxies.proxy import Proxy
 from influencespace.stages.proxies.target import TargetHalves, choosing_loss
-from influencespace.stages.selection.selection import weights_of
-
-RANGE = 131_072  # rows of weights that are read at once
+from influencespace.stages.rivals.sources import source_of
 
 
 @options(frozen=True, kw_only=True, config=STRICT)
@@ -208,20 +204,6 @@ def recall_by_group(shares: FloatArray, groups: list[str | None]) -> dict[str, A
     }
 
 
-@dataclass(frozen=True)
-class KeptFractions:
-    """Task: the share of the pool that each method trains on, by one range of its weights after another."""
-
-    weights: Path
-
-    def __call__(self) -> dict[str, float]:
-        rows, kept = table_rows(self.weights), Counter[str]()
-        for start, stop in buckets_of(rows, RANGE):
-            columns = read_rows(self.weights, slice(start, stop))
-            kept.update({name: int((weight > 0).sum()) for name, weight in columns.items()})
-        return {name: count / rows for name, count in kept.items()}
-
-
 def measuring_bytes(test: PairSet, target: PairSet, dimension: int) -> int:
     """Memory that a task takes which measures a proxy of so many dimensions, in bytes: both sides of the whole set as they are
     stored, read and embedded, and similarities of a block."""
@@ -234,7 +216,7 @@ class Evaluate(Stage):
     """Measures every retrained proxy; writes by_image.parquet."""
 
     name = "evaluate"
-    needs = ("train",)
+    needs = ("selection", "rivals", "train")
 
     def settings(self, config: Any) -> EvaluateConfig:
         return config.evaluate
@@ -271,13 +253,12 @@ class Evaluate(Stage):
         results = sorted(results, key=lambda r: (r["method"], r["seed"]))
         methods = tuple(dict.fromkeys(one["method"] for one in runs))
         table, comparisons = summarise(results, methods)
-        kept = workers.once(KeptFractions(run.at("selection") / "weights.parquet"))
         groups = workers.once(ImageGroups(run.test))
         for method in methods:
             mine = [one for one in runs if one["method"] == method]
             shares = np.stack([result["by_image"] for result in results if result["method"] == method])
             table[method]["groups"] = recall_by_group(shares, groups)
-            table[method]["kept_fraction"] = kept[weights_of(method)]
+            table[method]["kept_fraction"] = source_of(run, method).kept_fraction
             table[method]["steps"] = mine[0]["steps"]
             table[method]["seconds"] = float(np.mean([one["seconds"] for one in mine]))
         by_image = {f"{result['method']}-{result['seed']}": result["by_image"] for result in results}

@@ -1,17 +1,18 @@
-"""The train stage: proxies retrained on each method's weighted subset, at equal steps, by Ray Train."""
+"""The train stage: proxies retrained on what each method trains on, by Ray Train."""
 
 from dataclasses import field as plain_field
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass as options
 
 from influencespace.engine.local import LocalEngine
 from influencespace.errors import STRICT
 from influencespace.run import Details, Run, Stage, Workers
-from influencespace.stages.proxies.train_many import Column, Training, TrainProxy, train_many
-from influencespace.stages.selection.selection import DYNAMIC, METHODS, weights_of
+from influencespace.stages.proxies.train_many import Training, TrainProxy, train_many
+from influencespace.stages.rivals.names import ALL, DEFAULT, DYNAMIC, METHODS, named
+from influencespace.stages.rivals.sources import source_of
 from influencespace.stages.training.dynamic import DynamicTrainer
 from influencespace.stages.training.ray_train import train_by_ray
 
@@ -27,16 +28,24 @@ class TrainConfig:
     """Each method is trained once for each; by default 0, 1 and 2, but 0 and 1 for pools of more than 500,000 pairs."""
     workers: int = Field(default=1, ge=1)
     """Workers that share each run; the global batch does not change with them. 1 trains runs side by side."""
-    methods: tuple[str, ...] = plain_field(default=METHODS)
-    """What is trained and compared; `curated` is always among them. `dynamic` can be asked for beside the default ones: it
-    begins as `curated` and re-weights the kept pairs while it trains, by influence on the target as a whole."""
+    methods: tuple[str, ...] = plain_field(default=DEFAULT)
+    """What is trained and compared; `curated` is always among them, and `rivals` stands for all that is known. Of a name that
+    ends in `_validated`, fraction, temperature and steps are chosen by retraining. `dynamic` begins as `curated` and re-weights
+    the kept pairs while it trains, by influence on the target as a whole."""
     refresh: int = Field(default=50, ge=1)
     """Steps of `dynamic` between two re-weightings."""
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _all_of_them(cls, value: object) -> object:
+        names = (value,) if isinstance(value, str) else value
+        return named(names) if isinstance(names, list | tuple) else value
 
     def __post_init__(self) -> None:
         known = (*METHODS, DYNAMIC)
         if "curated" not in self.methods or not set(self.methods) <= set(known):
-            raise ValueError(f"methods = {self.methods}: curated and any of {', '.join(known[1:])} are known")
+            unknown = ", ".join(sorted(set(self.methods) - set(known))) or "no curated"
+            raise ValueError(f"methods has {unknown}: give curated and any of {ALL}, {', '.join(known[1:])}")
         for name in ("seeds", "methods"):
             values = getattr(self, name)
             if values is None:
@@ -52,28 +61,29 @@ class TrainConfig:
 
 
 class Train(Stage):
-    """Retrains on every method's subset with every seed, for equally many steps; writes one file for each."""
+    """Retrains by every method with every seed, for equally many steps unless they were validated; writes one file for each."""
 
     name = "train"
-    version = 2
-    needs = ("selection",)
+    version = 3
+    needs = ("proxies", "selection", "rivals")
 
     def settings(self, config: Any) -> Any:
         return config.train, config.proxy.train
 
     def work(self, run: Run, workers: Workers) -> Details:
         config: TrainConfig = run.config.train
-        steps, weights = run.manifest("proxies").details["steps"], run.at("selection") / "weights.parquet"
+        sources = {method: source_of(run, method) for method in config.methods}
         trainings = {
             f"{method}-{seed}": Training(
                 name=f"{method}-{seed}",
-                weights=Column(weights, weights_of(method)),
+                weights=source.weights,
                 seed=seed,
-                steps=steps,
+                steps=source.steps,
                 trainer=DynamicTrainer.of(run) if method == DYNAMIC else None,
+                pairs=source.pairs,
             )
             for seed in config.seeds_of(len(run.everything))
-            for method in config.methods
+            for method, source in sources.items()
         }
         ordered, heads = list(trainings.values()), run.config.proxy.train
         if isinstance(workers.engine, LocalEngine):
