@@ -2,7 +2,7 @@
 
 In each step a batch is weighted by the softmax of its mixed scores, the proxy takes a step of the weighted loss, and the target
 loss after it is differentiated by the mix, through the step (Shechter and Carmon 2025, arXiv 2503.08805). The weighted loss is
-the objective's own; the authors' also weighs a pair's own exponential in its normalisers.
+the objective's own, in which a pair's weight does not count in its own normalisers.
 """
 
 from collections.abc import Callable, Sequence

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influencespace.core.arrays import IntArray
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.data.artifacts import atomic_path
 from influencespace.data.buckets import Columns
 from influencespace.data.mirror import here, is_file
@@ -26,11 +26,11 @@ ROUNDS = 10
 class LookUp:
     """Weights of some rows of the pool, as a tensor."""
 
-    descent: Descent
+    weights: FloatArray  # (N,)
     device: str
 
     def __call__(self, rows: IntArray) -> Tensor:
-        return torch.from_numpy(self.descent.weights[rows].astype(np.float32)).to(self.device)
+        return torch.from_numpy(self.weights[rows].astype(np.float32)).to(self.device)
 
 
 def saved(folder: Path, rounds: int) -> Path:
@@ -69,7 +69,7 @@ class DescentRound:
     def _after(self, descent: Descent) -> Descent:
         problem = self.inputs.problem()
         assert problem.trajectory is not None
-        trajectory = replace(problem.trajectory, weights=LookUp(descent, self.inputs.device))
+        trajectory = replace(problem.trajectory, weights=LookUp(descent.weights, self.inputs.device))
 
         def target_gradient(theta: Tensor) -> Tensor:
             return problem.gradient_at(space_at(problem.space, theta))
