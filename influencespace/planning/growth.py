@@ -8,9 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from influencespace.config import RunConfig
+from influencespace.stages.rivals.names import VALIDATED
 from influencespace.stages.scoring.cluster_config import clusters, compared
 
 Count = Callable[[RunConfig, int], float]
+TRIALS, DESCENT = 14, 40
+"""Trainings of a rival that is validated, and of metagradient descent, about."""
 AS_DEAR = 1000
 """Pairs of its cluster that one is compared with in the time of all else that is done for it: clusters of slices are small, and
 cannot show what large ones take. Of a run of a million pairs in 1,024 clusters: it took twice what slices had said."""
@@ -52,6 +55,13 @@ def _trainings(config: RunConfig, pairs: int) -> float:
     return len(config.train.methods) * len(config.train.seeds_of(pairs))
 
 
+def _ranked(config: RunConfig, pairs: int) -> float:
+    """Scores take a pass over the pairs, a trial or a round of descent one training."""
+    names = set(config.train.methods)
+    trainings = TRIALS * len(names & set(VALIDATED)) + DESCENT * bool(names & {"mgd", "mgd_validated"})
+    return pairs + trainings * _draws(config, pairs)
+
+
 def _sample(config: RunConfig, pairs: int) -> float:
     return min(pairs, config.influence.max_samples)
 
@@ -77,6 +87,7 @@ GROWTH: dict[str, Growth] = {
     "redundancy": Growth(units=_looked_at),
     "curvature": Growth(units=_bank, gpu=True),
     "influence": Growth(units=_sample, gpu=True),
+    "rivals": Growth(units=_ranked, gpu=True),
     "train": Growth(
         units=lambda config, pairs: _draws(config, pairs) * _trainings(config, pairs),
         width=_trainings,

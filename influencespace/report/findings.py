@@ -15,19 +15,37 @@ LABELS = {
     "everything": "Everything",
     "random": "Random",
     "clip_score": "CLIP score",
-    "proxy_clip_score": "Proxy CLIP",
     "neg_clip_loss": "negCLIPLoss",
+    "norm_sim": "NormSim",
+    "norm_sim_2": "NormSim-2",
+    "dfn": "DFN",
+    "datainf": "DataInf",
+    "d2": "D2",
+    "semdedup": "SemDeDup",
+    "diversity": "Diversity",
+    "coreset": "Coreset",
+    "m_flyt": "M-FLYT",
+    "mgd": "Metagradient descent",
+    "target_alone": "Target alone",
+    "pool_and_target": "Pool and target",
 }
-"""Methods in the order in which they are shown; others follow by name."""
+"""Methods in the order in which they are shown; then validated ones in the same order, then others by name."""
+VALIDATED = "_validated"
+
+
+def label(name: str) -> str:
+    """How a method is called."""
+    plain = name.removesuffix(VALIDATED)
+    return LABELS.get(plain, plain) + (", validated" if plain != name else "")
 
 
 def methods(summary: Summary) -> list[Method]:
     """The record of each method, in order, with its `name`, its `label` and its `comparison` with curated."""
     records, comparisons = summary.get("methods", {}), summary.get("comparisons", {})
-    ordered = [name for name in LABELS if name in records] + sorted(set(records) - set(LABELS))
+    known = [*LABELS, *(f"{name}{VALIDATED}" for name in LABELS)]
+    ordered = [name for name in known if name in records] + sorted(set(records) - set(known))
     return [
-        {**records[n], "name": n, "label": LABELS.get(n, n), "comparison": comparisons.get(n) or {}}
-        for n in ordered
+        {**records[n], "name": n, "label": label(n), "comparison": comparisons.get(n) or {}} for n in ordered
     ]
 
 
