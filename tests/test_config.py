@@ -228,7 +228,7 @@ class TestRefusals:
         ("key", "value", "advice"),
         [
             ("cluster.k", "many", "'auto'"),
-            ("train.methods", "curated", "a list, such as [a, b]"),
+            ("evaluate.templates", "a", "a list, such as [a, b]"),
             ("cluster", "5", "a section: give its settings by their names"),
         ],
     )

@@ -42,7 +42,7 @@ def heads_of(run: Run, name: str) -> dict[str, Tensor]:
 
 
 def curated_weights(truth: Run) -> np.ndarray:
-    return columns(truth, "selection/weights", "curated")["curated"]
+    return columns(truth, "selection/curated", "weight")["weight"].astype(np.float64)
 
 
 def reweighting_of(run: Run) -> Reweighting:
