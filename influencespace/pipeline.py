@@ -22,6 +22,7 @@ from influencespace.data.results import (
     forget_results,
     reopen_results,
 )
+from influencespace.data.weight_list import read_weight_list
 from influencespace.engine.local import Engine, run_once
 from influencespace.errors import InputError
 from influencespace.models.encoders import embedding_dimension
@@ -31,6 +32,7 @@ from influencespace.stages.ingest.embed import RATES, Embed
 from influencespace.stages.ingest.shards import roles_of, shards_of
 from influencespace.stages.ingest.split import Split, pair_sets
 from influencespace.stages.proxies.proxies import Proxies
+from influencespace.stages.rivals.names import list_of
 from influencespace.stages.rivals.rivals import Rivals
 from influencespace.stages.scoring.cluster import Cluster
 from influencespace.stages.scoring.curvature import Curvature
@@ -137,6 +139,8 @@ def check(config: RunConfig) -> None:
             f"{config.iterate} would prune what it left: set iterate to 1, or min_group_share to 0"
         )
     make_estimator(config.influence.estimator, config.influence.options, config.curvature)
+    for path in filter(None, map(list_of, config.train.methods)):
+        read_weight_list(path)
     shards_of(config)
     if encoder:
         embedding_dimension(encoder, config.embed.trust_remote_code)

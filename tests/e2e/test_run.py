@@ -84,7 +84,12 @@ def test_a_changed_decision_recomputes_only_what_follows(world: Path, tmp_path: 
 
     before, digest, _ = finish()
     after, halved, kept = finish(selection__target_size=0.5)
-    assert {stage for stage in STAGES if before[stage] != after[stage]} == {"selection", "train", "evaluate"}
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == {
+        "selection",
+        "rivals",
+        "train",
+        "evaluate",
+    }
     assert kept == pytest.approx(0.5, abs=0.01)
     assert halved != digest
     assert finish()[1] == digest

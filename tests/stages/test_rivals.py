@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from chain import Counting, Killed, World, assert_equal_results, beside, carry, columns, set_range
@@ -13,6 +15,7 @@ from influencespace.core.hashing import uniform
 from influencespace.data.artifacts import Manifest
 from influencespace.data.joined import Joined
 from influencespace.engine.ray_engine import RayEngine
+from influencespace.errors import InputError
 from influencespace.run import Run
 from influencespace.stages.proxies.target import TargetHalves, choosing_loss
 from influencespace.stages.proxies.train_many import Given, train
@@ -222,10 +225,36 @@ def test_only_what_methods_need_is_computed(truth: Run, tmp_path: Path) -> None:
 def test_methods_are_named_once_and_unknown_ones_refused() -> None:
     assert TrainConfig(methods=("rivals", "dynamic")).methods == (*METHODS, "dynamic")
     assert named(["curated", "random", "curated"]) == ("curated", "random")
-    with pytest.raises(ValueError, match="methods has proxy_clip_score: give curated and any of rivals,"):
+    with pytest.raises(ValueError, match="methods has proxy_clip_score: give curated, NAME=FILE"):
         TrainConfig(methods=("curated", "proxy_clip_score"))
     with pytest.raises(ValueError, match="no curated"):
         TrainConfig(methods=("random",))
+
+
+def test_a_list_of_the_users_own_is_trained_on(truth: Run, world: World, tmp_path: Path) -> None:
+    """With mean weight 1, whatever the unit; pairs that the pool does not have are none of its business."""
+    uids, weights = [*world["pool"].uids[:60], "elsewhere"], [*np.repeat([2.0, 6.0, 0.0], 20), 9.0]
+    pq.write_table(pa.table({"uid": uids, "weight": weights}), tmp_path / "mine.parquet")
+    settings = {"train.methods": ["curated", f"mine={tmp_path / 'mine.parquet'}"], "train.seeds": [0]}
+    run = beside(truth, tmp_path / "run", "rivals", "train", "evaluate", settings=settings)
+    carry(run, "rivals", "train", "evaluate")
+    expected = np.zeros(len(run.pool))
+    expected[:40] = np.repeat([0.5, 1.5], 20)
+    np.testing.assert_allclose(columns(run, "rivals/weights")["mine"], expected)
+    measures = run.manifest("evaluate").details["methods"]["mine"]
+    assert measures["kept_fraction"] == pytest.approx(40 / len(run.pool))
+    pq.write_table(pa.table({"uid": ["elsewhere"]}), tmp_path / "mine.parquet")
+    with pytest.raises(
+        InputError, match=r"none of the pool's pairs any weight: it lists 1 such as elsewhere"
+    ):
+        carry(run, "rivals")
+
+
+def test_a_list_has_a_name_of_its_own() -> None:
+    assert TrainConfig(methods=("curated", "mine=a.parquet")).methods == ("curated", "mine=a.parquet")
+    for wrong in (("random=a.txt",), ("my list=a.txt",), ("mine=a.txt", "mine=b.txt")):
+        with pytest.raises(ValueError, match="the name of a list is a word of its own"):
+            TrainConfig(methods=("curated", *wrong))
 
 
 def test_ranges_and_a_kill_change_nothing(

@@ -30,6 +30,16 @@ def named(methods: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for names in every for name in names))
 
 
+def label(method: str) -> str:
+    """The name of a method: of `name=path`, which trains on the list in a file, what stands first."""
+    return method.partition("=")[0]
+
+
+def list_of(method: str) -> str | None:
+    """The file that a method trains on; None where it is none of the user's."""
+    return method.partition("=")[2] or None
+
+
 def plain(method: str) -> str:
     """A method without its suffix."""
     return method.removesuffix(SUFFIX)

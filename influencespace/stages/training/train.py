@@ -11,7 +11,7 @@ from influencespace.engine.local import LocalEngine
 from influencespace.errors import STRICT
 from influencespace.run import Details, Run, Stage, Workers
 from influencespace.stages.proxies.train_many import Training, TrainProxy, train_many
-from influencespace.stages.rivals.names import ALL, DEFAULT, DYNAMIC, METHODS, named
+from influencespace.stages.rivals.names import ALL, DEFAULT, DYNAMIC, METHODS, label, list_of, named
 from influencespace.stages.rivals.sources import source_of
 from influencespace.stages.training.dynamic import DynamicTrainer
 from influencespace.stages.training.ray_train import train_by_ray
@@ -31,7 +31,8 @@ class TrainConfig:
     methods: tuple[str, ...] = plain_field(default=DEFAULT)
     """What is trained and compared; `curated` is always among them, and `rivals` stands for all that is known. Of a name that
     ends in `_validated`, fraction, temperature and steps are chosen by retraining. `dynamic` begins as `curated` and re-weights
-    the kept pairs while it trains, by influence on the target as a whole."""
+    the kept pairs while it trains, by influence on the target as a whole. `NAME=FILE` trains on a list of the user's: uids, and
+    perhaps weights."""
     refresh: int = Field(default=50, ge=1)
     """Steps of `dynamic` between two re-weightings."""
 
@@ -43,9 +44,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         known = (*METHODS, DYNAMIC)
-        if "curated" not in self.methods or not set(self.methods) <= set(known):
-            unknown = ", ".join(sorted(set(self.methods) - set(known))) or "no curated"
-            raise ValueError(f"methods has {unknown}: give curated and any of {ALL}, {', '.join(known[1:])}")
+        own = [name for name in self.methods if list_of(name) is not None]
+        unknown = sorted(set(self.methods) - set(known) - set(own))
+        if unknown or "curated" not in self.methods:
+            wrong = ", ".join(unknown) or "no curated"
+            raise ValueError(
+                f"methods has {wrong}: give curated, NAME=FILE for a list of your own, and any of {ALL}, {', '.join(known[1:])}"
+            )
+        labels = list(map(label, self.methods))
+        for name in own:
+            if not label(name).isidentifier() or labels.count(label(name)) > 1 or label(name) in known:
+                raise ValueError(
+                    f"methods has {name}: the name of a list is a word of its own, such as mine=FILE"
+                )
         for name in ("seeds", "methods"):
             values = getattr(self, name)
             if values is None:
@@ -72,7 +83,7 @@ class Train(Stage):
 
     def work(self, run: Run, workers: Workers) -> Details:
         config: TrainConfig = run.config.train
-        sources = {method: source_of(run, method) for method in config.methods}
+        sources = {method: source_of(run, method) for method in map(label, config.methods)}
         trainings = {
             f"{method}-{seed}": Training(
                 name=f"{method}-{seed}",
