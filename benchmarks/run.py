@@ -21,7 +21,10 @@ from benchmarks import cache  # noqa: E402
 from benchmarks.bench import RESULTS, Benchmark, Results, real_data, run_parts  # noqa: E402
 
 NAMES = (
-    *(f"curation/{name}" for name in ("quality", "scenarios", "transfer", "redundancy", "ablations")),
+    *(
+        f"curation/{name}"
+        for name in ("quality", "rivals", "scenarios", "transfer", "redundancy", "ablations")
+    ),
     *(f"attribution/{name}" for name in ("attribution", "peers", "calibration", "cleaning")),
     "fairness/fairness",
     "speed/survival",

@@ -214,7 +214,7 @@ def summarise(
         "target_loss": evaluated["target_loss"],
         "kept_fraction": selected["kept_fraction"],
         "reasons": selected["reasons"],
-        "weights": {key: selected[key] for key in (*CHOSEN, "trials")},
+        "weights": {key: selected[key] for key in (*CHOSEN, "steps", "trials")},
         "rows": split.details["rows"],
         "rejected": {name.removeprefix("embed/"): manifest.rejected for name, manifest in roles.items()},
         "rejected_reasons": most_frequent,

@@ -24,6 +24,7 @@ from influencespace.core.metrics import auroc, average_precision
 from influencespace.core.select import HARMFUL, REDUNDANT, SelectionConfig, Subset, top_fraction
 from influencespace.data.artifacts import fingerprint
 from influencespace.data.buckets import Columns, read_columns
+from influencespace.data.joined import Joined, TrainingPairs
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.filters import random_score
 from influencespace.pipeline import STAGES
@@ -256,7 +257,7 @@ class Curation:
         }
 
     def retrained(
-        self, weight: FloatArray, seed: int, steps: int | None = None, pool: PairSet | None = None
+        self, weight: FloatArray, seed: int, steps: int | None = None, pool: TrainingPairs | None = None
     ) -> dict[str, Any]:
         """Loss on the half of the target that makes choices, and each test image's share of the mean recall, of a proxy of the
         pool by weight (n,).
@@ -292,8 +293,11 @@ class Curation:
         return self.cached(["by method", list(seeds)], lambda: self.recalls(self.weights(), seeds))
 
 
-def identity(pairs: PairSet) -> str:
+def identity(pairs: TrainingPairs) -> str:
     """A fingerprint of a set of pairs."""
+    if isinstance(pairs, Joined):
+        return fingerprint([identity(pairs.first), identity(pairs.second)])
+    assert isinstance(pairs, PairSet)
     return fingerprint([pairs.table.manifest.fingerprint, pairs.rows.tolist()])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.contrastive import Contrastive
 from influencespace.core.metrics import bootstrap_means, interval, mean_recall_by_image, retrieval_ranks
+from influencespace.data.joined import TrainingPairs
 from influencespace.data.pair_set import PairSet
 from influencespace.models.training import HeadsConfig
 from influencespace.stages.proxies.target import TargetHalves
@@ -101,9 +102,9 @@ def judged(
 
 
 def retrain(
-    pool: PairSet, weight: FloatArray, config: HeadsConfig, seed: int, target: PairSet, test: PairSet
+    pool: TrainingPairs, weight: FloatArray, config: HeadsConfig, seed: int, target: PairSet, test: PairSet
 ) -> dict[str, Any]:
-    """A proxy of the pool by weight (n,), judged."""
+    """A proxy of the pool, or of other pairs, by weight (n,), judged."""
     heads = train(pool, Given(weight), config, seed).heads
 
     def embed(pairs: PairSet) -> tuple[Tensor, Tensor]:

@@ -108,33 +108,47 @@ def _points(method: Method, name: str = "") -> str:
 
 
 def weighting_findings(summary: Summary) -> list[str]:
-    """Which weights the kept pairs have, and the target losses of the trials, where there was a choice."""
+    """Which weights the kept pairs have and for how long they train, by the target losses of the trials, if any."""
     chosen = summary.get("weights") or {}
     if not chosen.get("trials"):
         return []
-    uniform, *weighted = chosen["trials"]
+    uniform = chosen["trials"][0]
+    at_first = [trial for trial in chosen["trials"] if trial["steps"] == uniform["steps"]]
+    (taken,) = (trial for trial in chosen["trials"] if trial["chosen"])
+    # weights were chosen at the steps of all methods, and then the steps
+    weighed = next(trial for trial in at_first if _same_weights(trial, taken))
     before = number(uniform["target_loss"], 3)
     if chosen["weighting"] == "uniform":
-        best = number(min(trial["target_loss"] for trial in weighted), 3)
-        return [
+        best = number(min(trial["target_loss"] for trial in at_first[1:]), 3)
+        sentences = [
             "The kept pairs have equal weights: no other weights were better after retraining "
             f"(target loss {before} with equal weights, {best} with the best others)."
         ]
-    (taken,) = (trial for trial in weighted if trial["chosen"])
-    basis = "influence"
-    if share := taken.get("clip_score_share"):
-        basis += f" and, {share:g} times as much, by the CLIP score of the pretrained encoder"
-    sentences = [
-        f"The kept pairs are weighted by {basis}, at a temperature of {chosen['temperature']:g} standard deviations: "
-        f"this gave the lowest target loss after retraining ({number(taken['target_loss'], 3)} instead of "
-        f"{before} with equal weights)."
-    ]
-    if taken.get("group_share"):
+    else:
+        basis = "influence"
+        if share := weighed.get("clip_score_share"):
+            basis += f" and, {share:g} times as much, by the CLIP score of the pretrained encoder"
+        sentences = [
+            f"The kept pairs are weighted by {basis}, at a temperature of {chosen['temperature']:g} standard deviations: "
+            f"this gave the lowest target loss after retraining ({number(weighed['target_loss'], 3)} instead of "
+            f"{before} with equal weights)."
+        ]
+    if weighed.get("group_share"):
         sentences.append(
             "The weights also serve the groups of the target with the highest loss: the loss of the worst group is "
-            f"{number(taken['worst_group_loss'], 3)} instead of {number(uniform['worst_group_loss'], 3)}."
+            f"{number(weighed['worst_group_loss'], 3)} instead of {number(uniform['worst_group_loss'], 3)}."
+        )
+    if taken["steps"] != uniform["steps"]:
+        sentences.append(
+            f"They train for {taken['steps']} steps instead of {uniform['steps']}: this lowered the target loss to "
+            f"{number(taken['target_loss'], 3)}."
         )
     return sentences
+
+
+def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    names = ("weighting", "temperature", "group_share", "clip_score_share")
+    return all(one.get(name) == other.get(name) for name in names)
 
 
 def _listed(names: Sequence[str]) -> str:

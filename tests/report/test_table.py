@@ -115,10 +115,28 @@ def test_numbers_as_people_read_them() -> None:
 
 def chosen(weighting: str, temperature: float, losses: dict[tuple[str, float], float]) -> dict[str, Any]:
     trials = [
-        {"weighting": w, "temperature": t, "target_loss": x, "chosen": (w, t) == (weighting, temperature)}
+        {
+            "weighting": w,
+            "temperature": t,
+            "steps": 100,
+            "target_loss": x,
+            "chosen": (w, t) == (weighting, temperature),
+        }
         for (w, t), x in losses.items()
     ]
     return {"weights": {"weighting": weighting, "temperature": temperature, "trials": trials}}
+
+
+def test_steps_that_were_chosen_are_reported() -> None:
+    summary = chosen("influence", 0.5, {("uniform", 1.0): 3.0, ("influence", 0.5): 2.8})
+    trials = summary["weights"]["trials"]
+    trials[1]["chosen"] = False
+    trials += [trials[1] | {"steps": 50, "target_loss": 2.9}]
+    trials += [trials[1] | {"steps": 200, "target_loss": 2.5, "chosen": True}]
+    weights, steps = weighting_findings(summary)
+    assert "2.800 instead of 3.000" in weights
+    assert "for 200 steps instead of 100" in steps
+    assert "2.500" in steps
 
 
 def test_the_weighting_is_reported_with_the_losses_of_its_trials() -> None:

@@ -29,12 +29,14 @@ from influencespace.stages.selection.pair_evidence import PairEvidence
 from influencespace.stages.selection.weighting import (
     CLIP_SCORE_SHARES,
     GROUP_SHARES,
+    LONGER,
     SEEDS,
     TEMPERATURES,
+    Trial,
     candidates,
     choose_weighting,
     chosen,
-    trial_name,
+    with_chosen,
 )
 
 AUTO = SelectionConfig(weighting="auto")
@@ -157,20 +159,26 @@ def test_weights_follow_what_serves_the_groups(truth: Run) -> None:
 def test_the_choice_is_the_fairest_of_the_trials(truth: Run, tmp_path: Path) -> None:
     evidence = PairEvidence(folder=truth.at("selection"))
     workers = Workers(engine=LocalEngine(), folder=tmp_path, stage="selection")
-    decision, _, trials = choose_weighting(truth, evidence, workers)
+    choice = choose_weighting(truth, evidence, workers)
     choices, worst = candidates(AUTO, names_groups=True), evidence.worst_group
-    assert len(trials) == 1 + (len(CLIP_SCORE_SHARES) + len(GROUP_SHARES)) * len(TEMPERATURES)
+    weighted = (len(CLIP_SCORE_SHARES) + len(GROUP_SHARES)) * len(TEMPERATURES)
+    assert len(choice.trials) == 1 + weighted + len(LONGER)
+    decision, steps = choice.decision, truth.manifest("proxies").details["steps"]
+
+    def of_choice(one: SelectionConfig) -> Trial:
+        return Trial(decision=evidence.decision(one), steps=steps)
 
     def mean_over_seeds(one: SelectionConfig, of_group: bool) -> np.ndarray:
-        records = [Proxy(tmp_path, trial_name(one, seed)).record for seed in SEEDS]
+        records = [Proxy(tmp_path, of_choice(one).name(seed)).record for seed in SEEDS]
         return np.mean([r["by_group"][worst] if of_group else r["target_loss"] for r in records if r], 0)
 
     whole, worst_off = (np.stack([mean_over_seeds(one, of) for one in choices]) for of in (False, True))
     best = fairest_candidate(whole, worst_off)
     assert decision.rule.config == choices[best]
-    assert [trial["chosen"] for trial in trials] == [one == best for one in range(len(choices))]
+    assert all(with_chosen(AUTO, trial) == choices[best] for trial in choice.trials if trial["chosen"])
+    assert [trial["steps"] for trial in choice.trials[len(choices) :]] == [steps // 2, 2 * steps]
     details = truth.manifest("selection").details
-    assert details["trials"] == trials
+    assert details["trials"] == choice.trials
     assert details | chosen(decision.rule.config) == details
 
 

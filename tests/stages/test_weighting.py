@@ -17,6 +17,7 @@ from influencespace.run import Run, Workers
 from influencespace.stages.proxies.proxy import Proxy
 from influencespace.stages.proxies.target import TargetHalves, choosing_terms, losses_by_fold
 from influencespace.stages.proxies.train_many import Given, train
+from influencespace.stages.rivals.sources import source_of
 from influencespace.stages.scoring.sampling import save_rows
 from influencespace.stages.selection.evidence import Evidence
 from influencespace.stages.selection.exchangeability import CompareWithPool, warning
@@ -25,12 +26,13 @@ from influencespace.stages.selection.weighting import (
     CHOSEN,
     CLIP_SCORE_SHARES,
     FOLDS,
+    LONGER,
     SEEDS,
     TEMPERATURES,
+    Trial,
     candidates,
     choose_weighting,
     chosen,
-    trial_name,
     with_chosen,
 )
 
@@ -98,23 +100,31 @@ def test_a_target_that_was_set_apart_counts_as_known_better(truth: Run, tmp_path
 
 
 def test_the_choice_is_that_of_the_ray_free_loop(truth: Run, tmp_path: Path) -> None:
+    """Of weights at the proxies' steps, and then of steps."""
     run = carry_beside(truth, tmp_path, "selection", fairness="off")
     config, halves = run.config.proxy.train, TargetHalves(run.target, run.seed)
-    choices = candidates(AUTO)
+    choices, steps = candidates(AUTO), run.manifest("proxies").details["steps"]
 
-    def losses(choice: SelectionConfig) -> np.ndarray:
+    def losses(choice: SelectionConfig, steps: int) -> np.ndarray:
         weight = PairEvidence(folder=run.at("selection")).decide(choice).weight
-        runs = [train(run.pool, Given(weight), config, seed).heads for seed in SEEDS]
+        of_steps = replace(config, steps=steps)
+        runs = [train(run.pool, Given(weight), of_steps, seed).heads for seed in SEEDS]
         return np.mean([losses_by_fold(halves, *choosing_terms(h, halves, config), FOLDS) for h in runs], 0)
 
-    expected = np.stack([losses(choice) for choice in choices])
-    best = choices[best_candidate(expected)]
+    weighed = np.stack([losses(choice, steps) for choice in choices])
+    best = best_candidate(weighed)
+    longer = [round(part * steps) for part in LONGER]
+    expected = np.concatenate([weighed, np.stack([losses(choices[best], each) for each in longer])])
+    at_best = [best, *range(len(choices), len(expected))]
+    last = at_best[best_candidate(expected[at_best])]
     details = run.manifest("selection").details
-    assert {name: details[name] for name in CHOSEN} == chosen(best)
-    np.testing.assert_allclose(
-        [trial["target_loss"] for trial in details["trials"]], expected.mean(1), rtol=1e-6
-    )
-    assert [trial["chosen"] for trial in details["trials"]] == [choice == best for choice in choices]
+    assert {name: details[name] for name in CHOSEN} == chosen(choices[best])
+    trials = details["trials"]
+    np.testing.assert_allclose([trial["target_loss"] for trial in trials], expected.mean(1), rtol=1e-6)
+    assert [trial["steps"] for trial in trials] == [steps] * len(choices) + longer
+    assert [trial["chosen"] for trial in trials] == [one == last for one in range(len(trials))]
+    assert details["steps"] == trials[last]["steps"]
+    assert source_of(run, "curated").steps == details["steps"]
 
 
 def test_what_was_chosen_can_be_reported_and_taken_up_again() -> None:
@@ -127,14 +137,18 @@ def test_a_fixed_choice_trains_nothing(truth: Run, tmp_path: Path, weighting: st
     run = carry_beside(truth, tmp_path, "selection", weighting=weighting)
     details = run.manifest("selection").details
     assert (details["weighting"], details["trials"]) == (weighting, [])
+    assert details["steps"] == truth.manifest("proxies").details["steps"]
 
 
 def test_finished_trials_are_not_trained_again(truth: Run, tmp_path: Path) -> None:
     evidence = PairEvidence(folder=truth.at("selection"))
     workers = Workers(engine=LocalEngine(), folder=tmp_path, stage="selection")
     first = choose_weighting(truth, evidence, workers)
-    choices = candidates(AUTO, names_groups=True)
-    names = {trial_name(choice, seed) for choice in choices for seed in SEEDS}
+    assert len(first.trials) == len(candidates(AUTO, names_groups=True)) + len(LONGER)
+    trials = [
+        Trial(decision=evidence.decision(with_chosen(AUTO, one)), steps=one["steps"]) for one in first.trials
+    ]
+    names = {trial.name(seed) for trial in trials for seed in SEEDS}
     assert {path.stem for path in tmp_path.glob("*.safetensors")} == names
     lost, *kept = (Proxy(tmp_path, name).path for name in sorted(names))
     before = [path.stat().st_mtime_ns for path in kept]

@@ -28,8 +28,8 @@ def source_of(run: Run, method: str) -> Source:
         return Source(weights=Uniform(), steps=steps, kept_fraction=1.0)
     if method in (CURATED, DYNAMIC):
         decided = Column(run.at("selection") / "curated.parquet", "weight")
-        kept: float = run.manifest("selection").details["kept_fraction"]
-        return Source(weights=decided, steps=steps, kept_fraction=kept)
+        selected = run.manifest("selection").details
+        return Source(weights=decided, steps=selected["steps"], kept_fraction=selected["kept_fraction"])
     choice = run.manifest("rivals").details["choices"].get(method, {"steps": steps})
     if plain(method) in SETS:
         pairs, weights = training_set(run, plain(method), whole=True)

@@ -27,11 +27,10 @@ from influencespace.stages.rivals.ranking import (
     find,
 )
 from influencespace.stages.rivals.sets import training_set
-from influencespace.stages.selection.weighting import SEEDS
+from influencespace.stages.selection.weighting import LONGER, SEEDS
 
 FRACTIONS = (0.5, 0.7, 0.9)
 TEMPERATURES = (1.0, 0.5)  # beside equal weights
-LONGER = (0.5, 2.0)  # parts of the proxies' steps, beside all
 LONGER_SETS = (0.125, 0.25, 0.5, 2.0)  # of sets, whose steps are all that there is to choose
 
 

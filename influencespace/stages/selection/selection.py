@@ -136,7 +136,7 @@ class Selection(Stage):
     """Turns scores into curated.parquet, strata.parquet and evidence.parquet."""
 
     name = "selection"
-    version = 5
+    version = 6
     needs = ("proxies", "redundancy", "influence", "fairness")
 
     def settings(self, config: Any) -> tuple[SelectionConfig, int]:
@@ -144,7 +144,8 @@ class Selection(Stage):
 
     def work(self, run: Run, workers: Workers) -> Details:
         evidence, folder = write_evidence(run, workers), workers.folder
-        decision, found, trials = choose_weighting(run, evidence, workers)
+        choice = choose_weighting(run, evidence, workers)
+        decision, found = choice.decision, choice.exchangeability
         seen, everything = run.manifest("influence").rows_out, run.first.manifest("proxies").rows_out
         passes = RangePasses(workers)
         strata = ReadDecided(decision, run.at("influence") / "strata.parquet")
@@ -160,7 +161,7 @@ class Selection(Stage):
         workers.table("curated", CuratedRange(round=this, decision=decision), everything, RANGE)
         reasons = passes.fold(CountReasons(), ReadTable(folder / "curated.parquet", ("reason",)), everything)
         details |= {"reasons": dict(sorted(reasons.items())), "kept_fraction": reasons[KEPT] / everything}
-        details |= chosen(decision.rule.config) | {"trials": trials}
+        details |= chosen(decision.rule.config) | {"steps": choice.steps, "trials": choice.trials}
         details["exchangeability"] = asdict(found) | {"known_better": found.known_better}
         details["warnings"] += [warning(found)] if found.known_better else []
         return Details(rows_in=everything, rows_out=everything, details=details)

@@ -1,11 +1,12 @@
-"""Choosing weights: whether influence weights help is asked of real retraining, on the half of the target for model choices."""
+"""Choosing weights and steps: what helps is asked of real retraining, on the half of the target for model choices."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from influencespace.core.arrays import FloatArray
 from influencespace.core.exchangeable import Exchangeability
 from influencespace.core.select import SelectionConfig, best_candidate, fairest_candidate
 from influencespace.models.heads import Heads
@@ -17,13 +18,15 @@ from influencespace.stages.proxies.train_many import Training, train_many
 from influencespace.stages.selection.exchangeability import CompareWithPool
 from influencespace.stages.selection.pair_evidence import Decision, PairEvidence
 
-# Halved from one standard deviation of influence; colder ones leave too few pairs.
-TEMPERATURES = (1.0, 0.5, 0.25)
+# In standard deviations of influence; colder ones leave too few pairs.
+TEMPERATURES = (1.0, 0.5)
 # Of the given encoder's CLIP score, beside 1 for influence: what pairs do to a proxy of all pairs influence shows, what
 # they would do to one of chosen pairs only in part.
 CLIP_SCORE_SHARES = (0.0, 0.5)
 # Of influence on groups that are worse off, beside 1 for the whole target: it is the stronger where a group is rare.
 GROUP_SHARES = (0.15, 0.3)
+# Parts of the proxies' steps, beside all of them: chosen pairs are fewer, and cleaner ones bear more passes.
+LONGER = (0.5, 2.0)
 FOLDS = 20  # of the target's images, over which the gain must be significant
 SEEDS = (101, 102)  # not those of the retraining that judges
 CHOSEN = ("weighting", "temperature", "group_share", "clip_score_share")
@@ -80,17 +83,100 @@ class LossByFold:
         return {"target_loss": losses_by_fold(self.halves, rows, losses, FOLDS), "by_group": by_group}
 
 
-def trial_name(config: SelectionConfig, seed: int) -> str:
-    """Of a trial's file, which is no part of the artifact."""
-    weighting, *numbers = chosen(config).values()
-    return "-".join([".trial", weighting, *(f"{number:g}" for number in numbers), str(seed)])
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A decision, trained for so many steps."""
+
+    decision: Decision
+    steps: int
+
+    @property
+    def config(self) -> SelectionConfig:
+        return self.decision.rule.config
+
+    def name(self, seed: int) -> str:
+        """Of its file, which is no part of the artifact."""
+        weighting, *numbers = chosen(self.config).values()
+        parts = [".trial", weighting, *(f"{number:g}" for number in numbers), str(self.steps), str(seed)]
+        return "-".join(parts)
 
 
-def choose_weighting(
-    run: Run, evidence: PairEvidence, workers: Workers
-) -> tuple[Decision, Exchangeability, list[dict[str, Any]]]:
-    """The decision that retraining likes best, what was found of the target, and the trials; nothing is trained where the config
-    leaves no choice."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the trials came to: means over seeds, by fold of the target's images."""
+
+    trials: tuple[Trial, ...] = ()
+    losses: tuple[FloatArray, ...] = ()
+    """Of the target (folds,)."""
+    by_group: tuple[tuple[FloatArray, ...], ...] = ()
+    """Of each of its groups (its folds,)."""
+
+    def best(self, worst: int | None) -> int:
+        """The trial that is liked best, for a group that is worst off where that is asked for."""
+        losses = np.array(self.losses)
+        if worst is None or not self.by_group[0]:
+            return best_candidate(losses)
+        return fairest_candidate(losses, np.array([groups[worst] for groups in self.by_group]))
+
+    def joined(self, other: "Outcome") -> "Outcome":
+        return Outcome(
+            trials=self.trials + other.trials,
+            losses=self.losses + other.losses,
+            by_group=self.by_group + other.by_group,
+        )
+
+    def table(self, best: int) -> list[dict[str, Any]]:
+        """One row for each trial."""
+        return [
+            {
+                **chosen(trial.config),
+                "steps": trial.steps,
+                "target_loss": float(self.losses[i].mean()),
+                "worst_group_loss": max((float(group.mean()) for group in self.by_group[i]), default=None),
+                "chosen": i == best,
+            }
+            for i, trial in enumerate(self.trials)
+        ]
+
+
+def retrained(run: Run, trials: Sequence[Trial], workers: Workers) -> Outcome:
+    """Train each trial with each seed."""
+    config = run.config.proxy.train
+    measure = LossByFold(TargetHalves(run.target, run.seed), config)
+    trainings = [
+        Training(name=trial.name(seed), weights=trial.decision, seed=seed, steps=trial.steps, measure=measure)
+        for trial in trials
+        for seed in SEEDS
+    ]
+    records = train_many(run.pool, config, trainings, workers, label="weighting")
+    by_trial = [records[i : i + len(SEEDS)] for i in range(0, len(records), len(SEEDS))]
+
+    def mean(values: Sequence[Sequence[float]]) -> FloatArray:
+        result: FloatArray = np.array(values).mean(0)
+        return result
+
+    return Outcome(
+        trials=tuple(trials),
+        losses=tuple(mean([one["target_loss"] for one in seeds]) for seeds in by_trial),
+        by_group=tuple(
+            tuple(map(mean, zip(*(one["by_group"] for one in seeds), strict=True))) for seeds in by_trial
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the selection comes to."""
+
+    decision: Decision
+    steps: int
+    """That the curated pairs are trained for."""
+    exchangeability: Exchangeability
+    trials: list[dict[str, Any]]
+
+
+def choose_weighting(run: Run, evidence: PairEvidence, workers: Workers) -> Choice:
+    """The decision that retraining likes best, and then the steps; nothing is trained where the config leaves no choice."""
     worst = evidence.worst_group
     passes = RangePasses(workers)
 
@@ -101,39 +187,22 @@ def choose_weighting(
     first = decide(candidates(run.config.selection)[0])
     found = workers.once(CompareWithPool(run=run, decision=first))
     choices = candidates(run.config.selection, worst is not None, found.known_better)
-    decisions = [first, *map(decide, choices[1:])]
+    steps: int = run.manifest("proxies").details["steps"]
     if len(choices) == 1:
-        return first, found, []
-    proxy, steps = run.config.proxy, run.manifest("proxies").details["steps"]
-    trainings = [
-        Training(
-            name=trial_name(choice, seed),
-            weights=decision,
-            seed=seed,
-            steps=steps,
-            measure=LossByFold(TargetHalves(run.target, run.seed), proxy.train),
-        )
-        for choice, decision in zip(choices, decisions, strict=True)
-        for seed in SEEDS
-    ]
-    records = train_many(run.pool, proxy.train, trainings, workers, label="weighting")
-    by_choice = [records[i : i + len(SEEDS)] for i in range(0, len(records), len(SEEDS))]
-    losses = np.array([[trial["target_loss"] for trial in seeds] for seeds in by_choice]).mean(1)
-    groups = range(len(records[0]["by_group"])) if choices[-1].group_share else ()
-    by_group = [
-        np.array([[trial["by_group"][g] for trial in seeds] for seeds in by_choice]).mean(1) for g in groups
-    ]
-    if by_group and worst is not None:
-        best = fairest_candidate(losses, by_group[worst])
-    else:
-        best = best_candidate(losses)
-    table = [
-        {
-            **chosen(choice),
-            "target_loss": float(losses[i].mean()),
-            "worst_group_loss": max((float(group[i].mean()) for group in by_group), default=None),
-            "chosen": i == best,
-        }
-        for i, choice in enumerate(choices)
-    ]
-    return decisions[best], found, table
+        return Choice(decision=first, steps=steps, exchangeability=found, trials=[])
+    decisions = [first, *map(decide, choices[1:])]
+    outcome = retrained(run, [Trial(decision=one, steps=steps) for one in decisions], workers)
+    served = worst if choices[-1].group_share else None
+    best = outcome.best(served)
+    longer = [replace(outcome.trials[best], steps=max(1, round(part * steps))) for part in LONGER]
+    whole = outcome.joined(retrained(run, longer, workers))
+    # whom the weights serve is decided; how long they are trained is a question of the whole target
+    of_steps = [best, *range(len(decisions), len(whole.trials))]
+    last = of_steps[best_candidate(np.array([whole.losses[i] for i in of_steps]))]
+    chosen_trial = whole.trials[last]
+    return Choice(
+        decision=chosen_trial.decision,
+        steps=chosen_trial.steps,
+        exchangeability=found,
+        trials=whole.table(last),
+    )
