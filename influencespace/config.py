@@ -88,7 +88,6 @@ RENAMED = {
     "selection.floor": "selection.min_group_share",
     "selection.weights": "selection.weighting (confirmed is auto)",
     "selection.groups": "selection.fairness (confirmed is auto, ignored is off)",
-    "selection.tau_high": "selection.temperature",
 }
 """Settings of earlier versions, sections first: a setting within a renamed section is looked up by its new section."""
 

@@ -32,7 +32,7 @@ from influencespace.stages.ingest.embed import RATES, Embed
 from influencespace.stages.ingest.shards import roles_of, shards_of
 from influencespace.stages.ingest.split import Split, pair_sets
 from influencespace.stages.proxies.proxies import Proxies
-from influencespace.stages.rivals.names import list_of
+from influencespace.stages.rivals.names import DYNAMIC, list_of
 from influencespace.stages.rivals.rivals import Rivals
 from influencespace.stages.scoring.cluster import Cluster
 from influencespace.stages.scoring.curvature import Curvature
@@ -137,6 +137,13 @@ def check(config: RunConfig) -> None:
         raise InputError(
             f"selection.min_group_share = {config.selection.min_group_share:g} is a share of one round's pairs, and iterate = "
             f"{config.iterate} would prune what it left: set iterate to 1, or min_group_share to 0"
+        )
+    if DYNAMIC in config.train.methods and (
+        config.selection.unit == "cluster" or config.selection.tau_high is not None
+    ):
+        raise InputError(
+            "train.methods has dynamic, which weighs pair by pair: set selection.unit to pair and selection.tau_high to null, or "
+            "leave dynamic out"
         )
     make_estimator(config.influence.estimator, config.influence.options, config.curvature)
     for path in filter(None, map(list_of, config.train.methods)):

@@ -1,6 +1,7 @@
 """The main job's order of work, where it is not seen from outside."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,6 +9,8 @@ from influencespace import pipeline
 from influencespace.config import RunConfig, load_config
 from influencespace.data.artifacts import MANIFEST, Manifest, write_manifest
 from influencespace.engine.local import Engine, LocalEngine
+from influencespace.errors import InputError
+from influencespace.pipeline import check
 from influencespace.run import Run, Stage, stage_fingerprint
 from influencespace.stages.ingest.split import Split
 
@@ -53,3 +56,10 @@ def test_results_of_another_config_are_removed_before_the_run_begins(tmp_path: P
     pipeline.open_folder(RunConfig(seed=1), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
     assert load_config(tmp_path / "config.yaml").seed == 1
+
+
+@pytest.mark.parametrize("setting", [{"selection.unit": "cluster"}, {"selection.tau_high": 0.5}])
+def test_weights_of_clusters_do_not_change_while_training(tmp_path: Path, setting: dict[str, Any]) -> None:
+    settings = {"data.pool": "x", "embed.encoder": "x", "train.methods": ["curated", "dynamic"], **setting}
+    with pytest.raises(InputError, match="leave dynamic out"):
+        check(load_config(None, settings))

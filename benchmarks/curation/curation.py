@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from benchmarks.bench import Bench
 from benchmarks.cache import cached, code_digest
 from benchmarks.curation import retrain_eval
-from benchmarks.curation.protocol import CURATED, TARGET, TARGET_IMAGES, TEST, Turn, rotation
+from benchmarks.curation.protocol import CURATED, NOISE_SEEDS, TARGET, TARGET_IMAGES, TEST, Turn, rotation
 from benchmarks.curation.retrain_eval import Retrained, together
 from benchmarks.data.corruptions import CLEAN
 from benchmarks.data.datasets import ENGINE, Dataset, with_rows
@@ -301,10 +301,13 @@ def identity(pairs: TrainingPairs) -> str:
     return fingerprint([pairs.table.manifest.fingerprint, pairs.rows.tolist()])
 
 
-def rotated(bench: Bench, setting: Setting, kind: type[C], **options: Any) -> list[C]:
+def rotated(
+    bench: Bench, setting: Setting, kind: type[C], noise_seeds: Sequence[int] = NOISE_SEEDS, **options: Any
+) -> list[C]:
     """The curation in every turn of the rotation."""
     dataset = Dataset.of(bench)
-    return [kind(dataset, replace(setting, turn=turn), **options) for turn in rotation(bench)]
+    turns = rotation(bench, noise_seeds)
+    return [kind(dataset, replace(setting, turn=turn), **options) for turn in turns]
 
 
 def by_fold(curations: Iterable[C]) -> list[list[C]]:

@@ -4,6 +4,7 @@ Roles rotate over the images of one pool, by a hash of their content: each image
 the target and the test set are exchangeable, to each other and to the encoder. Nothing is chosen on test images.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +46,7 @@ class Turn:
         return by_pair
 
 
-def rotation(bench: Bench) -> list[Turn]:
+def rotation(bench: Bench, noise_seeds: Sequence[int] = NOISE_SEEDS) -> list[Turn]:
     """Every fold with every seed of noise; one turn in a quick run."""
-    turns = [Turn(fold=fold, noise=noise) for fold in range(FOLDS) for noise in NOISE_SEEDS]
+    turns = [Turn(fold=fold, noise=noise) for fold in range(FOLDS) for noise in noise_seeds]
     return bench.pick(turns, turns[:1])

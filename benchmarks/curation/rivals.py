@@ -1,4 +1,4 @@
-"""Every rival beside ours, with the same help, in every turn of the rotation.
+"""Every rival beside ours, with the same help, in every fold of the rotation.
 
 `curated` is ours at the default settings; a rival ranks pairs in its place and keeps as many. `NAME_validated` has fraction,
 weights and steps chosen by at most seven retrainings of two seeds on one half of the target, as `curated_validated` has by
@@ -25,7 +25,10 @@ from influencespace.stages.rivals.names import METHODS, SUFFIX
 from influencespace.stages.rivals.sources import Source, source_of
 from influencespace.stages.selection.weighting import LONGER, SEEDS
 
-BENCHMARK = Benchmark(data="flickr8k", seeds=(0,))  # turns are repeats enough
+BENCHMARK = Benchmark(data="flickr8k", seeds=(0, 1))
+STEPS = 100  # of which retraining may choose half or twice as many
+NOISE = (1,)
+"""Seeds of what is corrupted: each turn costs some 250 trainings."""
 OURS, OURS_VALIDATED = "curated", f"curated{SUFFIX}"
 EVERYTHING, ORACLE = "everything", "oracle"
 RIVALS = tuple(name for name in METHODS if name not in (OURS, EVERYTHING))
@@ -95,7 +98,8 @@ class RivalCuration(Curation):
 
 def curations(bench: Bench, part: str) -> list[RivalCuration]:
     """A part's scenario in every turn."""
-    return rotated(bench, scenario_setting(bench, SCENARIOS[part]), RivalCuration)
+    setting = replace(scenario_setting(bench, SCENARIOS[part]), steps=bench.pick(STEPS, 20))
+    return rotated(bench, setting, RivalCuration, noise_seeds=NOISE)
 
 
 def judge(bench: Bench, part: str) -> None:

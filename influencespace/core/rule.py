@@ -121,7 +121,10 @@ class Rule:
 
     def utility(self, pairs: Pairs) -> FloatArray:
         """What weights follow (n,)."""
-        return pairs.predicted / ((self.unit or 1.0) * self.config.temperature)
+        influence = pairs.predicted / (self.unit or 1.0)
+        if self.config.tau_high is not None:
+            influence = np.maximum(influence - self.config.tau_high, 0.0)
+        return influence / self.config.temperature
 
     def kept_utility(self, pairs: Pairs) -> FloatArray:
         """Of the kept pairs."""

@@ -25,8 +25,14 @@ KEPT, HARMFUL, OVER_SIZE, REDUNDANT = "kept", "harmful", "over target size", "re
 class SelectionConfig:
     """How scores become a subset. Scores are proportional to the fall of the target loss: higher is more worth keeping."""
 
+    unit: Literal["pair", "cluster"] = "pair"
+    """What is judged: each pair by what its axes say of its influence, or each cluster by the mean influence of its pairs, which
+    then leave or stay together. Of clusters, neither the CLIP score nor groups have a say."""
     tau_low: float = Field(default=0.0, allow_inf_nan=False)
     """Prune pooled influence below this, as a multiple of the standard deviation of single influences."""
+    tau_high: float | None = Field(default=None, allow_inf_nan=False)
+    """`influence` weights follow only the part of influence that is above this, by the same standard deviation: what lies below
+    counts alike. None: they follow all of it."""
     margin_se: float = Field(default=0.75, ge=0)
     """Standard errors by which pooled influence is below `tau_low` where a pair is pruned for itself: without any, pools with few
     wrong pairs lose too many right ones (docs/benchmarks.md)."""
@@ -42,8 +48,9 @@ class SelectionConfig:
     size say. A group is what the data's `group` says; pairs without any are one group."""
     weighting: Literal["uniform", "influence", "auto"] = "uniform"
     """`uniform`: kept pairs count alike. `influence`: entropy-regularised weights of mean 1. `auto`: what real retraining
-    likes best on the choosing half of the target, such weights at one of some temperatures or uniform ones. Not the default:
-    weights that were confirmed on a target whose pictures the encoder knows were worth nothing on other pictures."""
+    likes best on the choosing half of the target, such weights at one of some temperatures or uniform ones, and the steps that
+    `curated` trains for. Not the default: weights that were confirmed on a target whose pictures the encoder knows were worth
+    nothing on other pictures."""
     fairness: Literal["auto", "off"] = "auto"
     """`auto`: where the target names groups, weights are chosen that surely help the one that is worst off and leave the
     target as a whole no worse than uniform weights, if there are such; `off`: by the whole. Needs `weighting: auto`."""
@@ -63,9 +70,18 @@ class SelectionConfig:
     def _off_is_a_word(cls, value: object) -> object:
         return "off" if value is False else value  # as YAML reads it
 
+    def __post_init__(self) -> None:
+        for name in ("clip_score_share", "group_share"):
+            if self.unit == "cluster" and getattr(self, name):
+                raise ValueError(
+                    f"{name} = {getattr(self, name):g} is for pairs: set it to 0, or unit to pair"
+                )
+
     @property
     def serves_groups(self) -> bool:
         """Whether the decision may serve groups that are worse off."""
+        if self.unit == "cluster":
+            return False
         asked = self.weighting == "influence" and self.group_share > 0
         return asked or self.weighting == self.fairness == "auto"
 

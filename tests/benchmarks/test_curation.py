@@ -17,6 +17,7 @@ from benchmarks.curation.protocol import CURATED, FOLDS, NOISE_SEEDS, SPARE, TAR
 from benchmarks.curation.quality import wrong
 from benchmarks.curation.rare_group import RARE, RareGroup
 from benchmarks.curation.retrain_eval import Retrained, mean_of, together
+from benchmarks.curation.rivals import RivalCuration
 from benchmarks.curation.scenario_curation import ScenarioCuration
 from benchmarks.data import scenario_pools
 from benchmarks.data.datasets import Dataset
@@ -25,6 +26,8 @@ from benchmarks.methods.seed_baseline import SETTINGS, SeedCuration
 from influencespace.config import as_tree, load_config
 from influencespace.models.encoders import load_encoder
 from influencespace.stages.ingest.split import SplitConfig
+from influencespace.stages.rivals.names import METHODS
+from influencespace.stages.selection.weighting import SEEDS
 
 SETTING = wrong(0.3, captions=2, steps=8)
 CLEAN_POOL = wrong(0.0, captions=2, steps=8)
@@ -137,6 +140,30 @@ def test_the_rare_group_is_thinned_and_named(dataset: Dataset, monkeypatch: pyte
     assert curation.rare_images.shape == np.unique(curation.test.image).shape
     assert "curated, groups ignored" in curation.weights()
     assert curation.by_method((0,))["kept"]["everything, not thinned"] == 1
+
+
+@pytest.mark.slow
+def test_rivals_are_judged_beside_ours(dataset: Dataset) -> None:
+    curation = RivalCuration(dataset, SETTING, SMALL)
+    result = curation.judge_methods((0,))
+    named = {"curated", "curated_validated", "oracle", "oracle_validated", "everything_validated"}
+    assert result["shares"].keys() == {*METHODS, *named}
+    images = len(np.unique(curation.test.image))
+    assert {len(shares[0]) for shares in result["shares"].values()} == {images}
+    kept, steps = result["kept"], result["steps"]
+    assert kept["clip_score"] == pytest.approx(kept["curated"], abs=1 / len(curation.pool))
+    assert kept["oracle"] == pytest.approx((~curation.wrong).mean())
+    assert {steps[name] for name in ("curated", "oracle", "clip_score")} == {SETTING.steps}
+    tried = {
+        s: np.mean(
+            [
+                curation.outcome(replace(curation.source("oracle"), steps=s), seed)["choosing_loss"]
+                for seed in SEEDS
+            ]
+        )
+        for s in (4, 8, 16)
+    }
+    assert steps["oracle_validated"] == min(tried, key=lambda s: tried[s])
 
 
 def test_dynamic_training_is_judged(dataset: Dataset) -> None:

@@ -273,6 +273,27 @@ def test_utilities_far_apart_have_weights(cap: float) -> None:
     assert (np.diff(weight) <= 0).all()
 
 
+@given(tau_high=st.floats(-1, 3), temperature=st.floats(0.2, 3))
+def test_weights_follow_what_is_above_tau_high(tau_high: float, temperature: float) -> None:
+    score = np.linspace(0, 2, 40)
+    config = SelectionConfig(
+        weighting="influence", tau_high=tau_high, temperature=temperature, max_weight=1e6, margin_se=0
+    )
+    weight = select(score, np.zeros(40), 0.5, score, config).weight
+    above = score / 0.5 > tau_high
+    np.testing.assert_allclose(weight[~above], weight.min())
+    followed = np.maximum(score / 0.5 - tau_high, 0) / temperature
+    np.testing.assert_allclose(np.log(weight / weight[0]), followed - followed[0], atol=1e-9)
+    assert weight.mean() == pytest.approx(1)
+
+
+def test_clusters_are_not_weighed_by_what_is_of_pairs() -> None:
+    for name in ("clip_score_share", "group_share"):
+        with pytest.raises(ValueError, match=f"{name} = 0.5 is for pairs: set it to 0, or unit to pair"):
+            SelectionConfig(unit="cluster", **{name: 0.5})
+    assert not SelectionConfig(unit="cluster", weighting="auto").serves_groups
+
+
 def test_a_high_temperature_is_uniform() -> None:
     score = np.linspace(0, 2, 9)
     subset = select(score, score, 1.0, score, SelectionConfig(weighting="influence", temperature=1e9))

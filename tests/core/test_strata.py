@@ -198,6 +198,32 @@ def test_a_cluster_without_scored_pairs_has_the_curve_with_the_uncertainty_of_bo
     np.testing.assert_allclose(pooled.se[1] ** 2, pooled.shrinkage + np.diag(pooled.parent.covariance))
 
 
+def test_a_clusters_influence_is_the_mean_of_its_pairs() -> None:
+    """Of its pairs' strata, by whatever of it each quantile has."""
+    values, cluster, quantile, truth = planted(departure=2.0, noise=0.05, each=50)
+    pooled = strata.pool(values, cluster, quantile, 3, 6)
+    share = np.random.default_rng(0).integers(1, 9, (3, 6)).astype(float)
+    mean, se = strata.cluster_means(pooled, share, np.zeros(6))
+    expected = np.average(pooled.mean, weights=share, axis=1)
+    np.testing.assert_allclose(mean, expected)
+    np.testing.assert_allclose(mean, np.average(truth, weights=share, axis=1), atol=0.05)
+    assert (se > 0).all()
+    _, wider = strata.cluster_means(pooled, share, np.full(6, 0.25))
+    even = (
+        share / share.sum(1, keepdims=True)
+    ) ** 0  # what quantiles have in common does not cancel within a cluster
+    np.testing.assert_allclose(wider**2 - se**2, (even * 0.25).mean(1))
+
+
+def test_a_cluster_without_scored_pairs_is_like_the_others_and_less_certain() -> None:
+    values, cluster, quantile, _ = planted(departure=1.0, noise=0.1, each=20)
+    pooled = strata.pool(values, cluster, quantile, 4, 6)
+    share = np.vstack([np.ones((3, 6)), np.zeros(6)])
+    mean, se = strata.cluster_means(pooled, share, np.zeros(6))
+    assert mean[3] == pytest.approx(pooled.parent.mean.mean())
+    assert se[3] > se[:3].max()
+
+
 def test_one_cluster_is_the_smoothed_curve() -> None:
     values, _, quantile, _ = planted(departure=1.0, noise=1.0, each=20)
     pooled = strata.pool(values, np.zeros(len(values), np.int64), quantile, 1, 6)

@@ -109,8 +109,11 @@ def whole(pairs: Pairs, unit: float, config: SelectionConfig) -> Subset:
             f"more; {size}lower tau_low ({config.tau_low})"
         )
     weight = np.zeros(len(score))
+    followed = predicted[kept] / (unit or 1.0)
+    if config.tau_high is not None:
+        followed = np.maximum(followed - config.tau_high, 0)
     weight[kept] = (
-        capped_weights(predicted[kept] / ((unit or 1.0) * config.temperature), config.max_weight)
+        capped_weights(followed / config.temperature, config.max_weight)
         if config.weighting == "influence"
         else 1.0
     )

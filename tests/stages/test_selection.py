@@ -143,6 +143,7 @@ def test_the_wrong_captions_are_removed(truth: Run, world: World) -> None:
         {"weighting": "uniform", "conservative": True},
         {"weighting": "uniform", "target_size": 0.5},
         {"weighting": "influence", "temperature": 0.5, "max_weight": 2.0},
+        {"unit": "cluster", "weighting": "influence", "target_size": 0.5, "tau_low": -1.0, "tau_high": 0.0},
     ],
 )
 def test_written_evidence_gives_the_stages_decision(
@@ -157,6 +158,44 @@ def test_written_evidence_gives_the_stages_decision(
     if "target_size" in settings:
         assert subset.kept.sum() == len(truth.pool) // 2
         assert OVER_SIZE in subset.reason
+
+
+def test_clusters_leave_whole_and_the_lowest_first(truth: Run) -> None:
+    pairs, evidence = PairEvidence(folder=truth.at("selection")), Evidence.of(truth)
+    cluster = columns(truth, "influence/strata", "cluster")["cluster"]
+    copies = columns(truth, "redundancy/copies", "leader")["leader"] != np.arange(len(truth.pool))
+    influence, _ = evidence.of_clusters
+    unit, order = evidence.unit, np.unique(influence[np.unique(cluster)])
+    between = float((order[0] + order[1]) / 2)
+    sharp = {"margin_se": 0.0, "max_false_discovery": 0.0}
+    subset = pairs.decide(SelectionConfig(unit="cluster", tau_low=between / unit, **sharp))
+    lowest = influence[cluster] == order[0]
+    np.testing.assert_array_equal(subset.reason == HARMFUL, lowest)
+    np.testing.assert_array_equal(subset.kept, ~lowest & ~copies)
+    sized = pairs.decide(SelectionConfig(unit="cluster", tau_low=-1e9, target_size=0.5, **sharp))
+    over = influence[cluster][sized.reason == OVER_SIZE]
+    assert sized.kept.sum() == len(truth.pool) // 2
+    assert over.max() <= influence[cluster][sized.kept].min()
+    config = SelectionConfig(
+        unit="cluster", tau_low=-1e9, tau_high=between / unit, weighting="influence", **sharp
+    )
+    weighed = pairs.decide(config)
+    by_cluster = [np.unique(weighed.weight[weighed.kept & (cluster == one)]) for one in np.unique(cluster)]
+    assert all(len(one) <= 1 for one in by_cluster)
+    followed = np.maximum(influence[cluster] / unit - between / unit, 0)[weighed.kept]
+    free = weighed.weight[weighed.kept] < config.max_weight
+    logs = np.log(weighed.weight[weighed.kept])
+    np.testing.assert_allclose((logs - logs[0])[free], (followed - followed[0])[free], atol=1e-9)
+
+
+def test_the_influence_of_a_cluster_is_the_mean_of_its_pairs_strata(truth: Run) -> None:
+    evidence = Evidence.of(truth)
+    strata = evidence.sample  # every pair is scored here
+    of_pairs = evidence.pooled.mean[strata["cluster"], strata["quantile"]]
+    found, se = evidence.of_clusters
+    for cluster in np.unique(strata["cluster"]):
+        assert found[cluster] == pytest.approx(of_pairs[strata["cluster"] == cluster].mean())
+    assert (se > 0).all()
 
 
 def test_the_threshold_is_in_standard_deviations_of_single_influences(truth: Run) -> None:
@@ -247,6 +286,13 @@ def test_kept_rows_are_the_pool_of_a_next_round(
 DECISIONS = {
     "auto": {},
     "sized": {"selection.weighting": "influence", "selection.target_size": 0.6, "selection.temperature": 0.5},
+    "clusters": {
+        "selection.unit": "cluster",
+        "selection.weighting": "influence",
+        "selection.target_size": 0.6,
+        "selection.tau_high": 0.0,
+        "selection.temperature": 0.1,
+    },
     "floors": {"selection.weighting": "uniform", "selection.tau_low": 0.5, "selection.min_group_share": 0.4},
 }
 

@@ -14,6 +14,7 @@ from influencespace.core.arrays import FloatArray
 from influencespace.core.caption_control import CaptionControl, caption_control
 from influencespace.core.strata import (
     Pooled,
+    cluster_means,
     means_by,
     pool,
     quantile_bounds,
@@ -102,6 +103,14 @@ class Evidence:
         return pool(
             self.influence["influence"], strata["cluster"], strata["quantile"], self.clusters, self.quantiles
         )
+
+    @cached_property
+    def of_clusters(self) -> tuple[FloatArray, FloatArray]:
+        """Mean influence of each cluster's pairs and its standard error: two (C,)."""
+        strata, shape = self.sample, (self.clusters, self.quantiles)
+        share = np.zeros(shape)
+        np.add.at(share, (strata["cluster"], strata["quantile"]), self.stands_for)
+        return cluster_means(self.pooled, share, self.common_variance)
 
     @cached_property
     def common_variance(self) -> FloatArray:

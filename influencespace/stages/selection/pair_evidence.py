@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from influencespace.core.arrays import FloatArray
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.histogram import Moments, Passes, carried_out
 from influencespace.core.redundancy import joint_mean
 from influencespace.core.rule import Pairs, Rule, find_rule
@@ -21,11 +21,14 @@ from influencespace.run import Run, Workers
 from influencespace.stages.passes import RANGE, RangePasses, Read, looped
 from influencespace.stages.selection.evidence import CarriedOver, Evidence
 
-EVIDENCE = ("score", "score_se", "predicted", "pretrained", "for_groups", "copy", "further", "image", "group")
+EVIDENCE = (
+    *("score", "score_se", "predicted", "pretrained", "for_groups", "copy", "further", "image", "group"),
+    "cluster",
+)
 """Columns of evidence.parquet, a row for each pair of the pool: pooled influence and its standard error, copies judged
 together; influence predicted from all that is known; the given encoder's CLIP score; influence on groups that are worse off;
 whether it is a copy of another pair; its place 0, 1, .. by predicted influence among the pairs of its image, copies aside;
-image and group numbers."""
+numbers of image, group and cluster."""
 FILE = "evidence.parquet"
 ALONE, JOINT, FURTHER = ".alone", ".copies", ".images"  # tables that only serve this one
 
@@ -59,6 +62,8 @@ class PairEvidence:
     def read(self, start: int, stop: int, config: SelectionConfig) -> Pairs:
         """What a configuration decides a range of pairs by."""
         columns = read_rows(self.folder / FILE, slice(start, stop))
+        if config.unit == "cluster":
+            columns |= self._of_clusters(columns["cluster"])
         predicted = columns["predicted"]
         if config.clip_score_share:
             spread = self.facts["predicted"], self.facts["pretrained"]
@@ -76,6 +81,11 @@ class PairEvidence:
             image=columns["image"],
             group=columns["group"],
         )
+
+    def _of_clusters(self, cluster: IntArray) -> Columns:
+        """What pairs are judged by where whole clusters are: their clusters' figures (n,)."""
+        mean, se = (np.array(self.facts["clusters"][name])[cluster] for name in ("influence", "se"))
+        return {"score": mean, "score_se": se, "predicted": mean, "further": np.zeros_like(cluster)}
 
     def reader(self, config: SelectionConfig) -> Read:
         return partial(self.read, config=config)
@@ -199,7 +209,9 @@ class EvidenceOfRange:
         for_groups = (
             read_rows(groups, rows, "influence")["influence"] if is_file(groups) else np.zeros(stop - start)
         )
-        strata = read_rows(self.run.at("influence") / "strata.parquet", rows, "pretrained", "group")
+        strata = read_rows(
+            self.run.at("influence") / "strata.parquet", rows, "pretrained", "group", "cluster"
+        )
         values = (
             *(scores["score"], scores["score_se"]),
             read_rows(self.folder / f"{ALONE}.parquet", rows, "predicted")["predicted"],
@@ -207,6 +219,7 @@ class EvidenceOfRange:
             read_rows(self.folder / f"{FURTHER}.parquet", rows)["further"],
             self.run.pool.read(rows, "image")["image"].astype(np.int64),
             strata["group"],
+            strata["cluster"],
         )
         return dict(zip(EVIDENCE, values, strict=True))
 
@@ -237,8 +250,9 @@ def write_evidence(run: Run, workers: Workers) -> PairEvidence:
     """Pool the evidence and carry it over to every pair, once for all decisions that are tried; writes evidence.parquet."""
     folder, evidence = workers.folder, Evidence.of(run)
     copies = run.at("redundancy") / "copies.parquet"
-    carried_over, unit, rows = workers.once(partial(_fit, evidence))
-    workers.table(ALONE, Alone(evidence.folder, carried_over), rows, RANGE, label="score")
+    fitted = workers.once(partial(Fitted.of, evidence))
+    rows = fitted.rows
+    workers.table(ALONE, Alone(evidence.folder, fitted.carried_over), rows, RANGE, label="score")
     counts, joint = run.manifest("redundancy").details, ALONE
     if counts["exact_copies"] + counts["near_copies"]:
         joint = JOINT
@@ -247,19 +261,42 @@ def write_evidence(run: Run, workers: Workers) -> PairEvidence:
     workers.table("evidence", EvidenceOfRange(run, folder, copies, joint), rows, RANGE, label="evidence")
     read = ReadTable(folder / FILE, ("predicted", "pretrained"))
     spreads = RangePasses(workers).fold(Spreads(), read, rows)
-    workers.once(partial(_write_facts, run, folder, unit, spreads))
+    workers.once(partial(_write_facts, run, folder, fitted, spreads))
     return PairEvidence(folder=folder)
 
 
-def _fit(evidence: Evidence) -> tuple[CarriedOver, float, int]:
-    return evidence.carried_over, evidence.unit, evidence.pairs
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What the scored sample says of all pairs."""
+
+    carried_over: CarriedOver
+    unit: float
+    clusters: dict[str, list[float]]
+    """Influence of each cluster and its standard error."""
+    rows: int
+
+    @classmethod
+    def of(cls, evidence: Evidence) -> "Fitted":
+        influence, se = (values.tolist() for values in evidence.of_clusters)
+        return cls(
+            carried_over=evidence.carried_over,
+            unit=evidence.unit,
+            clusters={"influence": influence, "se": se},
+            rows=evidence.pairs,
+        )
 
 
-def _write_facts(run: Run, folder: Path, unit: float, spreads: tuple[Moments, Moments]) -> None:
+def _write_facts(run: Run, folder: Path, fitted: Fitted, spreads: tuple[Moments, Moments]) -> None:
     worst = None
     if is_file(run.at("fairness") / "groups.parquet"):
         losses = [group["loss"] for group in run.manifest("fairness").details["groups"]]
         worst = int(np.argmax(losses))
     predicted, pretrained = map(vars, spreads)
-    facts = {"unit": unit, "worst_group": worst, "predicted": predicted, "pretrained": pretrained}
+    facts = {
+        "unit": fitted.unit,
+        "worst_group": worst,
+        "predicted": predicted,
+        "pretrained": pretrained,
+        "clusters": fitted.clusters,
+    }
     write_json(folder / "evidence.json", facts)

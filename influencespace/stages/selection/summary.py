@@ -138,12 +138,13 @@ class Summarise:
 def rule_of(config: SelectionConfig) -> str:
     """What makes a pair harmful, for the report."""
     threshold = f"{config.tau_low:g} SD" if config.tau_low else "0"
+    T = "T" if config.unit == "pair" else "T of the cluster"
     if config.conservative:
-        return f"upper bound of T < {threshold}"
+        return f"upper bound of {T} < {threshold}"
     expected = (
         f"at most {100 * config.max_false_discovery:g} % of such pairs are expected to be above {threshold}"
     )
-    more = f", or T < {threshold} as long as {expected}"
-    return f"T + {config.margin_se:g} SE < {threshold}" + (
+    more = f", or {T} < {threshold} as long as {expected}"
+    return f"{T} + {config.margin_se:g} SE < {threshold}" + (
         more if config.max_false_discovery and config.margin_se else ""
     )

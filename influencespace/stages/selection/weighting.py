@@ -38,13 +38,13 @@ def candidates(
 ) -> list[SelectionConfig]:
     """The decisions to choose from, uniform weights first, and those that serve groups last.
 
-    None follows the encoder's opinion where the encoder knows the target better than the pool.
+    None follows the encoder's opinion where the encoder knows the target better than the pool, nor where clusters are judged.
     """
     if config.weighting != "auto":
         return [config]
-    clip_scores = (0.0,) if known_better else CLIP_SCORE_SHARES
+    clip_scores = (0.0,) if known_better or config.unit == "cluster" else CLIP_SCORE_SHARES
     shares = [(0.0, clip_score) for clip_score in clip_scores]
-    if names_groups and config.fairness == "auto":
+    if names_groups and config.serves_groups:
         shares += [(group, clip_scores[-1]) for group in GROUP_SHARES]
     weighted = [
         replace(

@@ -72,7 +72,7 @@ class TrainConfig:
 
 
 class Train(Stage):
-    """Retrains by every method with every seed, for equally many steps unless they were validated; writes one file for each."""
+    """Retrains by every method with every seed, for equally many steps unless retraining chose them; writes one file for each."""
 
     name = "train"
     version = 3
