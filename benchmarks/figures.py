@@ -12,6 +12,7 @@ LABELS = {
     "oracle": "only the right pairs (oracle)",
     "clip_score": "CLIP score, pretrained encoder",
     "proxy_clip_score": "CLIP score, proxy",
+    "proxy_neg_clip_loss": "negCLIPLoss, proxy",
     "neg_clip_loss": "negCLIPLoss",
 }
 WEIGHTS = {0.0: RED, 0.5: AMBER, 2.0: GREEN}  # colour of each weight of a stratum

@@ -27,9 +27,12 @@ from influencespace.data.buckets import Columns, read_columns
 from influencespace.data.joined import Joined, TrainingPairs
 from influencespace.data.pair_set import PairSet
 from influencespace.estimators.filters import random_score
+from influencespace.models.encoders import logit_scale
 from influencespace.pipeline import STAGES
 from influencespace.run import Run, carry_out, stage_fingerprint
 from influencespace.stages.ingest.split import DrawSplit, SplitConfig
+from influencespace.stages.proxies.target import TargetHalves
+from influencespace.stages.rivals.scores import DrawBank, Scores
 from influencespace.stages.selection.evidence import Evidence
 from influencespace.stages.selection.pair_evidence import PairEvidence
 from influencespace.stages.selection.weighting import with_chosen
@@ -237,13 +240,30 @@ class Curation:
         """A result of this curation, computed once."""
         return cached(self.dataset.cache, [what, self.key], make)
 
+    @cached_property
+    def neg_clip_loss(self) -> FloatArray:
+        """By the given encoder, at its own temperature, as a run's rival of that name is (n,)."""
+        scores = Scores(
+            names=("neg_clip_loss",),
+            pool=self.pool,
+            target=self.target,
+            halves=TargetHalves(self.target, 0),
+            bank=DrawBank(pool=self.pool, seed=0)(),
+            scale=logit_scale(self.dataset.encoder),
+            tuned=None,
+        )
+        columns = scores(0, len(self.pool))
+        score: FloatArray = columns["neg_clip_loss"]
+        return score
+
     def filters(self, keep: int) -> dict[str, FloatArray]:
         """Weights (n,) of `keep` pairs by chance and by simple filters."""
         scores = {
             "random": random_score([str(uid) for uid in self.pool.column("uid")]),
             "clip_score": self.pool.clip_score,
             "proxy_clip_score": self.quality["clip_in"],
-            "neg_clip_loss": self.quality["neg_clip_in"],
+            "neg_clip_loss": self.neg_clip_loss,
+            "proxy_neg_clip_loss": self.quality["neg_clip_in"],
         }
         return {name: top_fraction(score, keep).astype(np.float64) for name, score in scores.items()}
 

@@ -50,7 +50,7 @@ def recall(bench: Bench) -> None:
     result, captions = retrained(curations, bench.seeds), curations[0].scenario.captions
     for name in result.shares:
         bench.row(**result.row(name))
-    for name in ("clip_score", "proxy_clip_score"):
+    for name in ("clip_score", "neg_clip_loss"):
         what = f"mean recall of curated minus {name} at the true fraction, 30% wrong, {captions} captions"
         bench.target(what, wanted.not_significantly_below(0), *result.compared(name))
 

@@ -145,7 +145,7 @@ def size(share: float, bench: Bench) -> None:
     rules: dict[str, Callable[[], BoolArray | FloatArray]] = {
         "curated": lambda: curation.decide(target_size=share).kept,
         "everything": lambda: np.ones(len(pool), bool),
-        **{name: partial(filters.__getitem__, name) for name in ("random", "clip_score", "proxy_clip_score")},
+        **{name: partial(filters.__getitem__, name) for name in ("random", "clip_score", "neg_clip_loss")},
         "quality": by_score(quality),
         "predicted influence": by_score(curation.evidence.carried_over(strata)["predicted"]),
         # the best caption of every image before any second one

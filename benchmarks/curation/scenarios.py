@@ -23,7 +23,7 @@ from benchmarks.data.scenario_pools import SCENARIOS
 from benchmarks.methods.seed_baseline import seed_baseline
 
 BENCHMARK = Benchmark(data="flickr8k")
-FILTERS = ("clip_score", "early_clip_score", "proxy_clip_score", "neg_clip_loss")
+FILTERS = ("clip_score", "early_clip_score", "proxy_clip_score", "neg_clip_loss", "proxy_neg_clip_loss")
 LED = ("hard wrong", "boilerplate", "irrelevant", "blurred", "web", *UNFORESEEN)
 """Where the best of the simple filters is to be beaten significantly."""
 QUICKER = ("wrong 30", "web")

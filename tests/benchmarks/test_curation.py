@@ -98,6 +98,8 @@ def test_a_curation_is_carried_out_once_and_its_variants_share_its_stages(datase
     assert curation.decide(target_size=0.5).kept.tolist() == other.decide().kept.tolist()
     weights = curation.weights()
     assert weights["clip_score"].sum() == weights["random"].sum() == (~curation.wrong).sum()
+    assert weights["neg_clip_loss"].sum() == weights["proxy_neg_clip_loss"].sum() == (~curation.wrong).sum()
+    assert np.corrcoef(curation.neg_clip_loss, curation.pool.clip_score)[0, 1] > 0.3
     found = curation.by_method((0,))
     assert {len(shares[0]) for shares in found["shares"].values()} == {len(np.unique(curation.test.image))}
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from influencespace import pipeline
+from influencespace import cli, pipeline
 from influencespace.config import load_config
 from influencespace.data.synthetic import WorldConfig, write_world
 from influencespace.engine.local import LocalEngine
@@ -68,6 +68,24 @@ def influencespace(environment: dict[str, str]) -> Command:
             timeout=timeout,
             check=False,
         )
+
+    return command
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The same in this process, for what is refused before anything begins: a process of its own takes seconds to import."""
+    monkeypatch.setattr(cli, "end_on_sigterm", lambda: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = list(map(str, arguments))
+        monkeypatch.setattr(sys, "argv", ["influencespace", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(words, ended.value.code, said.out, said.err)
 
     return command
 

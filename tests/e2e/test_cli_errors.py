@@ -54,31 +54,29 @@ def bert(tmp_path: Path) -> Path:
     return tmp_path / "bert"
 
 
-def test_a_wrong_path_is_named(influencespace: Command, bert: Path, tmp_path: Path) -> None:
+def test_a_wrong_path_is_named(refused: Command, bert: Path, tmp_path: Path) -> None:
     path = tmp_path / "nowhere.tar"
-    done = influencespace("run", "--data", path, "--encoder", bert, "--out", tmp_path / "run")
+    done = refused("run", "--data", path, "--encoder", bert, "--out", tmp_path / "run")
     assert f"{path}: no such file or folder" in error_of(done)
 
 
-def test_a_glob_that_finds_nothing_is_named(influencespace: Command, bert: Path, shard: Path) -> None:
+def test_a_glob_that_finds_nothing_is_named(refused: Command, bert: Path, shard: Path) -> None:
     glob = shard.parent / "*.parquet"
-    done = influencespace("run", "--data", glob, "--encoder", bert, "--out", shard.parent.parent / "run")
+    done = refused("run", "--data", glob, "--encoder", bert, "--out", shard.parent.parent / "run")
     assert f"{glob}: no .tar, .parquet, .json file there" in error_of(done)
 
 
-def test_an_encoder_that_is_no_dual_encoder_is_named(
-    influencespace: Command, bert: Path, shard: Path
-) -> None:
-    done = influencespace("run", "--data", shard, "--encoder", bert, "--out", shard.parent / "run")
+def test_an_encoder_that_is_no_dual_encoder_is_named(refused: Command, bert: Path, shard: Path) -> None:
+    done = refused("run", "--data", shard, "--encoder", bert, "--out", shard.parent / "run")
     line = error_of(done)
     assert f"encoder '{bert}' is a 'bert' model, not a dual encoder" in line
     assert "clip" in line
 
 
-def test_a_config_with_a_typo_names_the_near_key(influencespace: Command, tmp_path: Path) -> None:
+def test_a_config_with_a_typo_names_the_near_key(refused: Command, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("data: {pool: shards}\nclutser: {k: 4}\n")
-    assert "did you mean cluster?" in error_of(influencespace("run", path, "--out", tmp_path / "run"))
+    assert "did you mean cluster?" in error_of(refused("run", path, "--out", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -90,22 +88,22 @@ def test_a_config_with_a_typo_names_the_near_key(influencespace: Command, tmp_pa
     ],
 )
 def test_a_setting_that_cannot_be_is_named(
-    influencespace: Command, tmp_path: Path, setting: str, reason: str
+    refused: Command, tmp_path: Path, setting: str, reason: str
 ) -> None:
-    done = influencespace("run", "--data", "x", "--set", setting, "--out", tmp_path / "run")
+    done = refused("run", "--data", "x", "--set", setting, "--out", tmp_path / "run")
     assert reason in error_of(done)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_needs_data(influencespace: Command, tmp_path: Path) -> None:
-    assert "no data was given: use --data" in error_of(influencespace("run", "--out", tmp_path / "run"))
+def test_a_run_needs_data(refused: Command, tmp_path: Path) -> None:
+    assert "no data was given: use --data" in error_of(refused("run", "--out", tmp_path / "run"))
 
 
 def test_a_group_share_over_several_rounds_is_refused(
-    influencespace: Command, shard: Path, bert: Path, tmp_path: Path
+    refused: Command, shard: Path, bert: Path, tmp_path: Path
 ) -> None:
     settings = ("--set", "selection.min_group_share=0.5", "--set", "iterate=3")
-    done = influencespace("run", "--data", shard, "--encoder", bert, "--out", tmp_path / "run", *settings)
+    done = refused("run", "--data", shard, "--encoder", bert, "--out", tmp_path / "run", *settings)
     assert "set iterate to 1, or min_group_share to 0" in error_of(done)
 
 
@@ -120,18 +118,18 @@ def test_a_group_share_over_several_rounds_is_refused(
     ids=lambda arguments: arguments[0],
 )
 def test_a_page_is_no_folder_to_write_into(
-    influencespace: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+    refused: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    line = error_of(influencespace(*arguments, "--out", "https://host/folder"))
+    line = error_of(refused(*arguments, "--out", "https://host/folder"))
     reason = "the demo is small" if arguments[0] == "demo" else "no run and no export can be there"
     assert line.startswith(f"error: --out https://host/folder: {reason}")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["show", "score", "clean"])
-def test_a_run_is_not_looked_for_behind_a_page(influencespace: Command, command: str) -> None:
-    assert "no run and no export can be there" in error_of(influencespace(command, "https://host/run"))
+def test_a_run_is_not_looked_for_behind_a_page(refused: Command, command: str) -> None:
+    assert "no run and no export can be there" in error_of(refused(command, "https://host/run"))
 
 
 QUICK = """
@@ -163,30 +161,28 @@ def test_help_and_wrong_flags_import_no_library(
     assert "Error" not in done.stderr
 
 
-def test_a_run_needs_a_folder(influencespace: Command) -> None:
-    assert "Missing option '--out'" in error_of(influencespace("run", "--data", "x", "--encoder", "y"))
+def test_a_run_needs_a_folder(refused: Command) -> None:
+    assert "Missing option '--out'" in error_of(refused("run", "--data", "x", "--encoder", "y"))
 
 
-def test_an_unfinished_run_has_nothing_to_show_or_export(influencespace: Command, tmp_path: Path) -> None:
+def test_an_unfinished_run_has_nothing_to_show_or_export(refused: Command, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 0\n")
-    line = error_of(influencespace("show", tmp_path))
+    line = error_of(refused("show", tmp_path))
     assert f"{tmp_path} holds no finished run" in line
     assert "finished by the command that began it" in line
-    done = influencespace("export", tmp_path, "--to", "npy", "--out", tmp_path / "out")
+    done = refused("export", tmp_path, "--to", "npy", "--out", tmp_path / "out")
     assert str(tmp_path) in error_of(done)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unfinished_run_has_nothing_to_score_detect_or_trace(
-    influencespace: Command, tmp_path: Path
-) -> None:
+def test_an_unfinished_run_has_nothing_to_score_detect_or_trace(refused: Command, tmp_path: Path) -> None:
     for command in ("score", "detect"):
-        assert f"{tmp_path} holds no finished run" in error_of(influencespace(command, tmp_path))
-    assert "holds no finished run" in error_of(influencespace("trace", tmp_path, "--uid", "x"))
+        assert f"{tmp_path} holds no finished run" in error_of(refused(command, tmp_path))
+    assert "holds no finished run" in error_of(refused("trace", tmp_path, "--uid", "x"))
 
 
-def test_an_unknown_export_format_names_the_known_ones(influencespace: Command, tmp_path: Path) -> None:
-    line = error_of(influencespace("export", tmp_path, "--to", "zip", "--out", tmp_path / "out"))
+def test_an_unknown_export_format_names_the_known_ones(refused: Command, tmp_path: Path) -> None:
+    line = error_of(refused("export", tmp_path, "--to", "zip", "--out", tmp_path / "out"))
     for name in ("zip", "npy", "webdataset", "parquet"):
         assert name in line
 
