@@ -159,7 +159,9 @@ class TestAgainstARealRun:
         assert toy.pairs == made.cost("proxies").pairs
         assert "toy" in printed(made)
 
-    def test_imported_embeddings_are_sliced_too(self, world: Path, tmp_path: Path) -> None:
+    def test_imported_embeddings_are_sliced_too(
+        self, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         generator = np.random.default_rng(0)
         vectors = [list(row) for row in generator.normal(size=(400, 64)).astype(np.float32)]
         columns = {"uid": [f"{i:032x}" for i in range(400)], "caption": [f"number {i}" for i in range(400)]}
@@ -168,6 +170,8 @@ class TestAgainstARealRun:
         config = config_of(world, "target", "test", **{"data.embeddings": str(tmp_path / "own.parquet")})
         made = plan(config, 200, LocalEngine(), tmp_path / "run")
         assert (made.sizes["pool"].pairs, made.measured, made.embedded) == (400, 200, 0)
+        first, *_ = capsys.readouterr().err.splitlines()
+        assert first.startswith("plan: all stages are carried out on slices of 100 and 200 of 400 pairs")
         assert all(cost.seconds is not None for cost in made.costs)
 
     def test_embeddings_without_target_need_no_picture_and_no_encoder(self, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class Rule:
     """All that a decision takes from the pool as a whole."""
 
     config: SelectionConfig
-    unit: float
+    deviation: float
     """Standard deviation of single influences, in which thresholds are given."""
     sure: Cut = NOTHING
     """Of certainty: the pairs below the threshold that are more certain than this leave."""
@@ -68,7 +68,7 @@ class Rule:
 
     def excess(self, pairs: Pairs) -> FloatArray:
         """Pooled influence above the threshold (n,)."""
-        return pairs.score - self.config.tau_low * self.unit
+        return pairs.score - self.config.tau_low * self.deviation
 
     def certainty(self, pairs: Pairs) -> FloatArray:
         """Standard errors by which pairs are above the threshold (n,)."""
@@ -121,7 +121,7 @@ class Rule:
 
     def utility(self, pairs: Pairs) -> FloatArray:
         """What weights follow (n,)."""
-        influence = pairs.predicted / (self.unit or 1.0)
+        influence = pairs.predicted / (self.deviation or 1.0)
         if self.config.tau_high is not None:
             influence = np.maximum(influence - self.config.tau_high, 0.0)
         return influence / self.config.temperature
@@ -148,7 +148,7 @@ class Rule:
         return weight
 
 
-def find_rule(config: SelectionConfig, unit: float, rows: int) -> Passes:
+def find_rule(config: SelectionConfig, deviation: float, rows: int) -> Passes:
     """The Rule for a pool of so many rows, whose ranges are `Pairs`.
 
     Harmful pairs and copies leave; a target size is met by dropping the least of what is left; each group gets back what its
@@ -156,7 +156,7 @@ def find_rule(config: SelectionConfig, unit: float, rows: int) -> Passes:
     retraining to confirm any. Raises InputError when nothing would be kept, or pairs of one image only, from which no proxy can
     learn.
     """
-    rule = Rule(config=config, unit=unit)
+    rule = Rule(config=config, deviation=deviation)
     if config.max_false_discovery and not config.conservative:
         (sure,) = yield from search(rule.below, [Goal(mean=config.max_false_discovery)], rows)
         rule = replace(rule, sure=sure)

@@ -1,5 +1,6 @@
 """The plan of a run: the data are counted, what cannot fit is refused, a slice is measured and scaled."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from influencespace.planning.dataset_stats import SetSize, dataset_stats
 from influencespace.planning.forecast import UnitCosts, on_cluster
 from influencespace.planning.growth import growth_of
 from influencespace.planning.measuring import Slice, measure_slices
-from influencespace.planning.slice_config import Sliced
+from influencespace.planning.slice_config import Sliced, smaller
 from influencespace.planning.slices import Slicer
 from influencespace.run import Run, Stage
 
@@ -100,6 +101,11 @@ def plan(
         most = whole if config.data.embeddings is None else there["pool"].pairs
         limit = min(limit or usual_limit(whole), most)
         sliced = Sliced(config=config, limit=limit, whole=whole, workers=engine.cores)
+        print(
+            f"plan: all stages are carried out on slices of {smaller(limit):,} and {limit:,} of {whole:,} pairs, to measure them",
+            file=sys.stderr,
+            flush=True,
+        )
         pairs_there = {role: size.pairs for role, size in there.items()}
         few, many = measure_slices(Slicer(sliced=sliced), pairs_there, existing(folder), engine, stages)
         made = _measured(made, Slices(few, many, sliced), once=[str(stage.name) for stage in before])

@@ -165,10 +165,10 @@ def test_clusters_leave_whole_and_the_lowest_first(truth: Run) -> None:
     cluster = columns(truth, "influence/strata", "cluster")["cluster"]
     copies = columns(truth, "redundancy/copies", "leader")["leader"] != np.arange(len(truth.pool))
     influence, _ = evidence.of_clusters
-    unit, order = evidence.unit, np.unique(influence[np.unique(cluster)])
+    deviation, order = evidence.deviation, np.unique(influence[np.unique(cluster)])
     between = float((order[0] + order[1]) / 2)
     sharp = {"margin_se": 0.0, "max_false_discovery": 0.0}
-    subset = pairs.decide(SelectionConfig(unit="cluster", tau_low=between / unit, **sharp))
+    subset = pairs.decide(SelectionConfig(unit="cluster", tau_low=between / deviation, **sharp))
     lowest = influence[cluster] == order[0]
     np.testing.assert_array_equal(subset.reason == HARMFUL, lowest)
     np.testing.assert_array_equal(subset.kept, ~lowest & ~copies)
@@ -177,12 +177,12 @@ def test_clusters_leave_whole_and_the_lowest_first(truth: Run) -> None:
     assert sized.kept.sum() == len(truth.pool) // 2
     assert over.max() <= influence[cluster][sized.kept].min()
     config = SelectionConfig(
-        unit="cluster", tau_low=-1e9, tau_high=between / unit, weighting="influence", **sharp
+        unit="cluster", tau_low=-1e9, tau_high=between / deviation, weighting="influence", **sharp
     )
     weighed = pairs.decide(config)
     by_cluster = [np.unique(weighed.weight[weighed.kept & (cluster == one)]) for one in np.unique(cluster)]
     assert all(len(one) <= 1 for one in by_cluster)
-    followed = np.maximum(influence[cluster] / unit - between / unit, 0)[weighed.kept]
+    followed = np.maximum(influence[cluster] / deviation - between / deviation, 0)[weighed.kept]
     free = weighed.weight[weighed.kept] < config.max_weight
     logs = np.log(weighed.weight[weighed.kept])
     np.testing.assert_allclose((logs - logs[0])[free], (followed - followed[0])[free], atol=1e-9)
@@ -202,7 +202,7 @@ def test_the_threshold_is_in_standard_deviations_of_single_influences(truth: Run
     evidence, pairs = Evidence.of(truth), PairEvidence(folder=truth.at("selection"))
     score, se = joint_scores(truth)
     spread = evidence.influence["influence"].std()  # all pairs are scored here
-    assert pairs.unit == evidence.unit == pytest.approx(spread)
+    assert pairs.deviation == evidence.deviation == pytest.approx(spread)
     for margin in (0.0, 1.0):
         subset = pairs.decide(SelectionConfig(tau_low=0.3, margin_se=margin, max_false_discovery=0))
         np.testing.assert_array_equal(subset.kept, score + margin * se >= 0.3 * spread)
@@ -236,7 +236,7 @@ def test_that_standard_deviation_is_the_pools_however_unevenly_strata_were_sampl
         sum(size * (values**power).mean() for size, values in inside) / len(quantile) for power in (1, 2)
     )
     assert some.sum() < len(quantile)
-    assert Evidence(tmp_path).unit == pytest.approx(np.sqrt(second - first**2))
+    assert Evidence(tmp_path).deviation == pytest.approx(np.sqrt(second - first**2))
 
 
 def test_one_scored_pair_has_no_spread_to_converge_by(truth: Run, tmp_path: Path) -> None:

@@ -171,4 +171,4 @@ def test_the_clip_score_counts_as_much_as_is_asked(truth: Run) -> None:
     wanted = predicted + 0.5 * predicted.std() * (given - given.mean()) / given.std()
     kept = subset.kept & (subset.weight < AUTO.max_weight)
     slope, _ = np.polyfit(wanted[kept], np.log(subset.weight[kept]), 1)
-    assert slope * evidence.unit == pytest.approx(1, abs=1e-6)
+    assert slope * evidence.deviation == pytest.approx(1, abs=1e-6)

@@ -93,7 +93,7 @@ class Evidence:
         return scored
 
     @cached_property
-    def unit(self) -> float:
+    def deviation(self) -> float:
         """Standard deviation of single balanced influences over the pool: what thresholds are given in."""
         return weighted_deviation(self.influence["influence"], self.stands_for)
 

@@ -49,9 +49,9 @@ class PairEvidence:
         return table_rows(self.folder / FILE)
 
     @property
-    def unit(self) -> float:
+    def deviation(self) -> float:
         """Standard deviation of single balanced influences over the pool: what thresholds are given in."""
-        return float(self.facts["unit"])
+        return float(self.facts["deviation"])
 
     @property
     def worst_group(self) -> int | None:
@@ -92,7 +92,7 @@ class PairEvidence:
 
     def passes(self, config: SelectionConfig) -> Passes:
         """Give the rule of a configuration."""
-        return find_rule(config, self.unit, self.rows)
+        return find_rule(config, self.deviation, self.rows)
 
     def decision(self, config: SelectionConfig) -> "Decision":
         """What a configuration makes of it, by passes in one process: for trials."""
@@ -270,7 +270,7 @@ class Fitted:
     """What the scored sample says of all pairs."""
 
     carried_over: CarriedOver
-    unit: float
+    deviation: float
     clusters: dict[str, list[float]]
     """Influence of each cluster and its standard error."""
     rows: int
@@ -280,7 +280,7 @@ class Fitted:
         influence, se = (values.tolist() for values in evidence.of_clusters)
         return cls(
             carried_over=evidence.carried_over,
-            unit=evidence.unit,
+            deviation=evidence.deviation,
             clusters={"influence": influence, "se": se},
             rows=evidence.pairs,
         )
@@ -293,7 +293,7 @@ def _write_facts(run: Run, folder: Path, fitted: Fitted, spreads: tuple[Moments,
         worst = int(np.argmax(losses))
     predicted, pretrained = map(vars, spreads)
     facts = {
-        "unit": fitted.unit,
+        "deviation": fitted.deviation,
         "worst_group": worst,
         "predicted": predicted,
         "pretrained": pretrained,

@@ -109,8 +109,8 @@ class Summarise:
         return {
             "rule": rule_of(rule.config),
             "margin": margin_that_held(self.nearest, rule.config),
-            "threshold": rule.config.tau_low * evidence.unit,
-            "unit": evidence.unit,
+            "threshold": rule.config.tau_low * evidence.deviation,
+            "deviation": evidence.deviation,
             "clusters": evidence.clusters,
             "quantiles": evidence.quantiles,
             "scored": len(evidence.influence["pair"]),
