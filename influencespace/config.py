@@ -88,6 +88,7 @@ RENAMED = {
     "selection.floor": "selection.min_group_share",
     "selection.weights": "selection.weighting (confirmed is auto)",
     "selection.groups": "selection.fairness (confirmed is auto, ignored is off)",
+    "curate.tau_high": "selection.temperature",  # what is called so now is a threshold
 }
 """Settings of earlier versions, sections first: a setting within a renamed section is looked up by its new section."""
 
@@ -138,6 +139,8 @@ def _unknown(names: list[str], value: Any) -> str:
 def _renamed(key: str) -> str | None:
     """The name that a setting of an earlier version has now, or None where it had none."""
     section, dot, rest = key.partition(".")
+    if key in RENAMED:
+        return RENAMED[key]
     if section == "target":
         return RENAMED["target"]
     now = RENAMED.get(section, section) + dot + rest

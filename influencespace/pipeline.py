@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from influencespace.config import RunConfig, as_tree, load_config, save_config
+from influencespace.core.select import CHOSEN
 from influencespace.data.artifacts import Manifest, copy_file, installed_versions, write_json
 from influencespace.data.embeddings import rejected_reasons
 from influencespace.data.integrity import is_done
@@ -41,7 +42,6 @@ from influencespace.stages.scoring.influence import Influence
 from influencespace.stages.scoring.scoring import make_estimator
 from influencespace.stages.selection.redundancy import Redundancy
 from influencespace.stages.selection.selection import KeptRows, Selection
-from influencespace.stages.selection.weighting import CHOSEN
 from influencespace.stages.training.evaluate import Evaluate
 from influencespace.stages.training.train import Train
 
@@ -221,7 +221,7 @@ def summarise(
         "target_loss": evaluated["target_loss"],
         "kept_fraction": selected["kept_fraction"],
         "reasons": selected["reasons"],
-        "weights": {key: selected[key] for key in (*CHOSEN, "steps", "trials")},
+        "weights": {key: selected[key] for key in (*CHOSEN, "trials")},
         "rows": split.details["rows"],
         "rejected": {name.removeprefix("embed/"): manifest.rejected for name, manifest in roles.items()},
         "rejected_reasons": most_frequent,

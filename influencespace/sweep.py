@@ -114,7 +114,7 @@ class Retraining:
 
     def _measure(self, weights: Weights, seed: int) -> dict[str, float]:
         steps = self.run.manifest("proxies").details["steps"]
-        config = replace(self.run.config.proxy.train, steps=steps)
+        config = replace(self.run.config.proxy.train, steps=self.selection.steps(steps))
         heads = train(self.run.pool, weights, config, seed).heads
         recall = mean_recall(heads, self.run.target, self._halves.choosing)
         return {LOSS: choosing_loss(heads, self._halves, config), MEAN_RECALL: recall}

@@ -41,6 +41,7 @@ def test_the_prototypes_settings_are_read() -> None:
         -0.001,
         5,
     )
+    assert (config.selection.unit, config.selection.tau_high) == ("cluster", 0.01)
     assert config.proxy.first_steps(51_200) == 10 * 100
 
 
@@ -174,7 +175,7 @@ class TestRefusals:
             *(("student.most_doublings", "proxy.max_doublings"), ("student.seed", "seed")),
             *(("attribute.first_look", "influence.max_samples"), ("curate.tau_low", "selection.tau_low")),
             *(("attribute.quantiles", "influence.quantiles"), ("target.folds", "curvature.target_folds")),
-            *(("curate.tau_high", "selection.tau_high"), ("curate.weights", "selection.weighting")),
+            *(("curate.tau_high", "selection.temperature"), ("curate.weights", "selection.weighting")),
         ],
     )
     def test_an_old_key_is_refused_by_its_new_name(self, tmp_path: Path, old: str, new: str) -> None:

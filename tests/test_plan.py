@@ -171,7 +171,9 @@ class TestAgainstARealRun:
         made = plan(config, 200, LocalEngine(), tmp_path / "run")
         assert (made.sizes["pool"].pairs, made.measured, made.embedded) == (400, 200, 0)
         first, *_ = capsys.readouterr().err.splitlines()
-        assert first.startswith("plan: all stages are carried out on slices of 100 and 200 of 400 pairs")
+        assert first.startswith(
+            "plan: all stages after embedding are carried out on slices of 100 and 200 of 400 pairs"
+        )
         assert all(cost.seconds is not None for cost in made.costs)
 
     def test_embeddings_without_target_need_no_picture_and_no_encoder(self, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
+CHOSEN = ("weighting", "temperature", "group_share", "clip_score_share", "steps_factor")
+"""Settings that retraining may choose in place of the config."""
 KEPT, HARMFUL, OVER_SIZE, REDUNDANT = "kept", "harmful", "over target size", "redundant"
 
 
@@ -27,7 +29,8 @@ class SelectionConfig:
 
     unit: Literal["pair", "cluster"] = "pair"
     """What is judged: each pair by what its axes say of its influence, or each cluster by the mean influence of its pairs, which
-    then leave or stay together. Of clusters, neither the CLIP score nor groups have a say."""
+    then leave or stay together. Of clusters, neither the CLIP score, nor groups, nor how many captions an image has, have a say.
+    Multiples of a standard deviation are then of that of the clusters' means."""
     tau_low: float = Field(default=0.0, allow_inf_nan=False)
     """Prune pooled influence below this, as a multiple of the standard deviation of single influences."""
     tau_high: float | None = Field(default=None, allow_inf_nan=False)
@@ -48,8 +51,8 @@ class SelectionConfig:
     size say. A group is what the data's `group` says; pairs without any are one group."""
     weighting: Literal["uniform", "influence", "auto"] = "uniform"
     """`uniform`: kept pairs count alike. `influence`: entropy-regularised weights of mean 1. `auto`: what real retraining
-    likes best on the choosing half of the target, such weights at one of some temperatures or uniform ones, and the steps that
-    `curated` trains for. Not the default: weights that were confirmed on a target whose pictures the encoder knows were worth
+    likes best on the choosing half of the target, such weights at one of some temperatures or uniform ones, and then the
+    steps. Not the default: weights that were confirmed on a target whose pictures the encoder knows were worth
     nothing on other pictures."""
     fairness: Literal["auto", "off"] = "auto"
     """`auto`: where the target names groups, weights are chosen that surely help the one that is worst off and leave the
@@ -64,6 +67,8 @@ class SelectionConfig:
     """Temperature of `influence` weights in standard deviations: larger is nearer to uniform. `auto` finds its own."""
     max_weight: float = Field(default=5.0, ge=1)
     """Cap of a weight."""
+    steps_factor: float = Field(default=1.0, gt=0)
+    """Steps that `curated` and `dynamic` train for, as a multiple of the proxies'; `auto` finds its own."""
 
     @field_validator("fairness", mode="before")
     @classmethod
@@ -71,7 +76,7 @@ class SelectionConfig:
         return "off" if value is False else value  # as YAML reads it
 
     def __post_init__(self) -> None:
-        for name in ("clip_score_share", "group_share"):
+        for name in ("clip_score_share", "group_share", "min_group_share"):
             if self.unit == "cluster" and getattr(self, name):
                 raise ValueError(
                     f"{name} = {getattr(self, name):g} is for pairs: set it to 0, or unit to pair"
@@ -84,6 +89,10 @@ class SelectionConfig:
             return False
         asked = self.weighting == "influence" and self.group_share > 0
         return asked or self.weighting == self.fairness == "auto"
+
+    def steps(self, of_proxies: int) -> int:
+        """That `curated` trains for, where the proxies train for so many."""
+        return max(1, round(self.steps_factor * of_proxies))
 
     @property
     def standard_errors(self) -> float:
@@ -187,13 +196,13 @@ def weights_along(
     """
     known = len(influence) >= 2
     additive = fit_additive(axes[rows], influence, knots, stands_for) if known else None
-    unit = (weighted_deviation(influence, stands_for) if known else 1.0) or 1.0
+    deviation = (weighted_deviation(influence, stands_for) if known else 1.0) or 1.0
     fitted = WeightsAlong(
         additive=additive,
         clip_score_share=config.clip_score_share,
         clip_score=Moments.of(clip_score),
         predicted=Moments.of(additive.predict(axes)[0]) if additive else Moments(),
-        temperature=unit * config.temperature,
+        temperature=deviation * config.temperature,
         log_factor=0.0,
         cap=config.max_weight,
     )

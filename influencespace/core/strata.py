@@ -198,15 +198,15 @@ def pool(values: FloatArray, cluster: IntArray, quantile: IntArray, clusters: in
 
 
 def cluster_means(
-    pooled: Pooled, share: FloatArray, common_variance: FloatArray
+    pooled: Pooled, count: IntArray, common_variance: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
-    """Mean influence of each cluster's pairs and its standard error, by the `share` (C, Q) of it in each quantile: two (C,).
+    """Mean influence of each cluster's pairs and its standard error, by how many pairs its strata have (C, Q): two (C,).
 
-    `common_variance` (Q,) is what all pairs of a quantile have in common beside the curve's own noise. A cluster without any
-    share is taken to be like the others.
+    `common_variance` (Q,) is what all pairs of a quantile have in common beside the curve's own noise. A cluster without pairs
+    has nan.
     """
-    known = share.sum(1, keepdims=True) > 0
-    mixture = np.where(known, share, share.sum(0)) / np.where(known, share.sum(1, keepdims=True), share.sum())
+    with np.errstate(invalid="ignore"):
+        mixture = count / count.sum(1, keepdims=True)
     of_curve = np.einsum("cq,qp,cp->c", mixture, pooled.parent.covariance, mixture)
     variance = of_curve + mixture @ common_variance + pooled.effect_variance
     return mixture @ pooled.parent.mean + pooled.effect, np.sqrt(variance)

@@ -102,7 +102,8 @@ def plan(
         limit = min(limit or usual_limit(whole), most)
         sliced = Sliced(config=config, limit=limit, whole=whole, workers=engine.cores)
         print(
-            f"plan: all stages are carried out on slices of {smaller(limit):,} and {limit:,} of {whole:,} pairs, to measure them",
+            f"plan: all stages after embedding are carried out on slices of {smaller(limit):,} and {limit:,} of {whole:,} pairs, "
+            "to measure them",
             file=sys.stderr,
             flush=True,
         )

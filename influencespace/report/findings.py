@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from influencespace.core.select import CHOSEN
 from influencespace.report.numbers import interval, is_number, number, percent, signed
 
 Summary = Mapping[str, Any]
@@ -113,7 +114,7 @@ def weighting_findings(summary: Summary) -> list[str]:
     if not chosen.get("trials"):
         return []
     uniform = chosen["trials"][0]
-    at_first = [trial for trial in chosen["trials"] if trial["steps"] == uniform["steps"]]
+    at_first = [trial for trial in chosen["trials"] if _factor(trial) == 1]
     (taken,) = (trial for trial in chosen["trials"] if trial["chosen"])
     # weights were chosen at the steps of all methods, and then the steps
     weighed = next(trial for trial in at_first if _same_weights(trial, taken))
@@ -138,17 +139,21 @@ def weighting_findings(summary: Summary) -> list[str]:
             "The weights also serve the groups of the target with the highest loss: the loss of the worst group is "
             f"{number(weighed['worst_group_loss'], 3)} instead of {number(uniform['worst_group_loss'], 3)}."
         )
-    if taken["steps"] != uniform["steps"]:
+    if _factor(taken) != 1:
         sentences.append(
-            f"They train for {taken['steps']} steps instead of {uniform['steps']}: this lowered the target loss to "
-            f"{number(taken['target_loss'], 3)}."
+            f"They train for {_factor(taken):g} times as many steps as the methods that are not validated: this lowered the "
+            f"target loss to {number(taken['target_loss'], 3)}. What that alone is worth, everything_validated shows."
         )
     return sentences
 
 
+def _factor(trial: Mapping[str, Any]) -> float:
+    factor: float = trial.get("steps_factor", 1)
+    return factor
+
+
 def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    names = ("weighting", "temperature", "group_share", "clip_score_share")
-    return all(one.get(name) == other.get(name) for name in names)
+    return all(one.get(name) == other.get(name) for name in CHOSEN if name != "steps_factor")
 
 
 def _listed(names: Sequence[str]) -> str:

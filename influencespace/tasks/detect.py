@@ -56,6 +56,11 @@ def detect_run(
     name = POOLED if stage is None else stage.name.removeprefix("scores/")
     if stage is None:
         run.summary()
+        if run.config.selection.unit == "cluster":
+            raise InputError(
+                "this run judged whole clusters (selection.unit), whose score does not say which pairs are misaligned: give "
+                "--estimator, such as ecif"
+            )
         scores = check_result(run.folder, CURATED)
     else:
         scores = score_run(run, stage, engine)[0]

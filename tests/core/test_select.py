@@ -38,7 +38,7 @@ finite = st.floats(-3, 3, allow_nan=False)
 def select(
     score: np.ndarray,
     se: np.ndarray,
-    unit: float,
+    deviation: float,
     predicted: np.ndarray,
     config: SelectionConfig,
     **known: np.ndarray,
@@ -48,7 +48,7 @@ def select(
     with pytest.MonkeyPatch.context() as patch:
         if "image" not in known:
             patch.setattr(rule, "_refuse", lambda kept, config, rows: _refuse((kept[0], 0, 1), config, rows))
-        return by_ranges(pairs, unit, config)
+        return by_ranges(pairs, deviation, config)
 
 
 def below_threshold(
@@ -69,12 +69,14 @@ def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return draw(column), np.abs(draw(column)), draw(column)
 
 
-@given(pairs=scored(), unit=st.floats(0.1, 5), tau_low=st.floats(-1, 1))
-def test_what_is_below_the_threshold_goes(pairs: tuple[np.ndarray, ...], unit: float, tau_low: float) -> None:
+@given(pairs=scored(), deviation=st.floats(0.1, 5), tau_low=st.floats(-1, 1))
+def test_what_is_below_the_threshold_goes(
+    pairs: tuple[np.ndarray, ...], deviation: float, tau_low: float
+) -> None:
     score, se, predicted = pairs
-    assume((score >= tau_low * unit).any())
-    subset = select(score, se, unit, predicted, SelectionConfig(tau_low=tau_low, margin_se=0))
-    np.testing.assert_array_equal(subset.kept, score >= tau_low * unit)
+    assume((score >= tau_low * deviation).any())
+    subset = select(score, se, deviation, predicted, SelectionConfig(tau_low=tau_low, margin_se=0))
+    np.testing.assert_array_equal(subset.kept, score >= tau_low * deviation)
     np.testing.assert_array_equal(subset.reason, np.where(subset.kept, KEPT, HARMFUL))
     np.testing.assert_array_equal(subset.weight, subset.kept.astype(float))
 
@@ -222,8 +224,8 @@ def test_weights_along_an_axis_follow_what_it_says_of_influence_in_any_unit(
     )
     predicted, _ = fit_additive(axes[rows], influence, 5, stands_for).predict(axes)
     followed = predicted + 0.3 * spread_like(other, predicted)
-    unit = np.sqrt(np.cov(influence, aweights=stands_for, bias=True))
-    np.testing.assert_allclose(weight, capped_weights(followed / unit / temperature, cap))
+    deviation = np.sqrt(np.cov(influence, aweights=stands_for, bias=True))
+    np.testing.assert_allclose(weight, capped_weights(followed / deviation / temperature, cap))
     assert weight.mean() == pytest.approx(1)
     assert weight.max() <= cap * (1 + 1e-9)
     assert weight[axes[:, 0] > 1].mean() > weight[axes[:, 0] < -1].mean()
@@ -288,7 +290,7 @@ def test_weights_follow_what_is_above_tau_high(tau_high: float, temperature: flo
 
 
 def test_clusters_are_not_weighed_by_what_is_of_pairs() -> None:
-    for name in ("clip_score_share", "group_share"):
+    for name in ("clip_score_share", "group_share", "min_group_share"):
         with pytest.raises(ValueError, match=f"{name} = 0.5 is for pairs: set it to 0, or unit to pair"):
             SelectionConfig(unit="cluster", **{name: 0.5})
     assert not SelectionConfig(unit="cluster", weighting="auto").serves_groups

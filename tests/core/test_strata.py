@@ -199,29 +199,26 @@ def test_a_cluster_without_scored_pairs_has_the_curve_with_the_uncertainty_of_bo
 
 
 def test_a_clusters_influence_is_the_mean_of_its_pairs() -> None:
-    """Of its pairs' strata, by whatever of it each quantile has."""
+    """Of its pairs' strata, by whatever of it each quantile has; so is what all pairs of a quantile have in common."""
     values, cluster, quantile, truth = planted(departure=2.0, noise=0.05, each=50)
     pooled = strata.pool(values, cluster, quantile, 3, 6)
-    share = np.random.default_rng(0).integers(1, 9, (3, 6)).astype(float)
-    mean, se = strata.cluster_means(pooled, share, np.zeros(6))
-    expected = np.average(pooled.mean, weights=share, axis=1)
-    np.testing.assert_allclose(mean, expected)
-    np.testing.assert_allclose(mean, np.average(truth, weights=share, axis=1), atol=0.05)
-    assert (se > 0).all()
-    _, wider = strata.cluster_means(pooled, share, np.full(6, 0.25))
-    even = (
-        share / share.sum(1, keepdims=True)
-    ) ** 0  # what quantiles have in common does not cancel within a cluster
-    np.testing.assert_allclose(wider**2 - se**2, (even * 0.25).mean(1))
+    count = np.random.default_rng(0).integers(1, 9, (3, 6))
+    mean, se = strata.cluster_means(pooled, count, np.zeros(6))
+    np.testing.assert_allclose(mean, np.average(pooled.mean, weights=count, axis=1))
+    np.testing.assert_allclose(mean, np.average(truth, weights=count, axis=1), atol=0.05)
+    common = np.arange(6.0)
+    _, wider = strata.cluster_means(pooled, count, common)
+    np.testing.assert_allclose(wider**2 - se**2, np.average(np.tile(common, (3, 1)), weights=count, axis=1))
 
 
-def test_a_cluster_without_scored_pairs_is_like_the_others_and_less_certain() -> None:
+def test_a_cluster_without_scored_pairs_is_less_certain_and_one_without_pairs_has_nothing() -> None:
     values, cluster, quantile, _ = planted(departure=1.0, noise=0.1, each=20)
-    pooled = strata.pool(values, cluster, quantile, 4, 6)
-    share = np.vstack([np.ones((3, 6)), np.zeros(6)])
-    mean, se = strata.cluster_means(pooled, share, np.zeros(6))
+    pooled = strata.pool(values, cluster, quantile, 5, 6)
+    count = np.vstack([np.ones((4, 6), int), np.zeros(6, int)])
+    mean, se = strata.cluster_means(pooled, count, np.zeros(6))
     assert mean[3] == pytest.approx(pooled.parent.mean.mean())
     assert se[3] > se[:3].max()
+    assert np.isnan(mean[4])
 
 
 def test_one_cluster_is_the_smoothed_curve() -> None:

@@ -67,23 +67,23 @@ def pairs_of(
     )
 
 
-def rule_for(pairs: Pairs, unit: float, config: SelectionConfig, size: int) -> Rule:
+def rule_for(pairs: Pairs, deviation: float, config: SelectionConfig, size: int) -> Rule:
     """By passes over ranges of at most so many pairs."""
-    rule: Rule = looped(find_rule(config, unit, len(pairs)), ranges(pairs, size))
+    rule: Rule = looped(find_rule(config, deviation, len(pairs)), ranges(pairs, size))
     return rule
 
 
-def by_ranges(pairs: Pairs, unit: float, config: SelectionConfig, size: int = 7) -> Subset:
+def by_ranges(pairs: Pairs, deviation: float, config: SelectionConfig, size: int = 7) -> Subset:
     """The decision by a rule that passes over ranges found, range by range."""
-    rule = rule_for(pairs, unit, config, size)
+    rule = rule_for(pairs, deviation, config, size)
     parts = [rule.decide(one) for one in ranges(pairs, size)]
     return Subset(**{name: np.concatenate([vars(one)[name] for one in parts]) for name in vars(parts[0])})
 
 
-def whole(pairs: Pairs, unit: float, config: SelectionConfig) -> Subset:
+def whole(pairs: Pairs, deviation: float, config: SelectionConfig) -> Subset:
     """The decision with every pair at hand."""
     score, se, predicted, copy, image = pairs.score, pairs.se, pairs.predicted, pairs.copy, pairs.image
-    harmful = below_threshold(score - config.tau_low * unit, se, config, ~copy)
+    harmful = below_threshold(score - config.tau_low * deviation, se, config, ~copy)
     reason = np.where(harmful, HARMFUL, np.where(copy, REDUNDANT, KEPT)).astype("U20")
     kept = ~harmful & ~copy
     if config.target_size is not None:
@@ -109,7 +109,7 @@ def whole(pairs: Pairs, unit: float, config: SelectionConfig) -> Subset:
             f"more; {size}lower tau_low ({config.tau_low})"
         )
     weight = np.zeros(len(score))
-    followed = predicted[kept] / (unit or 1.0)
+    followed = predicted[kept] / (deviation or 1.0)
     if config.tau_high is not None:
         followed = np.maximum(followed - config.tau_high, 0)
     weight[kept] = (

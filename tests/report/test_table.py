@@ -118,7 +118,7 @@ def chosen(weighting: str, temperature: float, losses: dict[tuple[str, float], f
         {
             "weighting": w,
             "temperature": t,
-            "steps": 100,
+            "steps_factor": 1.0,
             "target_loss": x,
             "chosen": (w, t) == (weighting, temperature),
         }
@@ -131,11 +131,11 @@ def test_steps_that_were_chosen_are_reported() -> None:
     summary = chosen("influence", 0.5, {("uniform", 1.0): 3.0, ("influence", 0.5): 2.8})
     trials = summary["weights"]["trials"]
     trials[1]["chosen"] = False
-    trials += [trials[1] | {"steps": 50, "target_loss": 2.9}]
-    trials += [trials[1] | {"steps": 200, "target_loss": 2.5, "chosen": True}]
+    trials += [trials[1] | {"steps_factor": 0.5, "target_loss": 2.9}]
+    trials += [trials[1] | {"steps_factor": 2.0, "target_loss": 2.5, "chosen": True}]
     weights, steps = weighting_findings(summary)
     assert "2.800 instead of 3.000" in weights
-    assert "for 200 steps instead of 100" in steps
+    assert "for 2 times as many steps" in steps
     assert "2.500" in steps
 
 

@@ -32,10 +32,10 @@ from influencespace.stages.selection.weighting import (
     LONGER,
     SEEDS,
     TEMPERATURES,
-    Trial,
     candidates,
     choose_weighting,
     chosen,
+    trial_name,
     with_chosen,
 )
 
@@ -163,20 +163,18 @@ def test_the_choice_is_the_fairest_of_the_trials(truth: Run, tmp_path: Path) -> 
     choices, worst = candidates(AUTO, names_groups=True), evidence.worst_group
     weighted = (len(CLIP_SCORE_SHARES) + len(GROUP_SHARES)) * len(TEMPERATURES)
     assert len(choice.trials) == 1 + weighted + len(LONGER)
-    decision, steps = choice.decision, truth.manifest("proxies").details["steps"]
-
-    def of_choice(one: SelectionConfig) -> Trial:
-        return Trial(decision=evidence.decision(one), steps=steps)
+    decision = choice.decision
 
     def mean_over_seeds(one: SelectionConfig, of_group: bool) -> np.ndarray:
-        records = [Proxy(tmp_path, of_choice(one).name(seed)).record for seed in SEEDS]
+        records = [Proxy(tmp_path, trial_name(one, seed)).record for seed in SEEDS]
         return np.mean([r["by_group"][worst] if of_group else r["target_loss"] for r in records if r], 0)
 
     whole, worst_off = (np.stack([mean_over_seeds(one, of) for one in choices]) for of in (False, True))
     best = fairest_candidate(whole, worst_off)
-    assert decision.rule.config == choices[best]
-    assert all(with_chosen(AUTO, trial) == choices[best] for trial in choice.trials if trial["chosen"])
-    assert [trial["steps"] for trial in choice.trials[len(choices) :]] == [steps // 2, 2 * steps]
+    assert replace(decision.rule.config, steps_factor=1) == choices[best]
+    for factor, trial in zip(LONGER, choice.trials[len(choices) :], strict=True):
+        assert with_chosen(AUTO, trial) == replace(choices[best], steps_factor=factor)
+    assert [with_chosen(AUTO, one) for one in choice.trials if one["chosen"]] == [decision.rule.config]
     details = truth.manifest("selection").details
     assert details["trials"] == choice.trials
     assert details | chosen(decision.rule.config) == details

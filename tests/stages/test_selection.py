@@ -160,12 +160,21 @@ def test_written_evidence_gives_the_stages_decision(
         assert OVER_SIZE in subset.reason
 
 
+def strata_counts(run: Run) -> np.ndarray:
+    """How many pairs each cluster has at each quantile."""
+    strata, evidence = columns(run, "influence/strata", "cluster", "quantile"), Evidence.of(run)
+    count = np.zeros((evidence.clusters, evidence.quantiles), np.int64)
+    np.add.at(count, (strata["cluster"], strata["quantile"]), 1)
+    return count
+
+
 def test_clusters_leave_whole_and_the_lowest_first(truth: Run) -> None:
     pairs, evidence = PairEvidence(folder=truth.at("selection")), Evidence.of(truth)
     cluster = columns(truth, "influence/strata", "cluster")["cluster"]
     copies = columns(truth, "redundancy/copies", "leader")["leader"] != np.arange(len(truth.pool))
-    influence, _ = evidence.of_clusters
-    deviation, order = evidence.deviation, np.unique(influence[np.unique(cluster)])
+    influence, se = evidence.of_clusters(strata_counts(truth))
+    assert (se > 0).all()
+    deviation, order = influence[cluster].std(), np.unique(influence[np.unique(cluster)])
     between = float((order[0] + order[1]) / 2)
     sharp = {"margin_se": 0.0, "max_false_discovery": 0.0}
     subset = pairs.decide(SelectionConfig(unit="cluster", tau_low=between / deviation, **sharp))
@@ -192,10 +201,12 @@ def test_the_influence_of_a_cluster_is_the_mean_of_its_pairs_strata(truth: Run) 
     evidence = Evidence.of(truth)
     strata = evidence.sample  # every pair is scored here
     of_pairs = evidence.pooled.mean[strata["cluster"], strata["quantile"]]
-    found, se = evidence.of_clusters
+    found, _ = evidence.of_clusters(strata_counts(truth))
     for cluster in np.unique(strata["cluster"]):
         assert found[cluster] == pytest.approx(of_pairs[strata["cluster"] == cluster].mean())
-    assert (se > 0).all()
+    facts = PairEvidence(folder=truth.at("selection")).facts["clusters"]
+    assert facts["influence"] == pytest.approx(found)
+    assert facts["deviation"] == pytest.approx(found[strata["cluster"]].std())
 
 
 def test_the_threshold_is_in_standard_deviations_of_single_influences(truth: Run) -> None:

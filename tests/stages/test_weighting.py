@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chain import World, carry_beside, columns, with_sets
+from chain import World, beside, carry, carry_beside, columns, with_sets
 
-from influencespace.core.select import SelectionConfig, best_candidate
+from influencespace.core.select import CHOSEN, SelectionConfig, best_candidate
 from influencespace.data.artifacts import Manifest, write_manifest
 from influencespace.data.bucket_files import write_artifact
 from influencespace.data.pair_set import PairSet
@@ -23,16 +23,15 @@ from influencespace.stages.selection.evidence import Evidence
 from influencespace.stages.selection.exchangeability import CompareWithPool, warning
 from influencespace.stages.selection.pair_evidence import PairEvidence
 from influencespace.stages.selection.weighting import (
-    CHOSEN,
     CLIP_SCORE_SHARES,
     FOLDS,
     LONGER,
     SEEDS,
     TEMPERATURES,
-    Trial,
     candidates,
     choose_weighting,
     chosen,
+    trial_name,
     with_chosen,
 )
 
@@ -113,18 +112,19 @@ def test_the_choice_is_that_of_the_ray_free_loop(truth: Run, tmp_path: Path) -> 
 
     weighed = np.stack([losses(choice, steps) for choice in choices])
     best = best_candidate(weighed)
-    longer = [round(part * steps) for part in LONGER]
-    expected = np.concatenate([weighed, np.stack([losses(choices[best], each) for each in longer])])
+    longer = [losses(choices[best], round(factor * steps)) for factor in LONGER]
+    expected = np.concatenate([weighed, np.stack(longer)])
     at_best = [best, *range(len(choices), len(expected))]
     last = at_best[best_candidate(expected[at_best])]
     details = run.manifest("selection").details
-    assert {name: details[name] for name in CHOSEN} == chosen(choices[best])
     trials = details["trials"]
+    assert {name: details[name] for name in CHOSEN} == chosen(choices[best]) | {
+        "steps_factor": trials[last]["steps_factor"]
+    }
     np.testing.assert_allclose([trial["target_loss"] for trial in trials], expected.mean(1), rtol=1e-6)
-    assert [trial["steps"] for trial in trials] == [steps] * len(choices) + longer
+    assert [trial["steps_factor"] for trial in trials] == [1.0] * len(choices) + list(LONGER)
     assert [trial["chosen"] for trial in trials] == [one == last for one in range(len(trials))]
-    assert details["steps"] == trials[last]["steps"]
-    assert source_of(run, "curated").steps == details["steps"]
+    assert source_of(run, "curated").steps == round(details["steps_factor"] * steps)
 
 
 def test_what_was_chosen_can_be_reported_and_taken_up_again() -> None:
@@ -137,7 +137,7 @@ def test_a_fixed_choice_trains_nothing(truth: Run, tmp_path: Path, weighting: st
     run = carry_beside(truth, tmp_path, "selection", weighting=weighting)
     details = run.manifest("selection").details
     assert (details["weighting"], details["trials"]) == (weighting, [])
-    assert details["steps"] == truth.manifest("proxies").details["steps"]
+    assert details["steps_factor"] == 1
 
 
 def test_finished_trials_are_not_trained_again(truth: Run, tmp_path: Path) -> None:
@@ -145,16 +145,24 @@ def test_finished_trials_are_not_trained_again(truth: Run, tmp_path: Path) -> No
     workers = Workers(engine=LocalEngine(), folder=tmp_path, stage="selection")
     first = choose_weighting(truth, evidence, workers)
     assert len(first.trials) == len(candidates(AUTO, names_groups=True)) + len(LONGER)
-    trials = [
-        Trial(decision=evidence.decision(with_chosen(AUTO, one)), steps=one["steps"]) for one in first.trials
-    ]
-    names = {trial.name(seed) for trial in trials for seed in SEEDS}
+    trials = [with_chosen(AUTO, one) for one in first.trials]
+    names = {trial_name(trial, seed) for trial in trials for seed in SEEDS}
     assert {path.stem for path in tmp_path.glob("*.safetensors")} == names
     lost, *kept = (Proxy(tmp_path, name).path for name in sorted(names))
     before = [path.stat().st_mtime_ns for path in kept]
     lost.unlink()
     assert choose_weighting(truth, evidence, workers) == first
     assert [path.stat().st_mtime_ns for path in kept] == before
+
+
+def test_the_steps_that_were_chosen_are_trained(truth: Run, tmp_path: Path) -> None:
+    settings = {"selection.weighting": "uniform", "selection.steps_factor": 2.5}
+    run = beside(truth, tmp_path, "selection", "rivals", "train", settings=settings)
+    carry(run, "selection", "rivals", "train")
+    steps = run.manifest("proxies").details["steps"]
+    trained = {one["method"]: one["steps"] for one in run.manifest("train").details["runs"]}
+    assert trained["curated"] == round(2.5 * steps)
+    assert trained["everything"] == trained["random"] == steps
 
 
 def test_weights_follow_the_influence_that_is_predicted(truth: Run) -> None:

@@ -16,9 +16,11 @@ RANKED = (RANDOM, *GIVEN, *LIKENESS, "m_flyt", "mgd")
 TARGET_ALONE, POOL_AND_TARGET = "target_alone", "pool_and_target"
 SETS = (TARGET_ALONE, POOL_AND_TARGET)
 """Methods that train on other pairs than the pool's."""
+WHOLE = (EVERYTHING, *SETS)
+"""Methods that train on all of a set: the steps are all that there is to choose."""
 SUFFIX = "_validated"
 """Of a method whose fraction, temperature and steps are chosen by retraining."""
-VALIDATED = tuple(f"{name}{SUFFIX}" for name in (*RANKED[1:], *SETS))
+VALIDATED = tuple(f"{name}{SUFFIX}" for name in (*RANKED[1:], *WHOLE))
 METHODS = (CURATED, EVERYTHING, *RANKED, *SETS, *VALIDATED)
 ALL = "rivals"
 """In place of all of them."""

@@ -65,7 +65,8 @@ class Rivals(Stage):
     needs = ("proxies", "cluster", "selection")
 
     def settings(self, config: Any) -> Any:
-        methods = [name for name in config.train.methods if plain(name) in (*RANKED, *SETS) or list_of(name)]
+        own = (*RANKED, *SETS, *VALIDATED)
+        methods = [name for name in config.train.methods if name in own or list_of(name)]
         return methods, config.proxy, config.curvature, config.influence.bucket_size, config.seed
 
     def inputs(self, run: Run) -> Mapping[str, str]:

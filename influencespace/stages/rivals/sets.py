@@ -1,4 +1,4 @@
-"""Methods that train on other pairs than the pool's: the target alone, and pool and target together."""
+"""What methods train on that choose no pairs: everything, the target alone, and pool and target together."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from influencespace.data.joined import Joined, TrainingPairs
 from influencespace.run import Run
 from influencespace.stages.proxies.target import TargetHalves
 from influencespace.stages.proxies.train_many import Given, Uniform, Weights
-from influencespace.stages.rivals.names import TARGET_ALONE
+from influencespace.stages.rivals.names import EVERYTHING, TARGET_ALONE
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ def gradient_half(halves: TargetHalves) -> FloatArray:
 
 def training_set(run: Run, method: str, *, whole: bool) -> tuple[TrainingPairs, Weights]:
     """The pairs that a method trains on and their weights: with the whole target, or with the half that makes no choices."""
+    if method == EVERYTHING:
+        return run.everything, Uniform()
     halves = TargetHalves(run.target, run.seed)
     if method == TARGET_ALONE:
         return run.target, Uniform() if whole else Given(gradient_half(halves))

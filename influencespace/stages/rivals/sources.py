@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from influencespace.data.joined import TrainingPairs
 from influencespace.run import Run
 from influencespace.stages.proxies.train_many import Column, Uniform, Weights
-from influencespace.stages.rivals.names import CURATED, DYNAMIC, EVERYTHING, POOL_AND_TARGET, SETS, plain
+from influencespace.stages.rivals.names import CURATED, DYNAMIC, EVERYTHING, TARGET_ALONE, WHOLE, plain
 from influencespace.stages.rivals.sets import training_set
+from influencespace.stages.selection.weighting import with_chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,12 @@ def source_of(run: Run, method: str) -> Source:
     if method in (CURATED, DYNAMIC):
         decided = Column(run.at("selection") / "curated.parquet", "weight")
         selected = run.manifest("selection").details
-        return Source(weights=decided, steps=selected["steps"], kept_fraction=selected["kept_fraction"])
+        own = with_chosen(run.config.selection, selected).steps(steps)
+        return Source(weights=decided, steps=own, kept_fraction=selected["kept_fraction"])
     choice = run.manifest("rivals").details["choices"].get(method, {"steps": steps})
-    if plain(method) in SETS:
+    if plain(method) in WHOLE:
         pairs, weights = training_set(run, plain(method), whole=True)
-        kept = float(plain(method) == POOL_AND_TARGET)
+        kept = float(plain(method) != TARGET_ALONE)
         return Source(pairs=pairs, weights=weights, steps=choice["steps"], kept_fraction=kept)
     weights = Column(run.at("rivals") / "weights.parquet", method)
     return Source(weights=weights, steps=choice["steps"], kept_fraction=choice["fraction"])

@@ -15,7 +15,7 @@ from influencespace.stages.passes import RangePasses
 from influencespace.stages.proxies.proxies import ChoosingLoss
 from influencespace.stages.proxies.target import TargetHalves
 from influencespace.stages.proxies.train_many import Training, Weights, train_many
-from influencespace.stages.rivals.names import SETS
+from influencespace.stages.rivals.names import EVERYTHING, SETS, WHOLE
 from influencespace.stages.rivals.ranking import (
     Cuts,
     First,
@@ -58,16 +58,17 @@ Next = Callable[[Choice], Sequence[Choice]]
 
 
 def by_fraction(best: Choice) -> list[Choice]:
-    return [replace(best, fraction=fraction) for fraction in FRACTIONS] if best.method not in SETS else []
+    return [replace(best, fraction=fraction) for fraction in FRACTIONS] if best.method not in WHOLE else []
 
 
 def by_temperature(best: Choice) -> list[Choice]:
-    return [replace(best, temperature=value) for value in TEMPERATURES] if best.method not in SETS else []
+    return [replace(best, temperature=value) for value in TEMPERATURES] if best.method not in WHOLE else []
 
 
 def by_steps(best: Choice) -> list[Choice]:
-    parts = (1.0, *LONGER_SETS) if best.method in SETS else LONGER
-    return [replace(best, steps=max(1, round(part * best.steps))) for part in parts]
+    parts = {EVERYTHING: (1.0, *LONGER)} | dict.fromkeys(SETS, (1.0, *LONGER_SETS))
+    tried = parts.get(best.method, LONGER)
+    return [replace(best, steps=max(1, round(part * best.steps))) for part in tried]
 
 
 @dataclass(kw_only=True)
@@ -140,13 +141,13 @@ class Validation:
     def _try(self, choices: Sequence[Choice]) -> None:
         config = self.run.config.proxy.train
         measure = ChoosingLoss(TargetHalves(self.run.target, self.run.seed), config)
-        ranked = [choice for choice in choices if choice.method not in SETS]
+        ranked = [choice for choice in choices if choice.method not in WHOLE]
         self.orders.cut([choice.first(self.orders.rows) for choice in ranked])
         weights: Mapping[Choice, Weights] = dict(zip(ranked, self.orders.weights(ranked), strict=True))
         trainings = []
         for choice in choices:
             pairs: TrainingPairs | None = None
-            if choice.method in SETS:
+            if choice.method in WHOLE:
                 pairs, own = training_set(self.run, choice.method, whole=False)
             else:
                 own = weights[choice]

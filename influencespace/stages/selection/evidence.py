@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from influencespace.core.additive import Additive, fit_additive
-from influencespace.core.arrays import FloatArray
+from influencespace.core.arrays import FloatArray, IntArray
 from influencespace.core.caption_control import CaptionControl, caption_control
 from influencespace.core.strata import (
     Pooled,
@@ -104,13 +104,9 @@ class Evidence:
             self.influence["influence"], strata["cluster"], strata["quantile"], self.clusters, self.quantiles
         )
 
-    @cached_property
-    def of_clusters(self) -> tuple[FloatArray, FloatArray]:
-        """Mean influence of each cluster's pairs and its standard error: two (C,)."""
-        strata, shape = self.sample, (self.clusters, self.quantiles)
-        share = np.zeros(shape)
-        np.add.at(share, (strata["cluster"], strata["quantile"]), self.stands_for)
-        return cluster_means(self.pooled, share, self.common_variance)
+    def of_clusters(self, count: IntArray) -> tuple[FloatArray, FloatArray]:
+        """Mean influence of each cluster's pairs and its standard error, by the pairs of each stratum (C, Q): two (C,)."""
+        return cluster_means(self.pooled, count, self.common_variance)
 
     @cached_property
     def common_variance(self) -> FloatArray:

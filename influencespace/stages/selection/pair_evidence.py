@@ -1,6 +1,7 @@
 """The evidence table: what a decision is made of, for every pair, written and read by range."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from influencespace.core.histogram import Moments, Passes, carried_out
 from influencespace.core.redundancy import joint_mean
 from influencespace.core.rule import Pairs, Rule, find_rule
 from influencespace.core.select import SelectionConfig, Subset, spread_by
-from influencespace.core.strata import rank_within
+from influencespace.core.strata import rank_within, weighted_deviation
 from influencespace.data.artifacts import write_json
 from influencespace.data.buckets import Columns, buckets_of, read_rows, table_rows
 from influencespace.data.mirror import here, is_file
@@ -53,6 +54,10 @@ class PairEvidence:
         """Standard deviation of single balanced influences over the pool: what thresholds are given in."""
         return float(self.facts["deviation"])
 
+    def deviation_of(self, config: SelectionConfig) -> float:
+        """Standard deviation over the pool of what a configuration judges: of single influences, or of clusters' means."""
+        return float(self.facts["clusters"]["deviation"]) if config.unit == "cluster" else self.deviation
+
     @property
     def worst_group(self) -> int | None:
         """Which of the target's groups the proxy of all pairs serves worst, in their order; None where none is worse off."""
@@ -84,7 +89,8 @@ class PairEvidence:
 
     def _of_clusters(self, cluster: IntArray) -> Columns:
         """What pairs are judged by where whole clusters are: their clusters' figures (n,)."""
-        mean, se = (np.array(self.facts["clusters"][name])[cluster] for name in ("influence", "se"))
+        of_clusters = self.facts["clusters"]
+        mean, se = (np.array(of_clusters[name], np.float64)[cluster] for name in ("influence", "se"))
         return {"score": mean, "score_se": se, "predicted": mean, "further": np.zeros_like(cluster)}
 
     def reader(self, config: SelectionConfig) -> Read:
@@ -92,7 +98,7 @@ class PairEvidence:
 
     def passes(self, config: SelectionConfig) -> Passes:
         """Give the rule of a configuration."""
-        return find_rule(config, self.deviation, self.rows)
+        return find_rule(config, self.deviation_of(config), self.rows)
 
     def decision(self, config: SelectionConfig) -> "Decision":
         """What a configuration makes of it, by passes in one process: for trials."""
@@ -250,8 +256,11 @@ def write_evidence(run: Run, workers: Workers) -> PairEvidence:
     """Pool the evidence and carry it over to every pair, once for all decisions that are tried; writes evidence.parquet."""
     folder, evidence = workers.folder, Evidence.of(run)
     copies = run.at("redundancy") / "copies.parquet"
-    fitted = workers.once(partial(Fitted.of, evidence))
-    rows = fitted.rows
+    facts, passes = run.manifest("influence").details, RangePasses(workers)
+    rows, strata = run.manifest("influence").rows_out, evidence.folder / "strata.parquet"
+    counting = CountStrata(facts["clusters"], facts["quantiles"])
+    count = passes.fold(counting, ReadTable(strata, ("cluster", "quantile")), rows)
+    fitted = workers.once(partial(Fitted.of, evidence, count))
     workers.table(ALONE, Alone(evidence.folder, fitted.carried_over), rows, RANGE, label="score")
     counts, joint = run.manifest("redundancy").details, ALONE
     if counts["exact_copies"] + counts["near_copies"]:
@@ -260,7 +269,7 @@ def write_evidence(run: Run, workers: Workers) -> PairEvidence:
     workers.group_by(FURTHER, OfImages(run, folder, copies), "image", places, rows, RANGE)
     workers.table("evidence", EvidenceOfRange(run, folder, copies, joint), rows, RANGE, label="evidence")
     read = ReadTable(folder / FILE, ("predicted", "pretrained"))
-    spreads = RangePasses(workers).fold(Spreads(), read, rows)
+    spreads = passes.fold(Spreads(), read, rows)
     workers.once(partial(_write_facts, run, folder, fitted, spreads))
     return PairEvidence(folder=folder)
 
@@ -271,19 +280,37 @@ class Fitted:
 
     carried_over: CarriedOver
     deviation: float
-    clusters: dict[str, list[float]]
-    """Influence of each cluster and its standard error."""
-    rows: int
+    clusters: Mapping[str, Any]
+    """Influence of each cluster and its standard error, None where it has no pairs; the deviation of the former over the pool."""
 
     @classmethod
-    def of(cls, evidence: Evidence) -> "Fitted":
-        influence, se = (values.tolist() for values in evidence.of_clusters)
-        return cls(
-            carried_over=evidence.carried_over,
-            deviation=evidence.deviation,
-            clusters={"influence": influence, "se": se},
-            rows=evidence.pairs,
-        )
+    def of(cls, evidence: Evidence, count: IntArray) -> "Fitted":
+        """By the pairs of each stratum (C, Q)."""
+        influence, se = evidence.of_clusters(count)
+        pairs = count.sum(1)
+        has = pairs > 0
+        clusters = {
+            "influence": [value if known else None for value, known in zip(influence.tolist(), has)],
+            "se": [value if known else None for value, known in zip(se.tolist(), has)],
+            "deviation": weighted_deviation(influence[has], pairs[has].astype(np.float64)),
+        }
+        return cls(carried_over=evidence.carried_over, deviation=evidence.deviation, clusters=clusters)
+
+
+@dataclass(frozen=True)
+class CountStrata:
+    """Statistic: how many pairs each stratum has (C, Q)."""
+
+    clusters: int
+    quantiles: int
+
+    def observe(self, columns: Columns) -> IntArray:
+        stratum = columns["cluster"] * self.quantiles + columns["quantile"]
+        size = self.clusters * self.quantiles
+        return np.bincount(stratum, minlength=size).reshape(self.clusters, self.quantiles)
+
+    def merge(self, left: IntArray, right: IntArray) -> IntArray:
+        return left + right
 
 
 def _write_facts(run: Run, folder: Path, fitted: Fitted, spreads: tuple[Moments, Moments]) -> None:

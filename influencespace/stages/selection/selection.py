@@ -161,7 +161,7 @@ class Selection(Stage):
         workers.table("curated", CuratedRange(round=this, decision=decision), everything, RANGE)
         reasons = passes.fold(CountReasons(), ReadTable(folder / "curated.parquet", ("reason",)), everything)
         details |= {"reasons": dict(sorted(reasons.items())), "kept_fraction": reasons[KEPT] / everything}
-        details |= chosen(decision.rule.config) | {"steps": choice.steps, "trials": choice.trials}
+        details |= chosen(decision.rule.config) | {"trials": choice.trials}
         details["exchangeability"] = asdict(found) | {"known_better": found.known_better}
         details["warnings"] += [warning(found)] if found.known_better else []
         return Details(rows_in=everything, rows_out=everything, details=details)

@@ -109,8 +109,8 @@ class Summarise:
         return {
             "rule": rule_of(rule.config),
             "margin": margin_that_held(self.nearest, rule.config),
-            "threshold": rule.config.tau_low * evidence.deviation,
-            "deviation": evidence.deviation,
+            "threshold": rule.config.tau_low * rule.deviation,
+            "deviation": rule.deviation,
             "clusters": evidence.clusters,
             "quantiles": evidence.quantiles,
             "scored": len(evidence.influence["pair"]),
@@ -126,6 +126,14 @@ class Summarise:
             warnings.append(
                 f"the proxy has not converged: its mean in-sample influence is {evidence.convergence:.2f} standard "
                 f"deviations (should be below {NOT_CONVERGED}); train it longer, or lower its learning rate"
+            )
+        if config.unit == "cluster" and evidence.clusters < 2:
+            warnings.append(
+                "selection.unit = cluster judges clusters, but there is one only: give cluster.k, or set selection.unit to pair"
+            )
+        if config.tau_high is not None and config.weighting == "uniform":
+            warnings.append(
+                f"selection.tau_high = {config.tau_high:g} has no effect: weights are uniform (selection.weighting)"
             )
         if config.group_share and self.decision.evidence.worst_group is None:
             warnings.append(

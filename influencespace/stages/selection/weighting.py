@@ -8,7 +8,7 @@ import numpy as np
 
 from influencespace.core.arrays import FloatArray
 from influencespace.core.exchangeable import Exchangeability
-from influencespace.core.select import SelectionConfig, best_candidate, fairest_candidate
+from influencespace.core.select import CHOSEN, SelectionConfig, best_candidate, fairest_candidate
 from influencespace.models.heads import Heads
 from influencespace.models.training import HeadsConfig
 from influencespace.run import Run, Workers
@@ -25,12 +25,10 @@ TEMPERATURES = (1.0, 0.5)
 CLIP_SCORE_SHARES = (0.0, 0.5)
 # Of influence on groups that are worse off, beside 1 for the whole target: it is the stronger where a group is rare.
 GROUP_SHARES = (0.15, 0.3)
-# Parts of the proxies' steps, beside all of them: chosen pairs are fewer, and cleaner ones bear more passes.
+# Multiples of the proxies' steps, beside all of them: chosen pairs are fewer, and cleaner ones bear more passes.
 LONGER = (0.5, 2.0)
 FOLDS = 20  # of the target's images, over which the gain must be significant
 SEEDS = (101, 102)  # not those of the retraining that judges
-CHOSEN = ("weighting", "temperature", "group_share", "clip_score_share")
-"""What retraining may choose in place of the config."""
 
 
 def candidates(
@@ -42,6 +40,7 @@ def candidates(
     """
     if config.weighting != "auto":
         return [config]
+    config = replace(config, steps_factor=1.0)
     clip_scores = (0.0,) if known_better or config.unit == "cluster" else CLIP_SCORE_SHARES
     shares = [(0.0, clip_score) for clip_score in clip_scores]
     if names_groups and config.serves_groups:
@@ -83,32 +82,20 @@ class LossByFold:
         return {"target_loss": losses_by_fold(self.halves, rows, losses, FOLDS), "by_group": by_group}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """A decision, trained for so many steps."""
-
-    decision: Decision
-    steps: int
-
-    @property
-    def config(self) -> SelectionConfig:
-        return self.decision.rule.config
-
-    def name(self, seed: int) -> str:
-        """Of its file, which is no part of the artifact."""
-        weighting, *numbers = chosen(self.config).values()
-        parts = [".trial", weighting, *(f"{number:g}" for number in numbers), str(self.steps), str(seed)]
-        return "-".join(parts)
+def trial_name(config: SelectionConfig, seed: int) -> str:
+    """Of a trial's file, which is no part of the artifact."""
+    weighting, *numbers = chosen(config).values()
+    return "-".join([".trial", weighting, *(f"{number:g}" for number in numbers), str(seed)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What the trials came to: means over seeds, by fold of the target's images."""
 
-    trials: tuple[Trial, ...] = ()
-    losses: tuple[FloatArray, ...] = ()
+    trials: tuple[Decision, ...]
+    losses: tuple[FloatArray, ...]
     """Of the target (folds,)."""
-    by_group: tuple[tuple[FloatArray, ...], ...] = ()
+    by_group: tuple[tuple[FloatArray, ...], ...]
     """Of each of its groups (its folds,)."""
 
     def best(self, worst: int | None) -> int:
@@ -129,8 +116,7 @@ class Outcome:
         """One row for each trial."""
         return [
             {
-                **chosen(trial.config),
-                "steps": trial.steps,
+                **chosen(trial.rule.config),
                 "target_loss": float(self.losses[i].mean()),
                 "worst_group_loss": max((float(group.mean()) for group in self.by_group[i]), default=None),
                 "chosen": i == best,
@@ -139,12 +125,18 @@ class Outcome:
         ]
 
 
-def retrained(run: Run, trials: Sequence[Trial], workers: Workers) -> Outcome:
-    """Train each trial with each seed."""
-    config = run.config.proxy.train
+def retrained(run: Run, trials: Sequence[Decision], workers: Workers) -> Outcome:
+    """Train by each decision with each seed."""
+    config, of_proxies = run.config.proxy.train, run.manifest("proxies").details["steps"]
     measure = LossByFold(TargetHalves(run.target, run.seed), config)
     trainings = [
-        Training(name=trial.name(seed), weights=trial.decision, seed=seed, steps=trial.steps, measure=measure)
+        Training(
+            name=trial_name(trial.rule.config, seed),
+            weights=trial,
+            seed=seed,
+            steps=trial.rule.config.steps(of_proxies),
+            measure=measure,
+        )
         for trial in trials
         for seed in SEEDS
     ]
@@ -169,8 +161,6 @@ class Choice:
     """What the selection comes to."""
 
     decision: Decision
-    steps: int
-    """That the curated pairs are trained for."""
     exchangeability: Exchangeability
     trials: list[dict[str, Any]]
 
@@ -187,22 +177,21 @@ def choose_weighting(run: Run, evidence: PairEvidence, workers: Workers) -> Choi
     first = decide(candidates(run.config.selection)[0])
     found = workers.once(CompareWithPool(run=run, decision=first))
     choices = candidates(run.config.selection, worst is not None, found.known_better)
-    steps: int = run.manifest("proxies").details["steps"]
     if len(choices) == 1:
-        return Choice(decision=first, steps=steps, exchangeability=found, trials=[])
+        return Choice(decision=first, exchangeability=found, trials=[])
     decisions = [first, *map(decide, choices[1:])]
-    outcome = retrained(run, [Trial(decision=one, steps=steps) for one in decisions], workers)
+    outcome = retrained(run, decisions, workers)
     served = worst if choices[-1].group_share else None
     best = outcome.best(served)
-    longer = [replace(outcome.trials[best], steps=max(1, round(part * steps))) for part in LONGER]
+    longer = [with_steps(decisions[best], factor) for factor in LONGER]
     whole = outcome.joined(retrained(run, longer, workers))
     # whom the weights serve is decided; how long they are trained is a question of the whole target
     of_steps = [best, *range(len(decisions), len(whole.trials))]
     last = of_steps[best_candidate(np.array([whole.losses[i] for i in of_steps]))]
-    chosen_trial = whole.trials[last]
-    return Choice(
-        decision=chosen_trial.decision,
-        steps=chosen_trial.steps,
-        exchangeability=found,
-        trials=whole.table(last),
-    )
+    return Choice(decision=whole.trials[last], exchangeability=found, trials=whole.table(last))
+
+
+def with_steps(decision: Decision, factor: float) -> Decision:
+    """The same decision, trained for so many times the proxies' steps."""
+    rule = decision.rule
+    return replace(decision, rule=replace(rule, config=replace(rule.config, steps_factor=factor)))
