@@ -13,6 +13,7 @@ from PIL import Image
 
 from influencespace.cli.arguments import options_of
 from influencespace.core.coreset import d2, herding, k_center
+from influencespace.core.select import SelectionConfig
 from influencespace.data.embeddings import EmbeddingTable
 from influencespace.data.images import read_image_bytes
 from influencespace.data.pair_set import PairSet
@@ -37,6 +38,12 @@ def run(small_run: Run) -> Run:
 def columns(path: Path) -> dict[str, Any]:
     result: dict[str, Any] = pq.read_table(path).to_pydict()
     return result
+
+
+def test_the_score_of_clusters_ranks_no_captions(run: Run) -> None:
+    by_cluster = replace(run, config=replace(run.config, selection=SelectionConfig(unit="cluster")))
+    with pytest.raises(InputError, match="judged whole clusters .* give --estimator"):
+        detect.detect_run(by_cluster, None, None, LocalEngine())
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.95])

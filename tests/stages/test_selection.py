@@ -281,6 +281,16 @@ def test_a_proxy_that_has_not_converged_is_warned_of(truth: Run, tmp_path: Path)
         assert any("has not converged" in warning for warning in warnings) == warned
 
 
+def test_settings_without_effect_are_warned_of(truth: Run, tmp_path: Path) -> None:
+    def warned(name: str, **settings: object) -> str:
+        details = carry_beside(truth, tmp_path / name, "selection", **settings).manifest("selection").details
+        return " ".join(details["warnings"])
+
+    ignored = "tau_high = 0.5 has no effect"
+    assert ignored in warned("uniform", weighting="uniform", tau_high=0.5)
+    assert ignored not in warned("influence", weighting="influence", tau_high=0.5)
+
+
 def test_kept_rows_are_the_pool_of_a_next_round(
     truth: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
