@@ -42,7 +42,7 @@ def columns(path: Path) -> dict[str, Any]:
 
 def test_the_score_of_clusters_ranks_no_captions(run: Run) -> None:
     by_cluster = replace(run, config=replace(run.config, selection=SelectionConfig(unit="cluster")))
-    with pytest.raises(InputError, match="judged whole clusters .* give --estimator"):
+    with pytest.raises(InputError, match=r"judged whole clusters .* give --estimator"):
         detect.detect_run(by_cluster, None, None, LocalEngine())
 
 
