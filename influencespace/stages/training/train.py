@@ -31,8 +31,8 @@ class TrainConfig:
     methods: tuple[str, ...] = plain_field(default=DEFAULT)
     """What is trained and compared; `curated` is always among them, and `rivals` stands for all that is known. Of a name that
     ends in `_validated`, fraction, temperature and steps are chosen by retraining. `dynamic` begins as `curated`, trains for as
-    many steps and re-weights the kept pairs meanwhile, by influence on the target as a whole. `NAME=FILE` trains on a list of the user's: uids, and
-    perhaps weights."""
+    many steps and re-weights the kept pairs meanwhile, by influence on the target as a whole. `NAME=FILE` trains on a list of the
+    user's: uids, and perhaps weights."""
     refresh: int = Field(default=50, ge=1)
     """Steps of `dynamic` between two re-weightings."""
 
