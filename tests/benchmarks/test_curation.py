@@ -146,9 +146,9 @@ def test_the_rare_group_is_thinned_and_named(dataset: Dataset, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_rivals_are_judged_beside_ours(dataset: Dataset) -> None:
-    curation = RivalCuration(dataset, SETTING, SMALL)
+    curation = RivalCuration(dataset, SETTING, {**SMALL, "train.methods": "rivals"})
     result = curation.judge_methods((0,))
-    named = {"curated", "curated_validated", "oracle", "oracle_validated", "everything_validated"}
+    named = {"curated", "curated_validated", "oracle", "oracle_validated"}
     assert result["shares"].keys() == {*METHODS, *named}
     images = len(np.unique(curation.test.image))
     assert {len(shares[0]) for shares in result["shares"].values()} == {images}
