@@ -34,7 +34,7 @@ EVERYTHING, ORACLE = "everything", "oracle"
 SCENARIOS = {"wrong": "wrong 30", "clean": "clean", "web": "web"}
 """Parts, and the scenario that each is of."""
 WHOLLY = "wrong"
-"""Where every rival is trained; `mgd` alone takes as long as five others."""
+"""Where every rival is trained; of these `mgd` takes longest."""
 NEAR = ("clip_score", "neg_clip_loss", "norm_sim", "dfn", "datainf", "semdedup", "m_flyt", "pool_and_target")
 """Rivals elsewhere: of each kind the one that is best in `wrong`, and all that come near ours there."""
 

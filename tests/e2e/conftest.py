@@ -76,7 +76,6 @@ def influencespace(environment: dict[str, str]) -> Command:
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """The same in this process, for what is refused before anything begins: a process of its own takes seconds to import."""
     monkeypatch.setattr(cli, "end_on_sigterm", lambda: None)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def command(*arguments: object) -> subprocess.CompletedProcess[str]:
         words = list(map(str, arguments))
