@@ -25,10 +25,16 @@ def heads(run: Run, name: str) -> dict[str, torch.Tensor]:
     return {side: state[side] for side in ("image", "text")}
 
 
-def test_every_method_is_trained_with_every_seed_for_equally_many_steps(truth: Run) -> None:
+def steps_of(run: Run, method: str) -> int:
+    """All methods train as long as the proxies, but curated as long as retraining liked best."""
+    steps: int = run.manifest("proxies").details["steps"]
+    return round(run.manifest("selection").details["steps_factor"] * steps) if method == "curated" else steps
+
+
+def test_every_method_is_trained_with_every_seed_for_the_steps_that_it_has(truth: Run) -> None:
     runs = truth.manifest("train").details["runs"]
     assert [(run["seed"], run["method"]) for run in runs] == [(s, m) for s in (0, 1) for m in METHODS]
-    assert {run["steps"] for run in runs} == {truth.manifest("proxies").details["steps"]}
+    assert {run["method"]: run["steps"] for run in runs} == {m: steps_of(truth, m) for m in METHODS}
     proxies = {path.stem for path in truth.at("train").glob("*.safetensors")}
     assert proxies == {f"{method}-{seed}" for method in METHODS for seed in (0, 1)}
 
@@ -40,19 +46,22 @@ def test_a_retrained_proxy_is_the_plain_loops(truth: Run, method: str) -> None:
         "everything": np.ones(len(truth.pool)),
         "random": columns(truth, "rivals/weights", "random")["random"],
     }
-    plain = train(truth.pool, Given(weights[method]), truth.config.proxy.train, seed=1)
+    config = replace(truth.config.proxy.train, steps=steps_of(truth, method))
+    plain = train(truth.pool, Given(weights[method]), config, seed=1)
     torch.testing.assert_close(heads(truth, f"{method}-1"), dict(plain.heads.state_dict()), rtol=0, atol=0)
 
 
 def with_weights(run: Run, folder: Path, curated: np.ndarray) -> Run:
-    """The run in a folder where the selection stage has given these weights."""
+    """The run in a folder where the selection stage has given these weights, and the proxies' steps."""
     other = beside(run, folder, "train", settings={"train.methods": ["curated", "everything"]})
     (folder / "selection").unlink()
     shutil.copytree(run.at("selection"), other.at("selection"))
     table = columns(run, "selection/curated") | {"weight": curated.astype(np.float32)}
     write_columns(other.at("selection") / "curated.parquet", table)
     files = {name: describe(other.at("selection") / name) for name in run.manifest("selection").files}
-    write_manifest(other.at("selection"), replace(run.manifest("selection"), files=files))
+    manifest = run.manifest("selection")
+    details = {**manifest.details, "steps_factor": 1.0}
+    write_manifest(other.at("selection"), replace(manifest, files=files, details=details))
     return other
 
 
